@@ -1,0 +1,5 @@
+"""Facts about model families that looking at a model cannot tell. Data only."""
+
+from stg_hooks.adapters.published import PUBLISHED
+
+__all__ = ["PUBLISHED"]

@@ -1,0 +1,29 @@
+"""Skip guidance for any diffusion model: bypass layers, guide with the difference, change nothing else."""
+
+from stg_hooks.apply import apply
+from stg_hooks.combine import combine
+from stg_hooks.errors import BlockError, CallError, LayerError, SettingError, StgError, StgWarning, TargetError
+from stg_hooks.guider import Guider
+from stg_hooks.perturb import LayerCall
+from stg_hooks.settings import Branch
+from stg_hooks.skip import skip
+from stg_hooks.table import layers
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockError",
+    "Branch",
+    "CallError",
+    "Guider",
+    "LayerCall",
+    "LayerError",
+    "SettingError",
+    "StgError",
+    "StgWarning",
+    "TargetError",
+    "apply",
+    "combine",
+    "layers",
+    "skip",
+]

@@ -1,0 +1,28 @@
+"""Know whether a `with` block is in force in the current thread or asyncio task."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+
+# A context variable, so that another thread or task sees none of this, while `asyncio.to_thread` inherits it.
+_ACTIVE: ContextVar[tuple[object, ...]] = ContextVar("stg_hooks_active", default=())
+
+
+def enter(session: object) -> None:
+    """Mark a session as in force here."""
+    _ACTIVE.set((*_ACTIVE.get(), session))
+
+
+def leave(session: object) -> None:
+    """Undo one `enter`; does nothing where the session is not in force (an abandoned generator, say)."""
+    active = list(_ACTIVE.get())
+    for position in reversed(range(len(active))):
+        if active[position] is session:
+            del active[position]
+            _ACTIVE.set(tuple(active))
+            return
+
+
+def is_active(session: object) -> bool:
+    """Tell whether a session is in force here."""
+    return any(other is session for other in _ACTIVE.get())

@@ -1,0 +1,251 @@
+"""Guide every call that an existing pipeline or module makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stg_hooks import activation
+from stg_hooks.calls import halves, predictions, replace_predictions
+from stg_hooks.combine import Scale, check_scale, combine, correction
+from stg_hooks.errors import CallError, SettingError, StgWarning
+from stg_hooks.execution import FullPass, in_weak_pass
+from stg_hooks.hosts import Host, ModuleHost, Role, pipeline_host
+from stg_hooks.layers import LayerSpec
+from stg_hooks.perturb import Mode
+from stg_hooks.settings import Branch, branches_from
+
+
+@dataclasses.dataclass
+class Stats:
+    """What has happened inside a `with stg.apply(...)` so far."""
+
+    calls: int = 0
+    guided_calls: int = 0
+    weak_passes: int = 0
+
+
+@dataclasses.dataclass
+class _Step:
+    """What a cond call has found out: its predictions, and for each of them the weak ones of all branches."""
+
+    conds: list[Tensor]
+    weaks: list[list[Tensor]]
+
+
+class _PendingOfThread(threading.local):
+    """What the cond call of a step leaves for its uncond call."""
+
+    step: _Step | None = None
+
+
+class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, layers=[34], scale=1.0):`
+    """Guide every call that a stock pipeline, or a module, makes inside a `with`.
+
+    One forward hook on the denoiser adds `a = sum_i scale_i * (cond - weak_i)` to the cond *and* the uncond
+    prediction, so that the pipeline's own `u + g * (c - u)` becomes `u + g * (c - u) + a` for whatever `g` it uses.
+    With `rescale`, both become the final prediction instead, which the pipeline's combination then leaves alone.
+    """
+
+    def __init__(
+        self,
+        target: object,
+        layers: LayerSpec | None = None,
+        scale: Scale | None = None,
+        *,
+        rescale: float | None = None,
+        mode: str | Mode | None = None,
+        branches: Sequence[Branch] | None = None,
+        batched_cfg: bool | None = None,
+        guidance_scale: Scale | None = None,
+    ) -> None:
+        """Choose what to guide and how; nothing is touched before the `with`.
+
+        Args:
+            target: a diffusers pipeline, or a module whose calls are to be guided.
+            layers: what the weak model skips, as for `skip`; left out, the setting published for the model is used.
+            scale: weight of `cond - weak`; 1.0 unless a published setting says otherwise. 0 switches guidance off.
+            rescale: from 0 (off, the default) to 1 (the guided prediction has the standard deviation of cond).
+            mode: what a skipped layer does instead, `"residual"` by default.
+            branches: several perturbed predictions, instead of `layers`, `scale` and `mode`.
+            batched_cfg: for a module: its rows are `[uncond, cond]`. Left out, every row counts as conditional.
+            guidance_scale: for a module with `batched_cfg` and `rescale`: the CFG weight that its caller applies.
+
+        Raises:
+            LayerError: a layer that does not exist or cannot be skipped in this mode.
+            SettingError: a setting that cannot be used, or `layers` left out where nothing is published.
+            TargetError: a target that is neither a pipeline nor a module.
+
+        Source: STG, arXiv 2411.18664, Eq. 13 and 20, Alg. 4.
+        """
+        self.host = _find_host(target, batched_cfg, guidance_scale)
+        denoisers = self.host.denoisers()
+        self.branches, self.rescale = branches_from(
+            next(iter(denoisers.values())), layers, scale, mode, rescale, branches
+        )
+        if self.rescale and not self.host.knows_guidance_scale:
+            raise SettingError(
+                f"rescale={self.rescale} needs the final prediction, hence the CFG weight: pass guidance_scale=, the "
+                "value that the caller of this module applies (1.0 for none)."
+            )
+        self.stats = Stats()
+        self._guides = {name: _Guide(self, name, module) for name, module in denoisers.items()}
+        self._entered: list[ExitStack] = []
+
+    def __enter__(self) -> apply:
+        """Register the hooks."""
+        with ExitStack() as stack:
+            for guide in self._guides.values():
+                stack.enter_context(guide.installed())
+            stack.enter_context(self.host.watch())
+            activation.enter(self)
+            stack.callback(activation.leave, self)
+            self._entered.append(stack.pop_all())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Restore the model, and report if nothing was guided."""
+        self._entered.pop().close()
+        if kind is None and self.is_on and not self.stats.guided_calls:
+            seen = f"its denoiser was called {self.stats.calls} times, but none of the calls was to be guided"
+            warnings.warn(
+                f"stg.apply() guided nothing: {seen if self.stats.calls else f'{self.host.name} made no call'} inside "
+                "this `with`. Guidance follows the pipeline (or module) that was passed to apply, in this thread.",
+                StgWarning,
+                stacklevel=2,
+            )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any branch has a scale other than 0."""
+        return any(isinstance(branch.scale, Tensor) or branch.scale != 0 for branch in self.branches)
+
+
+def _find_host(target: object, batched_cfg: bool | None, guidance_scale: Scale | None) -> Host:
+    if guidance_scale is not None:
+        check_scale("guidance_scale", guidance_scale)
+    if isinstance(target, nn.Module):
+        return ModuleHost(target, bool(batched_cfg), guidance_scale)
+    host = pipeline_host(target)
+    if batched_cfg is not None or guidance_scale is not None:
+        raise SettingError(
+            "batched_cfg= and guidance_scale= describe the calls of a module. A pipeline is asked itself: leave them "
+            "out, or pass its denoiser."
+        )
+    return host
+
+
+class _Guide:
+    """Guides the calls of one denoiser."""
+
+    def __init__(self, owner: apply, name: str, model: nn.Module) -> None:
+        self._owner = owner
+        self._name = name
+        self._model = model
+        self._execution = FullPass(model, owner.branches)
+        self._pending = _PendingOfThread()
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        with self._execution.installed(), self._model.register_forward_hook(self._after, with_kwargs=True):
+            try:
+                yield
+            finally:
+                self._pending.step = None
+
+    def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        owner = self._owner
+        if in_weak_pass() or not activation.is_active(owner):
+            return None
+        role = owner.host.role(self._name)
+        if role is None:
+            return None
+        owner.stats.calls += 1
+        if not owner.is_on:
+            return None
+        new = self._guided(role, args, kwargs, predictions(output))
+        owner.stats.guided_calls += 1
+        return replace_predictions(output, new)
+
+    def _guided(
+        self, role: Role, args: tuple[Any, ...], kwargs: dict[str, Any], output: Sequence[Tensor]
+    ) -> list[Tensor]:
+        if role.rows == "uncond":
+            step, self._pending.step = self._pending.step, None
+            return self._uncond(step, role, output)
+        both = role.rows == "uncond+cond"
+        unconds: list[Tensor | None] = [None] * len(output)
+        conds = list(output)
+        if both:
+            pairs = [halves(tensor) for tensor in output]
+            unconds, conds = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        self._expect_scale(role, both or role.uncond_follows)
+        rows = slice(conds[0].shape[0], None) if both else slice(None)
+        by_branch = self._execution.weak_predictions(self._model, args, kwargs, conds, rows)
+        self._owner.stats.weak_passes += len(by_branch)
+        step = _Step(conds, [list(weaks) for weaks in zip(*by_branch, strict=True)])
+        if role.uncond_follows:
+            if self._pending.step is not None and self._owner.rescale:
+                raise CallError(
+                    f"{self._owner.host.name} made two cond calls without the uncond call that was expected between "
+                    "them, so guidance with rescale was lost in a step. Use rescale=0.0, or stg.Guider."
+                )
+            self._pending.step = step
+            if self._owner.rescale:  # the final prediction has to wait for uncond
+                return conds
+        if self._owner.rescale:
+            final = self._final(step, role, unconds)
+            return [torch.cat([tensor, tensor]) for tensor in final] if both else final
+        return [
+            _add(tensor, torch.cat([term, term]) if both else term)
+            for tensor, term in zip(output, self._corrections(step), strict=True)
+        ]
+
+    def _uncond(self, step: _Step | None, role: Role, output: Sequence[Tensor]) -> list[Tensor]:
+        if step is None or [c.shape for c in step.conds] != [u.shape for u in output]:
+            raise CallError(
+                f"{self._owner.host.name} made an uncond call without a matching cond call before it, so the weak "
+                "prediction of this step is not known. Use stg.Guider in a loop of your own."
+            )
+        if not self._owner.rescale:
+            return [_add(u, term) for u, term in zip(output, self._corrections(step), strict=True)]
+        # The caller has cond already and will compute u' + g * (c - u'): choose u' so that this is the final one.
+        g = role.guidance_scale
+        assert g is not None
+        final = self._final(step, role, output)
+        return [
+            ((f.float() - g * c.float()) / (1.0 - g)).to(c.dtype) for f, c in zip(final, step.conds, strict=True)
+        ]
+
+    def _expect_scale(self, role: Role, cfg: bool) -> None:
+        if self._owner.rescale and cfg and role.guidance_scale is None:
+            raise CallError(
+                f"rescale={self._owner.rescale} needs the CFG weight of this step, which {self._owner.host.name} does "
+                "not tell before the call. Use rescale=0.0."
+            )
+
+    def _final(self, step: _Step, role: Role, unconds: Sequence[Tensor | None]) -> list[Tensor]:
+        scales = [branch.scale for branch in self._owner.branches]
+        g = 1.0 if role.guidance_scale is None else role.guidance_scale
+        return [
+            combine(c, weaks, u, scale=scales, guidance_scale=g, rescale=self._owner.rescale)
+            for c, weaks, u in zip(step.conds, step.weaks, unconds, strict=True)
+        ]
+
+    def _corrections(self, step: _Step) -> list[Tensor]:
+        scales = [branch.scale for branch in self._owner.branches]
+        return [correction(c, weaks, scales) for c, weaks in zip(step.conds, step.weaks, strict=True)]
+
+
+def _add(prediction: Tensor, term: Tensor) -> Tensor:
+    return (prediction.float() + term).to(prediction.dtype)

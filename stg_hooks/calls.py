@@ -1,0 +1,118 @@
+"""One call of a denoiser: which rows it has, the call on some of them, the predictions in what it returned."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from stg_hooks.errors import CallError
+
+# Arguments of positions belong to tokens, not to rows, even where their number is a multiple of the batch.
+_POSITIONAL = ("rotary", "rope", "freqs", "_ids", "coords", "position")
+
+
+def predictions(output: Any) -> list[Tensor]:
+    """Find the predictions in what a denoiser returned.
+
+    Args:
+        output: a tensor, a tuple or list, a registered output object, or any object with `.sample`.
+
+    Returns:
+        The floating-point tensors in it, in order; usually one, two for video with audio.
+
+    Raises:
+        CallError: there is none.
+    """
+    found = [t for t in map(_tensor_of, pytree.tree_leaves(output)) if t is not None and t.is_floating_point()]
+    if not found:
+        raise CallError(
+            f"the denoiser returned a {type(output).__name__} without a floating-point tensor. Expected a tensor, a "
+            "tuple of tensors, or an object with .sample."
+        )
+    return found
+
+
+def replace_predictions(output: Any, new: Sequence[Tensor]) -> Any:
+    """Build an output of the same type with other predictions.
+
+    Args:
+        output: what the denoiser returned; not changed.
+        new: one tensor for each that `predictions` found.
+
+    Returns:
+        A new output of the same structure.
+    """
+    leaves, spec = pytree.tree_flatten(output)
+    rest = iter(new)
+    for i, leaf in enumerate(leaves):
+        tensor = _tensor_of(leaf)
+        if tensor is None or not tensor.is_floating_point():
+            continue
+        if isinstance(leaf, Tensor):
+            leaves[i] = next(rest)
+        else:
+            leaves[i] = copy.copy(leaf)
+            leaves[i].sample = next(rest)
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def _tensor_of(leaf: Any) -> Tensor | None:
+    value = leaf if isinstance(leaf, Tensor) else getattr(leaf, "sample", None)
+    return value if isinstance(value, Tensor) else None
+
+
+def take_rows(
+    args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], batch: int, rows: slice
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Cut a call down to some of its rows.
+
+    A tensor takes part if its dimension 0 is the batch, or a whole multiple of it (frames folded into the batch);
+    two-dimensional multiples, and arguments named like positions, hold one row per token and stay whole.
+
+    Args:
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call, nested tuples, lists and dicts included.
+        names: parameter names that belong to `args`.
+        batch: number of rows of the call.
+        rows: which of them to keep; step 1.
+
+    Returns:
+        The arguments of the smaller call.
+    """
+
+    def cut(name: str, value: Any) -> Any:
+        positional = any(word in name for word in _POSITIONAL)
+
+        def one(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] % batch:
+                return leaf
+            folded = leaf.shape[0] // batch
+            if folded == 0 or (folded > 1 and (positional or leaf.ndim == 2)):
+                return leaf
+            start, stop, _ = rows.indices(batch)
+            return leaf[start * folded : stop * folded]
+
+        return pytree.tree_map(one, value)
+
+    cut_args = tuple(cut(names[i] if i < len(names) else "", value) for i, value in enumerate(args))
+    return cut_args, {name: cut(name, value) for name, value in kwargs.items()}
+
+
+def halves(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Split rows `[uncond, cond]`.
+
+    Raises:
+        CallError: an odd number of rows.
+    """
+    if tensor.shape[0] % 2:
+        raise CallError(
+            f"a call with {tensor.shape[0]} rows cannot be [uncond, cond]: the number is odd. If every row is "
+            "conditional, use batched_cfg=False."
+        )
+    uncond, cond = torch.chunk(tensor, 2)
+    return uncond, cond

@@ -1,0 +1,113 @@
+"""The guidance rule: tensors in, tensor out; no modules, no state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stg_hooks.errors import SettingError, TargetError
+
+Scale = float | Tensor
+
+
+def combine(
+    cond: Tensor,
+    weak: Tensor | Sequence[Tensor],
+    uncond: Tensor | None = None,
+    *,
+    scale: Scale | Sequence[Scale] = 1.0,
+    guidance_scale: Scale = 1.0,
+    rescale: float = 0.0,
+) -> Tensor:
+    """Combine predictions into the guided one.
+
+    `out = uncond + guidance_scale * (cond - uncond) + sum_i scale_i * (cond - weak_i)`, then
+    `out *= rescale * std(cond) / std(out) + (1 - rescale)`, the standard deviation taken per sample.
+    Without `uncond`: `out = cond + sum_i scale_i * (cond - weak_i)`. Computed in float32.
+
+    Args:
+        cond: prediction with the prompt, `(B, ...)`.
+        weak: prediction of the weak model with the prompt, shape of `cond`; or one per branch.
+        uncond: prediction without the prompt, shape of `cond`.
+        scale: weight of `cond - weak`; one for all branches, or one per branch.
+        guidance_scale: CFG weight, 1 = off; a tensor broadcasts against `cond` (a value per frame, say).
+        rescale: 0 = off, 1 = the result has the standard deviation of `cond`.
+
+    Returns:
+        The guided prediction in the shape and dtype of `cond`.
+
+    Raises:
+        SettingError: a scale that is not finite, `rescale` outside [0, 1], or unequal numbers of branches and scales.
+        TargetError: predictions that are no tensors or differ in shape.
+
+    Source: STG, arXiv 2411.18664, Eq. 13 and 20 and Alg. 4; rescale after arXiv 2305.08891, sec. 3.4.
+    """
+    weaks = [weak] if isinstance(weak, Tensor) else list(weak)
+    scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(weaks)
+    if len(scales) != len(weaks):
+        raise SettingError(f"{len(weaks)} weak predictions but {len(scales)} scales: give one scale, or one per branch.")
+    for name, value in [("guidance_scale", guidance_scale), *(("scale", s) for s in scales)]:
+        check_scale(name, value)
+    check_rescale(rescale)
+    for name, tensor in [("cond", cond), ("uncond", uncond), *(("weak", w) for w in weaks)]:
+        if tensor is None and name == "uncond":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TargetError(f"{name} must be a tensor, not {type(tensor).__name__}.")
+        if tensor.shape != cond.shape:
+            raise TargetError(f"{name} has shape {tuple(tensor.shape)}, but cond has {tuple(cond.shape)}.")
+
+    c = cond.float()
+    out = c
+    if uncond is not None:
+        u = uncond.float()
+        out = u + guidance_scale * (c - u)
+    out = out + correction(c, weaks, scales)
+    if rescale:
+        out = out * _std_factor(c, out, rescale)
+    return out.to(cond.dtype)
+
+
+def correction(cond: Tensor, weaks: Sequence[Tensor], scales: Sequence[Scale]) -> Tensor:
+    """Compute what skip guidance adds to a prediction: `sum_i scale_i * (cond - weak_i)`, in float32.
+
+    Args:
+        cond: prediction with the prompt, `(B, ...)`.
+        weaks: one prediction of the weak model per branch, shape of `cond`.
+        scales: one weight per branch.
+
+    Returns:
+        The term in float32, shape of `cond`.
+    """
+    c = cond.float()
+    total = torch.zeros_like(c)
+    for s, w in zip(scales, weaks, strict=True):
+        total = total + s * (c - w.float())
+    return total
+
+
+def _std_factor(cond: Tensor, out: Tensor, rescale: float) -> Tensor:
+    dims = list(range(1, cond.ndim)) or None
+    std_out = out.std(dim=dims, keepdim=True)
+    # A constant prediction has nothing to rescale: 0 / 0 would turn it into NaN.
+    ratio = torch.where(std_out > 0, cond.std(dim=dims, keepdim=True) / std_out, torch.ones_like(std_out))
+    return rescale * ratio + (1.0 - rescale)
+
+
+def check_scale(name: str, value: object) -> None:
+    """Raise unless `value` is a finite number or a tensor (whose values are not read: that would wait for the GPU)."""
+    if isinstance(value, Tensor):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise SettingError(f"{name}={value!r}: expected a number, not {type(value).__name__}.")
+    if not math.isfinite(value):
+        raise SettingError(f"{name}={value!r}: expected a finite number. Use {name}=0.0 to switch it off.")
+
+
+def check_rescale(value: object) -> None:
+    """Raise unless `value` lies in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+        raise SettingError(f"rescale={value!r}: expected a number from 0.0 (off) to 1.0 (full).")

@@ -1,0 +1,50 @@
+"""Errors and warnings of stg_hooks: typed, raised before anything is touched, saying what to type instead."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class StgError(Exception):
+    """Base class of every error that stg_hooks raises on purpose."""
+
+
+class LayerError(StgError, LookupError):
+    """A requested layer does not exist, is ambiguous, or cannot be skipped in the requested mode."""
+
+
+class SettingError(StgError, ValueError):
+    """A number or name among the settings cannot be used."""
+
+
+class TargetError(StgError, TypeError):
+    """An object was passed that stg_hooks cannot work with."""
+
+
+class BlockError(StgError, RuntimeError):
+    """A block returned something that cannot be traced back to what it was given."""
+
+
+class CallError(StgError, RuntimeError):
+    """A call of the denoiser cannot be guided: its rows or its role (cond, uncond) are unknown."""
+
+
+class StgWarning(UserWarning):
+    """Guidance did not do what its user most likely expects."""
+
+
+def closest(asked: str, existing: Iterable[str], count: int = 3) -> str:
+    """Phrase the names nearest to a misspelt one, as the end of an error message.
+
+    Args:
+        asked: what the user typed.
+        existing: the names that would have been accepted.
+        count: how many to suggest at most.
+
+    Returns:
+        `" Did you mean 'a', 'b'?"`, or an empty string where nothing is near.
+    """
+    names = list(dict.fromkeys(existing))
+    near = difflib.get_close_matches(asked, names, n=count, cutoff=0.5)
+    return f" Did you mean {', '.join(map(repr, near))}?" if near else ""

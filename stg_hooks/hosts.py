@@ -1,0 +1,108 @@
+"""What `apply` needs to know about the target that it guides, and who answers for which kind of target."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, Protocol
+
+from torch import Tensor, nn
+
+from stg_hooks.errors import TargetError
+
+# Top-level package of a target's class -> module with a `host(target)` function; imported when first needed.
+_INTEGRATIONS = {"diffusers": "stg_hooks.integrations.diffusers"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """What one call of a denoiser is for.
+
+    `rows` says what its rows are: all conditional, all unconditional, or `[uncond, cond]` halves. `guidance_scale` is
+    the CFG weight that the caller is going to apply, where it is known. `uncond_follows` marks a cond call whose uncond
+    prediction comes from a call of its own, later in the same step.
+    """
+
+    rows: Literal["cond", "uncond", "uncond+cond"]
+    guidance_scale: float | Tensor | None = None
+    uncond_follows: bool = False
+
+
+class Host(Protocol):
+    """Answers for one target."""
+
+    @property
+    def name(self) -> str:
+        """What to call the target in messages."""
+
+    @property
+    def knows_guidance_scale(self) -> bool:
+        """Whether roles carry a CFG weight, which `rescale` needs."""
+
+    def denoisers(self) -> dict[str, nn.Module]:
+        """Return the modules to guide, by the names that the target has for them."""
+
+    def watch(self) -> AbstractContextManager[object]:
+        """Follow what the target is doing, for as long as it is guided."""
+
+    def role(self, denoiser: str) -> Role | None:
+        """Say what the call that this denoiser is in is for; `None` if it is not the target's, or none to guide."""
+
+
+class ModuleHost:
+    """A denoiser on its own: every call is guided, and its rows are what the user says."""
+
+    name = "the module"
+
+    def __init__(self, module: nn.Module, batched_cfg: bool, guidance_scale: float | Tensor | None) -> None:
+        """Describe the module's calls.
+
+        Args:
+            module: the denoiser.
+            batched_cfg: its rows are `[uncond, cond]`; otherwise every row is conditional.
+            guidance_scale: the CFG weight that its caller applies, if known.
+        """
+        self._module = module
+        self._role = Role("uncond+cond" if batched_cfg else "cond", guidance_scale)
+        self.knows_guidance_scale = not batched_cfg or guidance_scale is not None
+
+    def denoisers(self) -> dict[str, nn.Module]:
+        """Return the module under an empty name."""
+        return {"": self._module}
+
+    def watch(self) -> AbstractContextManager[object]:
+        """Nothing to follow."""
+        return nullcontext()
+
+    def role(self, denoiser: str) -> Role:
+        """Return the same role for every call."""
+        return self._role
+
+
+def pipeline_host(target: object) -> Host:
+    """Find who answers for a pipeline.
+
+    Args:
+        target: an object of a class that belongs to a known host library, or derives from one that does.
+
+    Returns:
+        Its host.
+
+    Raises:
+        TargetError: nobody knows this kind of object.
+    """
+    for cls in type(target).__mro__:
+        module = _INTEGRATIONS.get(cls.__module__.partition(".")[0])
+        if module is not None:
+            host: Host = importlib.import_module(module).host(target)
+            return host
+    raise TargetError(
+        f"cannot guide a {type(target).__name__}: expected a diffusers pipeline or a torch.nn.Module. For a denoiser "
+        "that is a plain function, use stg.Guider(function, model=module, ...)."
+    )
+
+
+def denoisers_of(target: object) -> dict[str, nn.Module]:
+    """Return the denoisers of a module (itself, under an empty name) or of a pipeline."""
+    return {"": target} if isinstance(target, nn.Module) else pipeline_host(target).denoisers()

@@ -1,0 +1,256 @@
+"""Look at a model: find its stacks of blocks, number and name its layers, resolve what a user asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from stg_hooks.errors import LayerError, TargetError, closest
+from stg_hooks.inspection import attribute_order
+
+LayerSpec = int | str | range | nn.Module | Iterable["int | str | range | nn.Module"]
+"""What may be passed as `layers`: indices, dotted names or globs, modules, or a list of those."""
+
+# Children that hold the projections of an attention: one set of these names is enough to recognise one.
+_PROJECTIONS = (
+    {"to_q", "to_k"},
+    {"to_qkv"},
+    {"q_proj", "k_proj"},
+    {"qkv_proj"},
+    {"q", "k", "v"},
+    {"qkv"},
+    {"wq", "wk"},
+    {"query", "key"},
+    {"query_key_value"},
+    {"in_proj_weight"},
+)
+# Stacks that prepare conditioning rather than denoise: they can be named, but are not numbered.
+_SIDE_WORDS = ("refiner", "text", "context", "caption", "embed", "vace", "control", "connector", "adapter")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One skippable layer of a model.
+
+    `index` is its number in the order in which the main blocks run, `None` for blocks that only a name can reach.
+    """
+
+    index: int | None
+    name: str
+    module: nn.Module
+    attention: tuple[str, ...]
+    """Names of the attention modules inside, relative to the block; empty when the layer is one itself."""
+
+    @property
+    def block(self) -> str:
+        """Class name of the layer."""
+        return type(self.module).__name__
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Tell whether a module computes attention itself, going by its projections, else by its class name."""
+    names = {*module._modules, *module._parameters}
+    if any(wanted <= names for wanted in _PROJECTIONS):
+        return True
+    kind = type(module).__name__
+    return "Attention" in kind and not any(word in kind for word in ("Block", "Layer", "Norm", "Transformer", "Pool"))
+
+
+def attention_modules(module: nn.Module) -> tuple[str, ...]:
+    """Name the outermost attention modules inside a module, itself excluded."""
+    found: list[str] = []
+    for name, child in module.named_modules():
+        if name and is_attention(child) and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    return tuple(found)
+
+
+def find_layers(model: nn.Module) -> list[Layer]:
+    """List the skippable layers of a model, the numbered ones first and in running order.
+
+    A layer is an entry of a `ModuleList` (or `Sequential`) that holds attention; the stages of a U-Net, recognised by
+    their attention-free lists beside the attention, are looked into instead. Children are visited in the order in
+    which `forward` mentions them, so that `mid_block` comes between `down_blocks` and `up_blocks`.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Numbered layers in running order, then the blocks of side stacks (refiners of text or noise, hints).
+    """
+    found = list(_walk(model, ""))
+    main = [entry for entry in found if not _is_side(entry[0])] or found
+    chosen = {name for name, _ in main}
+    layers = [Layer(i, name, module, attention_modules(module)) for i, (name, module) in enumerate(main)]
+    side = [Layer(None, name, module, attention_modules(module)) for name, module in found if name not in chosen]
+    return layers + side
+
+
+def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    rank = attribute_order(module)
+    children = sorted(module._modules.items(), key=lambda item: rank.get(item[0], -1))
+    for name, child in children:
+        if child is None or not _holds_attention(child):
+            continue
+        if _is_container(module) and not _is_container(child) and not _is_stage(child):
+            yield f"{path}{name}", child
+        else:
+            yield from _walk(child, f"{path}{name}.")
+
+
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ModuleList, nn.Sequential))
+
+
+def _holds_attention(module: nn.Module) -> bool:
+    return any(is_attention(child) for child in module.modules())
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """Tell a stage of a U-Net (lists of residual blocks beside lists of attention) from a transformer block."""
+    if is_attention(module):
+        return False
+    lists = [child for child in module._modules.values() if isinstance(child, nn.ModuleList) and len(child)]
+    return len({_holds_attention(child) for child in lists}) == 2
+
+
+def _is_side(name: str) -> bool:
+    return any(word in name for word in _SIDE_WORDS)
+
+
+def resolve(model: nn.Module, spec: object) -> list[Layer]:
+    """Find the layers that a user asked for; all of them, or an error and none.
+
+    Args:
+        model: the module to look into.
+        spec: an index (negative ones count from the end), a range, a dotted name or an unambiguous tail of one, a
+            glob whose `*` stays between two dots, a module, or a list of those.
+
+    Returns:
+        The layers, each once, numbered ones in running order.
+
+    Raises:
+        LayerError: a layer that does not exist, an ambiguous name, an empty list, or a model without layers.
+        TargetError: `model` is no module, or `spec` holds something that names no layer.
+    """
+    if not isinstance(model, nn.Module):
+        raise TargetError(f"expected a torch.nn.Module to find layers in, not {type(model).__name__}.")
+    known = find_layers(model)
+    chosen: dict[str, Layer] = {}
+    for item in _items(spec):
+        for layer in _resolve_one(model, known, item):
+            chosen.setdefault(layer.name, layer)
+    if not chosen:
+        raise LayerError(f"layers={spec!r} names no layer. {_what_exists(model, known)}")
+    order = {layer.name: position for position, layer in enumerate(known)}
+    return sorted(chosen.values(), key=lambda layer: order.get(layer.name, len(order)))
+
+
+def _items(spec: object) -> list[object]:
+    if isinstance(spec, (str, int, nn.Module)) and not isinstance(spec, (nn.ModuleList, nn.Sequential)):
+        return [spec]
+    if isinstance(spec, (list, tuple, set, frozenset, range, nn.ModuleList, nn.Sequential)):
+        flat: list[object] = []
+        for item in spec:
+            flat.extend(_items(item))
+        return flat
+    return [spec]
+
+
+def _resolve_one(model: nn.Module, known: list[Layer], item: object) -> list[Layer]:
+    if isinstance(item, bool):
+        raise TargetError(f"layers=[{item}]: expected an index, a name or a module, not a bool.")
+    if isinstance(item, int):
+        return [_by_index(model, known, item)]
+    if isinstance(item, str):
+        return _by_name(model, known, item)
+    if isinstance(item, nn.Module):
+        return [_by_module(model, known, item)]
+    raise TargetError(
+        f"layers=[{item!r}]: expected an index, a range, a dotted name, a glob or a module, not {type(item).__name__}."
+    )
+
+
+def _by_index(model: nn.Module, known: list[Layer], index: int) -> Layer:
+    numbered = [layer for layer in known if layer.index is not None]
+    if not -len(numbered) <= index < len(numbered):
+        hint = " Did you mean layers=[-1]?" if numbered and index > 0 else ""
+        raise LayerError(f"layers=[{index}]: {_what_exists(model, known)}{hint} See stg.layers(model).")
+    return numbered[index]
+
+
+def _by_name(model: nn.Module, known: list[Layer], name: str) -> list[Layer]:
+    if any(character in name for character in "*?["):
+        matches = [layer for layer in known if _glob_matches(name, layer.name)]
+        if not matches:
+            raise LayerError(f"layers=[{name!r}] matches no layer. {_what_exists(model, known)} See stg.layers(model).")
+        return matches
+    matches = [layer for layer in known if _is_tail(name, layer.name)]
+    if not matches:
+        matches = [
+            Layer(None, full, module, attention_modules(module))
+            for full, module in model.named_modules()
+            if full and _is_tail(name, full)
+        ]
+    if len(matches) == 1:
+        return matches
+    exact = [layer for layer in matches if layer.name == name]
+    if exact:
+        return exact
+    if matches:
+        names = ", ".join(repr(layer.name) for layer in matches[:4])
+        raise LayerError(
+            f"layers=[{name!r}] is ambiguous: {len(matches)} modules of {type(model).__name__} end in it ({names}"
+            f"{', ...' if len(matches) > 4 else ''}). Write more of the name."
+        )
+    if name.lstrip("-").isdecimal():
+        raise LayerError(f"layers=[{name!r}] is a name that no module has. For an index write layers=[{int(name)}].")
+    tails = [tail for layer in known for tail in (layer.name, layer.name.split(".", 1)[-1])]
+    raise LayerError(
+        f"layers=[{name!r}]: {type(model).__name__} has no module of that name."
+        f"{closest(name, tails) or ' ' + _what_exists(model, known)} See stg.layers(model)."
+    )
+
+
+def _by_module(model: nn.Module, known: list[Layer], wanted: nn.Module) -> Layer:
+    for layer in known:
+        if layer.module is wanted:
+            return layer
+    for name, module in model.named_modules():
+        if module is wanted and name:
+            return Layer(None, name, module, attention_modules(module))
+    raise LayerError(
+        f"layers=[{type(wanted).__name__}(...)]: that module is not inside this {type(model).__name__}. "
+        f"{_what_exists(model, known)} See stg.layers(model)."
+    )
+
+
+def _is_tail(tail: str, name: str) -> bool:
+    return name == tail or name.endswith(f".{tail}")
+
+
+def _glob_matches(pattern: str, name: str) -> bool:
+    # Part by part, so that `*` never crosses a dot and `blocks.1` is not `blocks.10`.
+    wanted, parts = pattern.split("."), name.split(".")
+    return len(wanted) <= len(parts) and all(
+        fnmatchcase(part, want) for part, want in zip(parts[-len(wanted) :], wanted, strict=True)
+    )
+
+
+def _what_exists(model: nn.Module, known: list[Layer]) -> str:
+    count = sum(layer.index is not None for layer in known)
+    kind = type(model).__name__
+    if not count:
+        return (
+            f"{kind} has no numbered layers: no ModuleList in it holds blocks with attention. "
+            f'Pass modules or dotted names of its blocks (layers=["{_some_name(model)}"]).'
+        )
+    return f"{kind} has {count} layers (0...{count - 1})."
+
+
+def _some_name(model: nn.Module) -> str:
+    lists = [name for name, module in model.named_modules() if name and isinstance(module, nn.ModuleList) and module]
+    return f"{lists[0]}.0" if lists else next((name for name, _ in model.named_children()), "body.0")

@@ -1,0 +1,98 @@
+"""Show what can be skipped in a model, and what is recommended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from stg_hooks.hosts import denoisers_of
+from stg_hooks.layers import Layer, find_layers, is_attention
+from stg_hooks.settings import Published, published_settings
+
+
+def layers(target: object) -> LayerTable:
+    """List what can be skipped in a model or in the denoisers of a pipeline.
+
+    Args:
+        target: a module, or a diffusers pipeline.
+
+    Returns:
+        A table that prints, iterates over `Layer` records, and has `.to_dict()`.
+
+    Raises:
+        TargetError: neither a module nor a pipeline.
+    """
+    return LayerTable(denoisers_of(target))
+
+
+class LayerTable:
+    """The layers of one or more models: prints as a table, iterates over layers, `.to_dict()` for machines."""
+
+    def __init__(self, models: dict[str, nn.Module]) -> None:
+        """Look at each model.
+
+        Args:
+            models: denoisers by name; a lone module under an empty name.
+        """
+        self._models = {name: type(model).__name__ for name, model in models.items()}
+        self._layers = {name: find_layers(model) for name, model in models.items()}
+        self._published = {name: published_settings(model) for name, model in models.items()}
+
+    def __iter__(self) -> Iterator[Layer]:
+        """Iterate over all layers."""
+        return (layer for layers in self._layers.values() for layer in layers)
+
+    def __len__(self) -> int:
+        """Count all layers."""
+        return sum(map(len, self._layers.values()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything in the table as plain lists, strings and numbers."""
+        return {
+            name: {
+                "model": self._models[name],
+                "layers": [
+                    {"index": row.index, "name": row.name, "block": row.block, "attention": list(row.attention)}
+                    for row in layers
+                ],
+                "published": [setting.to_dict() for setting in self._published[name]],
+            }
+            for name, layers in self._layers.items()
+        }
+
+    def __repr__(self) -> str:
+        """Format the table as text."""
+        return "\n\n".join(self._format(name) for name in self._layers)
+
+    def _format(self, name: str) -> str:
+        found, published = self._layers[name], self._published[name]
+        count = sum(layer.index is not None for layer in found)
+        title = f"{name} ({self._models[name]})" if name else self._models[name]
+        recommended = set(published[0].layers) if published else set()
+        rows = [("index", "name", "block", "attention inside", "")]
+        rows += [_row(layer, layer.index in recommended) for layer in found]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [f"{title}: {count} layers"]
+        for row in rows:
+            lines.append("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        lines += [f"  {_describe(setting)}" for setting in published]
+        return "\n".join(lines)
+
+
+def _row(layer: Layer, recommended: bool) -> tuple[str, str, str, str, str]:
+    return (
+        "-" if layer.index is None else str(layer.index),
+        layer.name,
+        layer.block,
+        "(is one itself)" if is_attention(layer.module) else ", ".join(layer.attention),
+        "<- published" if recommended else "",
+    )
+
+
+def _describe(setting: Published) -> str:
+    return (
+        f"published for {setting.name}: layers={list(setting.layers)}, mode={setting.mode!r}, scale={setting.scale}, "
+        f"rescale={setting.rescale} ({setting.source})"
+    )
