@@ -154,8 +154,8 @@ def _observed(pipeline: Any) -> contextlib.AbstractContextManager[None]:
     return shared(pipeline, "run", install)
 
 
-@functools.lru_cache(maxsize=None)
-def _observed_class(cls: type) -> type:
+@functools.cache
+def _observed_class(cls: Any) -> type:
     original: Callable[..., Any] = cls.__call__
     signature = inspect.signature(original)
 

@@ -223,9 +223,7 @@ class _Guide:
         g = role.guidance_scale
         assert g is not None
         final = self._final(step, role, output)
-        return [
-            ((f.float() - g * c.float()) / (1.0 - g)).to(c.dtype) for f, c in zip(final, step.conds, strict=True)
-        ]
+        return [((f.float() - g * c.float()) / (1.0 - g)).to(c.dtype) for f, c in zip(final, step.conds, strict=True)]
 
     def _expect_scale(self, role: Role, cfg: bool) -> None:
         if self._owner.rescale and cfg and role.guidance_scale is None:

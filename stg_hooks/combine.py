@@ -48,7 +48,7 @@ def combine(
     weaks = [weak] if isinstance(weak, Tensor) else list(weak)
     scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(weaks)
     if len(scales) != len(weaks):
-        raise SettingError(f"{len(weaks)} weak predictions but {len(scales)} scales: give one scale, or one per branch.")
+        raise SettingError(f"{len(weaks)} weak predictions but {len(scales)} scales: give one, or one per branch.")
     for name, value in [("guidance_scale", guidance_scale), *(("scale", s) for s in scales)]:
         check_scale(name, value)
     check_rescale(rescale)

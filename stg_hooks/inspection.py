@@ -12,9 +12,10 @@ from typing import Any
 from torch import nn
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _unwrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
-    return inspect.unwrap(forward)
+    plain: Callable[..., Any] = inspect.unwrap(forward)
+    return plain
 
 
 def class_forward(module: nn.Module) -> Callable[..., Any]:
@@ -22,7 +23,7 @@ def class_forward(module: nn.Module) -> Callable[..., Any]:
     return _unwrapped(type(module).forward)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _signature(forward: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(forward)
 
@@ -59,7 +60,7 @@ ReturnNames = str | tuple[str | None, ...]
 """What a `return` statement names: one variable, or a tuple of variables and `None`s."""
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def return_names(forward: Callable[..., Any]) -> ReturnNames | None:
     """Read which variables a function returns.
 

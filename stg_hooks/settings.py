@@ -53,8 +53,8 @@ class Published:
         if self.model not in {cls.__name__ for cls in type(module).__mro__}:
             return False
         config = getattr(module, "config", {})
-        get = config.get if isinstance(config, Mapping) else lambda key: getattr(config, key, None)
-        return all(get(key) == value for key, value in self.where.items())
+        values = config if isinstance(config, Mapping) else vars(config)
+        return all(values.get(key) == value for key, value in self.where.items())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the setting as plain lists, strings and numbers."""
@@ -79,9 +79,7 @@ def recommended(module: nn.Module) -> Published:
     table: Sequence[Published] = importlib.import_module("stg_hooks.adapters").PUBLISHED
     kin = {cls.__name__ for cls in type(module).__mro__}
     others = "; ".join(
-        f"{entry.name} ({', '.join(f'{key}={value}' for key, value in entry.where.items())}): layers={list(entry.layers)}"
-        for entry in table
-        if entry.model in kin
+        f"{entry.name} with {dict(entry.where)}: layers={list(entry.layers)}" for entry in table if entry.model in kin
     )
     raise SettingError(
         f"no layers given, and no setting is published for this {type(module).__name__}"
@@ -121,7 +119,7 @@ def branches_from(
         if layers is not None or scale is not None or mode is not None:
             raise SettingError("give either branches=[...], or layers, scale and mode for a single one, not both.")
         if not branches or not all(isinstance(branch, Branch) for branch in branches):
-            raise SettingError(f"branches={branches!r}: expected a list of at least one stg.Branch(layers, scale, mode).")
+            raise SettingError(f"branches={branches!r}: expected a list of stg.Branch(layers, scale, mode).")
         return list(branches), rescale or 0.0
     if scale is not None:
         check_scale("scale", scale)

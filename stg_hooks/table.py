@@ -74,11 +74,9 @@ class LayerTable:
         rows = [("index", "name", "block", "attention inside", "")]
         rows += [_row(layer, layer.index in recommended) for layer in found]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [f"{title}: {count} layers"]
-        for row in rows:
-            lines.append("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        lines += [f"  {_describe(setting)}" for setting in published]
-        return "\n".join(lines)
+        cells = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        notes = [_describe(setting) for setting in published]
+        return "\n  ".join([f"{title}: {count} layers", *(line.rstrip() for line in cells + notes)])
 
 
 def _row(layer: Layer, recommended: bool) -> tuple[str, str, str, str, str]:
