@@ -1,0 +1,76 @@
+# `make demo` and `make test` are all the set-up there is: each makes .venv and installs what it lacks, once.
+# Needs Python >= 3.10, make and, the first time, a package index. Another interpreter: make PYTHON=python3.12 test
+
+PYTHON  ?= python3 python3.13 python3.12 python3.11 python3.10 python
+VENV    := .venv
+PY      := $(VENV)/bin/python
+PIP     := $(PY) -m pip --disable-pip-version-check --no-input install -q -q -c constraints.txt
+TORCH   := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
+WORKERS ?= 2
+
+# Two test workers with one torch thread each beat one with two, and never fight over the cores.
+PYTEST  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow slow lint format typecheck build clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: $(VENV)/.demo ## make videos with and without guidance in demo/, on a CPU
+	$(PY) -m stg_hooks.demo --out demo
+
+test: lint typecheck ## lint, types, and every test that is not slow
+	$(PYTEST) -m "not slow"
+
+test-slow: test slow ## the same, then the slow tests
+
+slow: $(VENV)/.test
+	@echo "slow tests:"
+	@$(PYTEST) -m slow || { code=$$?; test $$code -eq 5 && echo "there are no slow tests" || exit $$code; }
+
+lint: $(VENV)/.test ## ruff: rules and format
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+
+format: $(VENV)/.test ## let ruff fix what it can
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+typecheck: $(VENV)/.test ## mypy, strict
+	$(PY) -m mypy
+
+# The wheel is built from the sdist, in a temporary folder, so no stale build/ can leak into it.
+build: $(VENV)/.test ## sdist and wheel in dist/, looked into and imported
+	rm -rf dist
+	$(PY) -m build --no-isolation --outdir dist
+	STG_HOOKS_WHEEL="$$(ls $(CURDIR)/dist/*.whl)" $(PY) -m pytest -q tests/test_packaging.py
+
+clean: ## remove what the targets made, .venv included
+	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is newer than everything it was made from; a failed step leaves none. torch goes first and by its exact version:
+# a range would admit a newer release, and with it gigabytes that nothing here needs.
+$(VENV)/.torch: constraints.txt
+	@test -n "$(TORCH)" || { echo "constraints.txt pins no torch version" >&2; exit 1; }
+	@set -e; \
+	for candidate in $(PYTHON); do \
+		if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then python=$$candidate; break; fi; \
+	done; \
+	if test -z "$$python"; then \
+		echo "stg_hooks needs Python >= 3.10; found none among: $(PYTHON)." >&2; \
+		echo "Install one, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; \
+		exit 1; \
+	fi; \
+	test -x $(PY) || { echo "making $(VENV) with $$($$python --version)"; $$python -m venv $(VENV); }
+	@echo "installing $(TORCH) (once; a minute or more)"
+	@$(PIP) setuptools $(TORCH)
+	@touch $@
+
+$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/.torch pyproject.toml constraints.txt
+	@echo "installing stg-hooks[$*] in $(VENV)"
+	@$(PIP) --no-build-isolation -e ".[$*]"
+	@touch $@
