@@ -154,7 +154,6 @@ def _observed(pipeline: Any) -> contextlib.AbstractContextManager[None]:
     return shared(pipeline, "run", install)
 
 
-@functools.cache
 def _observed_class(cls: Any) -> type:
     original: Callable[..., Any] = cls.__call__
     signature = inspect.signature(original)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
@@ -17,10 +17,12 @@ from stg_hooks import activation
 from stg_hooks.calls import halves, predictions, replace_predictions
 from stg_hooks.combine import Scale, check_scale, combine, correction
 from stg_hooks.errors import CallError, SettingError, StgWarning
-from stg_hooks.execution import FullPass, in_weak_pass
+from stg_hooks.execution import Execution, in_weak_pass
 from stg_hooks.hosts import Host, ModuleHost, Role, pipeline_host
 from stg_hooks.layers import LayerSpec
+from stg_hooks.patching import patched
 from stg_hooks.perturb import Mode
+from stg_hooks.prefix import Recording
 from stg_hooks.settings import Branch, branches_from
 
 
@@ -41,9 +43,10 @@ class _Step:
     weaks: list[list[Tensor]]
 
 
-class _PendingOfThread(threading.local):
-    """What the cond call of a step leaves for its uncond call."""
+class _OfThread(threading.local):
+    """What one stage of a step leaves for the next: the cond call for its hook, and for the uncond call."""
 
+    recording: Recording | None = None
     step: _Step | None = None
 
 
@@ -66,6 +69,7 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         branches: Sequence[Branch] | None = None,
         batched_cfg: bool | None = None,
         guidance_scale: Scale | None = None,
+        execution: str = "auto",
     ) -> None:
         """Choose what to guide and how; nothing is touched before the `with`.
 
@@ -78,6 +82,8 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
             branches: several perturbed predictions, instead of `layers`, `scale` and `mode`.
             batched_cfg: for a module: its rows are `[uncond, cond]`. Left out, every row counts as conditional.
             guidance_scale: for a module with `batched_cfg` and `rescale`: the CFG weight that its caller applies.
+            execution: how the weak prediction is computed: `"sequential"` (a second pass that starts at the first
+                skipped layer), `"full"` (the textbook's second pass), or `"auto"`, which chooses.
 
         Raises:
             LayerError: a layer that does not exist or cannot be skipped in this mode.
@@ -97,7 +103,7 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
                 "value that the caller of this module applies (1.0 for none)."
             )
         self.stats = Stats()
-        self._guides = {name: _Guide(self, name, module) for name, module in denoisers.items()}
+        self._guides = {name: _Guide(self, name, module, execution) for name, module in denoisers.items()}
         self._entered: list[ExitStack] = []
 
     def __enter__(self) -> apply:
@@ -148,40 +154,60 @@ def _find_host(target: object, batched_cfg: bool | None, guidance_scale: Scale |
 class _Guide:
     """Guides the calls of one denoiser."""
 
-    def __init__(self, owner: apply, name: str, model: nn.Module) -> None:
+    def __init__(self, owner: apply, name: str, model: nn.Module, execution: str) -> None:
         self._owner = owner
         self._name = name
         self._model = model
-        self._execution = FullPass(model, owner.branches)
-        self._pending = _PendingOfThread()
+        self._execution = Execution(model, owner.branches, execution)
+        self._local = _OfThread()
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        with self._execution.installed(), self._model.register_forward_hook(self._after, with_kwargs=True):
-            try:
-                yield
-            finally:
-                self._pending.step = None
+        with ExitStack() as stack:
+            stack.callback(self._local.__dict__.clear)
+            stack.enter_context(self._execution.installed())
+            stack.enter_context(stack.enter_context(patched(self._model)).everywhere(self._around))
+            stack.enter_context(self._model.register_forward_hook(self._after, with_kwargs=True))
+            yield
+
+    def _role(self) -> Role | None:
+        if in_weak_pass() or not activation.is_active(self._owner):
+            return None
+        return self._owner.host.role(self._name)
+
+    def _around(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record a call that is going to be guided."""
+        role = self._role() if self._owner.is_on else None
+        if role is None or role.rows == "uncond":
+            return proceed(*args, **kwargs)
+        with self._execution.recording(args, kwargs, role.rows == "uncond+cond") as recording:
+            output = proceed(*args, **kwargs)
+        self._local.recording = recording
+        return output
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        owner = self._owner
-        if in_weak_pass() or not activation.is_active(owner):
-            return None
-        role = owner.host.role(self._name)
+        """Guide what a call has returned."""
+        recording, self._local.recording = self._local.recording, None
+        role = self._role()
         if role is None:
             return None
-        owner.stats.calls += 1
-        if not owner.is_on:
+        self._owner.stats.calls += 1
+        if not self._owner.is_on:
             return None
-        new = self._guided(role, args, kwargs, predictions(output))
-        owner.stats.guided_calls += 1
+        new = self._guided(role, args, kwargs, predictions(output), recording)
+        self._owner.stats.guided_calls += 1
         return replace_predictions(output, new)
 
     def _guided(
-        self, role: Role, args: tuple[Any, ...], kwargs: dict[str, Any], output: Sequence[Tensor]
+        self,
+        role: Role,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Sequence[Tensor],
+        recording: Recording | None,
     ) -> list[Tensor]:
         if role.rows == "uncond":
-            step, self._pending.step = self._pending.step, None
+            step, self._local.step = self._local.step, None
             return self._uncond(step, role, output)
         both = role.rows == "uncond+cond"
         unconds: list[Tensor | None] = [None] * len(output)
@@ -190,17 +216,16 @@ class _Guide:
             pairs = [halves(tensor) for tensor in output]
             unconds, conds = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         self._expect_scale(role, both or role.uncond_follows)
-        rows = slice(conds[0].shape[0], None) if both else slice(None)
-        by_branch = self._execution.weak_predictions(self._model, args, kwargs, conds, rows)
+        by_branch = self._execution.weak_predictions(self._model, args, kwargs, conds, both, recording)
         self._owner.stats.weak_passes += len(by_branch)
         step = _Step(conds, [list(weaks) for weaks in zip(*by_branch, strict=True)])
         if role.uncond_follows:
-            if self._pending.step is not None and self._owner.rescale:
+            if self._local.step is not None and self._owner.rescale:
                 raise CallError(
                     f"{self._owner.host.name} made two cond calls without the uncond call that was expected between "
                     "them, so guidance with rescale was lost in a step. Use rescale=0.0, or stg.Guider."
                 )
-            self._pending.step = step
+            self._local.step = step
             if self._owner.rescale:  # the final prediction has to wait for uncond
                 return conds
         if self._owner.rescale:

@@ -85,22 +85,60 @@ def take_rows(
         The arguments of the smaller call.
     """
 
-    def cut(name: str, value: Any) -> Any:
+    def take(name: str, value: Any) -> Any:
         positional = any(word in name for word in _POSITIONAL)
 
         def one(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] % batch:
-                return leaf
-            folded = leaf.shape[0] // batch
-            if folded == 0 or (folded > 1 and (positional or leaf.ndim == 2)):
-                return leaf
-            start, stop, _ = rows.indices(batch)
-            return leaf[start * folded : stop * folded]
+            folded = row_factor(leaf, batch) if isinstance(leaf, Tensor) else 0
+            return leaf if not folded or (folded > 1 and positional) else cut(leaf, rows, batch, folded)
 
         return pytree.tree_map(one, value)
 
-    cut_args = tuple(cut(names[i] if i < len(names) else "", value) for i, value in enumerate(args))
-    return cut_args, {name: cut(name, value) for name, value in kwargs.items()}
+    taken = tuple(take(names[i] if i < len(names) else "", value) for i, value in enumerate(args))
+    return taken, {name: take(name, value) for name, value in kwargs.items()}
+
+
+def row_factor(tensor: Tensor, batch: int) -> int | None:
+    """Say how many entries of dimension 0 belong to one row of a call.
+
+    Args:
+        tensor: any tensor that goes into or comes out of a part of the call.
+        batch: number of rows of the call.
+
+    Returns:
+        1 where dimension 0 is the batch, more where frames or pixels are folded into it, 0 where the tensor is common
+        to all rows; `None` where it cannot be told: a table with an entry per token, or the batch in dimension 1.
+    """
+    if tensor.ndim == 0 or tensor.shape[0] < batch or tensor.shape[0] % batch:
+        return 0
+    folded = tensor.shape[0] // batch
+    if folded > 1 and (tensor.ndim == 2 or (tensor.ndim > 2 and tensor.shape[1] == batch)):
+        return None
+    return folded
+
+
+def cut(tensor: Tensor, rows: slice, batch: int, folded: int) -> Tensor:
+    """Cut a tensor down to some rows of its call.
+
+    Args:
+        tensor: the tensor.
+        rows: which rows to keep; step 1.
+        batch: number of rows of the call.
+        folded: entries of dimension 0 per row, 0 for a tensor that is common to all rows.
+
+    Returns:
+        A view.
+    """
+    start, stop, _ = rows.indices(batch)
+    return tensor[start * folded : stop * folded] if folded else tensor
+
+
+def first_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Guess the number of rows of a call from its first tensor that has dimensions; `None` without one."""
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            return leaf.shape[0]
+    return None
 
 
 def halves(tensor: Tensor) -> tuple[Tensor, Tensor]:

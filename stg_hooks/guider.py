@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from stg_hooks.calls import predictions
 from stg_hooks.combine import Scale, check_scale, combine
 from stg_hooks.errors import SettingError, TargetError
-from stg_hooks.execution import FullPass, in_weak_pass
+from stg_hooks.execution import Execution, in_weak_pass
 from stg_hooks.layers import LayerSpec
 from stg_hooks.perturb import Mode
 from stg_hooks.settings import Branch, branches_from
@@ -34,6 +34,7 @@ class Guider:
         mode: str | Mode | None = None,
         branches: Sequence[Branch] | None = None,
         model: nn.Module | None = None,
+        execution: str = "auto",
     ) -> None:
         """Choose what to guide and how.
 
@@ -46,6 +47,7 @@ class Guider:
             mode: what a skipped layer does instead, `"residual"` by default.
             branches: several perturbed predictions, instead of `layers`, `scale` and `mode`.
             model: the module that holds the layers, where `denoiser` is not itself a module.
+            execution: how the weak prediction is computed, as for `apply`.
 
         Raises:
             LayerError: a layer that does not exist or cannot be skipped in this mode.
@@ -67,7 +69,7 @@ class Guider:
         self.branches, self.rescale = branches_from(model, layers, scale, mode, rescale, branches)
         self.denoiser = denoiser
         self.guidance_scale = guidance_scale
-        self._execution = FullPass(model, self.branches)
+        self._execution = Execution(model, self.branches, execution)
 
     def __call__(
         self,
@@ -92,17 +94,19 @@ class Guider:
             SettingError: an argument is given twice.
         """
         positive = _merged(kwargs, "cond", cond)
-        conds = predictions(self.denoiser(*args, **positive))
-        unconds: Sequence[Tensor | None] = [None] * len(conds)
-        if uncond is not None:
-            negative = _merged(kwargs, "uncond", uncond)
-            if not _is_one(self.guidance_scale):
-                unconds = predictions(self.denoiser(*args, **negative))
-        active = [] if in_weak_pass() else [b for b in self.branches if isinstance(b.scale, Tensor) or b.scale]
+        negative = None if uncond is None else _merged(kwargs, "uncond", uncond)
+        active = not in_weak_pass() and any(isinstance(b.scale, Tensor) or b.scale != 0 for b in self.branches)
         weaks: list[list[Tensor]] = []
         if active:
             with self._execution.installed():
-                weaks = self._execution.weak_predictions(self.denoiser, args, positive, conds, slice(None))
+                with self._execution.recording(args, positive, batched_cfg=False) as recording:
+                    conds = predictions(self.denoiser(*args, **positive))
+                weaks = self._execution.weak_predictions(self.denoiser, args, positive, conds, False, recording)
+        else:
+            conds = predictions(self.denoiser(*args, **positive))
+        unconds: Sequence[Tensor | None] = [None] * len(conds)
+        if negative is not None and not _is_one(self.guidance_scale):
+            unconds = predictions(self.denoiser(*args, **negative))
         results = [
             combine(
                 c,

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
 
 Action = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-"""What to do instead of `forward`: called with the original, the positional and the keyword arguments."""
+"""What to do instead of `forward`: called with what would have run otherwise, and the call's arguments."""
 
 T = TypeVar("T")
 _MISSING = object()
 
 
 class _Local(threading.local):
-    # Class attribute: threads that never set it see None. A plain attribute, because torch.compile can trace
+    # Class attribute: threads that never set it see it empty. A plain attribute, because torch.compile can trace
     # and guard it, which it cannot do with a context variable.
-    action: Action | None = None
+    actions: tuple[Action, ...] = ()
 
 
 class Patch:
@@ -33,25 +33,67 @@ class Patch:
     def __init__(self) -> None:
         """Start without effect."""
         self._local = _Local()
+        self._everywhere: tuple[Action, ...] = ()
 
-    def set(self, action: Action | None) -> Action | None:
-        """Choose what calls from this thread do, `None` for the original; return what they did before."""
-        before = self._local.action
-        self._local.action = action
+    def push(self, action: Action) -> tuple[Action, ...]:
+        """Let calls from this thread do this first; return what to pass to `restore`."""
+        before = self._local.actions
+        self._local.actions = (*before, action)
         return before
+
+    def restore(self, actions: tuple[Action, ...]) -> None:
+        """Go back to what calls from this thread did before `push`."""
+        self._local.actions = actions
+
+    @contextmanager
+    def everywhere(self, action: Action) -> Iterator[None]:
+        """Let calls from all threads do this first, within a `with` that may end in any order with others."""
+        self._everywhere += (action,)
+        try:
+            yield
+        finally:
+            self._everywhere = tuple(other for other in self._everywhere if other is not action)
 
     def wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Return a `forward` that does what has been chosen for the calling thread."""
-        local = self._local
+        local, patch = self._local, self
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            action = local.action
-            if action is None:
+            actions = patch._everywhere + local.actions
+            if not actions:
                 return original(*args, **kwargs)
-            return action(original, args, kwargs)
+            return _run(actions, original, args, kwargs)
 
         return forward
+
+
+def _run(
+    actions: tuple[Action, ...], original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if not actions:
+        return original(*args, **kwargs)
+
+    def proceed(*args: Any, **kwargs: Any) -> Any:
+        return _run(actions[:-1], original, args, kwargs)
+
+    return actions[-1](proceed, args, kwargs)
+
+
+@contextmanager
+def pushed(patches: Sequence[Patch], actions: Sequence[Action]) -> Iterator[None]:
+    """Let calls of several modules from this thread do something else within a `with`.
+
+    Args:
+        patches: the modules' patches.
+        actions: one action for each.
+    """
+    before = [patch.push(action) for patch, action in zip(patches, actions, strict=True)]
+    try:
+        yield
+    finally:
+        for patch, actions_before in zip(patches, before, strict=True):
+            patch.restore(actions_before)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from stg_hooks import activation
 from stg_hooks.layers import Layer, LayerSpec, resolve
-from stg_hooks.patching import Action, Patch, patched
+from stg_hooks.patching import Action, Patch, patched, pushed
 from stg_hooks.perturb import LayerCall, Mode, check_mode, find_mode
 from stg_hooks.streams import Streams
 
@@ -49,23 +49,18 @@ class Switch:
             self._patches = [stack.enter_context(patched(layer.module)) for layer in self.layers]
             yield
 
-    def on(self) -> list[Action | None]:
+    def on(self) -> list[tuple[Action, ...]]:
         """Bypass the layers in calls from this thread; return what to pass to `off`."""
-        return [patch.set(action) for patch, action in zip(self._patches, self._actions, strict=True)]
+        return [patch.push(action) for patch, action in zip(self._patches, self._actions, strict=True)]
 
-    def off(self, before: list[Action | None]) -> None:
+    def off(self, before: list[tuple[Action, ...]]) -> None:
         """Go back to what calls from this thread did before `on`."""
-        for patch, action in zip(self._patches, before, strict=True):
-            patch.set(action)
+        for patch, actions in zip(self._patches, before, strict=True):
+            patch.restore(actions)
 
-    @contextmanager
-    def switched_on(self) -> Iterator[None]:
+    def switched_on(self) -> AbstractContextManager[None]:
         """Bypass the layers in calls from this thread within a `with`."""
-        before = self.on()
-        try:
-            yield
-        finally:
-            self.off(before)
+        return pushed(self._patches, self._actions)
 
 
 class skip:  # noqa: N801 - reads as the verb it is: `with stg.skip(model, layers=[34]):`
