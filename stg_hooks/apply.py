@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,22 +18,12 @@ from stg_hooks import activation
 from stg_hooks.calls import halves, predictions, replace_predictions
 from stg_hooks.combine import Scale, check_scale, combine, correction
 from stg_hooks.errors import CallError, SettingError, StgWarning
-from stg_hooks.execution import Execution, in_weak_pass
+from stg_hooks.execution import Execution, GuidedCall, Stats, in_weak_pass
 from stg_hooks.hosts import Host, ModuleHost, Role, pipeline_host
 from stg_hooks.layers import LayerSpec
 from stg_hooks.patching import patched
 from stg_hooks.perturb import Mode
-from stg_hooks.prefix import Recording
 from stg_hooks.settings import Branch, branches_from
-
-
-@dataclasses.dataclass
-class Stats:
-    """What has happened inside a `with stg.apply(...)` so far."""
-
-    calls: int = 0
-    guided_calls: int = 0
-    weak_passes: int = 0
 
 
 @dataclasses.dataclass
@@ -43,10 +34,20 @@ class _Step:
     weaks: list[list[Tensor]]
 
 
+@dataclasses.dataclass
+class _Call:
+    """One call of the denoiser, as it was made."""
+
+    role: Role
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    guided: GuidedCall | None = None
+
+
 class _OfThread(threading.local):
     """What one stage of a step leaves for the next: the cond call for its hook, and for the uncond call."""
 
-    recording: Recording | None = None
+    call: _Call | None = None
     step: _Step | None = None
 
 
@@ -158,7 +159,7 @@ class _Guide:
         self._owner = owner
         self._name = name
         self._model = model
-        self._execution = Execution(model, owner.branches, execution)
+        self._execution = Execution(model, owner.branches, execution, owner.stats)
         self._local = _OfThread()
 
     @contextmanager
@@ -167,45 +168,44 @@ class _Guide:
             stack.callback(self._local.__dict__.clear)
             stack.enter_context(self._execution.installed())
             stack.enter_context(stack.enter_context(patched(self._model)).everywhere(self._around))
+            stack.enter_context(self._model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True))
             stack.enter_context(self._model.register_forward_hook(self._after, with_kwargs=True))
             yield
 
-    def _role(self) -> Role | None:
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find out what a call is for, and keep its arguments as they were made."""
+        self._local.call = None
         if in_weak_pass() or not activation.is_active(self._owner):
-            return None
-        return self._owner.host.role(self._name)
+            return
+        role = self._owner.host.role(self._name)
+        if role is not None:
+            self._local.call = _Call(role, args, kwargs)
 
     def _around(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Record a call that is going to be guided."""
-        role = self._role() if self._owner.is_on else None
-        if role is None or role.rows == "uncond":
+        """Make a call that is going to be guided, so that its weak passes can share work with it."""
+        call = self._local.call
+        if call is None or call.role.rows == "uncond" or not self._owner.is_on:
             return proceed(*args, **kwargs)
-        with self._execution.recording(args, kwargs, role.rows == "uncond+cond") as recording:
-            output = proceed(*args, **kwargs)
-        self._local.recording = recording
+        output, call.guided = self._execution.cond_pass(proceed, args, kwargs, call.role.rows == "uncond+cond")
         return output
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Guide what a call has returned."""
-        recording, self._local.recording = self._local.recording, None
-        role = self._role()
-        if role is None:
+        call, self._local.call = self._local.call, None
+        if call is None:
             return None
-        self._owner.stats.calls += 1
+        stats = self._owner.stats
+        stats.calls += 1
         if not self._owner.is_on:
             return None
-        new = self._guided(role, args, kwargs, predictions(output), recording)
-        self._owner.stats.guided_calls += 1
+        start = time.perf_counter()
+        new = self._guided(call, predictions(output))
+        stats.guided_calls += 1
+        stats.seconds += time.perf_counter() - start
         return replace_predictions(output, new)
 
-    def _guided(
-        self,
-        role: Role,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Sequence[Tensor],
-        recording: Recording | None,
-    ) -> list[Tensor]:
+    def _guided(self, call: _Call, output: Sequence[Tensor]) -> list[Tensor]:
+        role = call.role
         if role.rows == "uncond":
             step, self._local.step = self._local.step, None
             return self._uncond(step, role, output)
@@ -216,8 +216,14 @@ class _Guide:
             pairs = [halves(tensor) for tensor in output]
             unconds, conds = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         self._expect_scale(role, both or role.uncond_follows)
-        by_branch = self._execution.weak_predictions(self._model, args, kwargs, conds, both, recording)
-        self._owner.stats.weak_passes += len(by_branch)
+        if call.guided is None:
+            raise CallError(
+                f"a call of {type(self._model).__name__} that is to be guided did not reach its forward: something replaced "
+                "it inside the `with`. Enter stg.apply() last."
+            )
+        # Weak passes go the whole way, so that other people's hooks see them as they saw the cond pass.
+        call.guided.denoiser, call.guided.args, call.guided.kwargs = self._model, call.args, call.kwargs
+        by_branch = self._execution.weak_predictions(call.guided, conds)
         step = _Step(conds, [list(weaks) for weaks in zip(*by_branch, strict=True)])
         if role.uncond_follows:
             if self._local.step is not None and self._owner.rescale:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,17 +86,35 @@ def take_rows(
         The arguments of the smaller call.
     """
 
-    def take(name: str, value: Any) -> Any:
-        positional = any(word in name for word in _POSITIONAL)
+    def take(name: str, leaf: Any) -> Any:
+        folded = row_factor(leaf, batch) if isinstance(leaf, Tensor) else 0
+        return leaf if not folded or (folded > 1 and is_positional(name)) else cut(leaf, rows, batch, folded)
 
-        def one(leaf: Any) -> Any:
-            folded = row_factor(leaf, batch) if isinstance(leaf, Tensor) else 0
-            return leaf if not folded or (folded > 1 and positional) else cut(leaf, rows, batch, folded)
+    return map_arguments(take, args, kwargs, names)
 
-        return pytree.tree_map(one, value)
 
-    taken = tuple(take(names[i] if i < len(names) else "", value) for i, value in enumerate(args))
-    return taken, {name: take(name, value) for name, value in kwargs.items()}
+def map_arguments(
+    change: Callable[[str, Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Change every leaf of a call's arguments, nested tuples, lists and dicts included.
+
+    Args:
+        change: takes the name of the argument and a leaf of its value, returns the new leaf.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        names: parameter names that belong to `args`.
+
+    Returns:
+        The new arguments.
+    """
+    named = zip([*names, *[""] * len(args)], args, strict=False)
+    changed = tuple(pytree.tree_map(partial(change, name), value) for name, value in named)
+    return changed, {name: pytree.tree_map(partial(change, name), value) for name, value in kwargs.items()}
+
+
+def is_positional(name: str) -> bool:
+    """Tell whether an argument of this name holds positions: one entry per token, not per row."""
+    return any(word in name for word in _POSITIONAL)
 
 
 def row_factor(tensor: Tensor, batch: int) -> int | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from stg_hooks.calls import predictions
 from stg_hooks.combine import Scale, check_scale, combine
 from stg_hooks.errors import SettingError, TargetError
-from stg_hooks.execution import Execution, in_weak_pass
+from stg_hooks.execution import Execution, Stats, in_weak_pass
 from stg_hooks.layers import LayerSpec
 from stg_hooks.perturb import Mode
 from stg_hooks.settings import Branch, branches_from
@@ -69,7 +69,8 @@ class Guider:
         self.branches, self.rescale = branches_from(model, layers, scale, mode, rescale, branches)
         self.denoiser = denoiser
         self.guidance_scale = guidance_scale
-        self._execution = Execution(model, self.branches, execution)
+        self.stats = Stats()
+        self._execution = Execution(model, self.branches, execution, self.stats)
 
     def __call__(
         self,
@@ -99,9 +100,9 @@ class Guider:
         weaks: list[list[Tensor]] = []
         if active:
             with self._execution.installed():
-                with self._execution.recording(args, positive, batched_cfg=False) as recording:
-                    conds = predictions(self.denoiser(*args, **positive))
-                weaks = self._execution.weak_predictions(self.denoiser, args, positive, conds, False, recording)
+                output, call = self._execution.cond_pass(self.denoiser, args, positive, batched_cfg=False)
+                conds = predictions(output)
+                weaks = self._execution.weak_predictions(call, conds)
         else:
             conds = predictions(self.denoiser(*args, **positive))
         unconds: Sequence[Tensor | None] = [None] * len(conds)

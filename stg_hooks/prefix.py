@@ -159,6 +159,10 @@ class Recording:
         folded = 0 if self.rows == slice(None) else row_factor(value, self.batch) or 0
         return _Leaf.of(value, cut(value, self.rows, self.batch, folded), self._keep_all)
 
+    def answered(self, branch: int) -> list[int]:
+        """List the units (by `id`) that answer from the record in a branch's weak pass."""
+        return [id(record.unit) for record in self.records[: self.ends[branch]] if record.is_shared]
+
     def poisoned(self, branch: int) -> tuple[int, ...]:
         """Say which records of a branch's prefix have outputs that were let go: an identity of what was concluded."""
         return tuple(

@@ -49,6 +49,11 @@ class Switch:
             self._patches = [stack.enter_context(patched(layer.module)) for layer in self.layers]
             yield
 
+    @property
+    def actions(self) -> dict[int, Action]:
+        """What the layers do instead, by `id` of the module."""
+        return {id(layer.module): action for layer, action in zip(self.layers, self._actions, strict=True)}
+
     def on(self) -> list[tuple[Action, ...]]:
         """Bypass the layers in calls from this thread; return what to pass to `off`."""
         return [patch.push(action) for patch, action in zip(self._patches, self._actions, strict=True)]

@@ -1,0 +1,410 @@
+"""Sweep skip guidance over the demo's model: all layers, modes and scales, then a final with fresh noise.
+
+    python benchmarks/demo_model/sweep.py            # coarse: many settings, few clips
+    python benchmarks/demo_model/sweep.py --final    # the best settings of it, many clips, another seed
+
+Every cell (one setting) is kept in --work when it is done, and never computed twice: interrupt and repeat at will, or
+run two processes with --part 0/2 and --part 1/2. Whoever finds all cells done writes the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import stg_hooks as stg
+from stg_hooks import demo
+from stg_hooks.demo import clips, judge
+from stg_hooks.perturb import MODES
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+WEIGHTS = Path(demo.__file__).parent / "weights"
+MEASURES = ("colour", "shape", "motion", "all")
+REFERENCE = 2000
+RESAMPLES = 300
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Cell:
+    """One setting. Without layers it is the plain pipeline."""
+
+    guidance_scale: float
+    steps: int
+    mode: str = ""
+    layer: int = -1
+    scale: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Describe the setting to a reader."""
+        base = "no CFG" if self.guidance_scale == 1 else f"CFG {self.guidance_scale:g}"
+        skip = f" + STG layer {self.layer}, {self.mode}, scale {self.scale:g}" if self.mode else ""
+        return f"{base}{skip}, {self.steps} steps"
+
+    @property
+    def plain(self) -> Cell:
+        """The same setting without skip guidance."""
+        return Cell(self.guidance_scale, self.steps)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the demo needs to sample like this."""
+        return {
+            "layers": [self.layer],
+            "mode": self.mode,
+            "scale": self.scale,
+            "guidance_scale": self.guidance_scale,
+            "steps": self.steps,
+        }
+
+    def applied(self, pipe: Any) -> AbstractContextManager[Any]:
+        """Guide the pipeline by this setting."""
+        if not self.mode:
+            return nullcontext()
+        return stg.apply(pipe, layers=[self.layer], scale=self.scale, mode=self.mode)
+
+
+class Bench:
+    """Sample and grade cells, all from the same noise and conditions, and keep what was found."""
+
+    def __init__(self, work: Path, phase: str, count: int, seed: int, batch: int) -> None:
+        self.work, self.count, self.seed, self.batch = work, count, seed, batch
+        self.pipe, self.grader = demo.load(), judge.load()
+        # Results of other weights, seeds or numbers of clips must not be mixed up with these.
+        self.weights = _fingerprint()
+        self.stamp = f"{phase}-{count}-{seed}-{self.weights}"
+        self.journal = work / f"{self.stamp}.jsonl"
+        work.mkdir(parents=True, exist_ok=True)
+        generator = torch.Generator().manual_seed(1_000_003)  # not a seed that training uses
+        self.reference = judge.features(clips.draw(REFERENCE, generator)[0], self.grader)
+        generator.manual_seed(2_000_003 + seed)
+        self.real, self.labels = clips.draw(count, generator)
+        self.noise = torch.randn(count, 48, 6, 6, 6, generator=generator)
+
+    def done(self) -> dict[Cell, dict[str, Any]]:
+        """Read the cells that are finished."""
+        if not self.journal.exists():
+            return {}
+        lines = [line for line in self.journal.read_text().splitlines() if line.endswith("}")]
+        return {Cell(**row.pop("cell")): row for row in map(json.loads, lines)}
+
+    def tensors(self, cell: Cell) -> dict[str, Tensor]:
+        """Read what the judge saw: features (N, 64) and hits (N, 4)."""
+        found: dict[str, Tensor] = load_file(self._path(cell))
+        return found
+
+    def sample(self, cell: Cell, tick: Callable[[int], object]) -> Tensor:
+        """Generate one clip per label, always from the same noise."""
+        parts = []
+        with cell.applied(self.pipe):
+            for start in range(0, self.count, self.batch):
+                labels, noise = self.labels[start : start + self.batch], self.noise[start : start + self.batch]
+                call = demo.inputs(labels) | {"num_inference_steps": cell.steps}
+                result = self.pipe(**call, guidance_scale=cell.guidance_scale, latents=noise)
+                parts.append(demo.to_clips(result.frames))
+                tick(len(labels))
+        return torch.cat(parts)
+
+    def run(self, cell: Cell, tick: Callable[[int], object]) -> None:
+        """Sample one cell, grade it and write it down."""
+        started = time.process_time()
+        video = self.sample(cell, tick)
+        seconds = (time.process_time() - started) / self.count
+        found = self.grade(video)
+        partial = self._path(cell).with_suffix(f".{os.getpid()}.partial")
+        save_file(found, partial)
+        partial.replace(self._path(cell))
+        row = {"cell": dataclasses.asdict(cell), **self.measure(found), "cpu_seconds_per_clip": round(seconds, 4)}
+        with self.journal.open("a") as file:  # one short write: two processes may share the file
+            file.write(json.dumps(row) + "\n")
+
+    def grade(self, video: Tensor) -> dict[str, Tensor]:
+        """Let the judge look at clips."""
+        with torch.no_grad():
+            features = judge.features(video, self.grader)
+            seen = torch.stack([head(features).argmax(dim=1) for head in self.grader.heads], dim=1)
+        shape, colour, motion = (seen == self.labels).unbind(dim=1)
+        hits = torch.stack([colour, shape, motion, colour & shape & motion], dim=1)
+        return {"features": features, "hits": hits.to(torch.uint8)}
+
+    def measure(self, found: dict[str, Tensor]) -> dict[str, Any]:
+        """Turn what the judge saw into accuracies, with 95 % intervals, and the Frechet distance."""
+        rates = {name: _wilson(hits) for name, hits in zip(MEASURES, found["hits"].unbind(dim=1), strict=True)}
+        return rates | {"frechet_distance": round(judge.frechet_distance(found["features"], self.reference), 4)}
+
+    def compare(self, cell: Cell, base: Cell) -> dict[str, list[float]]:
+        """Compute cell - base with 95 % intervals, clip by clip: both started from the same noise."""
+        ours, theirs = self.tensors(cell), self.tensors(base)
+        changes = {}
+        for index, name in enumerate(MEASURES):
+            change = ours["hits"][:, index].double() - theirs["hits"][:, index].double()
+            changes[name] = _interval(change.mean().item(), change.std().item() / math.sqrt(self.count))
+
+        def distances(rows: Tensor) -> float:
+            return judge.frechet_distance(ours["features"][rows], self.reference) - judge.frechet_distance(
+                theirs["features"][rows], self.reference
+            )
+
+        generator = torch.Generator().manual_seed(0)
+        drawn = [distances(torch.randint(self.count, (self.count,), generator=generator)) for _ in range(RESAMPLES)]
+        spread = torch.tensor(drawn).std().item()
+        return changes | {"frechet_distance": _interval(distances(torch.arange(self.count)), spread)}
+
+    def floor(self) -> dict[str, Any]:
+        """Measure as many fresh real clips of the same conditions: what is sampled can hardly do better."""
+        return self.measure(self.grade(self.real))
+
+    def compute(self, cell: Cell) -> float:
+        """Count the floating-point operations of one clip."""
+        with cell.applied(self.pipe), FlopCounterMode(display=False) as counter:
+            call = demo.inputs(self.labels[:1]) | {"num_inference_steps": 2}
+            self.pipe(**call, guidance_scale=cell.guidance_scale, latents=self.noise[:1])
+        return float(counter.get_total_flops() / 2 * cell.steps)
+
+    def _path(self, cell: Cell) -> Path:
+        text = "_".join(str(value) for value in dataclasses.astuple(cell))
+        return self.work / f"{self.stamp}-{text}.safetensors"
+
+
+def _fingerprint() -> str:
+    """Tell weights apart."""
+    files = ("config.json", "judge.safetensors", "transformer.safetensors")
+    return hashlib.sha256(b"".join((WEIGHTS / name).read_bytes() for name in files)).hexdigest()[:16]
+
+
+def _wilson(hits: Tensor) -> list[float]:
+    """Give a rate and its 95 % interval (Wilson)."""
+    n, rate, z = len(hits), hits.double().mean().item(), 1.96
+    middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return [round(value, 5) for value in (rate, max(0.0, middle - half), min(1.0, middle + half))]
+
+
+def _interval(value: float, error: float) -> list[float]:
+    """Give a value and its 95 % interval (normal)."""
+    return [round(value + z * error, 5) for z in (0, -1.96, 1.96)]
+
+
+def coarse_cells(options: argparse.Namespace) -> list[Cell]:
+    """List the settings of the sweep: CFG alone, CFG with 1.5 times the steps, and every layer, mode and scale."""
+    g, steps = options.guidance, options.steps
+    plain = [Cell(other, steps) for other in sorted({*options.baselines, g})] + [Cell(g, round(1.5 * steps))]
+    skips = [
+        Cell(g, steps, mode, layer, scale)
+        for mode in options.modes
+        for layer in options.layers
+        for scale in options.scales
+    ]
+    return plain + skips
+
+
+def final_cells(chosen: Sequence[Cell]) -> list[Cell]:
+    """List the settings to measure well; the first of the chosen is the demo's."""
+    first = chosen[0]
+    more = Cell(first.guidance_scale, round(1.5 * first.steps))
+    without = dataclasses.replace(first, guidance_scale=1.0)
+    return [first.plain, more, *chosen, *([without.plain, without] if first.guidance_scale != 1 else [])]
+
+
+def ranked(rows: dict[Cell, dict[str, Any]]) -> list[Cell]:
+    """Order the settings with STG by the sum of two ranks: all three words right, and Frechet distance."""
+    cells = [cell for cell in rows if cell.mode]
+    right = sorted(cells, key=lambda cell: -rows[cell]["all"][0])
+    near = sorted(cells, key=lambda cell: rows[cell]["frechet_distance"])
+    return sorted(cells, key=lambda cell: (right.index(cell) + near.index(cell), rows[cell]["frechet_distance"]))
+
+
+def parse_choice(text: str, options: argparse.Namespace) -> Cell:
+    """Read LAYER:MODE:SCALE."""
+    layer, mode, scale = text.split(":")
+    return Cell(options.guidance, options.steps, mode, int(layer), float(scale))
+
+
+def compute_all(bench: Bench, cells: Sequence[Cell], part: tuple[int, int]) -> bool:
+    """Compute what is missing of this process's part.
+
+    Returns:
+        Whether all cells of all parts are done.
+    """
+    done = bench.done()
+    # Dear cells first, dealt to and fro, so that the parts end at about the same time.
+    order = sorted(cells, key=lambda cell: -cell.steps * (1 if cell.guidance_scale == 1 else 2) - bool(cell.mode))
+    index, parts = part
+    turns = [*range(parts), *reversed(range(parts))]
+    todo = [cell for place, cell in enumerate(order) if turns[place % len(turns)] == index and cell not in done]
+    with tqdm(total=sum(bench.count * cell.steps for cell in todo), unit="step", smoothing=0.05) as bar:
+        for cell in todo:
+            bar.set_description(cell.name)
+            bench.run(cell, lambda count, cell=cell: bar.update(count * cell.steps))  # type: ignore[misc]
+    return set(cells) <= set(bench.done())
+
+
+def report(bench: Bench, cells: Sequence[Cell]) -> dict[str, Any]:
+    """Collect cells, compared with the same setting without STG; those without STG with the plain pipeline."""
+    done = bench.done()
+    base = next(cell for cell in cells if cell.mode).plain
+    unit = bench.compute(base)
+    rows = []
+    for cell in tqdm(cells, desc="comparing"):
+        row = {"name": cell.name, "role": "plain" if cell == base else "", **dataclasses.asdict(cell), **done[cell]}
+        row["compute"] = round(bench.compute(cell) / unit, 3)
+        row["against_plain"] = None if cell == base else bench.compare(cell, cell.plain if cell.mode else base)
+        rows.append(row)
+    real = {"name": "real clips", "role": "real", "compute": None, **bench.floor()}
+    return {
+        "clips": bench.count,
+        "real_clips": REFERENCE,
+        "seed": bench.seed,
+        "weights": bench.weights,
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "rows": [*rows, real],
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """Write the rows of a report in Markdown."""
+    lines = [
+        "| setting | compute | colour | shape | motion | all three | change | Fréchet distance | change |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in report["rows"]:
+        rates = [f"{100 * row[m][0]:.1f} ({100 * row[m][1]:.1f}–{100 * row[m][2]:.1f})" for m in MEASURES]
+        against = row.get("against_plain")
+        change = far = ""
+        if against:
+            change = "{:+.1f} ({:+.1f} … {:+.1f})".format(*(100 * value for value in against["all"]))
+            far = "{:+.2f} ({:+.2f} … {:+.2f})".format(*against["frechet_distance"])
+        compute = "" if row["compute"] is None else f"{row['compute']:.2f}"
+        cells = [row["name"], compute, *rates, change, f"{row['frechet_distance']:.2f}", far]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def document(results: dict[str, Any]) -> str:
+    """Write the results in Markdown."""
+    parts = [
+        """# Skip guidance on the demo's model
+
+Made by `python benchmarks/demo_model/sweep.py`; do not edit. Accuracies (%) are what the shipped judge sees. Every row
+starts from the same noise and conditions. Intervals are 95 %: Wilson for accuracies, paired for changes (for the
+Fréchet distance by a paired bootstrap over clips). A change is against the same setting without STG, or, for rows
+without STG, against CFG at equal steps. The Fréchet distance (lower is better) is on the judge's features against 2,000
+real clips; it is biased upwards for few clips, so compare it with the row of real clips, the floor for as many, and
+only within a table. Compute counts floating-point operations, CFG at equal steps being 1."""
+    ]
+    if "final" in results:
+        final = results["final"]
+        parts += [
+            f"## Final: {final['clips']:,} clips a row, noise and conditions that the sweep has not seen",
+            table(final),
+            f"The first row with STG is the demo's setting, chosen {final['chosen_by']}.",
+        ]
+    if "sweep" in results:
+        sweep = results["sweep"]
+        parts += [
+            f"## Sweep: {sweep['clips']:,} clips a row",
+            """Few clips and many rows: the best of them are lucky too. It only chooses what the final measures: the
+best by the sum of two ranks, all three words right and Fréchet distance.""",
+            table(sweep),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """Read "0/2": the first of two parts."""
+    index, _, count = text.partition("/")
+    if not 0 <= int(index) < int(count):
+        raise ValueError(text)
+    return int(index), int(count)
+
+
+def options_from_command_line() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--final", action="store_true", help="measure the best settings of the sweep well")
+    parser.add_argument("--choose", nargs="+", metavar="LAYER:MODE:SCALE", help="for --final: these, the demo's first")
+    parser.add_argument("--keep", type=int, default=2, help="for --final: how many of the sweep's best (default: 2)")
+    parser.add_argument("--clips", type=int, help="clips per cell (default: 128, with --final 1024)")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--guidance", type=float, default=2.0, help="CFG scale of the cells with STG")
+    parser.add_argument("--baselines", type=float, nargs="*", default=[1.0, 3.0], help="more CFG scales without STG")
+    parser.add_argument("--layers", type=int, nargs="+", default=list(range(8)))
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
+    parser.add_argument("--scales", type=float, nargs="+", default=[0.25, 0.5, 1.0])
+    parser.add_argument("--seed", type=int, default=0, help="of the sweep; the final uses the next one")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--part", type=part_of, default=(0, 1), metavar="I/N", help="do only every Nth cell")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "demo_sweep", help="where cells are kept")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--evaluation",
+        type=Path,
+        default=WEIGHTS / "evaluation.json",
+        help="for --final: the summary that the demo shows",
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Compute cells; with the last of them, write the results."""
+    options = options_from_command_line()
+    torch.set_num_threads(options.threads)
+    phase = "final" if options.final else "sweep"
+    results_file: Path = options.results / "demo_model.json"
+    results = json.loads(results_file.read_text()) if results_file.exists() else {}
+    count = options.clips or (1024 if options.final else 128)
+    bench = Bench(options.work, phase, count, options.seed + options.final, options.batch)
+    chosen: list[Cell] = []
+    if options.choose:
+        chosen = [parse_choice(text, options) for text in options.choose]
+    elif options.final:
+        if "sweep" not in results or results["sweep"]["weights"] != bench.weights:
+            raise SystemExit("there is no finished sweep of these weights: run without --final first, or use --choose")
+        chosen = [Cell(*(row[f.name] for f in dataclasses.fields(Cell))) for row in results["sweep"]["best"]]
+        chosen = chosen[: options.keep]
+    cells = final_cells(chosen) if options.final else coarse_cells(options)
+    if not compute_all(bench, cells, options.part):
+        print("this part is done; the results are written by the part that ends last")
+        return 0
+    results[phase] = report(bench, cells)
+    if options.final:
+        results[phase]["settings"] = chosen[0].settings()
+        results[phase]["chosen_by"] = "by hand" if options.choose else "by the sweep below"
+        next(row for row in results[phase]["rows"] if row["name"] == chosen[0].name)["role"] = "guided"
+        write(options.evaluation, json.dumps(results[phase], indent=1) + "\n")
+    else:
+        results[phase]["best"] = [dataclasses.asdict(cell) for cell in ranked(bench.done()) if cell in cells]
+    write(results_file, json.dumps(results, indent=1) + "\n")
+    write(options.results / "demo_model.md", document(results))
+    print(table(results[phase]))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

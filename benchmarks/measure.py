@@ -1,0 +1,191 @@
+"""Count FLOPs, measure time and peak memory, and say what machine this is."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+Times = dict[str, list[float]]
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+# The attention that CPUs run is missing in torch's own table.
+_MORE = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+@contextmanager
+def counting() -> Iterator[FlopCounterMode]:
+    with FlopCounterMode(display=False, custom_mapping=_MORE) as counter:
+        yield counter
+
+
+def flops(call: Callable[[], Any]) -> int:
+    """Count the FLOPs of a call."""
+    with counting() as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
+def flops_of(layers: Sequence[nn.Module], call: Callable[[], Any]) -> tuple[int, list[int], list[int]]:
+    """Count FLOPs of a call, layer by layer.
+
+    Returns:
+        All FLOPs; for each layer its own; for each layer those of everything that runs after it.
+    """
+    starts, ends = [0] * len(layers), [0] * len(layers)
+    with counting() as counter:
+
+        def note(into: list[int], i: int) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                into[i] = int(counter.get_total_flops())
+
+            return hook
+
+        handles = [layer.register_forward_pre_hook(note(starts, i)) for i, layer in enumerate(layers)]
+        handles += [layer.register_forward_hook(note(ends, i)) for i, layer in enumerate(layers)]
+        try:
+            call()
+        finally:
+            for handle in handles:
+                handle.remove()
+        total = int(counter.get_total_flops())
+    return total, [end - start for start, end in zip(starts, ends, strict=True)], [total - end for end in ends]
+
+
+def peak_memory(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, int]:
+    """Run a call, and find how many bytes more than before were in use at once: activations, and whatever is kept.
+
+    On a GPU torch counts them itself; on a CPU the profiler lists each allocation and release of torch's allocator, and
+    the peak of the running sum is taken. Scratch memory inside the matrix library is not in it.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = call()
+        torch.cuda.synchronize(device)
+        return result, torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return result, peak
+
+
+def interleaved(
+    calls: Mapping[str, tuple[Callable[[], Any], Callable[[], AbstractContextManager[Any]]]],
+    rounds: int,
+    device: torch.device,
+) -> Times:
+    """Time calls, all of them once per round, in an order that is drawn anew for each round.
+
+    Args:
+        calls: by name, what to time, and what to enter around it, untimed.
+        rounds: how often.
+        device: where it runs.
+
+    Returns:
+        Seconds, by name and round.
+    """
+    seconds: Times = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(0).shuffle
+    gc.collect()
+    gc.freeze()  # what is here to stay is not looked through again and again
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            shuffle(order)
+            for name in order:
+                call, session = calls[name]
+                gc.collect()
+                with session():
+                    synchronize(device)
+                    start = time.perf_counter()
+                    call()
+                    synchronize(device)
+                    seconds[name].append(time.perf_counter() - start)
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    return seconds
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Return the first and third quartile."""
+    if len(values) < 2:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+def bootstrap(times: Times, statistic: Callable[[Mapping[str, float]], float], draws: int = 2000) -> dict[str, float]:
+    """Estimate a statistic of the contestants' medians, with the interval that holds 95 % of the resampled ones.
+
+    Whole rounds are resampled, so that what disturbed a round disturbs all contestants in it.
+    """
+    rounds = len(next(iter(times.values())))
+    generator = random.Random(0)
+
+    def of(chosen: Sequence[int]) -> float:
+        return statistic({name: statistics.median(values[i] for i in chosen) for name, values in times.items()})
+
+    estimates = sorted(of([generator.randrange(rounds) for _ in range(rounds)]) for _ in range(draws))
+    return {
+        "value": of(range(rounds)),
+        "low": estimates[int(0.025 * draws)],
+        "high": estimates[min(draws - 1, int(0.975 * draws))],
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Name what the numbers depend on; nothing that says whose machine it is."""
+    facts: dict[str, Any] = {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "gpu": properties.name,
+            "gpu_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+        }
+    return facts
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"

@@ -1,0 +1,152 @@
+"""Batched execution: cond and weak rows go through the denoiser together, in one pass over its weights.
+
+The call gets the cond rows once more for every branch. Until a branch's first skipped layer its rows would only repeat
+the cond rows, so blocks run without them and their outputs are copied; a skipped layer runs without them, too, and its
+mode says what those rows get instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from stg_hooks.calls import cut, is_positional, map_arguments, row_factor
+from stg_hooks.patching import Action, Patch, pushed
+
+
+class RowsError(Exception):
+    """The rows of a call, or of a block's output, cannot be told apart."""
+
+
+@dataclasses.dataclass
+class _Group:
+    """Consecutive rows: the call's own (branch `None`), or those of one branch."""
+
+    branch: int | None
+    rows: slice
+
+
+class BatchedPass:
+    """One pass of a denoiser on its own rows and on those of every branch."""
+
+    def __init__(
+        self, skipped: Sequence[Mapping[int, Action]], batch: int, cond: slice, units: Sequence[nn.Module]
+    ) -> None:
+        """Lay the rows out.
+
+        Args:
+            skipped: for each branch, what it does in its skipped layers, by `id` of the module.
+            batch: number of rows of the call as it was made.
+            cond: which of them are conditional.
+            units: blocks, none inside another, the skipped layers among them.
+        """
+        start, stop, _ = cond.indices(batch)
+        self._size = stop - start
+        self._batch = batch
+        self._cond = cond
+        self._skipped = skipped
+        self._units = units
+        self._started = [False] * len(skipped)
+        self.not_run: list[list[int]] = [[] for _ in skipped]
+        """For each branch, the units (by `id`) that ran without its rows before its first skipped layer."""
+        self._inside = False
+        rows = [slice(batch + i * self._size, batch + (i + 1) * self._size) for i in range(len(skipped))]
+        self._groups = [_Group(None, slice(0, batch)), *(_Group(i, branch) for i, branch in enumerate(rows))]
+        self._total = batch + len(skipped) * self._size
+
+    def arguments(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Append the cond rows to the arguments of a call, once per branch."""
+
+        def extend(name: str, leaf: Any) -> Any:
+            folded = row_factor(leaf, self._batch) if isinstance(leaf, Tensor) else 0
+            if not folded or (folded > 1 and (self._batch == 1 or is_positional(name))):
+                return leaf
+            return torch.cat([leaf] + [cut(leaf, self._cond, self._batch, folded)] * len(self._skipped))
+
+        return map_arguments(extend, args, kwargs, names)
+
+    @contextmanager
+    def running(self, patches: Sequence[Patch]) -> Iterator[None]:
+        """Handle the rows of the branches in calls of the units within a `with`."""
+        with pushed(patches, [self._action(unit) for unit in self._units]):
+            yield
+
+    def split(self, predictions: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Split predictions into the call's own rows and, for each branch, the weak ones."""
+        if any(prediction.shape[:1] != (self._total,) for prediction in predictions) or not all(self._started):
+            raise RowsError
+        parts = [[prediction[group.rows] for prediction in predictions] for group in self._groups]
+        return parts[0], parts[1:]
+
+    def _action(self, unit: nn.Module) -> Action:
+        def run(proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._inside:
+                return proceed(*args, **kwargs)
+            skips = [id(unit) in skipped for skipped in self._skipped]
+            self._started = [started or skip for started, skip in zip(self._started, skips, strict=True)]
+            for branch, not_run in enumerate(self.not_run):
+                if not self._started[branch]:
+                    not_run.append(id(unit))
+            computed = [
+                g for g in self._groups if g.branch is None or (self._started[g.branch] and not skips[g.branch])
+            ]
+            if len(computed) == len(self._groups):
+                return proceed(*args, **kwargs)
+            self._inside = True
+            try:
+                output = proceed(*self._take(computed, args), **self._take(computed, kwargs))
+                instead = {
+                    i: self._skipped[i][id(unit)](
+                        proceed, self._take([self._groups[i + 1]], args), self._take([self._groups[i + 1]], kwargs)
+                    )
+                    for i, skip in enumerate(skips)
+                    if skip
+                }
+            finally:
+                self._inside = False
+            return self._join(output, computed, instead)
+
+        return run
+
+    def _take(self, groups: list[_Group], arguments: Any) -> Any:
+        def take(leaf: Any) -> Any:
+            folded = row_factor(leaf, self._total) if isinstance(leaf, Tensor) else 0
+            if not folded:
+                return leaf
+            parts = [cut(leaf, group.rows, self._total, folded) for group in groups]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        return pytree.tree_map(take, arguments)
+
+    def _join(self, output: Any, computed: list[_Group], instead: dict[int, Any]) -> Any:
+        leaves, spec = pytree.tree_flatten(output)
+        others = {branch: pytree.tree_leaves(value) for branch, value in instead.items()}
+        if any(len(other) != len(leaves) for other in others.values()):
+            raise RowsError
+        count = self._batch + self._size * (len(computed) - 1)
+        joined = []
+        for i, leaf in enumerate(leaves):
+            folded = row_factor(leaf, count) if isinstance(leaf, Tensor) else 0
+            if folded is None or (folded > 1 and count == 1):
+                raise RowsError
+            if not folded:
+                joined.append(leaf)
+                continue
+            base = leaf[: self._batch * folded]
+            later = iter(torch.split(leaf[self._batch * folded :], self._size * folded))
+            parts = [base]
+            for group in self._groups[1:]:
+                if group.branch in others:
+                    parts.append(others[group.branch][i])
+                else:
+                    parts.append(next(later) if group in computed else cut(base, self._cond, self._batch, folded))
+            joined.append(torch.cat(parts))
+        return pytree.tree_unflatten(joined, spec)

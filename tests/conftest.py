@@ -1,0 +1,23 @@
+"""Every test starts from the same random numbers and leaves nothing installed behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from stg_hooks import activation, patching
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_in_force() -> Iterator[None]:
+    """No test may end with a session still in force, or a module still replaced: the next one would be perturbed."""
+    yield
+    assert activation._ACTIVE.get() == ()
+    assert not patching._SHARED

@@ -1,0 +1,411 @@
+"""`stg.apply(module, ...)`: every call of a module guided, whoever makes it."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import stg_hooks as stg
+from tests import zoo
+
+exact: dict[str, Any] = {"rtol": 0, "atol": 0}
+close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
+pytestmark = pytest.mark.filterwarnings("error::stg_hooks.StgWarning")  # guidance that works says nothing
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return zoo.build("plain")
+
+
+def weak_of(model: nn.Module, names: tuple[str, ...] = ("blocks.2",)) -> nn.Module:
+    return zoo.without(model, names)
+
+
+def std(t: Tensor) -> Tensor:
+    return t.std(list(range(1, t.ndim)), keepdim=True)
+
+
+# --- which rows get what ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_every_row_is_conditional(model: nn.Module, batch: int) -> None:
+    inputs = zoo.inputs(batch)
+    cond, weak = model(**inputs), weak_of(model)(**inputs)
+    with stg.apply(model, [2], 1.5):
+        assert_close(model(**inputs), cond + 1.5 * (cond - weak), **close)
+    assert_close(model(**inputs), cond, **exact)
+
+
+@pytest.mark.parametrize("videos", [1, 2, 3])
+def test_rows_are_uncond_then_cond(model: nn.Module, videos: int) -> None:
+    """Trap 2: rows [u1, u2, c1, c2]; u_i gets the term of c_i, which is made of c_i's own row and prompt."""
+    inputs = zoo.inputs(2 * videos)
+    plain = model(**inputs)
+    cond = {name: value[videos:] for name, value in inputs.items()}
+    term = 1.5 * (model(**cond) - weak_of(model)(**cond))
+    with stg.apply(model, [2], 1.5, batched_cfg=True):
+        got = model(**inputs)
+    assert_close(got, plain + torch.cat([term, term]), **close)
+    u, c = got.chunk(2)
+    pu, pc = plain.chunk(2)
+    assert_close(u + 6.0 * (c - u), pu + 6.0 * (pc - pu) + term, rtol=1e-4, atol=1e-4)  # what its caller makes of it
+
+
+def test_several_branches(model: nn.Module) -> None:
+    inputs = zoo.inputs()
+    cond, one, two = model(**inputs), weak_of(model)(**inputs), weak_of(model, ("blocks.0", "blocks.1"))(**inputs)
+    with stg.apply(model, branches=[stg.Branch([2], 2.0), stg.Branch([0, 1], 0.5)]) as applied:
+        assert_close(model(**inputs), cond + 2.0 * (cond - one) + 0.5 * (cond - two), **close)
+    assert (applied.stats.calls, applied.stats.guided_calls, applied.stats.weak_passes) == (1, 1, 2)
+
+
+@pytest.mark.parametrize("batched_cfg", [False, True])
+def test_scale_may_be_a_tensor(model: nn.Module, batched_cfg: bool) -> None:
+    inputs = zoo.inputs(4)
+    per_token = torch.linspace(0.0, 2.0, zoo.TOKENS).reshape(1, -1, 1)
+    cond, weak = model(**inputs), weak_of(model)(**inputs)
+    term = per_token * (cond - weak)
+    if batched_cfg:
+        term = torch.cat([term[2:], term[2:]])
+    with stg.apply(model, [2], per_token, batched_cfg=batched_cfg):
+        assert_close(model(**inputs), cond + term, **close)
+
+
+def test_scale_zero_makes_no_weak_pass_and_changes_no_bit(model: nn.Module) -> None:
+    inputs = zoo.inputs()
+    plain = model(**inputs)
+    with stg.apply(model, [2], 0.0) as applied:
+        assert_close(model(**inputs), plain, **exact)
+        assert zoo.calls(model, ["blocks.0", "out"], lambda: model(**inputs)) == ["blocks.0", "out"]
+    assert applied.stats.weak_passes == 0
+
+
+@pytest.mark.parametrize("name", ["expression", "image_text", "nones", "unet", "encoder", "two_stacks", "refined"])
+def test_every_kind_of_model(name: str) -> None:
+    model, inputs, layer = zoo.build(name), zoo.inputs(4), zoo.ZOO[name].numbered[-1]
+    plain = model(**inputs)
+    term = (plain - weak_of(model, (layer,))(**inputs))[2:]
+    with stg.apply(model, [-1], 1.0, batched_cfg=True):
+        for _ in range(2):
+            assert_close(model(**inputs), plain + torch.cat([term, term]), **close)
+
+
+FAMILIES = [name for name, family in zoo.FAMILIES.items() if family.identities]
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_of_diffusers(name: str, batch: int) -> None:
+    """Real arguments: masks, positions, rotary tables, pooled prompts, timesteps; in every step of a loop."""
+    family = zoo.FAMILIES[name]
+    names, identity = family.identities[0]
+    model, weak_model = family.build(), zoo.without(family.build(), names, identity)
+    steps = [family.inputs(batch, seed=seed) for seed in range(1, 4)]
+    expected = []
+    for inputs in steps:
+        plain, weak = model(**inputs)[0], weak_model(**inputs)[0]
+        term = (plain - weak)[batch // 2 :]
+        expected.append(plain + torch.cat([term, term]))
+    with stg.apply(model, list(names), 1.0, batched_cfg=True):
+        for inputs, want in zip(steps, expected, strict=True):
+            got = model(**inputs)
+            assert isinstance(got, tuple)
+            assert_close(got[0], want, rtol=1e-4, atol=1e-4 * float(want.std()))
+
+
+# --- rescale ----------------------------------------------------------------------------------------------------------
+
+
+def test_rescale_without_cfg(model: nn.Module) -> None:
+    inputs = zoo.inputs()
+    cond, weak = model(**inputs), weak_of(model)(**inputs)
+    out = cond + 1.5 * (cond - weak)
+    with stg.apply(model, [2], 1.5, rescale=0.7):
+        assert_close(model(**inputs), out * (0.7 * std(cond) / std(out) + 0.3), **close)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 6.0, torch.linspace(1.0, 3.0, zoo.TOKENS).reshape(1, -1, 1)])
+def test_rescale_returns_the_final_prediction_in_every_row(model: nn.Module, guidance_scale: Any) -> None:
+    """So that the caller's own combination, with whatever weight, leaves it alone."""
+    inputs = zoo.inputs(4)
+    uncond, cond = model(**inputs).chunk(2)
+    weak = weak_of(model)(**inputs)[2:]
+    out = uncond + guidance_scale * (cond - uncond) + 1.5 * (cond - weak)
+    out = out * (0.7 * std(cond) / std(out) + 0.3)
+    with stg.apply(model, [2], 1.5, rescale=0.7, batched_cfg=True, guidance_scale=guidance_scale):
+        got = model(**inputs)
+    assert_close(got, torch.cat([out, out]), rtol=1e-4, atol=1e-4)
+
+
+def test_rescale_without_the_guidance_scale_is_an_error(model: nn.Module) -> None:
+    before = zoo.snapshot(model)
+    with pytest.raises(stg.SettingError, match=r"rescale=0\.7 needs the final prediction.*pass guidance_scale="):
+        stg.apply(model, [2], 1.5, rescale=0.7, batched_cfg=True)
+    stg.apply(model, [2], 1.5, rescale=0.0, batched_cfg=True)
+    assert zoo.snapshot(model) == before
+
+
+# --- arguments that are cut to the cond rows --------------------------------------------------------------------------
+
+
+class Picky(nn.Module):
+    """A denoiser with arguments of all kinds; checks that they belong together, row by row.
+
+    `x` is (B, tokens, dim). `pixels` has frames folded into the batch, `sizes` too; `grid` has one entry per
+    token, and so have the two tables in `freqs`, known by their name only; `extra` nests tensors with and without rows.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = zoo.DiT()
+        self.seen: list[dict[str, Any]] = []
+
+    def forward(
+        self,
+        x: Tensor,
+        grid: Tensor,
+        freqs: tuple[Tensor, Tensor],
+        *,
+        pixels: Tensor,
+        sizes: Tensor,
+        extra: dict[str, Any],
+        sigma: Tensor,
+        flag: bool = True,
+    ) -> Tensor:
+        self.seen.append({key: value for key, value in locals().items() if key != "self"})
+        batch = x.shape[0]
+        text = extra["text"][0] + pixels.reshape(batch, -1, zoo.DIM).mean(1, keepdim=True)
+        text = text + extra["table"]["scales"][:, None, None] + sizes.reshape(batch, -1).mean(1)[:, None, None] + sigma
+        return self.model(x + grid[:, :1] + freqs[0][None, :, 0, :1], text)
+
+
+def picky_call(batch: int = 4) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    inputs = zoo.inputs(batch)
+    frames = 3
+    # `x` has as many tokens as the call has rows times two: a table with an entry per token looks like folded rows.
+    x = torch.cat([inputs["x"], inputs["x"]], dim=1)[:, : 2 * batch]
+    tokens = x.shape[1]
+    kwargs = {
+        "pixels": torch.randn(batch * frames, 2, zoo.DIM),
+        "sizes": torch.randn(batch * frames),
+        "extra": {"text": [inputs["text"]], "table": {"scales": torch.randn(batch)}, "nothing": None, "name": "wan"},
+        "sigma": torch.tensor(0.5),
+    }
+    freqs = torch.randn(tokens, 3, 6), torch.randn(tokens, 3, 6)
+    return (x, torch.randn(tokens, 3), freqs), kwargs
+
+
+def test_arguments_are_cut_to_the_cond_rows() -> None:
+    torch.manual_seed(0)
+    model = Picky().eval().requires_grad_(False)
+    args, kwargs = picky_call(4)
+    assert args[0].shape[1] == 8  # a multiple of the batch
+    plain = model(*args, **kwargs)
+    weak = weak_of(model, ("model.blocks.2",))(*args, **kwargs)
+    model.seen.clear()
+    with stg.apply(model, ["blocks.2"], 1.0, batched_cfg=True):
+        got = model(*args, **kwargs)
+    term = (plain - weak)[2:]
+    assert_close(got, plain + torch.cat([term, term]), **close)
+
+    seen = model.seen[-1]
+    assert len(model.seen) == 2
+    assert_close(seen["x"], args[0][2:], **exact)
+    assert_close(seen["pixels"], kwargs["pixels"][6:], **exact)
+    assert_close(seen["sizes"], kwargs["sizes"][6:], **exact)
+    assert_close(seen["extra"]["text"][0], kwargs["extra"]["text"][0][2:], **exact)
+    assert_close(seen["extra"]["table"]["scales"], kwargs["extra"]["table"]["scales"][2:], **exact)
+    assert (seen["extra"]["nothing"], seen["extra"]["name"], seen["flag"]) == (None, "wan", True)
+    assert seen["grid"].shape == (8, 3)
+    assert [table.shape for table in seen["freqs"]] == [(8, 3, 6), (8, 3, 6)]
+    assert seen["sigma"].shape == ()
+
+
+def test_arguments_are_not_cut_where_all_rows_are_conditional() -> None:
+    torch.manual_seed(0)
+    model = Picky().eval().requires_grad_(False)
+    args, kwargs = picky_call(3)
+    cond, weak = model(*args, **kwargs), weak_of(model, ("model.blocks.2",))(*args, **kwargs)
+    with stg.apply(model, ["blocks.2"], 1.0):
+        assert_close(model(*args, **kwargs), 2 * cond - weak, **close)
+
+
+def test_arguments_are_left_alone(model: nn.Module) -> None:
+    inputs = zoo.inputs(4)
+    before = {name: value.clone() for name, value in inputs.items()}
+    with stg.apply(model, [2], 1.0, batched_cfg=True):
+        model(**inputs).mul_(0.0)
+    assert_close(inputs, before, **exact)
+
+
+def test_an_odd_number_of_rows_is_an_error(model: nn.Module) -> None:
+    plain = model(**zoo.inputs(3))
+    before = zoo.snapshot(model)
+    with (
+        pytest.raises(stg.CallError, match=r"3 rows cannot be \[uncond, cond\].*use batched_cfg=False"),
+        stg.apply(model, [2], 1.0, batched_cfg=True),
+    ):
+        model(**zoo.inputs(3))
+    assert zoo.snapshot(model) == before
+    assert_close(model(**zoo.inputs(3)), plain, **exact)
+
+
+# --- outputs ----------------------------------------------------------------------------------------------------------
+
+
+class Output:
+    """An object with `.sample` that nothing is known about."""
+
+    def __init__(self, sample: Tensor, note: str) -> None:
+        self.sample, self.note = sample, note
+
+
+class Styled(nn.Module):
+    def __init__(self, style: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.model, self.style = zoo.build("plain"), style
+
+    def forward(self, x: Tensor, text: Tensor) -> Any:
+        return self.style(self.model(x, text))
+
+
+STYLES: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "tuple": (lambda t: (t, "note", torch.arange(2)), lambda out: out[0]),
+    "list": (lambda t: [t], lambda out: out[0]),
+    "dict": (lambda t: OrderedDict(pred=t, note="note"), lambda out: out["pred"]),
+    "object": (lambda t: Output(t, "note"), lambda out: out.sample),
+}
+
+
+@pytest.mark.parametrize("batched_cfg", [False, True])
+@pytest.mark.parametrize("style", STYLES)
+def test_output_types_are_kept(style: str, batched_cfg: bool) -> None:
+    wrap, unwrap = STYLES[style]
+    model, inputs = Styled(wrap).eval(), zoo.inputs(4)
+    plain, weak = model(**inputs), weak_of(model, ("model.blocks.2",))(**inputs)
+    term = unwrap(plain) - unwrap(weak)
+    if batched_cfg:
+        term = torch.cat([term[2:], term[2:]])
+    with stg.apply(model, ["blocks.2"], 1.0, batched_cfg=batched_cfg):
+        got = model(**inputs)
+    assert type(got) is type(plain)
+    assert_close(unwrap(got), unwrap(plain) + term, **close)
+    if style == "object":
+        assert got.note == "note"
+    elif style == "tuple":
+        assert got[1] == "note"
+        assert_close(got[2], torch.arange(2), **exact)
+
+
+def test_an_output_object_that_the_model_keeps_is_not_written_into() -> None:
+    kept: list[Output] = []
+
+    def keep(t: Tensor) -> Output:
+        kept.append(Output(t, "note"))
+        return kept[-1]
+
+    model, inputs = Styled(keep).eval(), zoo.inputs()
+    plain = model(**inputs).sample
+    with stg.apply(model, ["blocks.2"], 1.0):
+        got = model(**inputs)
+    assert got is not kept[1]
+    assert_close(kept[1].sample, plain, **exact)
+
+
+def test_diffusers_output_object_is_kept() -> None:
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    family = zoo.FAMILIES["wan"]
+    model, inputs = family.build(), {**family.inputs(), "return_dict": True}
+    cond, weak = model(**inputs).sample, zoo.without(model, ["blocks.1"], zoo.KeepHiddenStates)(**inputs).sample
+    with stg.apply(model, [1], 1.0):
+        got = model(**inputs)
+    assert type(got) is Transformer2DModelOutput
+    assert_close(got.sample, 2 * cond - weak, rtol=1e-4, atol=1e-4)
+    assert_close(got[0], got.sample, **exact)
+
+
+@pytest.mark.parametrize("batched_cfg", [False, True])
+def test_two_outputs_are_both_guided(batched_cfg: bool) -> None:
+    model, inputs = Styled(lambda t: (t, 3 * t[:, :2])).eval(), zoo.inputs(4)
+    plain, weak = model(**inputs), weak_of(model, ("model.blocks.2",))(**inputs)
+    with stg.apply(model, ["blocks.2"], 1.0, batched_cfg=batched_cfg):
+        got = model(**inputs)
+    for g, p, w in zip(got, plain, weak, strict=True):
+        term = torch.cat([(p - w)[2:], (p - w)[2:]]) if batched_cfg else p - w
+        assert_close(g, p + term, **close)
+
+
+def test_half_precision_is_kept_and_added_in_float32(model: nn.Module) -> None:
+    half, inputs = model.bfloat16(), {name: value.bfloat16() for name, value in zoo.inputs().items()}
+    cond, weak = half(**inputs), weak_of(half)(**inputs)
+    with stg.apply(half, [2], 3.0):
+        got = half(**inputs)
+    assert got.dtype == torch.bfloat16
+    assert_close(got, (cond.float() + 3.0 * (cond.float() - weak.float())).bfloat16(), **exact)
+
+
+# --- whose calls ------------------------------------------------------------------------------------------------------
+
+
+def test_another_thread_sees_the_plain_model(model: nn.Module) -> None:
+    inputs = zoo.inputs()
+    plain, weak = model(**inputs), weak_of(model)(**inputs)
+    with stg.apply(model, [2], 1.0), ThreadPoolExecutor(1) as pool:
+        assert_close(pool.submit(lambda: model(**inputs)).result(), plain, **exact)
+        assert_close(model(**inputs), 2 * plain - weak, **close)
+
+
+@pytest.mark.parametrize("outer", [0, 3])
+def test_apply_inside_a_skip_guides_the_skipped_model(model: nn.Module, outer: int) -> None:
+    inputs = zoo.inputs()
+    skipped = weak_of(model, (f"blocks.{outer}",))
+    cond, weak = skipped(**inputs), weak_of(skipped)(**inputs)
+    with warnings.catch_warnings(), stg.skip(model, [outer]), stg.apply(model, [2], 1.0):
+        warnings.simplefilter("ignore", stg.StgWarning)  # that it takes a full pass: the result is the matter here
+        assert_close(model(**inputs), 2 * cond - weak, **close)
+
+
+def test_the_weak_pass_of_a_guider_is_not_guided(model: nn.Module) -> None:
+    """Its cond pass is a call of the module like any other."""
+    inputs = zoo.inputs()
+    cond, weak = model(**inputs), weak_of(model)(**inputs)
+    guided = 2 * cond - weak  # what apply makes of the cond pass
+    with stg.apply(model, [2], 1.0):
+        got = stg.Guider(model, [2], 1.0)(**inputs)
+    assert_close(got, guided + (guided - weak), **close)
+
+
+def test_silence_is_reported(model: nn.Module) -> None:
+    """A `with` in which nothing was guided is most likely a mistake."""
+    with (
+        pytest.warns(stg.StgWarning, match="guided nothing: the module made no call inside"),
+        stg.apply(model, [2], 1.0),
+    ):
+        pass
+    with pytest.warns(stg.StgWarning, match="guided nothing"), stg.apply(model, [2], 1.0):
+        model.forward(**zoo.inputs())  # past `__call__`, hence past all hooks
+
+
+def test_silence_is_not_reported_where_it_was_asked_for_or_explains_itself(model: nn.Module) -> None:
+    with stg.apply(model, [2], 0.0):
+        pass
+    with pytest.raises(ZeroDivisionError), stg.apply(model, [2], 1.0):
+        raise ZeroDivisionError
+
+
+def test_stats_count_what_has_happened(model: nn.Module) -> None:
+    with stg.apply(model, [2], 1.0) as applied:
+        for _ in range(3):
+            model(**zoo.inputs())
+    assert (applied.stats.calls, applied.stats.guided_calls, applied.stats.weak_passes) == (3, 3, 3)

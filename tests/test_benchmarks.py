@@ -1,0 +1,73 @@
+"""The benchmark runs, and writes what it promises. Its numbers are not tested: machines differ."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import cost, measure
+
+
+@pytest.fixture(autouse=True)
+def _keep_threads() -> object:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "cost.json"
+    cost.main(["--quick", "--models", "ltx", "--out", str(out)])
+    results = json.loads(out.read_text())
+    assert {"cpu", "cores", "threads", "torch", "diffusers"} <= results["machine"].keys()
+    (model,) = results["models"]
+    assert (model["name"], model["layers"], model["skipped"], model["cfg"]) == ("ltx", 28, 19, True)
+    assert model["bound"]["formula"] == pytest.approx((2 * 28 + 28 - 19 - 1) / (2 * 28))
+    assert set(model["contestants"]) == set(cost.contestants.TITLES)
+    for name, entry in model["contestants"].items():
+        assert entry["notes"] == []
+        assert len(entry["seconds"]) == results["settings"]["rounds"] == 2
+        assert entry["quartiles"][0] <= entry["median"] <= entry["quartiles"][1]
+        assert entry["peak_bytes"] > 0
+        if name in cost.GUIDED:
+            assert entry["difference"] < 1e-4, "every way to compute it must give the same prediction"
+    assert set(model["extra_of_full"]) == {"bound", "three", "sequential", "batched"}
+    assert set(results["hooks"]["added_us"]) == {"idle", "sequential", "batched"}
+    table = out.with_suffix(".md").read_text()
+    assert "LTX-Video 2B" in table
+    assert str(tmp_path) not in out.read_text() + table, "results are published: no paths in them"
+    assert "LTX-Video 2B" in capsys.readouterr().out
+
+
+def test_plot(tmp_path: Path) -> None:
+    plots = pytest.importorskip("benchmarks.plots")
+    ratio = {name: {"value": 1.2, "low": 1.1, "high": 1.3} for name in cost.GUIDED}
+    points = [{"skipped": k, "tokens": 2**k, "bound": 1.1, "ratio": ratio} for k in (1, 2)]
+    curves = {"title": "Any", "blocks": 3, "published": 2, "position": points, "tokens": points}
+    plots.draw({"curves": curves, "machine": {"cpu": "any", "threads": 1}}, tmp_path / "cost.png")
+    assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_peak_memory_counts_what_is_in_use_at_once() -> None:
+    def call() -> torch.Tensor:
+        kept = torch.zeros(1000)
+        for _ in range(3):
+            torch.zeros(5000)
+        return kept
+
+    _, peak = measure.peak_memory(call, torch.device("cpu"))
+    assert peak == pytest.approx(4 * 6000, abs=256)
+
+
+def test_interleaved_times_every_contestant_in_every_round() -> None:
+    from contextlib import nullcontext
+
+    calls = {"slow": (lambda: time.sleep(0.02), nullcontext), "fast": (lambda: None, nullcontext)}
+    times = measure.interleaved(calls, 4, torch.device("cpu"))
+    assert {name: len(seconds) for name, seconds in times.items()} == {"slow": 4, "fast": 4}
+    estimate = measure.bootstrap(times, lambda t: t["slow"] - t["fast"])
+    assert 0.015 < estimate["low"] <= estimate["value"] <= estimate["high"]

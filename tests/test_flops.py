@@ -1,0 +1,134 @@
+"""What guidance computes, counted: the layers after the skipped one, once more on the cond rows, and nothing else.
+
+The models have their real classes, depths and published layers (benchmarks/shapes.py), and tiny widths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import stg_hooks as stg
+from benchmarks import measure
+from benchmarks.shapes import SHAPES, Inputs, Shape, take
+
+DITS = [name for name, shape in SHAPES.items() if shape.blocks]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model and what a plain call of it costs: in all, in each layer, in all that runs after each layer."""
+
+    shape: Shape
+    model: nn.Module
+    inputs: Inputs
+    plain: int
+    own: list[int]
+    after: list[int]
+
+    def guided(self, scale: float = 1.0, execution: str = "sequential", calls: int = 1) -> int:
+        """Count the FLOPs of the last of several guided calls."""
+        with stg.apply(
+            self.model, layers=[self.shape.skipped], scale=scale, batched_cfg=self.shape.cfg, execution=execution
+        ):
+            counts = [measure.flops(lambda: self.model(**self.inputs)) for _ in range(calls)]
+        return counts[-1]
+
+    @property
+    def skipped(self) -> int:
+        """What the skipped layer costs on the cond rows."""
+        return self.own[self.shape.skipped] // self.shape.rows
+
+
+@functools.cache
+def load(name: str) -> Case:
+    shape = SHAPES[name]
+    model = shape.build(shape.tiny)
+    inputs = take(shape.inputs(model, shape.tiny), [0, 1] if shape.cfg else [1])
+    layers = [layer.module for layer in stg.layers(model) if layer.index is not None]
+    return Case(shape, model, inputs, *measure.flops_of(layers, lambda: model(**inputs)))
+
+
+@pytest.fixture(params=DITS)
+def case(request: pytest.FixtureRequest) -> Case:
+    return load(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _plain_inference() -> Iterator[None]:
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="In CPU autocast", category=UserWarning)  # Mochi, in float32
+        warnings.simplefilter("error", stg.StgWarning)  # a fallback would be counted as what it is not
+        yield
+
+
+def test_depth_and_block_structure_are_real(case: Case) -> None:
+    assert len(case.own) == case.shape.blocks
+    assert sum(case.own) > 0.97 * case.plain, "what is counted must be blocks, or the bound says nothing about it"
+
+
+def reaches_the_bound(case: Case, count: int) -> None:
+    """(2L + L - k - 1) / 2L with CFG, (L + L - k - 1) / L without."""
+    later = sum(case.own[case.shape.skipped + 1 :]) // case.shape.rows  # HunyuanVideo's blocks differ
+    assert count / (case.plain + later) == pytest.approx(1, abs=0.01)
+    assert count / case.plain == pytest.approx(case.shape.formula(), rel=0.01)
+
+
+def test_sequential_reaches_the_bound(case: Case) -> None:
+    count = case.guided()
+    reaches_the_bound(case, count)
+    # What is left besides the blocks are the final layers, which the weak pass needs as well.
+    assert count / (case.plain + case.after[case.shape.skipped] // case.shape.rows) == pytest.approx(1, abs=1e-3)
+
+
+def test_batched_reaches_the_bound(case: Case) -> None:
+    reaches_the_bound(case, case.guided(execution="batched", calls=2))  # the first call is compared with a full pass
+
+
+def test_unet_computes_what_comes_after_the_skipped_layer() -> None:
+    case = load("svd")
+    assert len(case.own) == 16
+    assert case.guided() / (case.plain + case.after[7] // 2) == pytest.approx(1, abs=0.01)
+
+
+def test_skipped_block_costs_nothing(case: Case) -> None:
+    with stg.skip(case.model, layers=[case.shape.skipped]):
+        count = measure.flops(lambda: case.model(**case.inputs))
+    assert count == case.plain - case.own[case.shape.skipped]
+
+
+def test_full_execution_costs_a_pass_less_the_skipped_block(case: Case) -> None:
+    expected = case.plain + case.plain // case.shape.rows - case.skipped
+    assert case.guided(execution="full") / expected == pytest.approx(1, abs=1e-4)  # Mochi's positions have no rows
+
+
+def test_scale_zero_costs_nothing(case: Case) -> None:
+    assert case.guided(scale=0.0) == case.plain
+
+
+@pytest.mark.parametrize("execution", ["auto", "batched", "full"])
+def test_scale_zero_costs_nothing_in_any_execution(execution: str) -> None:
+    case = load("ltx")
+    assert case.guided(scale=0.0, execution=execution) == case.plain
+
+
+@pytest.mark.parametrize("layer", [0, 14, 27])
+def test_the_later_the_layer_the_cheaper(layer: int) -> None:
+    case = load("ltx")
+    with stg.apply(case.model, layers=[layer], scale=1.0, batched_cfg=True, execution="sequential"):
+        count = measure.flops(lambda: case.model(**case.inputs))
+    assert count / case.plain == pytest.approx(case.shape.formula(layer), rel=0.01)
+
+
+def test_attention_of_cpus_is_counted() -> None:
+    """torch's own table leaves it out, and the counts above would be of linear layers alone."""
+    q = torch.randn(1, 2, 16, 8)
+    attend: Any = torch.nn.functional.scaled_dot_product_attention
+    assert measure.flops(lambda: attend(q, q, q)) == 2 * (2 * 16 * 16 * 8) * 2

@@ -1,0 +1,397 @@
+"""What a skip computes: exactly the model without those blocks, in this thread, inside this `with`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+import stg_hooks as stg
+from tests import zoo
+
+exact: dict[str, Any] = {"rtol": 0, "atol": 0}
+
+
+def differs(a: Tensor, b: Tensor) -> bool:
+    return float((a - b).abs().max()) > 1e-3
+
+
+# --- against blocks replaced by hand ----------------------------------------------------------------------------------
+
+SKIPPABLE = [(name, layer) for name, case in zoo.ZOO.items() if case.numbered for layer in (0, -1, -2)]
+
+
+@pytest.mark.parametrize(("name", "layer"), SKIPPABLE)
+def test_zoo_skip_equals_model_with_identities(name: str, layer: int) -> None:
+    model, inputs = zoo.build(name), zoo.inputs()
+    plain = model(**inputs)
+    expected = zoo.without(model, [zoo.ZOO[name].numbered[layer]])(**inputs)
+    assert differs(expected, plain)
+    with stg.skip(model, layers=[layer]):
+        assert_close(model(**inputs), expected, **exact)
+        assert_close(model(**inputs), expected, **exact)  # what was learnt from the first call holds in the second
+    assert_close(model(**inputs), plain, **exact)
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_zoo_skip_of_several_layers(name: str) -> None:
+    case = zoo.ZOO[name]
+    names = list(case.numbered[::2]) or (["first", "second"] if name == "no_stacks" else ["blocks.0", "blocks.2"])
+    model, inputs = zoo.build(name), zoo.inputs()
+    expected = zoo.without(model, names)(**inputs)
+    with stg.skip(model, names):
+        assert_close(model(**inputs), expected, **exact)
+
+
+def test_refiners_can_be_skipped_by_name() -> None:
+    model, inputs = zoo.build("refined"), zoo.inputs()
+    names = ["prompt.token_refiner.1", "noise_refiner.0"]
+    expected = zoo.without(model, names)(**inputs)
+    with stg.skip(model, names):
+        assert_close(model(**inputs), expected, **exact)
+
+
+FAMILY_SKIPS = [
+    pytest.param(name, list(names), identity, id=f"{name}-{'+'.join(names)}")
+    for name, family in zoo.FAMILIES.items()
+    for names, identity in family.identities
+]
+
+
+@pytest.mark.parametrize(("name", "names", "identity"), FAMILY_SKIPS)
+def test_diffusers_skip_equals_model_with_identities(
+    name: str, names: list[str], identity: Callable[[], nn.Module]
+) -> None:
+    family = zoo.FAMILIES[name]
+    model, inputs = family.build(), family.inputs()
+    plain = model(**inputs)[0]
+    expected = zoo.without(model, names, identity)(**inputs)[0]
+    assert differs(expected, plain)
+    with stg.skip(model, names):
+        assert_close(model(**inputs)[0], expected, **exact)
+        assert_close(model(**inputs)[0], expected, **exact)
+    assert_close(model(**inputs)[0], plain, **exact)
+
+
+def test_a_block_used_twice_is_bypassed_in_both_places() -> None:
+    torch.manual_seed(0)
+    model, inputs = zoo.Fractal().eval().requires_grad_(False), zoo.inputs()
+    expected = zoo.without(model, ["blocks.1", "blocks.3"])(**inputs)
+    for layers in ([1], [1, 3]):
+        with stg.skip(model, layers):
+            assert_close(model(**inputs), expected, **exact)
+
+
+def test_shapes_may_change_between_calls() -> None:
+    """What is remembered of a block is which argument stands in for its output, not its shape."""
+    model = zoo.build("computed_text_image")
+    oracle = zoo.without(model, ["blocks.1"])
+    with stg.skip(model, [1]):
+        for batch in (2, 5, 1):
+            assert_close(model(**zoo.inputs(batch)), oracle(**zoo.inputs(batch)), **exact)
+
+
+def test_gradients_flow_around_a_skipped_block() -> None:
+    model = zoo.build("plain").requires_grad_(True)
+    with stg.skip(model, [1]):
+        model(**zoo.inputs()).sum().backward()
+    assert model.blocks[1].ff.weight.grad is None
+    assert model.blocks[0].ff.weight.grad is not None
+
+
+# --- blocks that cannot be bypassed -----------------------------------------------------------------------------------
+
+
+def test_an_output_object_is_refused_and_a_callable_builds_it() -> None:
+    torch.manual_seed(0)
+    model, inputs = zoo.ObjectDiT(zoo.ObjectBlock).eval().requires_grad_(False), zoo.inputs()
+    with (
+        stg.skip(model, [1]),
+        pytest.raises(stg.BlockError, match=r"ObjectBlock returns a BlockOutput that none of its inputs matches"),
+    ):
+        model(**inputs)
+
+    class KeepObject(nn.Module):
+        def forward(self, x: Tensor, text: Tensor) -> zoo.BlockOutput:
+            return zoo.BlockOutput(x)
+
+    expected = zoo.without(model, ["blocks.1"], KeepObject)(**inputs)
+    with stg.skip(model, [1], mode=lambda call: zoo.BlockOutput(call.args[0])):
+        assert_close(model(**inputs), expected, **exact)
+
+
+def test_a_block_that_hands_no_stream_through_is_refused() -> None:
+    torch.manual_seed(0)
+    model = zoo.DiT(zoo.ShrinkingBlock).eval()
+    with (
+        stg.skip(model, [1]),
+        pytest.raises(
+            stg.BlockError,
+            match=r"ShrinkingBlock returns a tensor \(2, 2, 8\) that none of its inputs matches in shape and dtype "
+            r"\(inputs: \(2, 3, 8\), \(2, 3, 8\)\)",
+        ) as error,
+    ):
+        model(**zoo.inputs())
+    assert isinstance(error.value, RuntimeError)
+
+
+# --- cost (trap 15) ---------------------------------------------------------------------------------------------------
+
+
+def flops(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("skipped", [[0], [3], [1, 2], [0, 1, 2, 3]])
+@pytest.mark.parametrize("name", ["plain", "keyword_only", "nones"])
+def test_skipped_blocks_are_not_computed(name: str, skipped: list[int]) -> None:
+    model, inputs = zoo.build(name), zoo.inputs()
+    fewer = zoo.without(model, [])
+    fewer.blocks = nn.ModuleList(block for i, block in enumerate(fewer.blocks) if i not in skipped)
+    full, expected = flops(lambda: model(**inputs)), flops(lambda: fewer(**inputs))
+    assert expected < full
+    with stg.skip(model, skipped):
+        assert flops(lambda: model(**inputs)) == expected
+
+
+def test_a_block_that_has_to_be_learnt_is_computed_once() -> None:
+    model, inputs = zoo.build("expression"), zoo.inputs()
+    full, expected = flops(lambda: model(**inputs)), flops(lambda: zoo.without(model, ["blocks.1"])(**inputs))
+    skip = stg.skip(model, [1])
+    with skip:
+        assert flops(lambda: model(**inputs)) == full
+        assert flops(lambda: model(**inputs)) == expected
+    with skip:  # remembered by the object, not by the `with`
+        assert flops(lambda: model(**inputs)) == expected
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "flux"])
+def test_diffusers_skipped_blocks_are_not_computed(name: str) -> None:
+    family = zoo.FAMILIES[name]
+    names, identity = family.identities[-1]
+    model, inputs = family.build(), family.inputs()
+    full, expected = flops(lambda: model(**inputs)), flops(lambda: zoo.without(model, names, identity)(**inputs))
+    assert expected < full
+    with stg.skip(model, list(names)):
+        assert flops(lambda: model(**inputs)) == expected
+
+
+# --- only here --------------------------------------------------------------------------------------------------------
+
+
+def test_another_thread_sees_the_plain_model() -> None:
+    model, inputs = zoo.build("plain"), zoo.inputs()
+    plain, weak = model(**inputs), zoo.without(model, ["blocks.1"])(**inputs)
+    with stg.skip(model, [1]), ThreadPoolExecutor(1) as pool:
+        assert_close(pool.submit(lambda: model(**inputs)).result(), plain, **exact)
+        assert_close(model(**inputs), weak, **exact)
+
+
+def test_two_threads_skip_different_layers_at_the_same_time() -> None:
+    """Both are inside block 0, hence inside the model, at the same time; so neither may set what the other reads."""
+    model, inputs = zoo.build("plain"), zoo.inputs()
+    expected = {layer: zoo.without(model, [f"blocks.{layer}"])(**inputs) for layer in (1, 2)}
+    plain = model(**inputs)
+    barrier = threading.Barrier(3, timeout=20)
+
+    def meet(*_: Any) -> None:
+        barrier.wait()
+
+    handles = [model.blocks[i].register_forward_hook(meet) for i in (0, 3)]
+
+    def run(layer: int | None) -> list[Tensor]:
+        if layer is None:
+            return [model(**inputs) for _ in range(5)]
+        with stg.skip(model, [layer]):
+            return [model(**inputs) for _ in range(5)]
+
+    with ThreadPoolExecutor(3) as pool:
+        results = {layer: pool.submit(run, layer) for layer in (1, 2, None)}
+    for handle in handles:
+        handle.remove()
+    for layer in (1, 2):
+        for result in results[layer].result():
+            assert_close(result, expected[layer], **exact)
+    for result in results[None].result():
+        assert_close(result, plain, **exact)
+
+
+def test_one_skip_object_entered_by_two_threads() -> None:
+    model, inputs = zoo.build("plain"), zoo.inputs()
+    skip = stg.skip(model, [1])
+    barrier = threading.Barrier(2, timeout=20)
+    expected, plain = zoo.without(model, ["blocks.1"])(**inputs), model(**inputs)
+
+    def run() -> tuple[Tensor, Tensor]:
+        with skip:
+            barrier.wait()
+            inside = model(**inputs)
+            barrier.wait()
+        return inside, model(**inputs)
+
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(run) for _ in range(2)]:
+            inside, outside = future.result()
+            assert_close(inside, expected, **exact)
+            assert_close(outside, plain, **exact)
+
+
+def test_a_block_called_outside_the_model_is_plain() -> None:
+    model, inputs = zoo.build("plain"), zoo.inputs()
+    plain = model.blocks[1](**inputs)
+    with stg.skip(model, [1]):
+        assert_close(model.blocks[1](**inputs), plain, **exact)
+        model(**inputs)
+        assert_close(model.blocks[1](**inputs), plain, **exact)
+
+
+def test_a_block_called_outside_the_model_is_plain_after_an_exception() -> None:
+    model, inputs = zoo.build("plain"), zoo.inputs()
+    plain = model.blocks[1](**inputs)
+    with stg.skip(model, [1]):
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            model(inputs["x"][..., :3], inputs["text"])
+        assert_close(model.blocks[1](**inputs), plain, **exact)
+
+
+def test_another_model_that_shares_the_block_is_plain() -> None:
+    one, other, inputs = zoo.build("plain"), zoo.build("plain", seed=5), zoo.inputs()
+    other.blocks[1] = one.blocks[1]
+    plain = other(**inputs)
+    with stg.skip(one, [1]):
+        one(**inputs)
+        assert_close(other(**inputs), plain, **exact)
+
+
+# --- nesting ----------------------------------------------------------------------------------------------------------
+
+
+def test_nested_skips_of_different_layers_add_up() -> None:
+    model, inputs = zoo.build("plain"), zoo.inputs()
+    outer, both = (zoo.without(model, names)(**inputs) for names in (["blocks.1"], ["blocks.1", "blocks.3"]))
+    with stg.skip(model, [1]):
+        with stg.skip(model, [3]):
+            assert_close(model(**inputs), both, **exact)
+        assert_close(model(**inputs), outer, **exact)
+
+
+def test_nested_skips_of_the_same_layer() -> None:
+    model, inputs = zoo.build("plain"), zoo.inputs()
+    plain, weak = model(**inputs), zoo.without(model, ["blocks.1"])(**inputs)
+    with stg.skip(model, [1]):
+        with stg.skip(model, [1]):
+            assert_close(model(**inputs), weak, **exact)
+        assert_close(model(**inputs), weak, **exact)
+    assert_close(model(**inputs), plain, **exact)
+
+
+def test_the_same_object_entered_again() -> None:
+    model, inputs = zoo.build("plain"), zoo.inputs()
+    plain, weak = model(**inputs), zoo.without(model, ["blocks.2"])(**inputs)
+    skip = stg.skip(model, [2])
+    with skip as entered:
+        assert entered is skip
+        with skip:
+            assert_close(model(**inputs), weak, **exact)
+        assert_close(model(**inputs), weak, **exact)
+    assert_close(model(**inputs), plain, **exact)
+    with skip:
+        assert_close(model(**inputs), weak, **exact)
+    assert_close(model(**inputs), plain, **exact)
+
+
+@pytest.mark.parametrize("layers", [(1, 2), (1, 1)])
+def test_skips_may_end_in_any_order(layers: tuple[int, int]) -> None:
+    model, inputs = zoo.build("plain"), zoo.inputs()
+    plain, second_only = model(**inputs), zoo.without(model, [f"blocks.{layers[1]}"])(**inputs)
+    first, second = (stg.skip(model, [layer]) for layer in layers)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert_close(model(**inputs), second_only, **exact)
+    second.__exit__(None, None, None)
+    assert_close(model(**inputs), plain, **exact)
+
+
+def test_skip_on_a_part_and_on_the_whole() -> None:
+    """The skip counts in calls of the module it was given, wherever these come from."""
+    model, inputs = zoo.build("wrapped"), zoo.inputs()
+    expected = zoo.without(model, ["inner_model.blocks.1"])(**inputs)
+    with stg.skip(model.inner_model, [1]):
+        assert_close(model(**inputs), expected, **exact)
+    plain = model.inner_model(**inputs)
+    with stg.skip(model, [1]):
+        assert_close(model.inner_model(**inputs), plain, **exact)
+
+
+def test_skipped_layers_are_told() -> None:
+    model = zoo.build("plain")
+    skip = stg.skip(model, ["blocks.2", 0])
+    assert [(layer.index, layer.name) for layer in skip.layers] == [(0, "blocks.0"), (2, "blocks.2")]
+
+
+# --- a callable as mode -----------------------------------------------------------------------------------------------
+
+
+def test_callable_mode_sees_the_call_and_can_compute_it() -> None:
+    model, inputs = zoo.build("keyword_only"), zoo.inputs()
+    seen: list[stg.LayerCall] = []
+
+    def half(call: stg.LayerCall) -> Tensor:
+        seen.append(call)
+        return 0.5 * (call.kwargs["hidden"] + call.compute())
+
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = model.blocks[1]
+
+        def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+            return 0.5 * (hidden + self.block(hidden=hidden, **kwargs))
+
+    expected = zoo.without(model, ["blocks.1"], Half)(**inputs)
+    with stg.skip(model, [1], mode=half):
+        assert_close(model(**inputs), expected, **exact)
+    (call,) = seen
+    assert call.layer is model.blocks[1]
+    assert call.args == ()
+    assert set(call.kwargs) == {"hidden", "text", "gain"}
+
+
+def test_callable_mode_on_an_attention_module() -> None:
+    """Trap 8: what takes the place of an attention must reach the output."""
+    model, inputs = zoo.build("plain"), zoo.inputs()
+
+    class OwnValues(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.of = model.blocks[2].attn
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.of.to_out(self.of.to_v(x))
+
+    expected = zoo.without(model, ["blocks.2.attn"], OwnValues)(**inputs)
+    assert differs(expected, model(**inputs))
+    with stg.skip(model, ["blocks.2.attn"], mode=lambda call: call.layer.to_out(call.layer.to_v(call.args[0]))):
+        assert_close(model(**inputs), expected, **exact)
+
+
+def test_an_exception_in_a_callable_mode_is_passed_on() -> None:
+    model, inputs = zoo.build("plain"), zoo.inputs()
+    plain = model(**inputs)
+
+    def broken(call: stg.LayerCall) -> Tensor:
+        raise ZeroDivisionError("broken mode")
+
+    with pytest.raises(ZeroDivisionError, match="broken mode"), stg.skip(model, [1], mode=broken):
+        model(**inputs)
+    assert_close(model(**inputs), plain, **exact)

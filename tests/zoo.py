@@ -1,0 +1,827 @@
+"""Tiny models for the tests: awkward modules written by hand, and small random configurations of diffusers' families.
+
+Every block class of the zoo names, as `identity`, a module written by hand that returns what the block would if every
+stream left it as it entered. `without(model, names)` puts those in place of blocks: the oracle for a residual skip.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+DIM, TEXT_TOKENS, TOKENS = 8, 3, 5
+
+
+# --- identities -------------------------------------------------------------------------------------------------------
+
+
+class Keep(nn.Module):
+    """Returns its first argument."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return x
+
+
+class KeepImageText(nn.Module):
+    """Takes (image, text), returns (image, text)."""
+
+    def forward(self, image: Tensor, text: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return image, text
+
+
+class KeepTextImage(nn.Module):
+    """Takes (image, text), returns (text, image)."""
+
+    def forward(self, image: Tensor, text: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return text, image
+
+
+class KeepHidden(nn.Module):
+    """Takes keywords only."""
+
+    def forward(self, *, hidden: Tensor, **kwargs: Any) -> Any:
+        return hidden
+
+
+class KeepWithNones(nn.Module):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return None, x, None
+
+
+class KeepDict(nn.Module):
+    def forward(self, x: Tensor, text: Tensor) -> Any:
+        return OrderedDict(hidden=x, note="fine", rest=[None, text])
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Self-attention, or cross-attention where a context is given; known by its projections only."""
+
+    def __init__(self, dim: int = DIM, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(dim, dim) for _ in range(4))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = (
+            project(t).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for project, t in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
+        )
+        return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """One stream, read from the `return` statement."""
+
+    identity: type[nn.Module] = Keep
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.cross, self.ff = Attention(), Attention(), nn.Linear(DIM, DIM)
+
+    def mix(self, x: Tensor, text: Tensor) -> Tensor:
+        x = x + self.attn(x)
+        x = x + self.cross(x, text)
+        return x + F.gelu(self.ff(x))
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x = self.mix(x, text)
+        return x  # noqa: RET504 - a name, to be read from the source
+
+
+class ExpressionBlock(Block):
+    """Returns an expression: what it returns has to be learnt from one real output."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        return self.mix(x, text)
+
+
+class TwoReturnsBlock(Block):
+    """Two different `return` statements: the source does not tell which one is taken."""
+
+    def forward(self, x: Tensor, text: Tensor, as_tuple: bool = False) -> Any:
+        x = self.mix(x, text)
+        if as_tuple:
+            return (x,)
+        return x
+
+
+class KeywordBlock(Block):
+    identity = KeepHidden
+
+    def forward(self, *, hidden: Tensor, text: Tensor, gain: float = 1.0) -> Tensor:
+        hidden = gain * self.mix(hidden, text)
+        return hidden  # noqa: RET504 - a name, to be read from the source
+
+
+class NonesBlock(Block):
+    identity = KeepWithNones
+
+    def forward(self, x: Tensor, text: Tensor) -> tuple[None, Tensor, None]:
+        x = self.mix(x, text)
+        return None, x, None
+
+
+class ComputedNonesBlock(Block):
+    """The same output, not to be read from the source."""
+
+    identity = KeepWithNones
+
+    def forward(self, x: Tensor, text: Tensor) -> tuple[None, Tensor, None]:
+        return None, self.mix(x, text), None
+
+
+class DictBlock(Block):
+    """A nested, dict-like output with a constant and a None in it."""
+
+    identity = KeepDict
+
+    def forward(self, x: Tensor, text: Tensor) -> OrderedDict[str, Any]:
+        return OrderedDict(hidden=self.mix(x, text), note="fine", rest=[None, text * 2])
+
+
+class TwoStreamBlock(nn.Module):
+    """Joint attention over image and text; subclasses say which stream is returned first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.ff = Attention(), nn.Linear(DIM, DIM)
+
+    def mix(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        joint = torch.cat([text, image], dim=1)
+        joint = joint + self.attn(joint)
+        joint = joint + F.gelu(self.ff(joint))
+        return joint[:, text.shape[1] :], joint[:, : text.shape[1]]
+
+
+class ImageTextBlock(TwoStreamBlock):
+    identity = KeepImageText
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        image, text = self.mix(image, text)
+        return image, text
+
+
+class TextImageBlock(TwoStreamBlock):
+    identity = KeepTextImage
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        image, text = self.mix(image, text)
+        return text, image
+
+
+class ComputedTextImageBlock(TwoStreamBlock):
+    """Text first, not to be read from the source: matched by shape."""
+
+    identity = KeepTextImage
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mix(image, text)[::-1]
+
+
+@dataclasses.dataclass
+class BlockOutput:
+    """An output object that nothing but its own code can take apart."""
+
+    hidden: Tensor
+
+
+class ObjectBlock(Block):
+    def forward(self, x: Tensor, text: Tensor) -> BlockOutput:
+        return BlockOutput(self.mix(x, text))
+
+
+class ShrinkingBlock(Block):
+    """Halves the number of tokens: no input can stand in for its output."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        return self.mix(x, text)[:, ::2]
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+class DiT(nn.Module):
+    """A stack of one-stream blocks."""
+
+    def __init__(self, block: type[Block] = Block, depth: int = 4) -> None:
+        super().__init__()
+        self.embed = nn.Linear(DIM, DIM)
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
+        self.out = nn.Linear(DIM, DIM)
+
+    def run(self, block: nn.Module, x: Tensor, text: Tensor) -> Tensor:
+        return block(x, text)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = self.run(block, x, text)
+        return self.out(x)
+
+
+class KeywordDiT(DiT):
+    def run(self, block: nn.Module, x: Tensor, text: Tensor) -> Tensor:
+        return block(text=text, gain=0.5, hidden=x)
+
+
+class NonesDiT(DiT):
+    def run(self, block: nn.Module, x: Tensor, text: Tensor) -> Tensor:
+        nothing, x, nothing_either = block(x, text)
+        assert nothing is None
+        assert nothing_either is None
+        return x
+
+
+class DictDiT(DiT):
+    def run(self, block: nn.Module, x: Tensor, text: Tensor) -> Tensor:
+        output = block(x, text)
+        assert output["note"] == "fine"
+        assert output["rest"][0] is None
+        return output["hidden"] + output["rest"][1].mean(1, keepdim=True)
+
+
+class ObjectDiT(DiT):
+    def run(self, block: nn.Module, x: Tensor, text: Tensor) -> Tensor:
+        return block(x, text).hidden
+
+
+class TwoStream(nn.Module):
+    def __init__(self, block: type[TwoStreamBlock], text_first: bool, depth: int = 3) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
+        self.text_first = text_first
+        self.out = nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        for block in self.blocks:
+            streams = block(x, text)
+            text, x = streams if self.text_first else streams[::-1]
+        return self.out(x + text.mean(1, keepdim=True))
+
+
+class TwoStacks(nn.Module):
+    """Double- then single-stream blocks, declared the other way round (trap 10)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.single_blocks = nn.ModuleList(Block() for _ in range(3))
+        self.double_blocks = nn.ModuleList(ImageTextBlock() for _ in range(2))
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        for block in self.double_blocks:
+            x, text = block(x, text)
+        for block in self.single_blocks:
+            x = block(x, text)
+        return x
+
+
+class Refined(nn.Module):
+    """Two refiner stacks beside the main one, one of them nested: they can be named, but have no number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise_refiner = nn.ModuleList(Block() for _ in range(2))
+        self.prompt = nn.Module()
+        self.prompt.token_refiner = nn.ModuleList(Block() for _ in range(2))
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        for block in self.prompt.token_refiner:
+            text = block(text, text)
+        for block in (*self.noise_refiner, *self.blocks):
+            x = block(x, text)
+        return x
+
+
+class Stage(nn.Module):
+    """A stage of a U-Net: residual layers beside attention blocks."""
+
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList(Block() for _ in range(depth))
+        self.resnets = nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(depth))
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            x = attention(F.gelu(resnet(x)), text)
+        return x
+
+
+class UNet(nn.Module):
+    """Declared down, up, mid, as diffusers does; runs down, mid, up, with connections across."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down_blocks = nn.ModuleList([Stage(), Stage(1)])
+        self.up_blocks = nn.ModuleList([Stage(1), Stage()])
+        self.mid_block = Stage(1)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        kept = []
+        for stage in self.down_blocks:
+            x = stage(x, text)
+            kept.append(x)
+        x = self.mid_block(x, text)
+        for stage in self.up_blocks:
+            x = stage(x + kept.pop(), text)
+        return x
+
+
+class KeepInEncoder(Keep):
+    """The encoder looks at its first layer before it runs it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(DIM, 2, batch_first=True)
+
+
+class EncoderLayer(nn.TransformerEncoderLayer):
+    identity = KeepInEncoder
+
+
+class Encoder(nn.Module):
+    """PyTorch's own transformer; its layers return different expressions, and look at their own weights first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = EncoderLayer(DIM, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        for parameter in self.encoder.parameters():  # it copies one layer: make them differ
+            nn.init.normal_(parameter, std=0.3)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        return self.encoder(torch.cat([x, text], dim=1))[:, : x.shape[1]]
+
+
+class NoStacks(nn.Module):
+    """Blocks with names of their own, in no list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Block(), Block()
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        return self.second(self.first(x, text), text)
+
+
+class NoAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(3))
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = F.gelu(block(x))
+        return x
+
+
+class Wrapped(nn.Module):
+    """As k-diffusion wraps a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner_model = DiT()
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        return 0.5 * x + self.inner_model(x, text)
+
+
+class Fractal(nn.Module):
+    """One block used twice in its stack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = Block()
+        self.blocks = nn.ModuleList([Block(), shared, Block(), shared])
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, text)
+        return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model of the zoo, and what is to be found in it."""
+
+    build: Callable[[], nn.Module]
+    numbered: Sequence[str]
+    named: Sequence[str] = ()
+
+
+def _stack(name: str, depth: int) -> list[str]:
+    return [f"{name}.{i}" for i in range(depth)]
+
+
+ZOO: dict[str, Case] = {
+    "plain": Case(DiT, _stack("blocks", 4)),
+    "twelve": Case(lambda: DiT(depth=12), _stack("blocks", 12)),
+    "expression": Case(lambda: DiT(ExpressionBlock), _stack("blocks", 4)),
+    "two_returns": Case(lambda: DiT(TwoReturnsBlock), _stack("blocks", 4)),
+    "keyword_only": Case(lambda: KeywordDiT(KeywordBlock), _stack("blocks", 4)),
+    "nones": Case(lambda: NonesDiT(NonesBlock), _stack("blocks", 4)),
+    "computed_nones": Case(lambda: NonesDiT(ComputedNonesBlock), _stack("blocks", 4)),
+    "dict": Case(lambda: DictDiT(DictBlock), _stack("blocks", 4)),
+    "image_text": Case(lambda: TwoStream(ImageTextBlock, False), _stack("blocks", 3)),
+    "text_image": Case(lambda: TwoStream(TextImageBlock, True), _stack("blocks", 3)),
+    "computed_text_image": Case(lambda: TwoStream(ComputedTextImageBlock, True), _stack("blocks", 3)),
+    "two_stacks": Case(TwoStacks, _stack("double_blocks", 2) + _stack("single_blocks", 3)),
+    "refined": Case(Refined, _stack("blocks", 3), _stack("noise_refiner", 2) + _stack("prompt.token_refiner", 2)),
+    "unet": Case(
+        UNet,
+        [
+            "down_blocks.0.attentions.0",
+            "down_blocks.0.attentions.1",
+            "down_blocks.1.attentions.0",
+            "mid_block.attentions.0",
+            "up_blocks.0.attentions.0",
+            "up_blocks.1.attentions.0",
+            "up_blocks.1.attentions.1",
+        ],
+    ),
+    "encoder": Case(Encoder, _stack("encoder.layers", 3)),
+    "no_stacks": Case(NoStacks, []),
+    "no_attention": Case(NoAttention, []),
+    "wrapped": Case(Wrapped, _stack("inner_model.blocks", 4)),
+}
+
+
+def build(name: str, seed: int = 0) -> nn.Module:
+    """Build a model of the zoo with random weights, ready for inference."""
+    torch.manual_seed(seed)
+    return ZOO[name].build().eval().requires_grad_(False)
+
+
+def inputs(batch: int = 2, seed: int = 1) -> dict[str, Tensor]:
+    """What every model of the zoo takes."""
+    random = torch.Generator().manual_seed(seed)
+    return {
+        "x": torch.randn(batch, TOKENS, DIM, generator=random),
+        "text": torch.randn(batch, TEXT_TOKENS, DIM, generator=random),
+    }
+
+
+def without(model: nn.Module, names: Sequence[str], identity: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """Copy a model and put a hand-written identity in place of some of its blocks.
+
+    Args:
+        model: not changed.
+        names: dotted names of the blocks.
+        identity: makes the replacement; left out, the block's class says what it is, or it keeps its first argument.
+    """
+    model = copy.deepcopy(model)
+    for name in names:
+        make = identity or getattr(model.get_submodule(name), "identity", Keep)
+        model.set_submodule(name, make())
+    return model
+
+
+class Same:
+    """Equal to another one only if it holds the very same object; keeps it alive, so that its id is not used again."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __repr__(self) -> str:
+        return f"<{type(self.value).__name__} at {id(self.value):x}>"
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Write down all that installing something in a model could change.
+
+    Every entry of every submodule's `__dict__` by identity (`forward`, training flag, processors, configuration),
+    dictionaries among them entry by entry (hooks, parameters, buffers, children); classes and what they define; global
+    hooks; the keys of the state dict.
+    """
+
+    def contents(owner: dict[Any, Any]) -> dict[Any, Any]:
+        return {key: contents(value) if isinstance(value, dict) else Same(value) for key, value in owner.items()}
+
+    modules = dict(model.named_modules())
+    classes = {cls for module in modules.values() for cls in type(module).__mro__}
+    return {
+        "modules": {name: contents(module.__dict__) for name, module in modules.items()},
+        "classes of modules": {name: Same(type(module)) for name, module in modules.items()},
+        "classes": {cls: contents(dict(vars(cls))) for cls in classes},
+        "global hooks": contents(
+            {name: value for name, value in vars(nn.modules.module).items() if name.startswith("_global")}
+        ),
+        "state_dict": list(model.state_dict()),
+    }
+
+
+def calls(model: nn.Module, names: Sequence[str], run: Callable[[], object]) -> list[str]:
+    """Run something and return which of the named modules were called, in the order in which they were."""
+    seen: list[str] = []
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: seen.append(name)) for name in names
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+# --- diffusers --------------------------------------------------------------------------------------------------------
+
+
+class KeepTextFirst(nn.Module):
+    """(image, text) in, (text, image) out: Flux, in its single-stream blocks too, and SD3."""
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
+        return encoder_hidden_states, hidden_states
+
+
+class KeepStreams(nn.Module):
+    """(video, text) in, (video, text) out: CogVideoX, Mochi, HunyuanVideo."""
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return hidden_states, encoder_hidden_states
+
+
+class KeepHiddenStates(nn.Module):
+    """One stream: Wan, LTX."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return hidden_states
+
+
+class KeepSD3Last(nn.Module):
+    """SD3's last block returns no text."""
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
+        return None, hidden_states
+
+
+class KeepInTuple(nn.Module):
+    """The attention blocks of a U-Net, called with `return_dict=False`."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden_states,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A tiny random model of diffusers, and a call of it."""
+
+    model: str
+    config: dict[str, Any]
+    call: Callable[[int, Callable[..., Tensor]], dict[str, Any]]
+    numbered: Sequence[str]
+    named: Sequence[str] = ()
+    identities: tuple[tuple[Sequence[str], Callable[[], nn.Module]], ...] = ()
+    """What to skip, and the identity that replaces it in the oracle."""
+
+    def build(self) -> nn.Module:
+        import diffusers
+
+        torch.manual_seed(0)
+        model = getattr(diffusers, self.model)(**self.config).eval().requires_grad_(False)
+        for parameter in model.parameters():  # some start at zero, and then a skip would change nothing
+            parameter.copy_(0.2 * torch.randn_like(parameter) + (1.0 if parameter.ndim == 1 else 0.0))
+        return model
+
+    def inputs(self, batch: int = 2, seed: int = 1) -> dict[str, Any]:
+        random = torch.Generator().manual_seed(seed)
+        return {**self.call(batch, lambda *shape: torch.randn(*shape, generator=random)), "return_dict": False}
+
+
+FAMILIES: dict[str, Family] = {
+    "wan": Family(
+        "WanTransformer3DModel",
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_dim": 8,
+            "freq_dim": 16,
+            "ffn_dim": 16,
+            "num_layers": 3,
+            "rope_max_seq_len": 32,
+        },
+        lambda batch, randn: {
+            "hidden_states": randn(batch, 4, 2, 4, 4),
+            "timestep": torch.full((batch,), 500),
+            "encoder_hidden_states": randn(batch, 3, 8),
+        },
+        _stack("blocks", 3),
+        identities=((["blocks.1"], KeepHiddenStates), (["blocks.0", "blocks.2"], KeepHiddenStates)),
+    ),
+    "ltx": Family(
+        "LTXVideoTransformer3DModel",
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "cross_attention_dim": 16,
+            "num_layers": 3,
+            "caption_channels": 8,
+        },
+        lambda batch, randn: {
+            "hidden_states": randn(batch, 8, 4),
+            "encoder_hidden_states": randn(batch, 3, 8),
+            "timestep": torch.full((batch,), 500),
+            "encoder_attention_mask": torch.ones(batch, 3),
+            "num_frames": 2,
+            "height": 2,
+            "width": 2,
+        },
+        _stack("transformer_blocks", 3),
+        identities=((["transformer_blocks.1"], KeepHiddenStates), (["transformer_blocks.2"], KeepHiddenStates)),
+    ),
+    "mochi": Family(
+        "MochiTransformer3DModel",
+        {
+            "num_attention_heads": 4,
+            "attention_head_dim": 8,
+            "num_layers": 3,
+            "pooled_projection_dim": 16,
+            "in_channels": 4,
+            "text_embed_dim": 16,
+            "time_embed_dim": 8,
+            "max_sequence_length": 4,
+        },
+        lambda batch, randn: {
+            "hidden_states": randn(batch, 4, 2, 4, 4),
+            "encoder_hidden_states": randn(batch, 4, 16),
+            "timestep": torch.full((batch,), 500),
+            "encoder_attention_mask": torch.ones(batch, 4, dtype=torch.bool),
+        },
+        _stack("transformer_blocks", 3),
+        identities=((["transformer_blocks.1"], KeepStreams),),
+    ),
+    "cogvideox": Family(
+        "CogVideoXTransformer3DModel",
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "time_embed_dim": 8,
+            "text_embed_dim": 8,
+            "num_layers": 3,
+            "sample_width": 4,
+            "sample_height": 4,
+            "sample_frames": 5,
+            "max_text_seq_length": 3,
+        },
+        lambda batch, randn: {
+            "hidden_states": randn(batch, 2, 4, 4, 4),
+            "encoder_hidden_states": randn(batch, 3, 8),
+            "timestep": torch.full((batch,), 500),
+        },
+        _stack("transformer_blocks", 3),
+        identities=((["transformer_blocks.1"], KeepStreams), (["transformer_blocks.0"], KeepStreams)),
+    ),
+    "hunyuan_video": Family(
+        "HunyuanVideoTransformer3DModel",
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "num_layers": 2,
+            "num_single_layers": 3,
+            "num_refiner_layers": 2,
+            "text_embed_dim": 8,
+            "pooled_projection_dim": 8,
+            "rope_axes_dim": (2, 2, 4),
+        },
+        lambda batch, randn: {
+            "hidden_states": randn(batch, 4, 2, 4, 4),
+            "timestep": torch.full((batch,), 500),
+            "encoder_hidden_states": randn(batch, 3, 8),
+            "encoder_attention_mask": torch.ones(batch, 3),
+            "pooled_projections": randn(batch, 8),
+            "guidance": torch.full((batch,), 6000.0),
+        },
+        _stack("transformer_blocks", 2) + _stack("single_transformer_blocks", 3),
+        _stack("context_embedder.token_refiner.refiner_blocks", 2),
+        identities=(
+            (["transformer_blocks.1"], KeepStreams),
+            (["single_transformer_blocks.0"], KeepStreams),
+            (["transformer_blocks.0", "single_transformer_blocks.2"], KeepStreams),
+        ),
+    ),
+    "flux": Family(
+        "FluxTransformer2DModel",
+        {
+            "in_channels": 4,
+            "num_layers": 2,
+            "num_single_layers": 3,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 8,
+            "pooled_projection_dim": 8,
+            "axes_dims_rope": (2, 2, 4),
+        },
+        lambda batch, randn: {
+            "hidden_states": randn(batch, 6, 4),
+            "encoder_hidden_states": randn(batch, 3, 8),
+            "pooled_projections": randn(batch, 8),
+            "timestep": torch.full((batch,), 0.5),
+            "img_ids": torch.arange(18.0).reshape(6, 3),
+            "txt_ids": torch.zeros(3, 3),
+        },
+        _stack("transformer_blocks", 2) + _stack("single_transformer_blocks", 3),
+        identities=((["transformer_blocks.1"], KeepTextFirst), (["single_transformer_blocks.1"], KeepTextFirst)),
+    ),
+    "sd3": Family(
+        "SD3Transformer2DModel",
+        {
+            "sample_size": 4,
+            "patch_size": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 3,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 8,
+            "caption_projection_dim": 16,
+            "pooled_projection_dim": 8,
+            "pos_embed_max_size": 4,
+        },
+        lambda batch, randn: {
+            "hidden_states": randn(batch, 4, 4, 4),
+            "encoder_hidden_states": randn(batch, 3, 8),
+            "pooled_projections": randn(batch, 8),
+            "timestep": torch.full((batch,), 500),
+        },
+        _stack("transformer_blocks", 3),
+        identities=((["transformer_blocks.1"], KeepTextFirst), (["transformer_blocks.2"], KeepSD3Last)),
+    ),
+    "unet2d": Family(
+        "UNet2DConditionModel",
+        {
+            "sample_size": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "layers_per_block": 1,
+            "block_out_channels": (8, 16),
+            "norm_num_groups": 4,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "cross_attention_dim": 8,
+            "attention_head_dim": 4,
+        },
+        lambda batch, randn: {
+            "sample": randn(batch, 4, 8, 8),
+            "timestep": 500,
+            "encoder_hidden_states": randn(batch, 3, 8),
+        },
+        [
+            "down_blocks.0.attentions.0",
+            "mid_block.attentions.0",
+            "up_blocks.1.attentions.0",
+            "up_blocks.1.attentions.1",
+        ],
+        identities=((["mid_block.attentions.0"], KeepInTuple), (["up_blocks.1.attentions.0"], KeepInTuple)),
+    ),
+    "svd": Family(
+        "UNetSpatioTemporalConditionModel",
+        {
+            "sample_size": 16,
+            "in_channels": 8,
+            "out_channels": 4,
+            "block_out_channels": (32, 32, 64, 64),
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 24,
+            "cross_attention_dim": 16,
+            "num_attention_heads": (2, 2, 4, 4),
+            "num_frames": 2,
+        },
+        lambda batch, randn: {
+            "sample": randn(batch, 2, 8, 16, 16),
+            "timestep": torch.tensor(1.3),
+            "encoder_hidden_states": randn(batch, 1, 16),
+            "added_time_ids": torch.ones(batch, 3),
+        },
+        [
+            *(f"down_blocks.{i}.attentions.{j}" for i in range(3) for j in range(2)),
+            "mid_block.attentions.0",
+            *(f"up_blocks.{i}.attentions.{j}" for i in range(1, 4) for j in range(3)),
+        ],
+        identities=((["up_blocks.1.attentions.0"], KeepInTuple),),
+    ),
+}
