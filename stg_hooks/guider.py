@@ -65,6 +65,8 @@ class Guider:
                     "pass the module that it calls as model=..."
                 )
             model = denoiser
+        if not isinstance(model, nn.Module):
+            raise TargetError(f"model must be the torch.nn.Module that holds the layers, not {type(model).__name__}.")
         check_scale("guidance_scale", guidance_scale)
         self.branches, self.rescale = branches_from(model, layers, scale, mode, rescale, branches)
         self.denoiser = denoiser

@@ -152,7 +152,11 @@ class Recording:
 
     def _can_share(self, value: Any) -> bool:
         if isinstance(value, Tensor):
-            return self.rows == slice(None) or row_factor(value, self.batch) is not None
+            if self.rows == slice(None):
+                return True
+            folded = row_factor(value, self.batch)
+            # Frames are folded into maps. Anything flatter may be a table with an entry per token (Mochi's positions).
+            return folded is not None and (folded <= 1 or value.ndim >= 4)
         return value is None or isinstance(value, (bool, int, float, str))
 
     def _leaf(self, value: Tensor) -> _Leaf:
