@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             "dtype": options.dtype,
             "full_size": options.full_size,
             "rounds": options.repeats,
+            "clock": options.clock,
             "guidance_scale": contestants.GUIDANCE_SCALE,
             "scale": contestants.SCALE,
             "peak_memory": "bytes in use at once during the call, above those in use before it",
@@ -93,6 +94,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--repeats", type=int, help="rounds that are timed, each with every contestant (7; 3 at full size)")
     add("--tokens", type=int, help="give all models about this many tokens")
     add("--threads", type=int, default=1, help="CPU threads (1)")
+    add(
+        "--clock",
+        default="wall",
+        choices=list(measure.CLOCKS),
+        help="cpu: time on the CPU, for a machine that is shared",
+    )
     add("--dtype", choices=list(DTYPES), help="float32; at full size bfloat16")
     add(
         "--curves",
@@ -108,6 +115,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.curves = complete and not options.full_size
     if options.out is None and complete:
         options.out = RESULTS / f"cost-{options.device}{'-full' if options.full_size else ''}.json"
+    if options.clock == "cpu" and options.device != "cpu":
+        parser.error("--clock cpu says nothing about another device")
     options.models = options.models or (["mochi"] if options.quick else list(SHAPES))
     options.contestants = options.contestants or list(contestants.TITLES)
     options.repeats = options.repeats or (2 if options.quick else 3 if options.full_size else 7)
@@ -136,7 +145,7 @@ def with_less_if_needed(shape: Shape, names: Sequence[str], options: argparse.Na
 
 
 def model_results(shape: Shape, size: Size, names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
-    device = torch.device(options.device)
+    device, clock = torch.device(options.device), measure.CLOCKS[options.clock]
     model = shape.build(size, options.device, DTYPES[options.dtype])
     inputs = shape.inputs(model, size)
     layers = [layer.module for layer in stg.layers(model) if layer.index is not None]
@@ -180,7 +189,7 @@ def model_results(shape: Shape, size: Size, names: Sequence[str], options: argpa
             difference = (predictions[name].float() - reference).abs().max() / reference.std()
             result["contestants"][name]["difference"] = float(difference)
     predictions.clear()
-    times = measure.interleaved({n: (c.step, c.session) for n, c in field.items()}, options.repeats, device)
+    times = measure.interleaved({n: (c.step, c.session) for n, c in field.items()}, options.repeats, device, clock)
     evaluate(result, times)
     return result
 
@@ -319,7 +328,7 @@ def curves(shape: Shape, names: Sequence[str], options: argparse.Namespace) -> d
 
 
 def point(shape: Shape, size: Size, skipped: int, names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
-    device = torch.device(options.device)
+    device, clock = torch.device(options.device), measure.CLOCKS[options.clock]
     model = shape.build(size, options.device, DTYPES[options.dtype])
     inputs = shape.inputs(model, size)
     chosen = ["plain", *(name for name in names if name in GUIDED)]
@@ -334,7 +343,7 @@ def point(shape: Shape, size: Size, skipped: int, names: Sequence[str], options:
             continue
         field[name] = contestant
     rounds = max(2, (options.repeats + 1) // 2)
-    times = measure.interleaved({n: (c.step, c.session) for n, c in field.items()}, rounds, device)
+    times = measure.interleaved({n: (c.step, c.session) for n, c in field.items()}, rounds, device, clock)
     ratio = {
         name: measure.bootstrap(times, lambda t, n=name: t[n] / t["plain"], 500) for name in field if name != "plain"
     }
@@ -458,7 +467,7 @@ def markdown(results: dict[str, Any]) -> str:
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
     made = (
         f"{where}; torch {machine['torch']}, diffusers {machine['diffusers']}, {settings['dtype']}, "
-        f"medians of {settings['rounds']} interleaved rounds. Made by `python -m benchmarks.cost`."
+        f"medians of {settings['rounds']} interleaved rounds ({settings['clock']} time). Made by `python -m benchmarks.cost`."
     )
     columns = (
         "*bound*: FLOPs of a plain call plus those of everything that runs after the skipped layer, on the cond rows. "

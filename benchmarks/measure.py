@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 Times = dict[str, list[float]]
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
@@ -97,6 +98,7 @@ def interleaved(
     calls: Mapping[str, tuple[Callable[[], Any], Callable[[], AbstractContextManager[Any]]]],
     rounds: int,
     device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Times:
     """Time calls, all of them once per round, in an order that is drawn anew for each round.
 
@@ -104,6 +106,7 @@ def interleaved(
         calls: by name, what to time, and what to enter around it, untimed.
         rounds: how often.
         device: where it runs.
+        clock: tells seconds.
 
     Returns:
         Seconds, by name and round.
@@ -121,10 +124,10 @@ def interleaved(
                 gc.collect()
                 with session():
                     synchronize(device)
-                    start = time.perf_counter()
+                    start = clock()
                     call()
                     synchronize(device)
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append(clock() - start)
     finally:
         gc.enable()
         gc.unfreeze()

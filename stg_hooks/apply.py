@@ -218,8 +218,8 @@ class _Guide:
         self._expect_scale(role, both or role.uncond_follows)
         if call.guided is None:
             raise CallError(
-                f"a call of {type(self._model).__name__} that is to be guided did not reach its forward: something replaced "
-                "it inside the `with`. Enter stg.apply() last."
+                f"a call of {type(self._model).__name__} that is to be guided did not reach its forward: "
+                "something replaced it inside the `with`. Enter stg.apply() last."
             )
         # Weak passes go the whole way, so that other people's hooks see them as they saw the cond pass.
         call.guided.denoiser, call.guided.args, call.guided.kwargs = self._model, call.args, call.kwargs
