@@ -467,7 +467,8 @@ def markdown(results: dict[str, Any]) -> str:
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
     made = (
         f"{where}; torch {machine['torch']}, diffusers {machine['diffusers']}, {settings['dtype']}, "
-        f"medians of {settings['rounds']} interleaved rounds ({settings['clock']} time). Made by `python -m benchmarks.cost`."
+        f"medians of {settings['rounds']} interleaved rounds ({settings['clock']} time). "
+        "Made by `python -m benchmarks.cost`."
     )
     columns = (
         "*bound*: FLOPs of a plain call plus those of everything that runs after the skipped layer, on the cond rows. "

@@ -66,7 +66,7 @@ class Guider:
                 )
             model = denoiser
         if not isinstance(model, nn.Module):
-            raise TargetError(f"model must be the torch.nn.Module that holds the layers, not {type(model).__name__}.")
+            raise TargetError(f"model=: expected a torch.nn.Module to find layers in, not {type(model).__name__}.")
         check_scale("guidance_scale", guidance_scale)
         self.branches, self.rescale = branches_from(model, layers, scale, mode, rescale, branches)
         self.denoiser = denoiser
