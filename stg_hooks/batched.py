@@ -119,7 +119,7 @@ class BatchedPass:
     def _take(self, groups: list[_Group], arguments: Any) -> Any:
         def take(leaf: Any) -> Any:
             folded = row_factor(leaf, self._total) if isinstance(leaf, Tensor) else 0
-            if not folded:
+            if not folded or (folded > 1 and leaf.ndim < 4):  # flatter ones may be tables with an entry per token
                 return leaf
             parts = [cut(leaf, group.rows, self._total, folded) for group in groups]
             return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -228,19 +228,12 @@ def assert_each_is_what_it_would_be_alone(
         assert_far(latents, unguided)
 
 
-TABLE_TAKEN_FOR_ROWS = pytest.mark.xfail(
-    strict=True, reason="row_factor takes Mochi's rotary table (tokens, heads, width) for rows, unless heads == rows"
-)
-
-
 @pytest.mark.parametrize("execution", ["sequential", "batched", "full"])
 @pytest.mark.parametrize("videos", [2, 3])
 @all_kinds
 def test_each_video_of_a_batch_is_what_it_would_be_alone(
     kind: str, videos: int, execution: str, request: pytest.FixtureRequest
 ) -> None:
-    if (kind, videos, execution) in {("mochi", 2, "sequential"), ("mochi no cfg", 2, "batched")}:
-        request.applymarker(TABLE_TAKEN_FOR_ROWS)
     pipe, call, case = built(kind)
     calls = [{**call, **SHORT}, another_prompt({**call, **SHORT}), {**call, **SHORT}][:videos]
     assert_each_is_what_it_would_be_alone(pipe, case, batch_of(calls), calls, execution=execution)
@@ -253,7 +246,7 @@ def test_each_video_of_a_prompt_is_what_it_would_be_alone(kind: str) -> None:
     assert_each_is_what_it_would_be_alone(pipe, case, {**call, "num_videos_per_prompt": 2}, [call, call])
 
 
-@pytest.mark.parametrize("execution", [pytest.param("sequential", marks=TABLE_TAKEN_FOR_ROWS), "batched", "full"])
+@pytest.mark.parametrize("execution", ["sequential", "batched", "full"])
 def test_tables_of_positions_are_not_taken_for_rows(execution: str) -> None:
     """Mochi's rotary table has eight tokens here, a multiple of the two rows; the model has three heads."""
     _, call, case = build("mochi")
