@@ -1,129 +1,116 @@
-"""Guide stock diffusers pipelines: which module denoises, and what each of its calls is for."""
+"""Guide stock diffusers pipelines: which modules denoise, and what each of their calls is for."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+import ast
+import sys
+from collections import ChainMap
+from collections.abc import Mapping
+from types import CodeType, FrameType
 from typing import Any
 
 from torch import Tensor, nn
 
 from stg_hooks.errors import CallError, TargetError
 from stg_hooks.hosts import Role
-from stg_hooks.patching import Undo, set_attribute, shared
+from stg_hooks.integrations.pipeline_code import Site, UnreadableError, call_sites_of, holds
 
-_DENOISERS = ("transformer", "transformer_2", "unet")
-
-# Pipelines whose batched calls are not [uncond, cond], and what their rows are. They are refused, not guessed.
-_OTHER_ROWS = {
-    "StableCascadeDecoderPipeline": "[cond, uncond]",
-    "StableCascadePriorPipeline": "[cond, uncond]",
-    "WuerstchenDecoderPipeline": "[cond, uncond]",
-    "WuerstchenPriorPipeline": "[cond, uncond]",
-    "StableDiffusionInstructPix2PixPipeline": "[text, image, uncond]",
-    "StableDiffusionXLInstructPix2PixPipeline": "[text, image, uncond]",
-}
-
-
-class Run:
-    """One running call of a pipeline."""
-
-    def __init__(self, pipeline: Any, arguments: dict[str, Any]) -> None:
-        """Remember who runs, and with which arguments (defaults filled in)."""
-        self.pipeline = pipeline
-        self.arguments = arguments
-
-
-_RUN: ContextVar[Run | None] = ContextVar("stg_hooks_diffusers_run", default=None)
-# Name that the pipeline gives to the denoiser call it is about to make: "cond", "uncond", "cond_uncond", ...
-_CALL_NAME: ContextVar[str | None] = ContextVar("stg_hooks_diffusers_call_name", default=None)
+DENOISERS = ("transformer", "transformer_2", "unet")
 
 
 class PipelineHost:
-    """A stock pipeline: asked which call of its denoiser it is making, never changed in what it does."""
+    """A stock pipeline: its code and its running frame say what a call is for; the pipeline itself stays untouched."""
 
     knows_guidance_scale = True
 
     def __init__(self, pipeline: Any) -> None:
-        """Look for the pipeline's denoisers.
+        """Look for the pipeline's denoisers, and for their calls.
 
         Args:
             pipeline: a diffusers pipeline, any class.
 
         Raises:
-            TargetError: it has no `transformer` or `unet`, or batches its rows in an order that is not supported.
+            TargetError: it has no `transformer` or `unet`, does not call it, or it cannot be told what its calls are
+                for.
         """
         self.pipeline = pipeline
         self.name = type(pipeline).__name__
-        for cls in type(pipeline).__mro__:
-            if cls.__name__ in _OTHER_ROWS:
-                raise TargetError(
-                    f"{self.name} calls its denoiser on rows {_OTHER_ROWS[cls.__name__]}, which apply() does not guide "
-                    "yet. Use stg.Guider in a loop of your own."
-                )
-        found = {name: getattr(pipeline, name, None) for name in _DENOISERS}
+        found = {name: getattr(pipeline, name, None) for name in DENOISERS}
         self._denoisers = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
         if not self._denoisers:
             raise TargetError(
-                f"{self.name} has no {', '.join(_DENOISERS[:-1])} or {_DENOISERS[-1]} that is a torch.nn.Module. "
+                f"{self.name} has no {', '.join(DENOISERS[:-1])} or {DENOISERS[-1]} that is a torch.nn.Module. "
                 "Pass the module that denoises instead: stg.apply(module, ...)."
             )
+        self._sites = self._read()
+
+    def _read(self) -> dict[CodeType, tuple[Site, ...]]:
+        from diffusers import DiffusionPipeline
+
+        names = tuple(self._denoisers)
+        elsewhere = (
+            f"Pass the denoiser instead, and say what its rows are: stg.apply(pipe.{names[0]}, ..., batched_cfg=True) "
+            "for [uncond, cond], batched_cfg=False if every row is conditional; or use stg.Guider in your own loop."
+        )
+        try:
+            sites = call_sites_of(type(self.pipeline), DiffusionPipeline, names)
+        except UnreadableError as error:
+            raise TargetError(
+                f"apply() cannot tell what {self.name} calls its denoiser for: {error}. {elsewhere}"
+            ) from error
+        except OSError as error:
+            raise TargetError(f"the source of {self.name}, which apply() reads, is not there. {elsewhere}") from error
+        if not sites:
+            raise TargetError(f"{self.name} does not call its {names[0]} itself. {elsewhere}")
+        return sites
 
     def denoisers(self) -> dict[str, nn.Module]:
         """Return the modules that denoise, in the order in which the pipeline uses them."""
         return dict(self._denoisers)
 
-    @contextlib.contextmanager
-    def watch(self) -> Iterator[None]:
-        """Follow which pipeline is running in this thread, and the names it gives to its calls."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_observed(self.pipeline))
-            for module in self._denoisers.values():
-                stack.enter_context(_named_calls(module))
-            yield
-
-    def role(self, denoiser: str) -> Role | None:
-        """Say what the call that this denoiser is in is for."""
-        run = _RUN.get()
-        if run is None or run.pipeline is not self.pipeline:
+    def role(self) -> Role | None:
+        """Say what the call that is being made is for."""
+        frame = self._frame()
+        if frame is None:
             return None
-        call = _CALL_NAME.get()
-        if call in (None, "cond_uncond"):
-            if not self._batches_cfg(run):
-                return Role("cond")
-            return Role("uncond+cond", self._guidance_scale(run, denoiser))
-        if call == "cond":
-            follows = _true_cfg(run) if "true_cfg_scale" in run.arguments else self._batches_cfg(run)
-            return Role("cond", self._guidance_scale(run, denoiser) if follows else None, uncond_follows=follows)
-        if call == "uncond":
-            return Role("uncond", self._guidance_scale(run, denoiser))
-        return None  # an extra call of the pipeline's own: its built-in perturbations
+        site = next((site for site in self._sites[frame.f_code] if frame.f_lineno in site.lines), None)
+        if site is None:
+            return None
+        names = ChainMap(frame.f_locals, frame.f_globals)
+        try:
+            return self._role(site, names)
+        except LookupError as error:
+            raise CallError(
+                f"{self.name} does not say, when it calls its denoiser, what for (line {frame.f_lineno} of "
+                f"{frame.f_code.co_filename}: {error}). Use stg.Guider in a loop of your own."
+            ) from error
 
-    def _batches_cfg(self, run: Run) -> bool:
-        # The pipeline's own property first: it follows changes that callbacks make during the run.
-        value = getattr(self.pipeline, "do_classifier_free_guidance", None)
-        if value is None:
-            value = run.arguments.get("guidance_scale")
-            if value is None:
-                raise CallError(
-                    f"{self.name} does not say whether it uses classifier-free guidance. Pass its denoiser instead: "
-                    f"stg.apply(pipe.{next(iter(self._denoisers))}, ..., batched_cfg=True or False)."
-                )
-            value = value > 1
-        return bool(value)
+    def _frame(self) -> FrameType | None:
+        """Find the innermost method that is calling a denoiser, if it belongs to our pipeline."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code not in self._sites:
+            frame = frame.f_back
+        return frame if frame is not None and frame.f_locals.get("self") is self.pipeline else None
 
-    def _guidance_scale(self, run: Run, denoiser: str) -> float | Tensor | None:
-        if run.arguments.get("use_dynamic_cfg"):
-            return None  # CogVideoX changes the weight between this call and its use of the result
-        if "true_cfg_scale" in run.arguments:
-            return _as_scale(run.arguments["true_cfg_scale"])
-        second = getattr(self.pipeline, "_guidance_scale_2", None)
-        if denoiser == "transformer_2" and second is not None:
-            return _as_scale(second)
-        return _as_scale(getattr(self.pipeline, "guidance_scale", run.arguments.get("guidance_scale")))
+    def _role(self, site: Site, names: Mapping[str, Any]) -> Role | None:
+        kind, guards = site.kind_now(names), site.guards or ()
+        guidance_scale = None if site.combination is None else _as_scale(site.combination.weight(names))
+        if kind == "own":
+            return None
+        if kind == "uncond":
+            return Role("uncond", guidance_scale)
+        if kind == "cond":
+            follows = site.context is not None or (site.guards is not None and holds(guards, names))
+            return Role("cond", guidance_scale if follows else None, uncond_follows=follows)
+        if holds(guards, names):
+            return Role("uncond+cond", guidance_scale)
+        # Where an `else` takes a prediction in halves, the other branch has other rows.
+        if not holds(tuple(guard for guard in guards if _is_else(guard)), names):
+            raise CallError(
+                f"{self.name} guides with perturbed rows of its own ({ast.unparse(guards[0])} is false). Switch that "
+                "off, or use stg.Guider in a loop of your own."
+            )
+        return Role("cond")
 
 
 def host(target: Any) -> PipelineHost:
@@ -131,67 +118,9 @@ def host(target: Any) -> PipelineHost:
     return PipelineHost(target)
 
 
-def _true_cfg(run: Run) -> bool:
-    negative = (value for name, value in run.arguments.items() if name.startswith("negative_prompt"))
-    return run.arguments["true_cfg_scale"] > 1 and any(value is not None for value in negative)
+def _is_else(guard: ast.expr) -> bool:
+    return isinstance(guard, ast.UnaryOp) and isinstance(guard.op, ast.Not)
 
 
 def _as_scale(value: Any) -> float | Tensor | None:
     return value if value is None or isinstance(value, Tensor) else float(value)
-
-
-def _observed(pipeline: Any) -> contextlib.AbstractContextManager[None]:
-    """Note in a context variable when this pipeline is running, so that no other one's calls are guided.
-
-    `pipe(...)` looks `__call__` up on the class, so the instance gets a subclass that differs in nothing else.
-    """
-
-    def install() -> tuple[None, Undo]:
-        cls = type(pipeline)
-        object.__setattr__(pipeline, "__class__", _observed_class(cls))
-        return None, lambda: object.__setattr__(pipeline, "__class__", cls)
-
-    return shared(pipeline, "run", install)
-
-
-def _observed_class(cls: Any) -> type:
-    original: Callable[..., Any] = cls.__call__
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        try:
-            bound = signature.bind(self, *args, **kwargs)
-        except TypeError:
-            return original(self, *args, **kwargs)  # raises the error that the user should see
-        bound.apply_defaults()
-        token = _RUN.set(Run(self, bound.arguments))
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            _RUN.reset(token)
-
-    namespace = {"__call__": __call__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (cls,), {**namespace, "__doc__": cls.__doc__})
-
-
-def _named_calls(module: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Note in a context variable the names that the pipeline gives to calls with `cache_context(name)`."""
-    original = getattr(module, "cache_context", None)
-    if original is None:
-        return contextlib.nullcontext()
-
-    def install() -> tuple[None, Undo]:
-        @functools.wraps(original)
-        @contextlib.contextmanager
-        def cache_context(name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
-            token = _CALL_NAME.set(name)
-            try:
-                with original(name, *args, **kwargs) as value:
-                    yield value
-            finally:
-                _CALL_NAME.reset(token)
-
-        return None, set_attribute(module, "cache_context", cache_context)
-
-    return shared(module, "cache_context", install)

@@ -21,7 +21,7 @@ from stg_hooks.errors import CallError, SettingError, StgWarning
 from stg_hooks.execution import Execution, GuidedCall, Stats, in_weak_pass
 from stg_hooks.hosts import Host, ModuleHost, Role, pipeline_host
 from stg_hooks.layers import LayerSpec
-from stg_hooks.patching import patched
+from stg_hooks.patching import patched, shared
 from stg_hooks.perturb import Mode
 from stg_hooks.settings import Branch, branches_from
 
@@ -42,6 +42,7 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     guided: GuidedCall | None = None
+    step: _Step | None = None  # for an uncond call: the cond call before it
 
 
 class _OfThread(threading.local):
@@ -49,6 +50,12 @@ class _OfThread(threading.local):
 
     call: _Call | None = None
     step: _Step | None = None
+
+
+class _OfModel(threading.local):
+    """What sessions that guide the same denoiser must know of each other."""
+
+    unguided: list[Tensor] | None = None
 
 
 class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, layers=[34], scale=1.0):`
@@ -104,15 +111,16 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
                 "value that the caller of this module applies (1.0 for none)."
             )
         self.stats = Stats()
-        self._guides = {name: _Guide(self, name, module, execution) for name, module in denoisers.items()}
+        unique = {id(module): module for module in denoisers.values()}
+        self._guides = [_Guide(self, module, execution) for module in unique.values()]
+        self.lost_steps = 0
         self._entered: list[ExitStack] = []
 
     def __enter__(self) -> apply:
         """Register the hooks."""
         with ExitStack() as stack:
-            for guide in self._guides.values():
+            for guide in self._guides:
                 stack.enter_context(guide.installed())
-            stack.enter_context(self.host.watch())
             activation.enter(self)
             stack.callback(activation.leave, self)
             self._entered.append(stack.pop_all())
@@ -123,6 +131,14 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
     ) -> None:
         """Restore the model, and report if nothing was guided."""
         self._entered.pop().close()
+        lost, self.lost_steps = self.lost_steps, 0
+        if kind is None and lost:
+            warnings.warn(
+                f"stg.apply(rescale={self.rescale}) did not guide {lost} of {self.stats.calls} calls: the uncond call "
+                f"that {self.host.name} makes after them did not come (as in a run that was interrupted).",
+                StgWarning,
+                stacklevel=2,
+            )
         if kind is None and self.is_on and not self.stats.guided_calls:
             seen = f"its denoiser was called {self.stats.calls} times, but none of the calls was to be guided"
             warnings.warn(
@@ -155,9 +171,8 @@ def _find_host(target: object, batched_cfg: bool | None, guidance_scale: Scale |
 class _Guide:
     """Guides the calls of one denoiser."""
 
-    def __init__(self, owner: apply, name: str, model: nn.Module, execution: str) -> None:
+    def __init__(self, owner: apply, model: nn.Module, execution: str) -> None:
         self._owner = owner
-        self._name = name
         self._model = model
         self._execution = Execution(model, owner.branches, execution, owner.stats)
         self._local = _OfThread()
@@ -166,6 +181,7 @@ class _Guide:
     def installed(self) -> Iterator[None]:
         with ExitStack() as stack:
             stack.callback(self._local.__dict__.clear)
+            self._of_model = stack.enter_context(shared(self._model, "guided", lambda: (_OfModel(), lambda: None)))
             stack.enter_context(self._execution.installed())
             stack.enter_context(stack.enter_context(patched(self._model)).everywhere(self._around))
             stack.enter_context(self._model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True))
@@ -174,23 +190,28 @@ class _Guide:
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find out what a call is for, and keep its arguments as they were made."""
-        self._local.call = None
-        if in_weak_pass() or not activation.is_active(self._owner):
+        if in_weak_pass():
             return
-        role = self._owner.host.role(self._name)
-        if role is not None:
-            self._local.call = _Call(role, args, kwargs)
+        self._local.call = self._of_model.unguided = None
+        role = self._owner.host.role() if activation.is_active(self._owner) else None
+        if role is None:
+            return
+        self._local.call = call = _Call(role, args, kwargs)
+        if role.rows == "uncond":
+            call.step, self._local.step = self._local.step, None
 
     def _around(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call that is going to be guided, so that its weak passes can share work with it."""
         call = self._local.call
-        if call is None or call.role.rows == "uncond" or not self._owner.is_on:
+        if call is None or in_weak_pass() or call.role.rows == "uncond" or not self._owner.is_on:
             return proceed(*args, **kwargs)
         output, call.guided = self._execution.cond_pass(proceed, args, kwargs, call.role.rows == "uncond+cond")
         return output
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Guide what a call has returned."""
+        if in_weak_pass():
+            return None
         call, self._local.call = self._local.call, None
         if call is None:
             return None
@@ -199,21 +220,30 @@ class _Guide:
         if not self._owner.is_on:
             return None
         start = time.perf_counter()
-        new = self._guided(call, predictions(output))
+        now = predictions(output)
+        before = self._of_model.unguided
+        if before is None:
+            self._of_model.unguided = before = now
+        elif self._owner.rescale:
+            raise CallError(
+                f"another stg.apply() has guided this call of {type(self._model).__name__} already, so "
+                f"rescale={self._owner.rescale} cannot give the final prediction. Use one stg.apply(branches=[...])."
+            )
+        new = self._guided(call, before, now)
         stats.guided_calls += 1
         stats.seconds += time.perf_counter() - start
         return replace_predictions(output, new)
 
-    def _guided(self, call: _Call, output: Sequence[Tensor]) -> list[Tensor]:
-        role = call.role
+    def _guided(self, call: _Call, unguided: Sequence[Tensor], output: Sequence[Tensor]) -> list[Tensor]:
+        """Return the guided `output`; `unguided` differs from it where another session came first."""
+        role, rescale = call.role, self._owner.rescale
         if role.rows == "uncond":
-            step, self._local.step = self._local.step, None
-            return self._uncond(step, role, output)
+            return self._uncond(call.step, role, output)
         both = role.rows == "uncond+cond"
         unconds: list[Tensor | None] = [None] * len(output)
-        conds = list(output)
+        conds = list(unguided)
         if both:
-            pairs = [halves(tensor) for tensor in output]
+            pairs = [halves(tensor) for tensor in unguided]
             unconds, conds = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         self._expect_scale(role, both or role.uncond_follows)
         if call.guided is None:
@@ -225,16 +255,13 @@ class _Guide:
         call.guided.denoiser, call.guided.args, call.guided.kwargs = self._model, call.args, call.kwargs
         by_branch = self._execution.weak_predictions(call.guided, conds)
         step = _Step(conds, [list(weaks) for weaks in zip(*by_branch, strict=True)])
-        if role.uncond_follows:
-            if self._local.step is not None and self._owner.rescale:
-                raise CallError(
-                    f"{self._owner.host.name} made two cond calls without the uncond call that was expected between "
-                    "them, so guidance with rescale was lost in a step. Use rescale=0.0, or stg.Guider."
-                )
+        if role.uncond_follows and not (rescale and role.guidance_scale == 1):
+            if self._local.step is not None and rescale:
+                self._owner.lost_steps += 1
             self._local.step = step
-            if self._owner.rescale:  # the final prediction has to wait for uncond
+            if rescale:  # the final prediction has to wait for uncond
                 return conds
-        if self._owner.rescale:
+        if rescale:
             final = self._final(step, role, unconds)
             return [torch.cat([tensor, tensor]) for tensor in final] if both else final
         return [
@@ -243,6 +270,8 @@ class _Guide:
         ]
 
     def _uncond(self, step: _Step | None, role: Role, output: Sequence[Tensor]) -> list[Tensor]:
+        if self._owner.rescale and role.guidance_scale == 1:
+            return list(output)  # it has no weight, and cond is the final prediction already
         if step is None or [c.shape for c in step.conds] != [u.shape for u in output]:
             raise CallError(
                 f"{self._owner.host.name} made an uncond call without a matching cond call before it, so the weak "

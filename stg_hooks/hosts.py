@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, Protocol
 
 from torch import Tensor, nn
@@ -43,11 +42,8 @@ class Host(Protocol):
     def denoisers(self) -> dict[str, nn.Module]:
         """Return the modules to guide, by the names that the target has for them."""
 
-    def watch(self) -> AbstractContextManager[object]:
-        """Follow what the target is doing, for as long as it is guided."""
-
-    def role(self, denoiser: str) -> Role | None:
-        """Say what the call that this denoiser is in is for; `None` if it is not the target's, or none to guide."""
+    def role(self) -> Role | None:
+        """Say what the call that is being made is for; `None` if it is not the target's, or none to guide."""
 
 
 class ModuleHost:
@@ -71,11 +67,7 @@ class ModuleHost:
         """Return the module under an empty name."""
         return {"": self._module}
 
-    def watch(self) -> AbstractContextManager[object]:
-        """Nothing to follow."""
-        return nullcontext()
-
-    def role(self, denoiser: str) -> Role:
+    def role(self) -> Role:
         """Return the same role for every call."""
         return self._role
 

@@ -222,12 +222,18 @@ def final_cells(chosen: Sequence[Cell]) -> list[Cell]:
     return [first.plain, more, *chosen, *([without.plain, without] if first.guidance_scale != 1 else [])]
 
 
-def ranked(rows: dict[Cell, dict[str, Any]]) -> list[Cell]:
-    """Order the settings with STG by the sum of two ranks: all three words right, and Frechet distance."""
-    cells = [cell for cell in rows if cell.mode]
-    right = sorted(cells, key=lambda cell: -rows[cell]["all"][0])
-    near = sorted(cells, key=lambda cell: rows[cell]["frechet_distance"])
-    return sorted(cells, key=lambda cell: (right.index(cell) + near.index(cell), rows[cell]["frechet_distance"]))
+def ranked(rows: Sequence[dict[str, Any]]) -> list[Cell]:
+    """Order the settings with STG: most clips with all three words right, of those whose Frechet distance is not worse.
+
+    Worse means that the whole interval of its change lies above 0. Ties go to the smaller distance.
+    """
+    fit = [row for row in rows if row.get("mode") and row["against_plain"]["frechet_distance"][1] <= 0]
+    return [cell_of(row) for row in sorted(fit, key=lambda row: (-row["all"][0], row["frechet_distance"]))]
+
+
+def cell_of(row: dict[str, Any]) -> Cell:
+    """Return the setting of a row of the report."""
+    return Cell(*(row[field.name] for field in dataclasses.fields(Cell)))
 
 
 def parse_choice(text: str, options: argparse.Namespace) -> Cell:
@@ -320,8 +326,8 @@ only within a table. Compute counts floating-point operations, CFG at equal step
         sweep = results["sweep"]
         parts += [
             f"## Sweep: {sweep['clips']:,} clips a row",
-            """Few clips and many rows: the best of them are lucky too. It only chooses what the final measures: the
-best by the sum of two ranks, all three words right and Fréchet distance.""",
+            """Few clips and many rows: the best of them are lucky too. It only chooses what the final measures: most
+clips with all three words right, of those settings whose Fréchet distance is not measurably worse.""",
             table(sweep),
         ]
     return "\n\n".join(parts) + "\n"
@@ -386,8 +392,7 @@ def main() -> int:
     elif options.final:
         if "sweep" not in results or results["sweep"]["weights"] != bench.weights:
             raise SystemExit("there is no finished sweep of these weights: run without --final first, or use --choose")
-        chosen = [Cell(*(row[f.name] for f in dataclasses.fields(Cell))) for row in results["sweep"]["best"]]
-        chosen = chosen[: options.keep]
+        chosen = [cell_of(row) for row in results["sweep"]["best"][: options.keep]]
     cells = final_cells(chosen) if options.final else coarse_cells(options)
     if not compute_all(bench, cells, options.part):
         print("this part is done; the results are written by the part that ends last")
@@ -399,7 +404,7 @@ def main() -> int:
         next(row for row in results[phase]["rows"] if row["name"] == chosen[0].name)["role"] = "guided"
         write(options.evaluation, json.dumps(results[phase], indent=1) + "\n")
     else:
-        results[phase]["best"] = [dataclasses.asdict(cell) for cell in ranked(bench.done()) if cell in cells]
+        results[phase]["best"] = [dataclasses.asdict(cell) for cell in ranked(results[phase]["rows"])]
     write(results_file, json.dumps(results, indent=1) + "\n")
     write(options.results / "demo_model.md", document(results))
     print(table(results[phase]))

@@ -1,0 +1,300 @@
+"""Read, in a pipeline's own code, what each call of its denoiser is for.
+
+A pipeline says it in three ways: by the name of a `cache_context("cond")` around the call, by what it passes
+(`negative_prompt_embeds`), and by how it takes the result apart (`uncond, cond = prediction.chunk(2)`). The conditions
+under which it does so, and the weight with which it combines the predictions, stand there as well; they are evaluated
+in the running pipeline, so that guidance follows whatever it decides in a step.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import itertools
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from types import CodeType, FunctionType
+from typing import Any, TypeAlias
+
+from stg_hooks.integrations.expressions import evaluate
+
+_UNCOND = re.compile(r"(^|_)(neg|negative|uncond|unconditional|null)(_|$)")
+_GUIDED = re.compile(r"(^|_)(uncond|unconditional|cfg|classifier_free)(_|$)")
+# Names of cache contexts, and of the guiders' batches.
+_NAMES = {"cond": "cond", "pred_cond": "cond", "uncond": "uncond", "pred_uncond": "uncond", "cond_uncond": "both"}
+
+Guards: TypeAlias = "tuple[ast.expr, ...]"
+
+
+class UnreadableError(Exception):
+    """A function's calls of its denoiser do not follow any known pattern; the message says which calls."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """A statement, with the conditions under which it runs and the cache context that it is in."""
+
+    statement: ast.stmt
+    guards: Guards
+    context: ast.expr | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A call of a denoiser in a function's code.
+
+    `kind` says what it is for: `"cond"`, `"uncond"`, `"both"` (rows `[uncond, cond]`, while `guards` hold), or `"own"`
+    (a perturbed prediction of the pipeline's own). Where the code names it at run time, `context` is that name.
+    For a cond call, `guards` are the conditions under which the uncond call follows; `None` if none does.
+    """
+
+    lines: range
+    kind: str
+    context: ast.expr | None = None
+    guards: Guards | None = None
+    combination: _Combination | None = None
+
+    def kind_now(self, names: Mapping[str, Any]) -> str:
+        """Return what the call is for in the running function, whose variables are given."""
+        return self.kind if self.context is None else _NAMES.get(str(evaluate(self.context, names)), "own")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Combination:
+    """The expression that combines both predictions, and the assignments that may change its weight before it."""
+
+    expression: ast.expr
+    cond: str
+    uncond: str
+    changes: tuple[Guards, ...]
+
+    def weight(self, names: Mapping[str, Any]) -> Any:
+        """Return `g` of `uncond + g * (cond - uncond)`, or `None` if it is another formula, or not known yet."""
+        try:
+            if any(holds(guards, names) for guards in self.changes):
+                return None
+            g = evaluate(self.expression, {**names, self.cond: 1.0, self.uncond: 0.0})
+            rest = evaluate(self.expression, {**names, self.cond: 0.0, self.uncond: 1.0})
+        except (LookupError, TypeError):
+            return None
+        error = abs(g + rest - 1.0)
+        return g if float(error if isinstance(error, float) else error.max()) < 1e-4 else None
+
+
+def call_sites_of(cls: type, base: type, denoisers: tuple[str, ...]) -> dict[CodeType, tuple[Site, ...]]:
+    """Find the calls of its denoisers in all methods of a pipeline class, in what it overrides as well.
+
+    Args:
+        cls: the class.
+        base: where its own methods end.
+        denoisers: the attributes of `self` that are denoisers.
+
+    Returns:
+        The calls of each method's code that makes any.
+
+    Raises:
+        UnreadableError, OSError: as for `call_sites`.
+    """
+    read = {function.__code__: call_sites(function.__code__, denoisers) for function in _functions(cls, base)}
+    if {"both", "cond"} <= {site.kind for sites in read.values() for site in sites}:
+        raise UnreadableError("some calls are for [uncond, cond], and others for cond alone")
+    return {code: sites for code, sites in read.items() if sites}
+
+
+def _functions(cls: type, base: type) -> Iterator[FunctionType]:
+    for owner in itertools.takewhile(lambda owner: owner is not base, cls.__mro__):
+        for value in vars(owner).values():
+            function = inspect.unwrap(value) if callable(value) else None
+            if isinstance(function, FunctionType):
+                yield function
+
+
+def holds(guards: Guards, names: Mapping[str, Any]) -> bool:
+    """Return whether all conditions are true in a running function."""
+    return all(bool(evaluate(guard, names)) for guard in guards)
+
+
+@functools.lru_cache(maxsize=256)
+def call_sites(code: CodeType, denoisers: tuple[str, ...]) -> tuple[Site, ...]:
+    """Find a function's calls of a denoiser, and what they are for.
+
+    Args:
+        code: the function's code.
+        denoisers: the attributes of `self` that are denoisers.
+
+    Returns:
+        Its calls; none if it makes none.
+
+    Raises:
+        UnreadableError: it calls a denoiser, but for what cannot be told.
+        OSError: its source is not there.
+    """
+    if not set(denoisers) & set(code.co_names):
+        return ()
+    lines, first = inspect.getsourcelines(code)
+    tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
+    ast.increment_lineno(tree, first - 1)
+    statements = list(_statements(getattr(tree, "body", []), (), None))
+    callees = _callees(statements, denoisers)
+    calls = [(found, call) for found in statements for call in _calls(found.statement, callees)]
+    return tuple(_classified(calls, statements)) if calls else ()
+
+
+def _statements(body: Sequence[ast.stmt], guards: Guards, context: ast.expr | None) -> Iterator[_Found]:
+    """Yield the simple statements of a function, but not those of functions inside it."""
+    for statement in body:
+        if isinstance(statement, ast.If):
+            yield from _statements(statement.body, (*guards, statement.test), context)
+            yield from _statements(statement.orelse, (*guards, ast.UnaryOp(ast.Not(), statement.test)), context)
+        elif isinstance(statement, ast.With):
+            names = [item.context_expr for item in statement.items]
+            named = [
+                n.args[0] for n in names if isinstance(n, ast.Call) and n.args and _tail(n.func) == "cache_context"
+            ]
+            yield from _statements(statement.body, guards, named[0] if named else context)
+        elif isinstance(statement, (ast.For, ast.While)):
+            yield from _statements([*statement.body, *statement.orelse], guards, context)
+        elif isinstance(statement, ast.Try):
+            parts = [*statement.body, *(s for handler in statement.handlers for s in handler.body)]
+            yield from _statements([*parts, *statement.orelse, *statement.finalbody], guards, context)
+        elif not isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+            yield _Found(statement, guards, context)
+
+
+def _callees(statements: Sequence[_Found], denoisers: tuple[str, ...]) -> set[str]:
+    """Return what denoisers are called in the code: `self.transformer`, and names that it is assigned to."""
+    attributes = {f"self.{name}" for name in denoisers}
+    aliases = {
+        target.id
+        for found in statements
+        if isinstance(found.statement, ast.Assign) and _is_reference(found.statement.value, attributes)
+        for target in found.statement.targets
+        if isinstance(target, ast.Name)
+    }
+    return attributes | aliases
+
+
+def _is_reference(value: ast.expr, attributes: set[str]) -> bool:
+    if isinstance(value, ast.IfExp):
+        return _is_reference(value.body, attributes) or _is_reference(value.orelse, attributes)
+    return ast.unparse(value) in attributes
+
+
+def _calls(statement: ast.stmt, callees: set[str]) -> Iterator[ast.Call]:
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in callees:
+            yield node
+
+
+def _classified(calls: Sequence[tuple[_Found, ast.Call]], statements: Sequence[_Found]) -> Iterator[Site]:
+    kinds = [_kind(found, call) for found, call in calls]
+    both = _split(statements)
+    if both is None and "uncond" not in kinds and "named" not in kinds and _mentions_guidance(statements):
+        raise UnreadableError("its predictions are guided, but not by uncond and cond calls or halves")
+    unnamed = [kind for kind, (found, _) in zip(kinds, calls, strict=True) if found.context is None]
+    if "uncond" in unnamed and sorted(unnamed) != ["cond", "uncond"]:
+        raise UnreadableError(f"it makes {len(unnamed)} different calls, not one for cond and one for uncond")
+    uncond = next((found for kind, (found, _) in zip(kinds, calls, strict=True) if kind == "uncond"), None)
+    for kind, (found, _) in zip(kinds, calls, strict=True):
+        lines = range(found.statement.lineno, (found.statement.end_lineno or found.statement.lineno) + 1)
+        if kind == "named":
+            yield Site(lines, "own", found.context)
+        elif kind == "both" or (kind == "cond" and uncond is None and both is not None):
+            if both is None:
+                raise UnreadableError("it makes one call for cond and uncond, and does not say which half is which")
+            halves, cond_name, uncond_name = both
+            combination = _combination(found, cond_name, uncond_name, statements)
+            yield Site(lines, "both", None, halves.guards, combination)
+        elif kind == "cond" and uncond is not None:
+            guards = tuple(guard for guard in uncond.guards if guard not in found.guards)
+            yield Site(lines, kind, None, guards, _combination(found, _target(found), _target(uncond), statements))
+        elif kind == "uncond":
+            cond = next(f for k, (f, _) in zip(kinds, calls, strict=True) if k == "cond")
+            yield Site(lines, kind, None, None, _combination(found, _target(cond), _target(found), statements))
+        else:
+            yield Site(lines, kind)
+
+
+def _kind(found: _Found, call: ast.Call) -> str:
+    """Return what one call is for, by its name or else by what is passed to it."""
+    if isinstance(found.context, ast.Constant):
+        return _NAMES.get(str(found.context.value), "own")
+    if found.context is not None:
+        return "named"
+    if isinstance(found.statement, ast.Expr) or any(keyword.arg == "skip_layers" for keyword in call.keywords):
+        return "own"  # made for what it leaves behind, or a perturbed prediction of the pipeline's own
+    values = [*call.args, *(keyword.value for keyword in call.keywords)]
+    if any(_tail(node.func) in ("cat", "concat", "stack") and _names_uncond(node) for node in _inner_calls(values)):
+        return "both"
+    return "uncond" if any(map(_names_uncond, values)) else "cond"
+
+
+def _inner_calls(values: Sequence[ast.expr]) -> Iterator[ast.Call]:
+    return (node for value in values for node in ast.walk(value) if isinstance(node, ast.Call))
+
+
+def _names(node: ast.AST) -> Iterator[str]:
+    return (name for inner in ast.walk(node) if (name := _tail(inner)))
+
+
+def _names_uncond(node: ast.AST) -> bool:
+    return any(_UNCOND.search(name) for name in _names(node))
+
+
+def _mentions_guidance(statements: Sequence[_Found]) -> bool:
+    nodes = [node for found in statements for node in (found.statement, *found.guards)]
+    return any(_GUIDED.search(name) for node in nodes for name in _names(node))
+
+
+def _split(statements: Sequence[_Found]) -> tuple[_Found, str, str] | None:
+    """Find where a prediction is taken apart: `uncond, cond = prediction.chunk(2)`, and both names."""
+    result = None
+    for found in statements:
+        statement = found.statement
+        if not (isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Call)):
+            continue
+        call, targets = statement.value, statement.targets[0]
+        if _tail(call.func) != "chunk" or not isinstance(targets, ast.Tuple):
+            continue
+        names = [target.id for target in targets.elts if isinstance(target, ast.Name)]
+        unconds = [bool(_UNCOND.search(name)) for name in names]
+        if not any(unconds) or any("embed" in name for name in names):
+            continue
+        if unconds != [True, False]:
+            raise UnreadableError(f"its rows are [{', '.join(names)}]")
+        result = result or (found, names[1], names[0])
+    return result
+
+
+def _target(found: _Found) -> str:
+    """Return the name that a call's result is given."""
+    statement = found.statement
+    target = statement.targets[0] if isinstance(statement, ast.Assign) else None
+    if isinstance(target, (ast.Tuple, ast.List)):
+        target = target.elts[0]
+    return target.id if isinstance(target, ast.Name) else ""
+
+
+def _combination(call: _Found, cond: str, uncond: str, statements: Sequence[_Found]) -> _Combination | None:
+    """Find the expression that combines both predictions after a call."""
+    later = [found for found in statements if found.statement.lineno > call.statement.lineno]
+    for place, found in enumerate(later):
+        value = found.statement.value if isinstance(found.statement, (ast.Assign, ast.Return)) else None
+        if isinstance(value, ast.BinOp) and {cond, uncond} <= set(_names(value)):
+            weights = {name.lstrip("_") for name in _names(value)} - {cond, uncond, "self"}
+            changes = tuple(
+                other.guards
+                for other in later[:place]
+                if isinstance(other.statement, ast.Assign)
+                and {name.lstrip("_") for target in other.statement.targets for name in _names(target)} & weights
+            )
+            return _Combination(value, cond, uncond, changes)
+    return None
+
+
+def _tail(node: ast.AST) -> str:
+    """Return the last part of a dotted name; nothing for anything else."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""

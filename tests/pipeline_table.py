@@ -1,0 +1,80 @@
+"""Write docs/pipelines.md: what `stg.apply` reads in the code of every pipeline class of the installed diffusers.
+
+python -m tests.pipeline_table
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import diffusers
+
+from stg_hooks.integrations.diffusers import DENOISERS
+from stg_hooks.integrations.pipeline_code import Site, UnreadableError, call_sites_of
+
+FILE = Path(__file__).resolve().parents[1] / "docs" / "pipelines.md"
+
+
+def classes() -> dict[str, type]:
+    """Return every pipeline class that diffusers exports and that has a denoiser by one of the usual names."""
+    found = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in sorted(dir(diffusers)):
+            value = getattr(diffusers, name) if "Pipeline" in name else None
+            if inspect.isclass(value) and issubclass(value, diffusers.DiffusionPipeline) and denoisers(value):
+                found[name] = value
+    return found
+
+
+def denoisers(cls: type) -> tuple[str, ...]:
+    """Return the denoisers that a pipeline class is made of."""
+    parameters = inspect.signature(cls.__init__).parameters
+    return tuple(name for name in DENOISERS if name in parameters)
+
+
+def reading(cls: type) -> str:
+    """Say in words what is read in a pipeline's code, or why it is refused."""
+    try:
+        sites = call_sites_of(cls, diffusers.DiffusionPipeline, denoisers(cls))
+    except UnreadableError as error:
+        return f"refused: {error}"
+    words = list(dict.fromkeys(_words([site for calls in sites.values() for site in calls])))
+    return "; ".join(words) or "refused: it does not call its denoiser itself"
+
+
+def _words(sites: list[Site]) -> Iterator[str]:
+    for site in sites:
+        if site.context is not None:
+            yield "calls named at run time"
+        elif site.kind == "both":
+            yield "[uncond, cond] in one call"
+        elif site.kind == "cond":
+            yield "cond call" if site.guards is None else "cond call, uncond call"
+        elif site.kind == "own":
+            yield "calls of its own, left alone"
+
+
+def document() -> str:
+    """Return the page."""
+    rows = [f"| {name} | {', '.join(denoisers(cls))} | {reading(cls)} |" for name, cls in classes().items()]
+    refused = sum("refused" in row for row in rows)
+    return f"""# Pipelines
+
+What `stg.apply` reads in the code of the {len(rows)} pipeline classes of diffusers {diffusers.__version__} that have a
+`transformer` or `unet`: it guides {len(rows) - refused} of them and refuses {refused}, with an error before anything is
+touched. A refused pipeline can be guided through its denoiser, `stg.apply(pipe.transformer, ...)`, or in a loop of your
+own. The README says which of them are run by tests. Written by `python -m tests.pipeline_table`.
+
+| pipeline | denoiser | its calls |
+| --- | --- | --- |
+{chr(10).join(rows)}
+"""
+
+
+if __name__ == "__main__":
+    FILE.parent.mkdir(exist_ok=True)
+    FILE.write_text(document(), encoding="utf-8")

@@ -1,0 +1,288 @@
+"""What is read in the code of pipelines: what their denoiser calls are for, and with which weight they are combined."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import stg_hooks as stg
+from stg_hooks.integrations.expressions import evaluate
+from tests import pipeline_table
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states + torch.tanh(self.linear(hidden_states))
+
+
+class Denoiser(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(8) for _ in range(3))
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        x = x + emb
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Pipeline(diffusers.DiffusionPipeline):
+    """A pipeline of one step; what it returns is the prediction that it would hand to its scheduler."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer)
+        self.guidance_scale = 4.0
+
+    @property
+    def do_cfg(self) -> bool:
+        return self.guidance_scale > 1
+
+
+class Halves(Pipeline):
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        both = torch.cat([x, x]) if self.do_cfg else x
+        pred = self.transformer(both, torch.cat([neg, cond]) if self.do_cfg else cond)
+        if self.do_cfg:
+            pred_uncond, pred_text = pred.chunk(2)
+            pred = pred_uncond + self.guidance_scale * (pred_text - pred_uncond)
+        return pred
+
+
+class Pair(Pipeline):
+    """One call each, neither named, in a method of its own, with the other usual formula."""
+
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        return self.predict(x, cond, neg)
+
+    def predict(self, x: Tensor, cond: Tensor, negative_emb: Tensor) -> Tensor:
+        pred = self.transformer(
+            x,
+            cond,
+        )
+        if self.do_cfg:
+            pred_neg = self.transformer(x, negative_emb)
+            pred = pred + (self.guidance_scale - 1) * (pred - pred_neg)
+        return pred
+
+
+class Derived(Pair):
+    def predict(self, *args: Any) -> Tensor:
+        return super().predict(*args)
+
+
+class Distilled(Pipeline):
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        return self.transformer(x, cond + self.guidance_scale)
+
+
+class ForAttentionMaps(Halves):
+    """Makes a call for what it leaves behind, and one that it combines as usual."""
+
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        self.transformer(x, cond)
+        pred = self.transformer(torch.cat([x, x]), torch.cat([neg, cond]))
+        pred_uncond, pred_text = pred.chunk(2)
+        return pred_uncond + self.guidance_scale * (pred_text - pred_uncond)
+
+
+def expected(pipe: Pipeline, x: Tensor, cond: Tensor, neg: Tensor, rescale: float = 0.0) -> Tensor:
+    """Compute what the guided pipeline must return, by the textbook."""
+    if isinstance(pipe, Distilled):
+        cond = cond + pipe.guidance_scale
+    g = pipe.guidance_scale if pipe.do_cfg and not isinstance(pipe, Distilled) else 1.0
+    c, u = pipe.transformer(x, cond), pipe.transformer(x, neg)
+    with stg.skip(pipe.transformer, ["blocks.1"]):
+        weak = pipe.transformer(x, cond)
+    return stg.combine(c, weak, u, scale=0.7, guidance_scale=g, rescale=rescale)
+
+
+@pytest.fixture
+def arguments() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.6])
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("cls", [Halves, Pair, Derived, Distilled, ForAttentionMaps])
+def test_every_way_of_guiding_is_understood(
+    cls: type[Pipeline], guidance_scale: float, rescale: float, arguments: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    pipe = cls(Denoiser())
+    pipe.guidance_scale = guidance_scale
+    with torch.no_grad():
+        plain, right = pipe(*arguments), expected(pipe, *arguments, rescale)
+        with stg.apply(pipe, layers=["blocks.1"], scale=0.7, rescale=rescale) as handle:
+            guided = pipe(*arguments)
+    assert handle.stats.weak_passes == 1
+    assert (guided - plain).abs().max() > 1e-2
+    assert_close(guided, right, rtol=1e-5, atol=1e-5)
+
+
+class Reversed(Pipeline):
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        pred_text, pred_uncond = self.transformer(torch.cat([x, x]), torch.cat([cond, neg])).chunk(2)
+        return pred_uncond + self.guidance_scale * (pred_text - pred_uncond)
+
+
+class Thirds(Pipeline):
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        pred = self.transformer(torch.cat([x] * 3), torch.cat([neg, cond, cond]))
+        pred_uncond, pred_image, pred_text = pred.chunk(3)
+        return pred_uncond + pred_image + pred_text
+
+
+class Slices(Pipeline):
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        preds = self.transformer(torch.cat([x, x]), torch.cat([cond, neg]))
+        cond_pred, uncond_pred = preds[: len(x)], preds[len(x) :]
+        return uncond_pred + self.guidance_scale * (cond_pred - uncond_pred)
+
+
+class ThreeCalls(Pipeline):
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        first = self.transformer(x, cond)
+        pred = self.transformer(first, cond)
+        pred_neg = self.transformer(x, neg)
+        return pred_neg + self.guidance_scale * (pred - pred_neg)
+
+
+class Elsewhere(Pipeline):
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        return run_elsewhere(self, x, cond)
+
+
+def run_elsewhere(pipe: Pipeline, x: Tensor, cond: Tensor) -> Tensor:
+    return pipe.transformer(x, cond)
+
+
+@pytest.mark.parametrize(
+    ("cls", "why"),
+    [
+        (Reversed, r"its rows are \[pred_text, pred_uncond\]"),
+        (Thirds, r"its rows are \[pred_uncond, pred_image, pred_text\]"),
+        (Slices, "guided, but not by uncond and cond calls or halves"),
+        (ThreeCalls, "it makes 3 different calls"),
+        (Elsewhere, "Elsewhere does not call its transformer itself"),
+    ],
+)
+def test_what_is_not_understood_is_refused_before_anything_is_touched(cls: type[Pipeline], why: str) -> None:
+    with pytest.raises(stg.TargetError, match=rf"(?s){why}.*stg\.apply\(pipe\.transformer, \.\.\., batched_cfg=True\)"):
+        stg.apply(cls(Denoiser()), layers=["blocks.1"])
+
+
+class OwnGuidance(Pipeline):
+    perturbs = False
+
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        pred = self.transformer(torch.cat([x, x]), torch.cat([neg, cond]))
+        if self.perturbs:
+            return self.own(pred)
+        else:
+            pred_uncond, pred_text = pred.chunk(2)
+        return pred_uncond + self.guidance_scale * (pred_text - pred_uncond)
+
+    def own(self, pred: Tensor) -> Tensor:
+        return pred
+
+
+def test_rows_of_a_guidance_of_the_pipelines_own_are_refused(arguments: tuple[Tensor, Tensor, Tensor]) -> None:
+    pipe = OwnGuidance(Denoiser())
+    with torch.no_grad(), stg.apply(pipe, layers=["blocks.1"], scale=0.7):
+        assert_close(pipe(*arguments), expected(pipe, *arguments), rtol=1e-5, atol=1e-5)
+        pipe.perturbs = True
+        with pytest.raises(stg.CallError, match=r"perturbed rows of its own \(not self\.perturbs is false\)"):
+            pipe(*arguments)
+
+
+class Computed(Pipeline):
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        pred = self.transformer(x, cond)
+        if max(self.guidance_scale, 0) > 1:
+            pred_uncond = self.transformer(x, neg)
+            pred = pred_uncond + self.guidance_scale * (pred - pred_uncond)
+        return pred
+
+
+def test_a_condition_that_would_have_to_be_computed_is_an_error(arguments: tuple[Tensor, Tensor, Tensor]) -> None:
+    pipe = Computed(Denoiser())
+    with pytest.raises(stg.CallError, match=r"cannot evaluate max\("), stg.apply(pipe, layers=["blocks.1"]):
+        pipe(*arguments)
+
+
+class ChangesItsWeight(Pipeline):
+    changes = True
+
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        pred = self.transformer(torch.cat([x, x]), torch.cat([neg, cond]))
+        if self.changes:
+            self.guidance_scale = 2.0
+        pred_uncond, pred_text = pred.chunk(2)
+        return pred_uncond + self.guidance_scale * (pred_text - pred_uncond)
+
+
+class NotLinear(Pipeline):
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        pred = self.transformer(torch.cat([x, x]), torch.cat([neg, cond]))
+        pred_uncond, pred_text = pred.chunk(2)
+        return pred_uncond + self.guidance_scale * pred_text
+
+
+@pytest.mark.parametrize("cls", [ChangesItsWeight, NotLinear])
+def test_rescale_needs_a_weight_that_is_known(cls: type[Pipeline], arguments: tuple[Tensor, Tensor, Tensor]) -> None:
+    pipe = cls(Denoiser())
+    with (
+        pytest.raises(stg.CallError, match=r"needs the CFG weight.*Use rescale=0\.0"),
+        stg.apply(pipe, layers=["blocks.1"], rescale=0.5),
+    ):
+        pipe(*arguments)
+
+
+def test_a_weight_that_does_not_change_now_is_known(arguments: tuple[Tensor, Tensor, Tensor]) -> None:
+    pipe = ChangesItsWeight(Denoiser())
+    pipe.changes = False
+    with torch.no_grad(), stg.apply(pipe, layers=["blocks.1"], scale=0.7, rescale=0.5):
+        assert_close(pipe(*arguments), expected(pipe, *arguments, 0.5), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a + 2 * b.real - c[1]", 3 + 8 - 5),
+        ("not a or b > 3 and c is not None", True),
+        ("-a <= b != a", True),
+        ("a in c", False),
+        ("a and d", None),
+        ("1 < a < 2", False),
+    ],
+)
+def test_expressions(text: str, value: object) -> None:
+    names = {"a": 3, "b": 4, "c": [1, 5], "d": None}
+    assert evaluate(ast.parse(text, mode="eval").body, names) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["print(1)", "[x for x in c]", "lambda: 0", "missing", "d.missing", "f'{a}'", "a := 1"]
+)
+def test_expressions_that_do_anything_are_refused(text: str) -> None:
+    with pytest.raises(LookupError):
+        evaluate(ast.parse(f"({text})", mode="eval").body, {"a": 3, "c": [1], "d": None, "print": print})
+
+
+def test_every_pipeline_of_diffusers_is_classified() -> None:
+    """A new release may bring new ones: look at what is read, and write the page again."""
+    page = pipeline_table.FILE.read_text(encoding="utf-8")
+    if f"diffusers {diffusers.__version__} " not in page:
+        pytest.skip("the page is about another release of diffusers")
+    assert pipeline_table.document() == page, "run: python -m tests.pipeline_table, and review the difference"
