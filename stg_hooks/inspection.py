@@ -50,10 +50,102 @@ def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return named
 
 
-def attribute_order(module: nn.Module) -> dict[str, int]:
-    """Rank the attribute names that the module's `forward` mentions by where it mentions them first."""
-    code = getattr(class_forward(module), "__code__", None)
-    return {name: rank for rank, name in enumerate(code.co_names)} if code else {}
+Mention = tuple[str, slice | int]
+"""An attribute of `self`, and which of its entries are meant."""
+
+
+def running_order(module: nn.Module) -> list[list[Mention]]:
+    """Read in which order the `forward` of a module's class uses attributes of `self`.
+
+    Methods that it calls are followed. What is iterated over together, in one `zip`, runs entry by entry.
+
+    Args:
+        module: any module.
+
+    Returns:
+        Groups of attributes in running order, those of one group in turns. An attribute may come several times.
+    """
+    forward = class_forward(module)
+    reader = _Reader(type(module))
+    reader.read(forward)
+    code = getattr(forward, "__code__", None)
+    if reader.groups or code is None:
+        return reader.groups
+    return [[(name, slice(None))] for name in code.co_names]  # no source
+
+
+class _Reader(ast.NodeVisitor):
+    """Walks a method in the order in which it runs and notes its attributes of `self`."""
+
+    def __init__(self, cls: type[nn.Module]) -> None:
+        self.groups: list[list[Mention]] = []
+        self._cls = cls
+        self._read: set[str] = set()
+
+    def read(self, method: Callable[..., Any]) -> None:
+        tree = _parsed(method)
+        if tree is not None:
+            for statement in tree.body:
+                self.visit(statement)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        called = node.func.id if isinstance(node.func, ast.Name) else None
+        if called in ("len", "hasattr", "isinstance"):
+            return
+        if called == "zip":
+            together = [mention for argument in node.args if (mention := _mention(argument)) is not None]
+            if together:
+                self.groups.append(together)
+        name = _attribute(node.func)
+        method = getattr(self._cls, name or "", None)
+        self.generic_visit(node)
+        if name is not None and inspect.isfunction(method) and name not in self._read:
+            self._read.add(name)
+            self.read(_unwrapped(method))
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        return
+
+    def visit_Subscript(self, node: ast.Subscript) -> None:
+        mention = _mention(node)
+        if mention is None:
+            self.generic_visit(node)
+        else:
+            self.groups.append([mention])
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        mention = _mention(node)
+        if mention is None:
+            self.generic_visit(node)
+        else:
+            self.groups.append([mention])
+
+
+def _mention(node: ast.expr) -> Mention | None:
+    """Understand `self.blocks`, `self.blocks[1:]`, `self.blocks[0]`, `self.blocks[i]` (any) and `enumerate(...)`."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("enumerate", "iter"):
+        return _mention(node.args[0]) if node.args else None
+    if isinstance(node, ast.Subscript):
+        name = _attribute(node.value)
+        return None if name is None else (name, _entries(node.slice))
+    name = _attribute(node)
+    return None if name is None else (name, slice(None))
+
+
+def _attribute(node: ast.expr) -> str | None:
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+        return node.attr
+    return None
+
+
+def _entries(node: ast.expr) -> slice | int:
+    try:
+        if isinstance(node, ast.Slice):
+            parts = (node.lower, node.upper, node.step)
+            return slice(*(None if part is None else int(ast.literal_eval(part)) for part in parts))
+        return int(ast.literal_eval(node))
+    except (ValueError, TypeError):
+        return slice(None)
 
 
 ReturnNames = str | tuple[str | None, ...]
@@ -71,12 +163,42 @@ def return_names(forward: Callable[..., Any]) -> ReturnNames | None:
         The names, `None` standing for a literal `None` in a tuple; `None` when the source is not there,
         returns differ, or something other than plain names is returned.
     """
+    tree = _parsed(forward)
+    if tree is None:
+        return None
+    found = {_names_of(node.value) for node in _returns(tree)}
+    return found.pop() if len(found) == 1 else None
+
+
+@functools.cache
+def names_in_return(forward: Callable[..., Any], position: int, count: int) -> frozenset[str]:
+    """Collect the variables that the `return` statements of a function mention for one of its outputs.
+
+    Args:
+        forward: a plain function, not a bound method.
+        position: which output, from 0.
+        count: how many there are.
+
+    Returns:
+        Names; those of the whole statement where it does not list `count` outputs. Empty without source.
+    """
+    tree = _parsed(forward)
+    values = [node.value for node in _returns(tree)] if tree is not None else []
+    parts = [
+        value.elts[position] if isinstance(value, ast.Tuple) and len(value.elts) == count else value for value in values
+    ]
+    return frozenset(
+        node.id for part in parts if part is not None for node in ast.walk(part) if isinstance(node, ast.Name)
+    )
+
+
+@functools.cache
+def _parsed(function: Callable[..., Any]) -> ast.FunctionDef | None:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError):
         return None
-    found = {_names_of(node.value) for node in _returns(tree.body[0])}
-    return found.pop() if len(found) == 1 else None
+    return tree if isinstance(tree, ast.FunctionDef) else None
 
 
 def _returns(node: ast.AST) -> Iterator[ast.Return]:
@@ -106,3 +228,10 @@ def _names_of(value: ast.expr | None) -> ReturnNames | None:
 def parameter_names(module: nn.Module) -> list[str]:
     """List the parameter names of the module's `forward` in order, `self` left out."""
     return list(_signature(class_forward(module)).parameters)[1:]
+
+
+def signature_text(module: nn.Module) -> str:
+    """Write the parameters of the module's `forward`, without `self` and annotations."""
+    parameters = list(_signature(class_forward(module)).parameters.values())[1:]
+    plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
+    return str(inspect.Signature(plain))

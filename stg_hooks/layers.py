@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
+from itertools import zip_longest
 
 from torch import nn
 
 from stg_hooks.errors import LayerError, TargetError, closest
-from stg_hooks.inspection import attribute_order
+from stg_hooks.inspection import running_order
 
 LayerSpec = int | str | range | nn.Module | Iterable["int | str | range | nn.Module"]
 """What may be passed as `layers`: indices, dotted names or globs, modules, or a list of those."""
@@ -28,7 +29,19 @@ _PROJECTIONS = (
     {"in_proj_weight"},
 )
 # Stacks that prepare conditioning rather than denoise: they can be named, but are not numbered.
-_SIDE_WORDS = ("refiner", "text", "context", "caption", "embed", "vace", "control", "connector", "adapter")
+_SIDE_WORDS = (
+    "refiner",
+    "text",
+    "txt",
+    "context",
+    "caption",
+    "embed",
+    "perceiver",
+    "vace",
+    "control",
+    "connector",
+    "adapter",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,15 +103,37 @@ def find_layers(model: nn.Module) -> list[Layer]:
 
 
 def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    rank = attribute_order(module)
-    children = sorted(module._modules.items(), key=lambda item: rank.get(item[0], -1))
-    for name, child in children:
-        if child is None or not _holds_attention(child):
+    for name in _in_running_order(module):
+        child = module.get_submodule(name)
+        if not _holds_attention(child):
             continue
-        if _is_container(module) and not _is_container(child) and not _is_stage(child):
+        holder = module.get_submodule(name.rpartition(".")[0])
+        if _is_container(holder) and not _is_container(child) and not _is_stage(child):
             yield f"{path}{name}", child
         else:
             yield from _walk(child, f"{path}{name}.")
+
+
+def _in_running_order(module: nn.Module) -> list[str]:
+    """Name the children of a module, entries in place of its lists, as `forward` mentions them."""
+    children = [name for name, child in module._modules.items() if child is not None]
+    if _is_container(module):
+        return children
+
+    def entries(name: str, which: slice | int) -> list[str]:
+        child = module._modules[name]
+        if not isinstance(child, nn.ModuleList):
+            return [name]
+        numbers = range(len(child))
+        chosen = numbers[which] if isinstance(which, slice) else numbers[which : which + 1 or None]
+        return [f"{name}.{number}" for number in chosen]
+
+    mentioned: list[str] = []
+    for group in running_order(module):
+        columns = [entries(name, which) for name, which in group if name in children]
+        mentioned += [name for row in zip_longest(*columns) for name in row if name is not None]
+    unmentioned = [entry for name in children for entry in entries(name, slice(None)) if entry not in mentioned]
+    return list(dict.fromkeys(unmentioned + mentioned))
 
 
 def _is_container(module: nn.Module) -> bool:

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import BlockError
-from stg_hooks.inspection import bound_arguments, class_forward, return_names
+from stg_hooks.inspection import bound_arguments, class_forward, names_in_return, return_names, signature_text
+
+# A block adds to its stream, so its output resembles what it was given: by the cosine between them, over all elements.
+_MARGIN = 0.1  # by which the input chosen must resemble it more than any other of the same shape
+_NOISE = 0.05  # what unrelated tensors reach by chance; less where there are more elements
+
+
+@dataclasses.dataclass(frozen=True)
+class _Learned:
+    """What one real output was made of."""
+
+    given: tuple[pytree.TreeSpec, tuple[bool, ...]]
+    """The structure of the arguments, and the flags among them, for which this holds."""
+    sources: list[int | None]
+    """For each leaf of the output the number of the argument's leaf that stands in for it, `None` for a constant."""
+    constants: list[Any]
+    spec: pytree.TreeSpec
 
 
 class Streams:
@@ -26,7 +45,7 @@ class Streams:
         """
         self._block = block
         self._names = return_names(class_forward(block))
-        self._learned: tuple[list[int | None], list[Any], pytree.TreeSpec] | None = None
+        self._learned: list[_Learned] = []
 
     def bypass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
         """Build what the block would return if every stream left it as it entered.
@@ -43,16 +62,15 @@ class Streams:
             wanted = (self._names,) if isinstance(self._names, str) else self._names
             if all(name is None or name in given for name in wanted):
                 values = tuple(None if name is None else given[name] for name in wanted)
-                if any(isinstance(value, Tensor) for value in values):
+                if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(values)):
                     return True, values[0] if isinstance(self._names, str) else values
-        if self._learned is None:
-            return False, None
-        sources, constants, spec = self._learned
-        tensors = _tensors(given)
-        leaves = [
-            constant if source is None else tensors[source] for source, constant in zip(sources, constants, strict=True)
-        ]
-        return True, pytree.tree_unflatten(leaves, spec)
+        leaves, structure = _structure(given)
+        for known in self._learned:
+            if known.given == structure:
+                pairs = zip(known.sources, known.constants, strict=True)
+                output = [constant if source is None else leaves[source] for source, constant in pairs]
+                return True, pytree.tree_unflatten(output, known.spec)
+        return False, None
 
     def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Remember which argument each tensor of a real output corresponds to, by shape and dtype.
@@ -63,34 +81,99 @@ class Streams:
             output: what the block returned.
 
         Raises:
-            BlockError: a tensor in the output that no argument can stand in for.
+            BlockError: a tensor in the output that no argument can stand in for, or several as well as each other.
         """
-        tensors = _tensors(bound_arguments(self._block, args, kwargs))
+        given = bound_arguments(self._block, args, kwargs)
+        inputs, structure = _structure(given)
         leaves, spec = pytree.tree_flatten(output)
-        free = set(range(len(tensors)))
+        owners = [name for name, value in given.items() for _ in pytree.tree_leaves(value)]
+        free = [i for i, leaf in enumerate(inputs) if isinstance(leaf, Tensor)]
         sources: list[int | None] = []
-        for leaf in leaves:
+        for position, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor):
                 if leaf is not None and not isinstance(leaf, (bool, int, float, str)):
-                    raise BlockError(self._explain(tensors, output, f"a {type(leaf).__name__}"))
+                    raise BlockError(
+                        self._explain(args, kwargs, output, f"a {type(leaf).__name__}", "none of its inputs matches")
+                    )
                 sources.append(None)
                 continue
-            fits = [i for i in sorted(free) if tensors[i].shape == leaf.shape and tensors[i].dtype == leaf.dtype]
-            if not fits:
-                raise BlockError(self._explain(tensors, output, f"a tensor {tuple(leaf.shape)}"))
-            free.discard(fits[0])
-            sources.append(fits[0])
+            fits = [i for i in free if inputs[i].shape == leaf.shape and inputs[i].dtype == leaf.dtype]
+            named = names_in_return(class_forward(self._block), position, len(leaves))
+            fits = [i for i in fits if owners[i] in named] or fits
+            source = _choose(leaf, fits, inputs, free[0]) if fits else None
+            if source is None:
+                which = (
+                    "none of its inputs matches",
+                    "one input matches, but does not resemble,",
+                    "several inputs match",
+                )
+                culprit = f"a tensor {tuple(leaf.shape)}"
+                raise BlockError(self._explain(args, kwargs, output, culprit, which[min(len(fits), 2)]))
+            free.remove(source)
+            sources.append(source)
         constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._learned = sources, constants, spec
+        self._learned.append(_Learned(structure, sources, constants, spec))
 
-    def _explain(self, tensors: list[Tensor], output: Any, culprit: str) -> str:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+    def _explain(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, culprit: str, which: str) -> str:
+        kind = type(self._block).__name__
+        given = bound_arguments(self._block, args, kwargs)
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor))
+        found = f"{kind} returns {culprit} that {which} in shape and dtype (inputs: {shapes or 'none'})"
         return (
-            f"{type(self._block).__name__} returns {culprit} that none of its inputs matches in shape and dtype "
-            f"(inputs: {shapes or 'none'}), so it cannot be bypassed: it does not hand a stream through. Skip another "
-            "layer, or pass a callable as mode that builds the output."
+            f"{found}, so what it hands through is not known, and it cannot be bypassed.\n"
+            f"  it is:    {kind}.forward{signature_text(self._block)}\n"
+            f"  it got:   {', '.join(f'{name}={_describe(value)}' for name, value in given.items())}\n"
+            f"  it gave:  {_describe(output)}\n"
+            "Skip another layer, or say what it hands through, in the form that it gave:\n"
+            f"  def hand_through(call): return {_suggestion(args, kwargs, output)}\n"
+            "  stg.skip(model, layers, mode=hand_through)   # stg.apply and stg.Guider take mode= as well"
         )
 
 
-def _tensors(given: dict[str, Any]) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
+def _structure(given: dict[str, Any]) -> tuple[list[Any], tuple[pytree.TreeSpec, tuple[bool, ...]]]:
+    leaves, spec = pytree.tree_flatten(given)
+    # Blocks may return something else where an argument is missing, or a flag is set.
+    return leaves, (spec, tuple(leaf is None or leaf is True for leaf in leaves))
+
+
+def _choose(output: Tensor, fits: list[int], inputs: list[Any], first: int) -> int | None:
+    """Choose the input that an output was made of, among those that fit; `None` where that cannot be told.
+
+    One that fits alone and comes first is the stream. Others have to show it by likeness.
+    """
+    distinct = [n for i, n in enumerate(fits) if not any(inputs[n] is inputs[m] for m in fits[:i])]
+    if len(distinct) == 1 and (distinct[0] == first or torch.compiler.is_compiling()):
+        return distinct[0]
+    if torch.compiler.is_compiling():  # values are not known
+        return None
+    (best, chosen), *others = sorted(((_likeness(output, inputs[n]), n) for n in distinct), reverse=True)
+    least = others[0][0] + _MARGIN if others else min(_NOISE, 4 / math.sqrt(output.numel() or 1))
+    return chosen if best > least else None
+
+
+def _likeness(one: Tensor, other: Tensor) -> float:
+    a, b = one.detach().flatten().float(), other.detach().flatten().float()
+    size = float(a.norm() * b.norm())
+    return float(a @ b) / size if size else 1.0
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)}"
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__}({', '.join(map(_describe, value))})"
+    return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
+
+
+def _suggestion(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> str:
+    """Write the expression that most likely is what the user has to type."""
+    names = [f"call.args[{i}]" for i, value in enumerate(args) if isinstance(value, Tensor)]
+    names += [f'call.kwargs["{name}"]' for name, value in kwargs.items() if isinstance(value, Tensor)]
+    stream = names[0] if names else "..."
+    if isinstance(output, Tensor):
+        return stream
+    if isinstance(output, (list, tuple)):
+        streams = iter(names)
+        parts = [next(streams, "...") if isinstance(value, Tensor) else _describe(value) for value in output]
+        return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
+    return f"{type(output).__name__}({stream})"

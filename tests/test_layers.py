@@ -264,6 +264,7 @@ def test_table_to_dict_is_plain_data() -> None:
         "name": "single_blocks.0",
         "block": "Block",
         "attention": ["attn", "cross"],
+        "kinds": {},
     }
 
 

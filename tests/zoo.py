@@ -208,6 +208,42 @@ class ShrinkingBlock(Block):
         return self.mix(x, text)[:, ::2]
 
 
+class Samples(Block):
+    """Takes and returns a list with one tensor per sample."""
+
+    def forward(self, x: list[Tensor], text: Tensor) -> list[Tensor]:
+        return [self.mix(sample[None], text[i : i + 1])[0] for i, sample in enumerate(x)]
+
+
+class NamedSamples(Block):
+    """The same, to be read from the source."""
+
+    def forward(self, x: list[Tensor], text: Tensor) -> list[Tensor]:
+        x = [self.mix(sample[None], text[i : i + 1])[0] for i, sample in enumerate(x)]
+        return x  # noqa: RET504 - a name, to be read from the source
+
+
+class SequenceFirstBlock(Block):
+    """Tokens in dimension 0, rows in dimension 1."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        return self.mix(x.transpose(0, 1), text.transpose(0, 1)).transpose(0, 1)
+
+
+class KeepDecoded(nn.Module):
+    def forward(self, **kwargs: Any) -> Any:
+        return {"stream": kwargs["stream"], "cache": None}
+
+
+class OptionsBlock(Block):
+    """Takes whatever it is given by name."""
+
+    identity = KeepDecoded
+
+    def forward(self, **options: Any) -> dict[str, Any]:
+        return {"stream": self.mix(options["stream"], options["text"]), "cache": None}
+
+
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
@@ -411,6 +447,110 @@ class Fractal(nn.Module):
         return x
 
 
+class SamplesDiT(DiT):
+    """As models of images of many sizes do: a list of samples in place of a batch."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        samples = [self.embed(sample) for sample in x]
+        for block in self.blocks:
+            samples = block(samples, text)
+        return self.out(torch.stack(samples))
+
+
+class SequenceFirstDiT(DiT):
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x, text = self.embed(x).transpose(0, 1), text.transpose(0, 1)
+        for block in self.blocks:
+            x = block(x, text)
+        return self.out(x.transpose(0, 1))
+
+
+class FramesInBatch(DiT):
+    """Blocks see every token pair as a frame of its own, and the text once per frame."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        rows = x.shape[0]
+        x = self.embed(x[:, :4]).unflatten(1, (2, 2)).flatten(0, 1)
+        text = text.repeat_interleave(2, dim=0)
+        for block in self.blocks:
+            x = block(x, text)
+        return self.out(x).unflatten(0, (rows, 2)).flatten(1, 2)
+
+
+class OptionsDiT(DiT):
+    def run(self, block: nn.Module, x: Tensor, text: Tensor) -> Tensor:
+        return block(stream=x, text=text)["stream"]
+
+
+class SameShapes(TwoStream):
+    """Image and text of the same shape: only what a block adds to tells the streams apart."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        return super().forward(x[:, :TEXT_TOKENS], text)
+
+
+class Nested(nn.Module):
+    """Lists inside a list and inside a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.ModuleList(Block() for _ in range(2)) for _ in range(2))
+        self.by_name = nn.ModuleDict({name: nn.ModuleList([Block()]) for name in ("one", "other")})
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        for stage in self.stages:
+            for block in stage:
+                x = block(x, text)
+        return self.by_name["other"][0](self.by_name["one"][0](x, text), text)
+
+
+class Pairs(nn.Module):
+    """Spatial and temporal blocks in turns, each kind in a list of its own, run by a method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temporal_blocks = nn.ModuleList(Block() for _ in range(3))
+        self.spatial_blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def run_blocks(self, x: Tensor, text: Tensor) -> Tensor:
+        assert len(self.temporal_blocks) == len(self.spatial_blocks)
+        for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
+            x = temporal(spatial(x, text), text)
+        return x
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        return self.run_blocks(x, text)
+
+
+class FirstLast(DiT):
+    """Runs its first block after the others."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        for block in self.blocks[1:]:
+            x = block(x, text)
+        return self.blocks[0](x, text)
+
+
+class Hourglass(nn.Module):
+    """Tokens are merged before the blocks in the middle, and split again after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.middle, self.up = (nn.ModuleList(Block() for _ in range(2)) for _ in range(3))
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x = x[:, :4]
+        for block in self.down:
+            x = block(x, text)
+        skip, x = x, x.unflatten(1, (2, 2)).mean(2)
+        for block in self.middle:
+            x = block(x, text)
+        x = skip + x.repeat_interleave(2, dim=1)
+        for block in self.up:
+            x = block(x, text)
+        return x
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A model of the zoo, and what is to be found in it."""
@@ -450,6 +590,20 @@ ZOO: dict[str, Case] = {
             "up_blocks.1.attentions.1",
         ],
     ),
+    "samples": Case(lambda: SamplesDiT(Samples), _stack("blocks", 4)),
+    "named_samples": Case(lambda: SamplesDiT(NamedSamples), _stack("blocks", 4)),
+    "sequence_first": Case(lambda: SequenceFirstDiT(SequenceFirstBlock), _stack("blocks", 4)),
+    "frames_in_batch": Case(FramesInBatch, _stack("blocks", 4)),
+    "options": Case(lambda: OptionsDiT(OptionsBlock), _stack("blocks", 4)),
+    "same_shapes": Case(lambda: SameShapes(TextImageBlock, True), _stack("blocks", 3)),
+    "computed_same_shapes": Case(lambda: SameShapes(ComputedTextImageBlock, True), _stack("blocks", 3)),
+    "nested": Case(
+        Nested,
+        ["stages.0.0", "stages.0.1", "stages.1.0", "stages.1.1", "by_name.one.0", "by_name.other.0"],
+    ),
+    "pairs": Case(Pairs, [f"{kind}_blocks.{i}" for i in range(3) for kind in ("spatial", "temporal")]),
+    "first_last": Case(FirstLast, ["blocks.1", "blocks.2", "blocks.3", "blocks.0"]),
+    "hourglass": Case(Hourglass, _stack("down", 2) + _stack("middle", 2) + _stack("up", 2)),
     "encoder": Case(Encoder, _stack("encoder.layers", 3)),
     "no_stacks": Case(NoStacks, []),
     "no_attention": Case(NoAttention, []),
