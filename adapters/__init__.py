@@ -1,5 +1,6 @@
 """Facts about model families that looking at a model cannot tell. Data only."""
 
+from stg_hooks.adapters.factorised import TEMPORAL
 from stg_hooks.adapters.published import PUBLISHED
 
-__all__ = ["PUBLISHED"]
+__all__ = ["PUBLISHED", "TEMPORAL"]

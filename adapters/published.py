@@ -4,7 +4,7 @@ Layers count from 0 in the order in which the blocks run. `where` names the valu
 tell the published model from others of its class.
 """
 
-from stg_hooks.settings import Published
+from stg_hooks.settings import Branch, Published
 
 _REFERENCE = "STGuidance reference code and diffusers community pipelines; arXiv 2411.18664"
 _REFERENCE_9CDD383 = "STGuidance reference code, commit 9cdd383; arXiv 2411.18664"
@@ -46,6 +46,27 @@ PUBLISHED: tuple[Published, ...] = (
         guidance_scale=3.0,
         steps="40",
         source=_LIGHTRICKS,
+    ),
+    Published(
+        name="LTX-Video 13B 0.9.8-dev",
+        model="LTXVideoTransformer3DModel",
+        where={"num_layers": 48},
+        layers=(28,),
+        mode="values",
+        scale=1.0,
+        steps="30",
+        source=_LIGHTRICKS,
+        note="Changes with the noise level, CFG included: call the pipeline with any guidance_scale above 1. Distilled "
+        "checkpoints share this configuration; they are published with guidance off.",
+        schedule=(
+            (1.0, {"layers": [], "guidance_scale": 1.0}),
+            (0.996, {"layers": [11, 25, 35, 39], "scale": 0.0, "guidance_scale": 1.0}),
+            (0.9933, {"layers": [22, 35, 39], "scale": 4.0, "guidance_scale": 6.0, "rescale": 0.5}),
+            (0.9850, {"layers": [28], "scale": 4.0, "guidance_scale": 8.0, "rescale": 0.5}),
+            (0.9767, {"layers": [28], "scale": 4.0, "guidance_scale": 6.0}),
+            (0.9008, {"layers": [28], "scale": 2.0, "guidance_scale": 1.0}),
+            (0.6180, {"layers": [28], "scale": 1.0, "guidance_scale": 1.0}),
+        ),
     ),
     Published(
         name="CogVideoX-2B",
@@ -118,7 +139,9 @@ PUBLISHED: tuple[Published, ...] = (
         guidance_scale=3.0,
         steps="25",
         source=_REFERENCE_9CDD383,
-        note="Two branches: spatial attention with scale 2.0 (given here), temporal attention with scale 0.5.",
+        kind="spatial",
+        also=(Branch([7], 0.5, "attention", "temporal"),),
+        note="Layer 7 is the first on the way up; the paper counts from one.",
     ),
     Published(
         name="LTX-2",

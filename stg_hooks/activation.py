@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 
-# A context variable, so that another thread or task sees none of this, while `asyncio.to_thread` inherits it.
+# A context variable, so that another thread or task sees none of this, while a task that is started inside the `with`
+# inherits it, as `asyncio.to_thread` does.
 _ACTIVE: ContextVar[tuple[object, ...]] = ContextVar("stg_hooks_active", default=())
 
 

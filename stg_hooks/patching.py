@@ -2,14 +2,16 @@
 
 A forward hook can change what a module returns but cannot keep it from computing, so a bypassed block needs its
 `forward` replaced. However many sessions touch a module, it gets one replacement, which the last session removes.
+Copies and pickles that are made meanwhile get none: they are of the module as it was.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
@@ -19,16 +21,28 @@ Action = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 T = TypeVar("T")
 _MISSING = object()
+_CLOCK = itertools.count(1)
+
+
+def now() -> int:
+    """Return a number that is higher than all before, to tell who came first."""
+    return next(_CLOCK)
 
 
 class _Local(threading.local):
-    # Class attribute: threads that never set it see it empty. A plain attribute, because torch.compile can trace
-    # and guard it, which it cannot do with a context variable.
-    actions: tuple[Action, ...] = ()
+    # Plain attributes, because torch.compile can trace and guard them, which it cannot do with a context variable;
+    # and on the instance, because it cannot guard one that appears while it traces.
+    def __init__(self) -> None:
+        self.around: tuple[Action, ...] = ()
+        self.instead: Action | None = None
+        self.since = 0
 
 
 class Patch:
-    """The replaced `forward` of one module, and what it does in the current thread."""
+    """The replaced `forward` of one module, and what it does in the current thread.
+
+    Any number of actions go around `forward`, the last one first. At the bottom, at most one takes its place.
+    """
 
     def __init__(self) -> None:
         """Start without effect."""
@@ -37,22 +51,40 @@ class Patch:
 
     def push(self, action: Action) -> tuple[Action, ...]:
         """Let calls from this thread do this first; return what to pass to `restore`."""
-        before = self._local.actions
-        self._local.actions = (*before, action)
+        before = self._local.around
+        self._local.around = (*before, action)
         return before
 
     def restore(self, actions: tuple[Action, ...]) -> None:
         """Go back to what calls from this thread did before `push`."""
-        self._local.actions = actions
+        self._local.around = actions
 
     @contextmanager
     def everywhere(self, action: Action) -> Iterator[None]:
         """Let calls from all threads do this first, within a `with` that may end in any order with others."""
-        self._everywhere += (action,)
+        with _LOCK:
+            self._everywhere += (action,)
         try:
             yield
         finally:
-            self._everywhere = tuple(other for other in self._everywhere if other is not action)
+            with _LOCK:
+                self._everywhere = tuple(other for other in self._everywhere if other is not action)
+
+    def replace(self, action: Action, since: int) -> tuple[Action | None, int]:
+        """Let calls from this thread do this in place of `forward`; return what to pass to `put_back`.
+
+        Args:
+            action: what to do; it is given the real `forward`, not what another action would do in its place.
+            since: when this was asked for (`now`); what has been asked for later stays.
+        """
+        before = self._local.instead, self._local.since
+        if since >= self._local.since:
+            self._local.instead, self._local.since = action, since
+        return before
+
+    def put_back(self, before: tuple[Action | None, int]) -> None:
+        """Go back to what stood in place of `forward` before `replace`."""
+        self._local.instead, self._local.since = before
 
     def wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Return a `forward` that does what has been chosen for the calling thread."""
@@ -60,22 +92,27 @@ class Patch:
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            actions = patch._everywhere + local.actions
-            if not actions:
-                return original(*args, **kwargs)
-            return _run(actions, original, args, kwargs)
+            actions, instead = patch._everywhere + local.around, local.instead
+            if actions:
+                return _run(actions, original, instead, args, kwargs)
+            if instead is not None:
+                return instead(original, args, kwargs)
+            return original(*args, **kwargs)
 
         return forward
 
 
 def _run(
-    actions: tuple[Action, ...], original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    actions: tuple[Action, ...],
+    original: Callable[..., Any],
+    instead: Action | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
-    if not actions:
-        return original(*args, **kwargs)
-
     def proceed(*args: Any, **kwargs: Any) -> Any:
-        return _run(actions[:-1], original, args, kwargs)
+        if len(actions) > 1:
+            return _run(actions[:-1], original, instead, args, kwargs)
+        return original(*args, **kwargs) if instead is None else instead(original, args, kwargs)
 
     return actions[-1](proceed, args, kwargs)
 
@@ -88,17 +125,26 @@ def pushed(patches: Sequence[Patch], actions: Sequence[Action]) -> Iterator[None
         patches: the modules' patches.
         actions: one action for each.
     """
-    before = [patch.push(action) for patch, action in zip(patches, actions, strict=True)]
+    before: list[tuple[Action, ...]] = []
     try:
+        for patch, action in zip(patches, actions, strict=True):
+            before.append(patch.push(action))
         yield
     finally:
-        for patch, actions_before in zip(patches, before, strict=True):
+        for patch, actions_before in zip(patches, before, strict=False):
             patch.restore(actions_before)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether calls of a module are compiled, its hooks included (`module.compile()`)."""
+    return getattr(module, "_compiled_call_impl", None) is not None
 
 
 @contextmanager
 def patched(module: nn.Module) -> Iterator[Patch]:
     """Replace `forward` on a module instance, or share the replacement that is there already.
+
+    Of a module that was compiled in place, the compiled call is replaced instead, so that what we do stays outside.
 
     Args:
         module: the module; its class stays untouched.
@@ -109,10 +155,41 @@ def patched(module: nn.Module) -> Iterator[Patch]:
 
     def install() -> tuple[Patch, Undo]:
         patch = Patch()
-        return patch, set_attribute(module, "forward", patch.wrap(module.forward))
+        name = "_compiled_call_impl" if is_compiled(module) else "forward"
+        forward = patch.wrap(getattr(module, name))
+        with ExitStack() as stack:
+            stack.callback(set_attribute(module, "__getstate__", _plain_state(module, name, forward)))
+            stack.callback(set_attribute(module, name, forward))
+            return patch, stack.pop_all().close
 
     with shared(module, "forward", install) as patch:
         yield patch
+
+
+def _plain_state(module: nn.Module, name: str, forward: Callable[..., Any]) -> Callable[[], Any]:
+    """Let deep copies and pickles of a module be made as if nothing had been installed on it."""
+    # A copied `forward` would go on calling the original module, with the original's weights.
+    get_state: Callable[[], Any] = module.__getstate__
+    before = {key: module.__dict__[key] for key in (name, "__getstate__") if key in module.__dict__}
+
+    def plain() -> Any:
+        state = get_state()
+        if isinstance(state, dict):
+            for key in (name, "__getstate__"):
+                if state.get(key) is forward or _is_ours(state.get(key)):
+                    del state[key]
+                    state.update({key: before[key]} if key in before else {})
+            hooks = {key: value for key, value in state.items() if key.startswith("_forward_")}
+            ours = {number for entries in hooks.values() for number, hook in entries.items() if _is_ours(hook)}
+            for key, entries in hooks.items():
+                state[key] = type(entries)((number, hook) for number, hook in entries.items() if number not in ours)
+        return state
+
+    return plain
+
+
+def _is_ours(hook: object) -> bool:
+    return str(getattr(hook, "__module__", "")).partition(".")[0] == __name__.partition(".")[0]
 
 
 Undo = Callable[[], None]

@@ -6,10 +6,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from stg_hooks.errors import LayerError, SettingError, closest
-from stg_hooks.layers import Layer, is_attention
+from stg_hooks.attention import AttentionSeam, Change
+from stg_hooks.errors import BlockError, SettingError, closest
+from stg_hooks.feed_forward import FeedForwards
+from stg_hooks.inspection import bound_arguments
 from stg_hooks.streams import Streams
 
 
@@ -22,10 +26,21 @@ class LayerCall:
     kwargs: dict[str, Any]
     streams: Streams
     forward: Callable[..., Any]
+    seam: AttentionSeam
+    feed_forwards: FeedForwards
+    memory: dict[str, Any]
+    """Whatever a mode wants to remember from one call of the layer to the next."""
 
-    def compute(self) -> Any:
-        """Run the layer as it is and return its real output."""
-        return self.forward(*self.args, **self.kwargs)
+    def compute(self, attention: Change | None = None) -> Any:
+        """Run the layer and return its real output.
+
+        Args:
+            attention: what a computation of self-attention inside gives instead, from an
+                `attention_calls.AttentionCall`.
+        """
+        if attention is None:
+            return self.forward(*self.args, **self.kwargs)
+        return self.seam.run(attention, self.forward, self.args, self.kwargs)
 
 
 Mode = Callable[[LayerCall], Any]
@@ -49,7 +64,104 @@ def residual(call: LayerCall) -> Any:
     return output
 
 
-MODES: dict[str, Mode] = {"residual": residual}
+def attention(call: LayerCall) -> Any:
+    """Make the self-attention map the identity, `softmax(Q K^T) V -> I V`; projections, gate and residual stay (STG-A).
+
+    In joint attention a video token attends to itself and to all text, and text to everything, as the authors run it.
+    Blocks that are given text and video as one stream do not tell which is which: there all tokens count as video.
+
+    Source: STG, arXiv 2411.18664, Eq. 17; reference code, commit 9cdd383.
+    """
+    return call.compute(attention=lambda a: a.own_values_and_text() if a.sees_text else a.own_values())
+
+
+def values(call: LayerCall) -> Any:
+    """Give every token, text included, its own value in self-attention, `softmax(Q K^T) V -> V`.
+
+    Source: PAG, arXiv 2403.17377, Eq. 14; LTX-2's perturbed attention.
+    """
+    return call.compute(attention=lambda a: a.own_values())
+
+
+def attention_input(call: LayerCall) -> Any:
+    """Put the (normalised) input of self-attention in its place, before the output projection, `softmax(Q K^T) V -> x`.
+
+    Source: LTX-Video's `AttentionSkip`.
+    """
+    return call.compute(attention=lambda a: a.own_inputs())
+
+
+def smoothed(call: LayerCall) -> Any:
+    """Blur the queries of self-attention over all video tokens, `softmax(mean(Q) K^T) V`: the limit of infinite width.
+
+    Source: SEG, arXiv 2408.00760, Eq. 11.
+    """
+    return call.compute(attention=lambda a: a.mean_queries())
+
+
+def feed_forward(call: LayerCall) -> Any:
+    """Let the feed-forward of a block add nothing, `x + FF(x) -> x`."""
+    with call.feed_forwards.giving_zero():
+        return call.compute()
+
+
+def shuffled(call: LayerCall) -> Any:
+    """Permute the tokens of the denoised stream at the entry of a block and restore their order after it.
+
+    One permutation per number of tokens, the same in every call, so that no random numbers of the caller are used.
+
+    Source: token perturbation guidance, arXiv 2506.10036.
+    """
+    stream = _token_stream(call)
+    order = torch.randperm(stream.shape[1], generator=torch.Generator().manual_seed(0)).to(stream.device)
+    back = order.argsort()
+    args, kwargs = pytree.tree_map(lambda leaf: leaf[:, order] if leaf is stream else leaf, (call.args, call.kwargs))
+    output = call.forward(*args, **kwargs)
+    known, handed_through = call.streams.bypass(call.args, call.kwargs)
+    if not known:
+        call.streams.learn(call.args, call.kwargs, output)
+        _, handed_through = call.streams.bypass(call.args, call.kwargs)
+    output = pytree.tree_map(lambda leaf, source: leaf[:, back] if source is stream else leaf, output, handed_through)
+    if not call.memory.get("order matters"):
+        _check_that_order_matters(call, output)
+    return output
+
+
+def _check_that_order_matters(call: LayerCall, output: Any) -> None:
+    pairs = zip(pytree.tree_leaves(output), pytree.tree_leaves(call.compute()), strict=True)
+    if all(torch.allclose(one, other, rtol=1e-4, atol=1e-6) for one, other in pairs if isinstance(one, Tensor)):
+        raise BlockError(
+            f"mode='shuffled' changes nothing in {type(call.layer).__name__}, which does not know where its tokens "
+            "are: their positions come in elsewhere. Use mode='smoothed'."
+        )
+    call.memory["order matters"] = True
+
+
+def _token_stream(call: LayerCall) -> Tensor:
+    for value in bound_arguments(call.layer, call.args, call.kwargs).values():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            if value.ndim == 3:
+                return value
+            break
+    raise BlockError(
+        f"mode='shuffled' permutes tokens, and the first tensor that {type(call.layer).__name__} was given is not "
+        "(batch, tokens, channels). Use mode='smoothed', or skip a block inside it."
+    )
+
+
+MODES: dict[str, Mode] = {
+    "residual": residual,
+    "attention": attention,
+    "values": values,
+    "attention-input": attention_input,
+    "feed-forward": feed_forward,
+    "smoothed": smoothed,
+    "shuffled": shuffled,
+}
+OF_ATTENTION = (attention, values, attention_input, smoothed)
+"""Modes that replace the computation of attention inside a layer."""
+OF_BLOCKS = (residual, feed_forward, shuffled)
+"""Modes that only a whole block can have."""
 
 
 def find_mode(mode: str | Mode) -> Mode:
@@ -72,23 +184,3 @@ def find_mode(mode: str | Mode) -> Mode:
     if not callable(mode):
         raise SettingError(f"mode={mode!r}: expected a name or a callable, not {type(mode).__name__}.")
     return mode
-
-
-def check_mode(mode: Mode, layers: list[Layer]) -> None:
-    """Raise if one of the layers cannot be skipped in this mode.
-
-    Args:
-        mode: what `find_mode` returned.
-        layers: the resolved layers.
-
-    Raises:
-        LayerError: a bypass of an attention module inside a block, which would put the *input* of the attention,
-            normalised and unprojected, onto the block's own stream.
-    """
-    for layer in layers:
-        if mode is residual and layer.index is None and is_attention(layer.module):
-            block = layer.name.rpartition(".")[0]
-            raise LayerError(
-                f"layers=[{layer.name!r}]: mode='residual' bypasses whole blocks, and this is an attention module "
-                f"inside one. Did you mean layers=[{block!r}]?"
-            )

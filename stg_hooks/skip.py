@@ -2,43 +2,64 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
 from torch import nn
 
 from stg_hooks import activation
+from stg_hooks.attention import AttentionSeam
+from stg_hooks.errors import CallError, StgWarning
+from stg_hooks.feed_forward import FeedForwards
 from stg_hooks.layers import Layer, LayerSpec, resolve
-from stg_hooks.patching import Action, Patch, patched, pushed
-from stg_hooks.perturb import LayerCall, Mode, check_mode, find_mode
+from stg_hooks.patching import Action, Patch, is_compiled, now, patched
+from stg_hooks.perturb import MODES, OF_BLOCKS, LayerCall, Mode, find_mode
+from stg_hooks.sites import Kind, find_sites
 from stg_hooks.streams import Streams
 
 
 class Switch:
     """The skipped layers of one branch: installed once, then switched on around single calls."""
 
-    def __init__(self, model: nn.Module, layers: LayerSpec, mode: str | Mode) -> None:
+    def __init__(self, model: nn.Module, layers: LayerSpec, mode: str | Mode, kind: Kind | None = None) -> None:
         """Resolve and check everything; touch nothing.
 
         Args:
             model: the module that holds the layers.
             layers: what to skip, as for `skip`.
             mode: what a skipped layer does instead, as for `skip`.
+            kind: which attention of factorised layers, as for `skip`.
         """
         self.mode = find_mode(mode)
         self.layers: list[Layer] = resolve(model, layers)
-        check_mode(self.mode, self.layers)
-        self._actions = [self._action(layer.module) for layer in self.layers]
+        self._sites = find_sites(model, self.layers, self.mode, kind)
+        self.modules = [site.module for site in self._sites]
+        """The modules that differ in the weak pass: the layers, or the blocks around perturbed attention."""
+        self._seams = [AttentionSeam(site.module, site.targets) for site in self._sites]
+        self._feed_forwards = [FeedForwards(module) for module in self.modules]
+        self._reached = {id(module): _Reached() for module in self.modules}
+        parts = zip(self.modules, self._seams, self._feed_forwards, strict=True)
+        self.actions = {id(module): self._action(module, seam, networks) for module, seam, networks in parts}
+        """What the modules do instead, by `id`."""
         self._patches: list[Patch] = []
 
-    def _action(self, module: nn.Module) -> Action:
-        streams, mode = Streams(module), self.mode
+    @property
+    def is_bypass(self) -> bool:
+        """Whether the layers are not computed at all."""
+        return self.mode is MODES["residual"]
 
-        def action(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return mode(LayerCall(module, args, kwargs, streams, forward))
+    def _action(self, module: nn.Module, seam: AttentionSeam, feed_forwards: FeedForwards) -> Action:
+        streams, mode, reached = Streams(module), self.mode, self._reached[id(module)]
+        memory: dict[str, Any] = {}
+
+        def action(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            reached.yet = True
+            return mode(LayerCall(module, args, kwargs, streams, forward, seam, feed_forwards, memory))
 
         return action
 
@@ -46,43 +67,142 @@ class Switch:
     def installed(self) -> Iterator[None]:
         """Replace `forward` of the layers, without effect until switched on; restore them at the end."""
         with ExitStack() as stack:
-            self._patches = [stack.enter_context(patched(layer.module)) for layer in self.layers]
+            self._patches = [stack.enter_context(patched(module)) for module in self.modules]
+            if self.mode is MODES["feed-forward"]:
+                for networks in self._feed_forwards:
+                    stack.enter_context(networks.installed())
+            elif self.mode not in OF_BLOCKS:
+                for seam in self._seams:
+                    stack.enter_context(seam.installed())
             yield
 
-    @property
-    def actions(self) -> dict[int, Action]:
-        """What the layers do instead, by `id` of the module."""
-        return {id(layer.module): action for layer, action in zip(self.layers, self._actions, strict=True)}
+    @contextmanager
+    def switched_on(
+        self, since: int | None = None, instead: Callable[[Action], Action] = lambda action: action
+    ) -> Iterator[None]:
+        """Bypass the layers in calls from this thread within a `with`.
 
-    def on(self) -> list[tuple[Action, ...]]:
-        """Bypass the layers in calls from this thread; return what to pass to `off`."""
-        return [patch.push(action) for patch, action in zip(self._patches, self._actions, strict=True)]
+        Args:
+            since: when this was asked for; where a layer is skipped twice, the later wish counts. Now, if left out.
+            instead: makes what a layer does out of what it would do.
+        """
+        since = now() if since is None else since
+        before: list[tuple[Action | None, int]] = []
+        try:
+            for patch, (key, action) in zip(self._patches, self.actions.items(), strict=True):
+                before.append(patch.replace(instead(action), since))
+                if before[-1][1] > since:  # another one answers for this layer
+                    self._reached[key].yet = True
+            yield
+        finally:
+            for patch, previous in zip(self._patches, before, strict=False):
+                patch.put_back(previous)
 
-    def off(self, before: list[tuple[Action, ...]]) -> None:
-        """Go back to what calls from this thread did before `on`."""
-        for patch, actions in zip(self._patches, before, strict=True):
-            patch.restore(actions)
+    def forget(self) -> None:
+        """Start afresh with what `unreached` tells."""
+        for reached in self._reached.values():
+            reached.yet = False
 
-    def switched_on(self) -> AbstractContextManager[None]:
-        """Bypass the layers in calls from this thread within a `with`."""
-        return pushed(self._patches, self._actions)
+    def unreached(self) -> list[Layer]:
+        """List the layers that the model has not called since the last `forget`, while they were switched on."""
+        return [layer for site in self._sites if not self._reached[id(site.module)].yet for layer in site.layers]
+
+    def complaint(self, changed_nothing: bool) -> str | None:
+        """Say that the layers were not called, or that skipping them changed nothing, if so."""
+        unreached = self.unreached()
+        names = ", ".join(repr(layer.name) for layer in unreached or self.layers)
+        if unreached:
+            return f"the denoiser did not call {names}, so nothing was skipped there"
+        return f"skipping {names} changed nothing: the weak prediction equals cond" if changed_nothing else None
+
+
+@dataclasses.dataclass
+class _Reached:
+    # Only ever written in a call: what torch.compile reads, it guards, and would compile again when it changes.
+    yet: bool = False
+
+
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.is_called = False
+        self.depth = 0
+
+
+class _Entry:
+    """One `with`, and the calls of the model inside it."""
+
+    def __init__(self, switch: Switch, model: nn.Module) -> None:
+        self._switch = switch
+        self._since = now()
+        self._model_name = type(model).__name__
+        self._is_compiled = is_compiled(model)
+        self._local = _OfThread()
+        self.has_begun = False
+        self.has_ended = False
+        self.stack = ExitStack()
+
+    @contextmanager
+    def installed(self, model: nn.Module) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(self._switch.installed())
+            stack.enter_context(stack.enter_context(patched(model)).everywhere(self._around))
+            if not self._is_compiled:  # there, hooks are compiled as well, and what we wrap is the call itself
+                stack.enter_context(model.register_forward_pre_hook(self._before, prepend=True))
+                stack.enter_context(model.register_forward_hook(self._after, always_call=True))
+            activation.enter(self)
+            stack.callback(activation.leave, self)
+            yield
+
+    def _before(self, *_: Any) -> None:
+        """Tell whether the call that begins is one in which the skip is in force."""
+        self._local.is_called = activation.is_active(self)
+
+    def _after(self, *_: Any) -> None:
+        self._local.is_called = self._local.depth > 0  # a model may call itself
+
+    def _around(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Bypass the layers as long as the model runs; hooks alone would not end that after an interrupt."""
+        if not (activation.is_active(self) if self._is_compiled else self._local.is_called):
+            return proceed(*args, **kwargs)
+        self.has_begun = True
+        self._local.depth += 1
+        try:
+            with self._switch.switched_on(self._since):
+                output = proceed(*args, **kwargs)
+        except Exception as error:
+            if type(error).__module__ == "torch._dynamo.exc":
+                raise CallError(
+                    f"torch.compile cannot trace {self._model_name} with layers skipped. If it was compiled as a whole "
+                    "with fullgraph=True, use fullgraph=False, or compile its blocks: for block in model.blocks: "
+                    "block.compile(fullgraph=True)."
+                ) from error
+            raise
+        finally:
+            self._local.depth -= 1
+        self.has_ended = True
+        return output
 
 
 class skip:  # noqa: N801 - reads as the verb it is: `with stg.skip(model, layers=[34]):`
-    """Bypass chosen layers in every call of a model inside a `with`, in this thread only.
+    """Bypass chosen layers in every call of a model inside a `with`, in this thread or asyncio task only.
 
-    Leaving the `with` restores the model exactly, also after an exception; so does leaving a nested one.
+    Leaving the `with` restores the model exactly, also after an exception. Nested ones add up; where they name the same
+    layer, the inner one counts. A `with` in which a chosen layer was never called ends in a warning.
     """
 
-    def __init__(self, model: nn.Module, layers: LayerSpec, mode: str | Mode = "residual") -> None:
+    def __init__(
+        self, model: nn.Module, layers: LayerSpec, mode: str | Mode = "residual", *, kind: Kind | None = None
+    ) -> None:
         """Choose what to skip; nothing is touched before the `with`.
 
         Args:
             model: any module that is called inside the `with`; its forward hooks see the calls.
             layers: index (negative ones count from the end), range, dotted name or unambiguous tail of one, glob,
                 module, or a list of those. `stg.layers(model)` shows what there is.
-            mode: `"residual"` (the block hands its inputs through, and is not computed), or a callable that takes a
+            mode: `"residual"` (the block hands its inputs through, and is not computed), `"attention"` (self-attention
+                with the identity as its map), another name among `perturb.MODES`, or a callable that takes a
                 `LayerCall` and returns what the layer should return.
+            kind: in factorised models, only attention within frames (`"spatial"`) or across them (`"temporal"`).
 
         Raises:
             LayerError: a layer that does not exist, is ambiguous, or cannot be skipped in this mode.
@@ -91,10 +211,9 @@ class skip:  # noqa: N801 - reads as the verb it is: `with stg.skip(model, layer
 
         Source: STG, arXiv 2411.18664, sec. 4.
         """
-        self._switch = Switch(model, layers, mode)
+        self._switch = Switch(model, layers, mode, kind)
         self._model = model
-        self._entered: list[ExitStack] = []
-        self._local = threading.local()
+        self._entries: list[_Entry] = []
 
     @property
     def layers(self) -> list[Layer]:
@@ -103,28 +222,51 @@ class skip:  # noqa: N801 - reads as the verb it is: `with stg.skip(model, layer
 
     def __enter__(self) -> skip:
         """Register the hooks."""
-        with ExitStack() as stack:
-            stack.enter_context(self._switch.installed())
-            stack.callback(self._after)  # a call that was interrupted has not been through its hook
-            stack.enter_context(self._model.register_forward_pre_hook(self._before, prepend=True))
-            stack.enter_context(self._model.register_forward_hook(self._after, always_call=True))
-            activation.enter(self)
-            stack.callback(activation.leave, self)
-            self._entered.append(stack.pop_all())
+        entry = _Entry(self._switch, self._model)
+        entry.stack.enter_context(entry.installed(self._model))
+        with _LOCK:
+            if not self._entries:
+                self._switch.forget()
+            self._entries.append(entry)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Restore the model."""
-        self._entered.pop().close()
+        """Restore the model, and report what was not skipped after all.
 
-    def _before(self, *_: Any) -> None:
-        if activation.is_active(self) and getattr(self._local, "before", None) is None:
-            self._local.before = self._switch.on()
+        Raises:
+            CallError: `__enter__` was not called before.
+        """
+        with _LOCK:
+            if not self._entries:
+                raise CallError(
+                    "stg.skip was left without having been entered. Write: with stg.skip(model, layers=[...]):"
+                )
+            # Several threads may have entered this object: leave what was entered here.
+            here = [entry for entry in self._entries if activation.is_active(entry)]
+            entry = (here or self._entries)[-1]
+            complaint = None if kind else self._complaint(entry)
+            self._entries.remove(entry)
+        entry.stack.close()
+        if complaint:
+            warnings.warn(complaint, StgWarning, stacklevel=2)
 
-    def _after(self, *_: Any) -> None:
-        before = getattr(self._local, "before", None)
-        if before is not None:
-            self._local.before = None
-            self._switch.off(before)
+    def _complaint(self, entry: _Entry) -> str | None:
+        model = type(self._model).__name__
+        if not entry.has_begun:
+            return (
+                f"stg.skip() skipped nothing: {model} was not called inside this `with`. The skip acts in calls of the "
+                "module that was passed to it, in this thread or asyncio task; not in direct calls of its forward, nor "
+                "of its blocks."
+            )
+        names = [repr(layer.name) for layer in self._switch.unreached()] if entry.has_ended else []
+        if names:
+            return (
+                f"stg.skip() did not skip {', '.join(names)}: {model} ran inside this `with` without calling "
+                f"{'it' if len(names) == 1 else 'them'} in this thread. Choose layers that it calls: stg.layers(model)."
+            )
+        return None
+
+
+_LOCK = threading.Lock()

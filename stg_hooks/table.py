@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from stg_hooks.hosts import denoisers_of
 from stg_hooks.layers import Layer, find_layers, is_attention
-from stg_hooks.settings import Published, published_settings
+from stg_hooks.settings import Branch, Published, published_settings
+from stg_hooks.sites import kinds_of
 
 
 def layers(target: object) -> LayerTable:
@@ -38,6 +39,7 @@ class LayerTable:
         """
         self._models = {name: type(model).__name__ for name, model in models.items()}
         self._layers = {name: find_layers(model) for name, model in models.items()}
+        self._kinds = {name: kinds_of(model) for name, model in models.items()}
         self._published = {name: published_settings(model) for name, model in models.items()}
 
     def __iter__(self) -> Iterator[Layer]:
@@ -54,13 +56,23 @@ class LayerTable:
             name: {
                 "model": self._models[name],
                 "layers": [
-                    {"index": row.index, "name": row.name, "block": row.block, "attention": list(row.attention)}
+                    {
+                        "index": row.index,
+                        "name": row.name,
+                        "block": row.block,
+                        "attention": list(row.attention),
+                        "kinds": self._kinds_in(name, row),
+                    }
                     for row in layers
                 ],
                 "published": [setting.to_dict() for setting in self._published[name]],
             }
             for name, layers in self._layers.items()
         }
+
+    def _kinds_in(self, name: str, layer: Layer) -> dict[str, str]:
+        found = {part: self._kinds[name].get(f"{layer.name}.{part}") for part in layer.attention}
+        return {part: kind for part, kind in found.items() if kind is not None}
 
     def __repr__(self) -> str:
         """Format the table as text."""
@@ -72,25 +84,31 @@ class LayerTable:
         title = f"{name} ({self._models[name]})" if name else self._models[name]
         recommended = set(published[0].layers) if published else set()
         rows = [("index", "name", "block", "attention inside", "")]
-        rows += [_row(layer, layer.index in recommended) for layer in found]
+        rows += [_row(layer, layer.index in recommended, self._kinds_in(name, layer)) for layer in found]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         cells = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         notes = [_describe(setting) for setting in published]
         return "\n  ".join([f"{title}: {count} layers", *(line.rstrip() for line in cells + notes)])
 
 
-def _row(layer: Layer, recommended: bool) -> tuple[str, str, str, str, str]:
+def _row(layer: Layer, recommended: bool, kinds: Mapping[str, str]) -> tuple[str, str, str, str, str]:
+    inside = ", ".join(f"{name} ({kinds[name]})" if name in kinds else name for name in layer.attention)
     return (
         "-" if layer.index is None else str(layer.index),
         layer.name,
         layer.block,
-        "(is one itself)" if is_attention(layer.module) else ", ".join(layer.attention),
+        "(is one itself)" if is_attention(layer.module) else inside,
         "<- published" if recommended else "",
     )
 
 
 def _describe(setting: Published) -> str:
     return (
-        f"published for {setting.name}: layers={list(setting.layers)}, mode={setting.mode!r}, scale={setting.scale}, "
+        f"published for {setting.name}: {' and '.join(map(_describe_branch, setting.branches))}, "
         f"rescale={setting.rescale} ({setting.source})"
     )
+
+
+def _describe_branch(branch: Branch) -> str:
+    kind = f", kind={branch.kind!r}" if branch.kind else ""
+    return f"layers={branch.layers}, mode={branch.mode!r}{kind}, scale={branch.scale}"

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import contextvars
 import copy
 import functools
 import gc
+import io
+import pickle
+import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -157,6 +166,7 @@ def test_a_skip_that_was_interrupted_can_be_entered_again(model: nn.Module) -> N
 HALF_WAY = [
     (use_skip, patching, "set_attribute", 1),
     (use_skip, patching, "set_attribute", 2),
+    (use_skip, patching, "set_attribute", 5),
     (use_skip, nn.Module, "register_forward_pre_hook", 1),
     (use_skip, nn.Module, "register_forward_hook", 1),
     (use_skip, activation, "enter", 1),
@@ -269,6 +279,121 @@ def test_copies_made_afterwards_are_plain(model: nn.Module) -> None:
     assert_close(copy.deepcopy(model)(**zoo.inputs()), plain, **exact)
 
 
+# --- copies made inside -----------------------------------------------------------------------------------------------
+
+
+def through_a_file(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copied: nn.Module = torch.load(file, weights_only=False)
+    return copied
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": through_a_file,
+}
+
+
+def shape_of(model: nn.Module) -> dict[str, Any]:
+    """Every attribute of every module, by type; hooks and the like by number."""
+    return {
+        name: {key: len(value) if isinstance(value, dict) else type(value) for key, value in vars(module).items()}
+        for name, module in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize("make", COPIES.values(), ids=COPIES.keys())
+@ways
+def test_copies_made_inside_are_plain_and_independent(
+    use: Callable[..., None], make: Callable[[nn.Module], nn.Module], model: nn.Module
+) -> None:
+    others: list[str] = []
+    handles = [
+        model.register_forward_pre_hook(functools.partial(_note, others), with_kwargs=True),
+        model.blocks[1].register_forward_hook(functools.partial(_note, others)),
+    ]
+    plain, expected = model(**zoo.inputs()), shape_of(model)
+    copies: list[nn.Module] = []
+    inside: list[Tensor] = []
+
+    def copy_it() -> None:
+        if len(copies) < 2 and shape_of(model) != expected:
+            copies.append(make(model))
+            inside.append(copies[-1](**zoo.inputs()))
+
+    use(model, copy_it)
+    for handle in handles:
+        handle.remove()
+    assert inside
+    copied = copies[0]
+    assert_close(inside[0], plain, **exact)
+    assert shape_of(copied) == expected
+    assert not any("stg_hooks" in type(value).__module__ for m in copied.modules() for value in vars(m).values())
+    assert len(copied._forward_pre_hooks) == len(copied.blocks[1]._forward_hooks) == 1  # other people's are kept
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+        assert_close(copied(**zoo.inputs()), plain, **exact)
+        for parameter in model.parameters():
+            parameter.sub_(1.0)
+        for parameter, other in zip(model.parameters(), copied.parameters(), strict=True):
+            parameter.copy_(other)  # to the last bit, for what this file asserts in the end
+
+
+def _note(log: list[str], *_: Any) -> None:
+    log.append("called")
+
+
+@ways
+def test_a_copy_made_inside_can_be_perturbed_itself(use: Callable[..., None], model: nn.Module) -> None:
+    expected = zoo.without(model, ["blocks.3"])(**zoo.inputs())
+    copies: list[nn.Module] = []
+    use(model, lambda: copies.append(copy.deepcopy(model)))
+    before = snapshot(copies[-1])
+    with stg.skip(copies[-1], [3]):
+        assert_close(copies[-1](**zoo.inputs()), expected, **exact)
+    assert snapshot(copies[-1]) == before
+
+
+def test_a_copy_of_a_wrapped_block_keeps_the_wrapper(model: nn.Module) -> None:
+    log: list[str] = []
+    wrap(model.blocks[1], log)
+    with stg.skip(model, [1]):
+        model(**zoo.inputs())
+        copied = copy.deepcopy(model)
+    assert log == []
+    copied(**zoo.inputs())
+    assert log == ["called"]
+    unwrap(model.blocks[1])
+
+
+@ways
+def test_what_is_saved_inside_is_the_plain_model(use: Callable[..., None], tmp_path: Path) -> None:
+    family = zoo.FAMILIES["wan"]
+    model, inputs = family.build(), family.inputs()
+    plain, keys = model(**inputs)[0], list(model.state_dict())
+    saved: list[list[str]] = []
+
+    def save() -> None:
+        model.save_pretrained(tmp_path)
+        saved.append(list(model.state_dict()))
+
+    def run(inside: Inside) -> None:
+        if use is use_guider:
+            stg.Guider(lambda **kwargs: (inside(), model(**kwargs))[1], [1], model=model)(**inputs)
+            return
+        with stg.skip(model, [1]) if use is use_skip else stg.apply(model, [1], 1.0):
+            inside()
+            model(**inputs)
+
+    run(save)
+    assert saved[0] == keys
+    assert_close(type(model).from_pretrained(tmp_path).eval()(**inputs)[0], plain, **exact)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @ways
 def test_training_modes_are_kept(use: Callable[..., None], training: bool, model: nn.Module) -> None:
@@ -372,6 +497,153 @@ def test_accelerates_own_hooks_are_kept_and_called(model: nn.Module) -> None:
     for block in (model.blocks[1], model.blocks[2]):
         hooks.remove_hook_from_module(block)
         del block.forward  # accelerate leaves the bound method behind
+
+
+# --- threads and tasks ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error::stg_hooks.StgWarning")
+def test_eight_threads_at_the_same_time(model: nn.Module, unchanged: dict[str, Any]) -> None:
+    """Skips, a guider, an applied guidance and plain calls of one model; every result is checked."""
+    inputs = zoo.inputs()
+    plain = model(**inputs)
+    weak = {layer: zoo.without(model, [f"blocks.{layer}"])(**inputs) for layer in (1, 2)}
+    guider, shared = stg.Guider(model, [2], 1.0), stg.skip(model, [1])
+    start = threading.Barrier(8, timeout=60)
+
+    def plainly() -> Tensor:
+        return model(**inputs)
+
+    def skipping(make: Callable[[], stg.skip]) -> Tensor:
+        with make():
+            return model(**inputs)
+
+    def applying() -> Tensor:
+        with stg.apply(model, [1], 1.0):
+            return model(**inputs)
+
+    jobs: list[tuple[Callable[[], Tensor], Tensor]] = [
+        (plainly, plain),
+        (plainly, plain),
+        (lambda: skipping(lambda: stg.skip(model, [1])), weak[1]),
+        (lambda: skipping(lambda: stg.skip(model, [2])), weak[2]),
+        (lambda: skipping(lambda: shared), weak[1]),
+        (lambda: skipping(lambda: shared), weak[1]),
+        (lambda: guider(**inputs), 2 * plain - weak[2]),
+        (applying, 2 * plain - weak[1]),
+    ]
+
+    def run(job: tuple[Callable[[], Tensor], Tensor]) -> None:
+        start.wait()
+        for _ in range(50):
+            assert_close(job[0](), job[1], rtol=1e-5, atol=1e-5)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # change threads more often than usual
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            results = [pool.submit(run, job) for job in jobs]
+    finally:
+        sys.setswitchinterval(interval)
+    for result in results:
+        result.result()
+    assert snapshot(model) == unchanged
+
+
+def test_tasks_that_take_turns_in_one_thread(model: nn.Module) -> None:
+    """A skip counts in the task that entered it, and in those that it starts."""
+    inputs = zoo.inputs()
+    plain = model(**inputs)
+    weak = {layer: zoo.without(model, [f"blocks.{layer}"])(**inputs) for layer in (1, 2)}
+    both = zoo.without(model, ["blocks.1", "blocks.2"])(**inputs)
+
+    async def call(expected: Tensor) -> None:
+        for _ in range(5):
+            assert_close(model(**inputs), expected, **exact)
+            await asyncio.sleep(0)
+
+    async def skip(layer: int) -> None:
+        with stg.skip(model, [layer]):
+            await call(weak[layer])
+            await asyncio.gather(asyncio.create_task(call(weak[layer])), asyncio.to_thread(model, **inputs))
+            assert_close(await asyncio.to_thread(model, **inputs), weak[layer], **exact)
+            with stg.skip(model, [3 - layer]):
+                await call(both)
+        await call(plain)
+
+    async def run() -> None:
+        await asyncio.gather(skip(1), call(plain), skip(2), call(plain), skip(1))
+
+    asyncio.run(run())
+
+
+def test_a_task_that_outlives_the_with(model: nn.Module) -> None:
+    inputs = zoo.inputs()
+    plain, weak = model(**inputs), zoo.without(model, ["blocks.1"])(**inputs)
+
+    async def run() -> None:
+        left, again = asyncio.Event(), asyncio.Event()
+
+        async def child() -> None:
+            assert_close(model(**inputs), weak, **exact)
+            left.set()
+            await again.wait()
+            assert_close(model(**inputs), plain, **exact)
+
+        skip = stg.skip(model, [1])
+        with skip:
+            task = asyncio.create_task(child())
+            await left.wait()
+        with skip:  # the same object, but not the `with` in which the task was started
+            again.set()
+            await task
+            assert_close(model(**inputs), weak, **exact)
+
+    asyncio.run(run())
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("way", "times"), [("skip", 1000), ("apply", 200), ("guider", 200)])
+def test_many_times_leave_nothing_behind(way: str, times: int, model: nn.Module) -> None:
+    def enter_and_leave(times: int) -> tuple[int, int]:
+        for _ in range(times):
+            WAYS[way](model, lambda: None)
+        gc.collect()
+        return len(gc.get_objects()), sys.getallocatedblocks()
+
+    enter_and_leave(20)  # what is cached is cached by now
+    before = enter_and_leave(20)
+    objects, blocks = (after - before for after, before in zip(enter_and_leave(times), before, strict=True))
+    assert objects < 10
+    assert blocks < 2 * times  # which wavers by some hundreds
+    assert patching._SHARED == {}
+
+
+@pytest.mark.parametrize("use", ["skip", "skip with an error", "guider", "deepcopy"])
+def test_nothing_keeps_a_model_alive(use: str) -> None:
+    """Not even until the next run of the garbage collector: there is no cycle."""
+    model = zoo.build("plain")
+    gone = weakref.ref(model), weakref.ref(model.blocks[1])
+    gc.collect()
+    gc.disable()
+    try:
+        if use == "skip with an error":
+            with contextlib.suppress(StopTestError), stg.skip(model, LAYERS):
+                raise StopTestError
+        elif use == "deepcopy":
+            with stg.skip(model, LAYERS):
+                model(**zoo.inputs())
+                copied = copy.deepcopy(model)
+            gone += (weakref.ref(copied),)
+            del copied
+        else:
+            WAYS[use](model, lambda: None)
+        del model
+        assert [reference() for reference in gone] == [None] * len(gone)
+    finally:
+        gc.enable()
 
 
 # --- the proof can fail -----------------------------------------------------------------------------------------------

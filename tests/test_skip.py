@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +17,7 @@ import stg_hooks as stg
 from tests import zoo
 
 exact: dict[str, Any] = {"rtol": 0, "atol": 0}
+pytestmark = pytest.mark.filterwarnings("error::stg_hooks.StgWarning")  # a skip that works says nothing
 
 
 def differs(a: Tensor, b: Tensor) -> bool:
@@ -272,6 +273,60 @@ def test_another_model_that_shares_the_block_is_plain() -> None:
         assert_close(other(**inputs), plain, **exact)
 
 
+@pytest.mark.parametrize("where", ["block", "hook of the model"])
+def test_a_block_called_outside_the_model_is_plain_after_an_interrupt(where: str) -> None:
+    """PyTorch runs no hook after a KeyboardInterrupt; the bypass ends with the call all the same."""
+    model, inputs = zoo.build("plain"), zoo.inputs()
+    plain = model.blocks[1](**inputs)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with stg.skip(model, [1]):
+        target = model.blocks[3] if where == "block" else model
+        with target.register_forward_pre_hook(interrupt), pytest.raises(KeyboardInterrupt):
+            model(**inputs)
+        assert_close(model.blocks[1](**inputs), plain, **exact)
+        assert_close(model(**inputs), zoo.without(model, ["blocks.1"])(**inputs), **exact)
+
+
+class Twice(nn.Module):
+    """Calls its blocks after it has called itself, or something that calls it, `depth` times."""
+
+    def __init__(self, through: Callable[[nn.Module], Callable[..., Tensor]]) -> None:
+        super().__init__()
+        self.model = zoo.DiT()
+        self.through = through
+
+    def forward(self, x: Tensor, text: Tensor, depth: int = 2) -> Tensor:
+        before = self.through(self)(x, text, depth=depth - 1) if depth else x
+        return self.model(0.5 * (x + before), text)
+
+
+@pytest.mark.parametrize("through", [lambda m: m, lambda m: m.forward], ids=["call", "forward"])
+def test_a_model_that_calls_itself(through: Callable[[nn.Module], Callable[..., Tensor]]) -> None:
+    torch.manual_seed(0)
+    model, inputs = Twice(through).eval().requires_grad_(False), zoo.inputs()
+    expected = zoo.without(model, ["model.blocks.1"])(**inputs)
+    assert differs(expected, model(**inputs))
+    with stg.skip(model, ["model.blocks.1"]):
+        assert_close(model(**inputs), expected, **exact)
+        assert_close(model(**inputs), expected, **exact)
+
+
+def test_a_callable_mode_runs_once_in_a_model_that_calls_itself() -> None:
+    model, inputs = Twice(lambda m: m).eval(), zoo.inputs()
+    count = [0]
+
+    def mode(call: stg.LayerCall) -> Tensor:
+        count[0] += 1
+        return call.compute()
+
+    with stg.skip(model, ["model.blocks.1"], mode=mode):
+        model(**inputs)
+    assert count == [3]
+
+
 # --- nesting ----------------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +347,63 @@ def test_nested_skips_of_the_same_layer() -> None:
             assert_close(model(**inputs), weak, **exact)
         assert_close(model(**inputs), weak, **exact)
     assert_close(model(**inputs), plain, **exact)
+
+
+def test_of_nested_skips_of_one_layer_the_inner_one_counts() -> None:
+    model, inputs = zoo.build("plain"), zoo.inputs()
+
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor, text: Tensor) -> Tensor:
+            return 2 * x
+
+    doubled, kept = zoo.without(model, ["blocks.1"], Doubled)(**inputs), zoo.without(model, ["blocks.1"])(**inputs)
+    assert differs(doubled, kept)
+    outer, inner = stg.skip(model, [1], mode=lambda call: 2 * call.args[0]), stg.skip(model, [1])
+    for first, second, inside, outside in ((outer, inner, kept, doubled), (inner, outer, doubled, kept)):
+        with first:
+            with second:
+                assert_close(model(**inputs), inside, **exact)
+                with first:
+                    assert_close(model(**inputs), outside, **exact)
+                assert_close(model(**inputs), inside, **exact)
+            assert_close(model(**inputs), outside, **exact)
+
+
+def test_an_inner_skip_computes_the_layer_as_it_is() -> None:
+    """And an outer skip whose every layer was overruled has nothing to complain about."""
+    model, inputs = zoo.build("plain"), zoo.inputs()
+    plain = model(**inputs)
+    with stg.skip(model, [1]), stg.skip(model, [1], mode=lambda call: call.compute()):
+        assert_close(model(**inputs), plain, **exact)
+
+
+def test_a_guider_inside_a_skip_of_its_layer_has_its_own_mode() -> None:
+    model, (x, text) = zoo.build("plain"), zoo.inputs().values()
+
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor, text: Tensor) -> Tensor:
+            return 2 * x
+
+    cond, weak = (zoo.without(model, ["blocks.1"], identity)(x, text) for identity in (None, Doubled))
+    guider = stg.Guider(model, [1], 1.5, mode=lambda call: 2 * call.args[0])
+    with stg.skip(model, [1]):
+        assert_close(guider(x, text), cond + 1.5 * (cond - weak), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("execution", ["full", "sequential"])
+@pytest.mark.parametrize("layer", [0, 1, 3])
+@pytest.mark.parametrize("is_outer", [True, False])
+def test_with_applied_guidance_the_skipped_model_is_guided(execution: str, layer: int, is_outer: bool) -> None:
+    """Exactly, and with whatever the execution shares, whichever `with` comes first."""
+    model, inputs = zoo.build("plain"), zoo.inputs()
+    skipped = zoo.without(model, [f"blocks.{layer}"])
+    cond, weak = skipped(**inputs), zoo.without(skipped, ["blocks.2"])(**inputs)
+    applied, skip = stg.apply(model, [2], 1.0, execution=execution), stg.skip(model, [layer])
+    first, second = (skip, applied) if is_outer else (applied, skip)
+    with first, second:
+        for _ in range(2):
+            assert_close(model(**inputs), 2 * cond - weak, rtol=1e-5, atol=1e-5)
+    assert applied.stats.blocks_run == (6 if execution == "full" else 2)
 
 
 def test_the_same_object_entered_again() -> None:
@@ -316,6 +428,7 @@ def test_skips_may_end_in_any_order(layers: tuple[int, int]) -> None:
     first, second = (stg.skip(model, [layer]) for layer in layers)
     first.__enter__()
     second.__enter__()
+    model(**inputs)
     first.__exit__(None, None, None)
     assert_close(model(**inputs), second_only, **exact)
     second.__exit__(None, None, None)
@@ -331,6 +444,7 @@ def test_skip_on_a_part_and_on_the_whole() -> None:
     plain = model.inner_model(**inputs)
     with stg.skip(model, [1]):
         assert_close(model.inner_model(**inputs), plain, **exact)
+        model(**inputs)
 
 
 def test_skipped_layers_are_told() -> None:
@@ -395,3 +509,164 @@ def test_an_exception_in_a_callable_mode_is_passed_on() -> None:
     with pytest.raises(ZeroDivisionError, match="broken mode"), stg.skip(model, [1], mode=broken):
         model(**inputs)
     assert_close(model(**inputs), plain, **exact)
+
+
+# --- silence is reported ----------------------------------------------------------------------------------------------
+
+
+class Sometimes(zoo.DiT):
+    """Does not call all of its blocks."""
+
+    def forward(self, x: Tensor, text: Tensor, blocks: int = 2) -> Tensor:
+        for block in self.blocks[:blocks]:
+            x = block(x, text)
+        return x
+
+
+def test_a_layer_that_is_never_called_is_reported_once() -> None:
+    model, inputs = Sometimes().eval(), zoo.inputs()
+    plain = model(**inputs)
+    with (
+        pytest.warns(
+            stg.StgWarning, match=r"did not skip 'blocks\.2', 'blocks\.3': Sometimes ran .* calling them"
+        ) as log,
+        stg.skip(model, [1, 2, 3]),
+    ):
+        _ = [model(**inputs) for _ in range(2)]
+    assert len(log) == 1
+    assert log[0].filename == __file__
+    with (
+        pytest.warns(stg.StgWarning, match=r"did not skip 'blocks\.3': .* calling it in this thread"),
+        stg.skip(model, 3),
+    ):
+        assert_close(model(**inputs), plain, **exact)
+
+
+def test_a_layer_that_is_called_in_one_call_of_many_is_not_reported() -> None:
+    model, inputs = Sometimes().eval(), zoo.inputs()
+    with stg.skip(model, [3]) as skip:
+        model(**inputs)
+        model(**inputs, blocks=4)
+        model(**inputs)
+    with pytest.warns(stg.StgWarning, match="did not skip"), skip:  # every `with` counts for itself
+        model(**inputs)
+
+
+def test_a_model_that_is_never_called_is_reported() -> None:
+    model, inputs = zoo.build("plain"), zoo.inputs()
+    with (
+        pytest.warns(stg.StgWarning, match=r"skipped nothing: DiT was not called inside this `with`"),
+        stg.skip(model, 1),
+    ):
+        pass
+    with pytest.warns(stg.StgWarning, match="skipped nothing"), stg.skip(model, 1):
+        model.forward(**inputs)
+    with pytest.warns(stg.StgWarning, match="skipped nothing"), stg.skip(model, 1), ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: model(**inputs)).result()
+
+
+def test_an_error_explains_itself() -> None:
+    model, inputs = zoo.build("plain"), zoo.inputs()
+    with pytest.raises(ZeroDivisionError), stg.skip(model, [1]):
+        raise ZeroDivisionError
+    with stg.skip(model, [1]), pytest.raises(RuntimeError, match="mat1 and mat2"):
+        model(inputs["x"][..., :3], inputs["text"])
+
+
+def test_leaving_without_entering_is_an_error() -> None:
+    skip = stg.skip(zoo.build("plain"), [1])
+    with pytest.raises(stg.CallError, match=r"left without having been entered\. Write: with stg\.skip\("):
+        skip.__exit__(None, None, None)
+    with skip:
+        skip._model(**zoo.inputs())
+    with pytest.raises(stg.CallError, match="left without"):
+        skip.__exit__(None, None, None)
+
+
+# --- under torch.compile ----------------------------------------------------------------------------------------------
+# With the backend "eager" Dynamo does all that could go wrong here, and nothing is generated.
+
+
+def compile_blocks(model: nn.Module, fullgraph: bool) -> nn.Module:
+    for block in model.blocks:
+        block.compile(backend="eager", fullgraph=fullgraph)
+    return model
+
+
+def compile_in_place(model: nn.Module, fullgraph: bool) -> nn.Module:
+    model.compile(backend="eager", fullgraph=fullgraph)
+    return model
+
+
+def compile_from_outside(model: nn.Module, fullgraph: bool) -> nn.Module:
+    compiled: nn.Module = torch.compile(model, backend="eager", fullgraph=fullgraph)
+    return compiled
+
+
+COMPILED = [
+    pytest.param(compile_blocks, id="blocks"),
+    pytest.param(compile_in_place, id="in place", marks=pytest.mark.slow),
+    pytest.param(compile_from_outside, id="from outside", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("make", COMPILED)
+def test_compiled(make: Callable[..., nn.Module], fullgraph: bool) -> None:
+    model, inputs = zoo.build("plain"), zoo.inputs()
+    plain, weak = model(**inputs), zoo.without(model, ["blocks.1"])(**inputs)
+    called = make(model, fullgraph)
+    assert_close(called(**inputs), plain)
+    before = zoo.snapshot(model)
+    for _ in range(2):
+        with stg.skip(called, ["blocks.1"]):
+            for _ in range(2):
+                assert_close(called(**inputs), weak)
+        assert zoo.snapshot(model) == before
+        assert_close(called(**inputs), plain)
+    guider = stg.Guider(called, ["blocks.1"], 1.0, execution="full")
+    assert_close(guider(**inputs), 2 * plain - weak)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_compiled_from_outside_after_the_skip_was_built() -> None:
+    """The skip is on the model itself, which is now called from inside what was compiled."""
+    model, inputs = zoo.build("plain"), zoo.inputs()
+    plain, weak = model(**inputs), zoo.without(model, ["blocks.1"])(**inputs)
+    skip = stg.skip(model, [1])
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        with skip:
+            assert_close(compiled(**inputs), weak)
+        assert_close(compiled(**inputs), plain)
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+def test_compiled_with_a_mode_that_cannot_be() -> None:
+    model, inputs = compile_in_place(zoo.build("plain"), fullgraph=True), zoo.inputs()
+    local = threading.Lock()
+
+    def mode(call: stg.LayerCall) -> Tensor:
+        with local:
+            return call.args[0]
+
+    with (
+        stg.skip(model, [1], mode=mode),
+        pytest.raises(stg.CallError, match=r"cannot trace DiT with layers skipped\. .* compile its blocks"),
+    ):
+        model(**inputs)
+    compile_blocks(model := zoo.build("plain"), fullgraph=True)
+    expected = zoo.without(model, ["blocks.1"])(**inputs)
+    with stg.skip(model, [1], mode=mode):  # what the message says works
+        assert_close(model(**inputs), expected)

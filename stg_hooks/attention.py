@@ -1,0 +1,257 @@
+"""The seam of the attention modes: the computation of attention inside a perturbed layer, whatever wraps it.
+
+A `TorchFunctionMode`, in force in this thread while the layer runs, sees every torch function that the layer calls. It
+hands those that compute self-attention to the mode and leaves everything else alone: cross-attention, other layers,
+other threads. So processors old and new, fused projections and hand-made blocks need no code of their own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from stg_hooks.attention_calls import AttentionCall, HandMade, MultiHead, ScaledDotProduct
+from stg_hooks.errors import BlockError
+from stg_hooks.hosts import plain_attention
+from stg_hooks.inspection import bound_arguments
+from stg_hooks.patching import Action, Patch, is_compiled, patched, pushed
+from stg_hooks.provenance import Provenance, Runs
+
+Change = Callable[[AttentionCall], Any]
+"""What a computation of self-attention gives instead."""
+
+
+class AttentionSeam:
+    """The attention inside one layer: installed once, then replaced in single calls of the layer."""
+
+    def __init__(self, layer: nn.Module, targets: Sequence[tuple[str, nn.Module]]) -> None:
+        """Prepare for one layer; touch nothing.
+
+        Args:
+            layer: a block, or an attention module.
+            targets: the attention modules inside whose attention is replaced, with names for messages; the layer
+                itself may be one of them.
+        """
+        self._layer = layer
+        self._targets = targets
+        self._opaque = [module for module in layer.modules() if _is_opaque(module)]
+        self._patches: list[Patch] = []
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Replace `forward` of the attention modules, without effect until a call asks for it."""
+        with ExitStack() as stack:
+            inner = [module for _, module in self._targets if module is not self._layer]
+            self._patches = [stack.enter_context(patched(module)) for module in (*inner, *self._opaque)]
+            yield
+
+    def run(self, change: Change, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute the layer with its self-attention replaced, and not compiled.
+
+        Args:
+            change: what self-attention gives instead.
+            forward: computes the layer as it is.
+            args: positional arguments of the call.
+            kwargs: keyword arguments of the call.
+
+        Returns:
+            What the layer returns.
+
+        Raises:
+            BlockError: no self-attention was found in the call, or it is not computed where it can be replaced.
+        """
+        if is_compiled(self._layer):
+            forward = self._layer._call_impl
+        run = self._run
+        if "torch._dynamo" in sys.modules:  # what is compiled cannot be followed: break the graph here
+            run = torch.compiler.disable(run)
+        return run(change, forward, args, kwargs)
+
+    def _run(self, change: Change, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        mode = _Interception(change)
+        inner = [(name, module) for name, module in self._targets if module is not self._layer]
+        whole = [name for name, module in self._targets if module is self._layer]
+        actions = [mode.around(name, module) for name, module in inner] + [mode.through] * len(self._opaque)
+        with pushed(self._patches, actions), mode:
+            if whole:
+                output = mode.around(whole[0], self._layer)(forward, args, kwargs)
+            else:
+                with mode.provenance.call(bound_arguments(self._layer, args, kwargs)):
+                    output = forward(*args, **kwargs)
+        if not mode.replaced:
+            raise BlockError(self._explain(mode))
+        return output
+
+    def _explain(self, mode: _Interception) -> str:
+        kind = type(self._layer).__name__
+        names = ", ".join(repr(name) for name, _ in self._targets)
+        if mode.crossed:
+            return (
+                f"the attention in {names} of {kind} is cross-attention: its keys come from other tokens than its "
+                "queries. Attention modes replace self-attention only; skip another layer, or use mode='residual' on "
+                "the block."
+            )
+        return f"a perturbed layer, {kind}, did not call its attention ({names}), so nothing was perturbed."
+
+
+class _Interception(TorchFunctionMode):
+    """Sees what a layer computes, follows where it comes from, and replaces its self-attention."""
+
+    def __init__(self, change: Change) -> None:
+        super().__init__()
+        self.provenance = Provenance()
+        self.replaced = 0
+        self.crossed = 0
+        self._change = change
+        self._inside: tuple[str, nn.Module] | None = None
+
+    def around(self, name: str, module: nn.Module) -> Action:
+        """Return what an attention module does: compute, with its self-attention replaced."""
+
+        def action(proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            before, self._inside = self._inside, (name, module)
+            seen = self.replaced + self.crossed
+            try:
+                with self.provenance.call(bound_arguments(module, args, kwargs)) as outputs, plain_attention(module):
+                    output = proceed(*args, **kwargs)
+                    outputs.append(output)
+            finally:
+                self._inside = before
+            if self.replaced + self.crossed == seen:
+                raise BlockError(
+                    f"{name!r} ({type(module).__name__}) computes its attention neither with torch's "
+                    "scaled_dot_product_attention nor with a softmax, so it cannot be replaced, and nothing would be "
+                    "perturbed. Set another attention processor or backend, or use mode='residual' on the block."
+                )
+            return output
+
+        return action
+
+    def through(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Follow tensors through a module whatever it calls: kernels of its own are no torch functions."""
+        output = proceed(*args, **kwargs)
+        self.provenance.follow(None, args, kwargs, output)
+        return output
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._inside is not None and func in _SEAMS:
+            output = _SEAMS[func](self, args, kwargs)
+        elif self._inside is not None and func in _SOFTMAX:
+            output = self.softmax(func, args, kwargs)
+        else:
+            output = func(*args, **kwargs)
+        self.provenance.follow(func, args, kwargs, output)
+        return output
+
+    def scaled_dot_product(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Stand in for `scaled_dot_product_attention`."""
+        given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+        query, key, value = (given.pop(name) for name in _ARGUMENTS[:3])
+        if not self._is_self_attention(query, key):
+            self.crossed += 1
+            return F.scaled_dot_product_attention(query, key, value, **given)
+        runs, key_runs = self._runs(query, query.shape[-2]), self._runs(key, key.shape[-2])
+        if query.shape[-2] != key.shape[-2] and (runs or query.shape[-2] != _videos(key_runs)):
+            raise self._lengths_differ(query.shape[-2], key.shape[-2])
+        self.replaced += 1
+        call = ScaledDotProduct(runs, self._inputs(), key_runs, query, key, value, given)
+        return self._change(call)
+
+    def multi_head(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Stand in for `multi_head_attention_forward`."""
+        given = {**dict(zip(_MULTI_HEAD_ARGUMENTS, args, strict=False)), **kwargs}
+        query, key, value = (given.pop(name) for name in _MULTI_HEAD_ARGUMENTS[:3])
+        if not self._is_self_attention(query, key):
+            self.crossed += 1
+            return F.multi_head_attention_forward(query, key, value, **given)
+        if len(query) != len(key):
+            raise self._lengths_differ(len(query), len(key))
+        self.replaced += 1
+        return self._change(MultiHead(self._runs(query, len(query)), self._inputs(), query, given))
+
+    def softmax(self, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Stand in for a softmax, which may be that of attention maps that are computed by hand."""
+        logits, dim = args[0], kwargs.get("dim", args[1] if len(args) > 1 else None)
+        label = self.provenance.label(logits)
+        if label is None or label.product is None or dim not in (-1, logits.ndim - 1):
+            return function(*args, **kwargs)
+        if label.product[0] != label.product[1]:
+            self.crossed += 1
+            return function(*args, **kwargs)
+        if logits.shape[-2] != logits.shape[-1]:
+            raise self._lengths_differ(*logits.shape[-2:])
+        self.replaced += 1
+        runs = self._runs(logits, logits.shape[-1])
+        return self._change(HandMade(runs, self._inputs(), logits, lambda new: function(new, *args[1:], **kwargs)))
+
+    def _error(self, what: str) -> BlockError:
+        name, module = self._inside or ("", None)
+        return BlockError(f"{name!r} ({type(module).__name__}) {what}")
+
+    def _is_self_attention(self, query: Tensor, key: Tensor) -> bool:
+        ours, theirs = self.provenance.label(query), self.provenance.label(key)
+        if ours is not None and theirs is not None:
+            if ours.sources < theirs.sources:  # of the keys some are text that does not attend itself
+                return _videos(theirs.runs_along(key.shape[-2])) == query.shape[-2]
+            return ours.sources == theirs.sources
+        if len([t for t in self.provenance.arguments.values() if t.ndim > 2]) == 1:  # nothing else to attend to
+            return True
+        raise self._error(
+            "computes its queries or keys in a way that cannot be followed, so it is not known whether this is "
+            "self-attention. Use mode='residual' on the block."
+        )
+
+    def _lengths_differ(self, queries: int, keys: int) -> BlockError:
+        return self._error(
+            f"has {queries} queries but {keys} keys, so a token has no key and value of its own. Use mode='residual' "
+            "on the block."
+        )
+
+    def _runs(self, tensor: Tensor, total: int) -> Runs:
+        """Say which of the tokens are text."""
+        label = self.provenance.label(tensor)
+        runs = label.runs_along(total) if label is not None else ()
+        given = self.provenance.arguments
+        main = given.get(self.provenance.main or "")
+        if not runs and label is not None and main is not None and main.ndim == 3:
+            others = [given[name] for name in sorted(label.sources) if name in given and given[name] is not main]
+            if any(other.ndim == 3 and other.shape[1] + main.shape[1] == total for other in others):
+                raise self._error(
+                    f"puts {total} tokens together in a way that cannot be followed, so it is not known which of "
+                    "them are text. Use mode='residual' on the block."
+                )
+        return runs if len({is_text for is_text, _ in runs}) == 2 else ()
+
+    def _inputs(self) -> tuple[Tensor, ...]:
+        given, main = self.provenance.arguments, self.provenance.main
+        return tuple(given[name] for name in sorted(given, key=lambda name: name != main))
+
+
+def _is_opaque(module: nn.Module) -> bool:
+    """Tell whether a module may compute in ways that are not torch functions (quantised layers, fused norms)."""
+    is_leaf = next(module.children(), None) is None and next(module.parameters(), None) is not None
+    return is_leaf and type(module).__module__.partition(".")[0] != "torch"
+
+
+def _videos(runs: Runs) -> int:
+    return sum(count for is_text, count in runs if not is_text)
+
+
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_MULTI_HEAD_ARGUMENTS = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
+_SEAMS: dict[Any, Callable[[_Interception, tuple[Any, ...], dict[str, Any]], Any]] = {
+    F.scaled_dot_product_attention: _Interception.scaled_dot_product,
+    F.multi_head_attention_forward: _Interception.multi_head,
+}
+_SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)

@@ -1,0 +1,94 @@
+"""The feed-forward networks of a block: found by what they are called, and made to give zero in single calls."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from stg_hooks.errors import BlockError
+from stg_hooks.patching import Action, Patch, patched, pushed
+
+_CLASS = re.compile(r"feed_?forward|mlp|ffn|glumbconv|swiglu", re.IGNORECASE)
+# `linear2` is nn.TransformerEncoderLayer's; `proj_mlp` is the first half of a network beside the attention.
+_NAME = re.compile(r"(ff|ffn|mlp|feed_?forward)\d*(_context|_txt|_text|_audio)?|\w+_(mlp|ffn|ff)|linear2")
+
+
+def feed_forwards(block: nn.Module) -> list[nn.Module]:
+    """List the outermost feed-forward networks inside a block."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in block.named_modules():
+        called = name.rpartition(".")[2]
+        if not name or any(name.startswith(f"{outer}.") for outer, _ in found) or isinstance(module, nn.ModuleList):
+            continue
+        if _NAME.fullmatch(called) or _CLASS.search(type(module).__name__):
+            found.append((name, module))
+    return [module for _, module in found]
+
+
+class _Watching(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class FeedForwards:
+    """The feed-forward networks of one layer: installed once, then silenced in single calls of the layer."""
+
+    def __init__(self, block: nn.Module) -> None:
+        """Prepare for one layer; touch nothing.
+
+        Args:
+            block: the layer.
+        """
+        self.modules = feed_forwards(block)
+        self._kind = type(block).__name__
+        self._patches: list[Patch] = []
+        self._known: dict[Any, tuple[torch.Size, torch.dtype]] = {}
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Replace `forward` of the networks, without effect until a call asks for it."""
+        with ExitStack() as stack:
+            self._patches = [stack.enter_context(patched(module)) for module in self.modules]
+            yield
+
+    @contextmanager
+    def giving_zero(self) -> Iterator[None]:
+        """Let the networks give zero in calls from this thread within a `with`; each kind of call computes once.
+
+        Raises:
+            BlockError: none of them was called.
+        """
+        called: list[nn.Module] = []
+        # Layers with a fused implementation, which does not call its parts, do without it where functions are watched.
+        with pushed(self._patches, [self._zero(module, called) for module in self.modules]), _Watching():
+            yield
+        if not called:
+            raise BlockError(
+                f"{self._kind} did not call its feed-forward network, so mode='feed-forward' changed nothing in it. "
+                "Use another mode."
+            )
+
+    def _zero(self, module: nn.Module, called: list[nn.Module]) -> Action:
+        def action(proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            # What a network returns is told by what it returned for the same shapes before.
+            called.append(module)
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            key = id(module), *((tensor.shape, tensor.dtype) for tensor in tensors)
+            if key in self._known:
+                shape, dtype = self._known[key]
+                return tensors[0].new_zeros(shape, dtype=dtype)
+            output = proceed(*args, **kwargs)
+            if isinstance(output, Tensor) and tensors:
+                self._known[key] = output.shape, output.dtype
+            return pytree.tree_map_only(Tensor, torch.zeros_like, output)
+
+        return action

@@ -1,0 +1,203 @@
+"""Follow tensors through a call: which of its arguments a tensor comes from, and which of its tokens are text.
+
+Tells self-attention (queries and keys come from the same tokens) from cross-attention, also where their lengths happen
+to agree, and finds the text among the tokens of a joint attention, on whichever side a model puts it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from stg_hooks.calls import is_positional
+
+# What the argument that carries text, or whatever else is not denoised, is called.
+_TEXT_WORDS = ("encoder", "text", "txt", "context", "prompt", "caption", "cond")
+
+Runs = tuple[tuple[bool, int], ...]
+"""Consecutive tokens: whether they are text, and how many."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Label:
+    """Where a tensor comes from."""
+
+    sources: frozenset[str]
+    """Names of the arguments of the call that it was computed from."""
+    runs: Runs = ()
+    """Its tokens in order, where tokens of several kinds were put together."""
+    product: tuple[frozenset[str], frozenset[str]] | None = None
+    """Where the two factors of a matrix product come from, for the product and what is computed from it."""
+
+    def runs_along(self, size: int) -> Runs:
+        """Return the runs if they describe a dimension of this size."""
+        return self.runs if sum(count for _, count in self.runs) == size else ()
+
+    def runs_along_any(self, tensor: Tensor) -> bool:
+        """Tell whether the runs describe a dimension of this tensor."""
+        return any(self.runs_along(size) for size in tensor.shape)
+
+
+class Provenance:
+    """The labels of the tensors inside one call, and inside the calls that it makes."""
+
+    def __init__(self) -> None:
+        """Start without labels."""
+        self._labels: dict[int, tuple[weakref.ref[Tensor], Label]] = {}
+        self.arguments: dict[str, Tensor] = {}
+        """The tensors that the innermost call was given and that carry tokens."""
+
+    @contextmanager
+    def call(self, arguments: dict[str, Any]) -> Iterator[list[Any]]:
+        """Follow what is computed inside a call from its own arguments.
+
+        Args:
+            arguments: name to value.
+
+        Returns:
+            A context manager that gives a list: put the output of the call there.
+        """
+        outer, outer_arguments = self._labels, self.arguments
+        self._labels, self.arguments = {}, {}
+        output: list[Any] = []
+        before: list[Label] = []
+        try:
+            for name, value in arguments.items():
+                for leaf in pytree.tree_leaves(value):
+                    if isinstance(leaf, Tensor):
+                        label = _find(outer, leaf)
+                        before += [] if label is None else [label]
+                        if _carries_tokens(name, leaf) and not any(leaf is a for a in self.arguments.values()):
+                            self.arguments.setdefault(name, leaf)
+                            self._set(leaf, Label(frozenset([name]), label.runs if label else ()))
+            yield output
+            inner = [
+                (tensor, self.label(tensor)) for tensor in pytree.tree_leaves(output) if isinstance(tensor, Tensor)
+            ]
+        finally:
+            self._labels, self.arguments = outer, outer_arguments
+        sources = frozenset[str]().union(*(label.sources for label in before))
+        for tensor, label in inner:
+            self._set(tensor, Label(sources, label.runs if label else ()))
+
+    def label(self, tensor: Tensor) -> Label | None:
+        """Return where a tensor comes from; `None` where that is not known."""
+        return _find(self._labels, tensor)
+
+    @property
+    def main(self) -> str | None:
+        """Name the argument that carries what is being denoised."""
+        names = list(self.arguments)
+        return next((name for name in names if not _sounds_like_text(name)), names[0] if names else None)
+
+    def follow(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Label what a torch function has returned."""
+        given = list(_tensors((*args, *kwargs.values())))
+        labels = [label for label in map(self.label, given) if label is not None]
+        if not labels:
+            return
+        sources = frozenset[str]().union(*(label.sources for label in labels))
+        if function is Tensor.__setitem__:
+            own = self.label(given[0])
+            self._set(given[0], Label(sources, own.runs if own else ()))
+            return
+        product = next((label.product for label in labels if label.product), None)
+        if function in _PRODUCTS and len(labels) > 1:
+            product = labels[-2].sources, labels[-1].sources
+        for tensor in _tensors((output,)):
+            if function in _JOINS:
+                runs = self._joined(given, tensor)
+            else:
+                runs = next(filter(None, (_carried(label.runs, one, tensor) for one, label in self._known(given))), ())
+            self._set(tensor, Label(sources, runs, product))
+
+    def _known(self, tensors: Iterable[Tensor]) -> Iterator[tuple[Tensor, Label]]:
+        for tensor in tensors:
+            label = self.label(tensor)
+            if label is not None and label.runs:
+                yield tensor, label
+
+    def _joined(self, parts: list[Tensor], whole: Tensor) -> Runs:
+        parts = [part for part in parts if part.ndim == whole.ndim]
+        changed = [dim for dim in range(whole.ndim) if any(part.shape[dim] != whole.shape[dim] for part in parts)]
+        if len(changed) != 1:
+            return ()
+        runs: list[tuple[bool, int]] = []
+        for part in parts:
+            size, label = part.shape[changed[0]], self.label(part)
+            known = label.runs_along(size) if label is not None else ()
+            runs += known or ((label is None or self.main not in label.sources, size),)
+        # Joined along another dimension, or all of one kind: then there is nothing to tell apart.
+        if len({is_text for is_text, _ in runs}) == 2:
+            return tuple(runs)
+        return next((label.runs for _, label in self._known(parts) if label.runs_along_any(whole)), ())
+
+    def _set(self, tensor: Tensor, label: Label) -> None:
+        self._labels[id(tensor)] = weakref.ref(tensor), label
+
+
+_PRODUCTS = (
+    torch.matmul,
+    torch.bmm,
+    torch.baddbmm,
+    torch.einsum,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    Tensor.bmm,
+    Tensor.baddbmm,
+)
+_JOINS = (torch.cat, torch.concat, torch.concatenate, torch.hstack)
+
+
+def _find(labels: dict[int, tuple[weakref.ref[Tensor], Label]], tensor: Tensor) -> Label | None:
+    found = labels.get(id(tensor))
+    return found[1] if found is not None and found[0]() is tensor else None  # ids are used again
+
+
+def _carries_tokens(name: str, tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.ndim > 1 and not is_positional(name) and "mask" not in name
+
+
+def _sounds_like_text(name: str) -> bool:
+    return any(word in name for word in _TEXT_WORDS)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+
+
+def _carried(runs: Runs, given: Tensor, made: Tensor) -> Runs:
+    """Say which tokens a tensor holds that was computed from another one: all, or those of a slice."""
+    total = sum(count for _, count in runs)
+    if given.ndim == made.ndim and given.untyped_storage().data_ptr() == made.untyped_storage().data_ptr():
+        cut = [dim for dim in range(given.ndim) if given.shape[dim] != made.shape[dim]]
+        if len(cut) == 1 and cut[0] == _index(given, total) and given.stride() == made.stride():
+            start = (made.storage_offset() - given.storage_offset()) // given.stride(cut[0])
+            return _slice(runs, start, start + made.shape[cut[0]])
+    return runs if total in made.shape else ()
+
+
+def _index(tensor: Tensor, size: int) -> int | None:
+    return tensor.shape.index(size) if size in tensor.shape else None
+
+
+def _slice(runs: Runs, start: int, stop: int) -> Runs:
+    kept: list[tuple[bool, int]] = []
+    position = 0
+    for is_text, count in runs:
+        size = min(stop, position + count) - max(start, position)
+        if size > 0:
+            kept.append((is_text, size))
+        position += count
+    return tuple(kept)

@@ -1,0 +1,170 @@
+"""Where a mode takes hold: which modules differ in the weak pass, and which attention inside them is replaced."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+from torch import nn
+
+from stg_hooks.errors import LayerError, SettingError, closest
+from stg_hooks.feed_forward import feed_forwards
+from stg_hooks.layers import Layer, attention_modules, find_layers, is_attention
+from stg_hooks.perturb import MODES, OF_ATTENTION, OF_BLOCKS, Mode
+
+Kind = Literal["spatial", "temporal"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One module that differs in the weak pass."""
+
+    module: nn.Module
+    layers: tuple[Layer, ...]
+    """The layers that were asked for in it: itself, or attention inside."""
+    targets: tuple[tuple[str, nn.Module], ...]
+    """The attention modules inside that are replaced by an attention mode, with their full names."""
+
+
+def check_kind(kind: object) -> None:
+    """Raise `SettingError` if this is no kind of attention."""
+    if kind is not None and kind not in get_args(Kind):
+        names = ", ".join(map(repr, get_args(Kind)))
+        raise SettingError(f"kind={kind!r}: there is {names}.{closest(str(kind), get_args(Kind))}")
+
+
+def find_sites(model: nn.Module, layers: Sequence[Layer], mode: Mode, kind: Kind | None) -> list[Site]:
+    """Say where a mode takes hold.
+
+    A block that is skipped, or that holds perturbed attention, is a site: what happens to the tokens before the
+    attention, and hence which of them are text, is seen in its call only.
+
+    Args:
+        model: the module that holds the layers.
+        layers: the layers that were asked for.
+        mode: what `find_mode` returned.
+        kind: only attention within frames (`"spatial"`) or across them (`"temporal"`).
+
+    Returns:
+        Sites, none inside another, in the order of `layers`.
+
+    Raises:
+        LayerError: a layer that cannot be skipped in this mode, has no attention of this kind, or lies in another one.
+        SettingError: a kind that does not exist, or with a mode that does not concern attention.
+    """
+    check_kind(kind)
+    _check_nesting(layers)
+    if kind is not None and mode in OF_BLOCKS:
+        names = ", ".join(repr(name) for name, other in MODES.items() if other in OF_ATTENTION)
+        raise SettingError(
+            f"kind={kind!r} chooses among the attention of a layer, which mode={_mode_name(mode)!r} does not change. "
+            f"There is {names}."
+        )
+    if kind is not None:
+        _check_factorised(model, kind)
+    blocks = find_layers(model)
+    sites: dict[int, Site] = {}
+    for layer in layers:
+        targets = _targets(model, layer, kind)
+        _check_mode(layer, targets, mode, kind)
+        module = _enclosing(blocks, layer).module if mode in OF_ATTENTION else layer.module
+        site = sites.get(id(module), Site(module, (), ()))
+        sites[id(module)] = Site(module, (*site.layers, layer), (*site.targets, *targets))
+    return list(sites.values())
+
+
+def kinds_of(model: nn.Module) -> dict[str, Kind]:
+    """Tell spatial from temporal attention in a factorised model.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Name of each attention module to its kind; empty where the model is not factorised.
+    """
+    kinds = {name: _kind(model, name) for name in attention_modules(model)}
+    return kinds if "temporal" in kinds.values() else {}
+
+
+_TEMPORAL_NAMES = ("temporal", "temp_", "motion", "time_attn", "attn_t")
+
+
+def _kind(model: nn.Module, name: str) -> Kind:
+    facts: Mapping[str, Sequence[str]] = importlib.import_module("stg_hooks.adapters").TEMPORAL
+    words = [word for cls in type(model).__mro__ for word in facts.get(cls.__name__, ())]
+    parts = name.split(".")
+    classes = [type(model.get_submodule(".".join(parts[: i + 1]))).__name__ for i in range(len(parts))]
+    named = any(word in part for part in parts for word in (*_TEMPORAL_NAMES, *words))
+    built = any("Temporal" in cls and "Spatio" not in cls for cls in classes)
+    return "temporal" if named or built else "spatial"
+
+
+def _targets(model: nn.Module, layer: Layer, kind: Kind | None) -> tuple[tuple[str, nn.Module], ...]:
+    names = [layer.name] if is_attention(layer.module) else [f"{layer.name}.{name}" for name in layer.attention]
+    kinds = kinds_of(model) if kind is not None else {}
+    return tuple((name, model.get_submodule(name)) for name in names if kind is None or kinds.get(name) == kind)
+
+
+def _enclosing(blocks: Sequence[Layer], layer: Layer) -> Layer:
+    around = [block for block in blocks if layer.name.startswith(f"{block.name}.")]
+    return max(around, key=lambda block: len(block.name)) if around else layer
+
+
+def _check_nesting(layers: Sequence[Layer]) -> None:
+    for outer in layers:
+        for inner in layers:
+            if inner.name.startswith(f"{outer.name}."):
+                raise LayerError(
+                    f"layers=[{outer.name!r}, {inner.name!r}]: the second is inside the first, which is skipped "
+                    "already. Name one of them."
+                )
+
+
+def _check_factorised(model: nn.Module, kind: Kind) -> None:
+    if not kinds_of(model):
+        raise LayerError(
+            f"kind={kind!r}: {type(model).__name__} has no attention of its own across frames: every attention sees "
+            "whatever its layer is given. Leave kind out."
+        )
+
+
+def _check_mode(layer: Layer, targets: Sequence[tuple[str, nn.Module]], mode: Mode, kind: Kind | None) -> None:
+    asked, name = f"layers=[{layer.name!r}]", _mode_name(mode)
+    if mode in OF_BLOCKS and layer.index is None and is_attention(layer.module):
+        block = layer.name.rpartition(".")[0]
+        raise LayerError(
+            f"{asked}: mode={name!r} {_WHAT.get(name, 'is for')} whole blocks, and this is an attention module "
+            f"inside one. Did you mean layers=[{block!r}]?"
+        )
+    if mode is MODES["feed-forward"] and not feed_forwards(layer.module):
+        raise LayerError(
+            f"{asked}: {layer.block} has no feed-forward network to silence. It can have {_possible(layer)}."
+        )
+    if mode not in OF_ATTENTION:
+        return
+    if not targets:
+        what = "attention" if kind is None else f"{kind} attention"
+        raise LayerError(f"{asked}: {layer.block} has no {what} for mode={name!r}. It can have {_possible(layer)}.")
+    if is_attention(layer.module) and getattr(layer.module, "is_cross_attention", False):
+        raise LayerError(
+            f"{asked} is cross-attention: its keys come from other tokens than its queries, and mode={name!r} replaces "
+            f"self-attention only. Name the self-attention, or the block around it."
+        )
+
+
+def _possible(layer: Layer) -> str:
+    if is_attention(layer.module):
+        able = [name for name, mode in MODES.items() if mode in OF_ATTENTION]
+    else:
+        able = [name for name, mode in MODES.items() if mode not in OF_ATTENTION or layer.attention]
+        able = [name for name in able if name != "feed-forward" or feed_forwards(layer.module)]
+    return ", ".join(map(repr, able))
+
+
+_WHAT = {"residual": "bypasses", "feed-forward": "is for", "shuffled": "is for"}
+
+
+def _mode_name(mode: Mode) -> str:
+    return next((name for name, other in MODES.items() if other is mode), getattr(mode, "__name__", "mode"))
