@@ -38,6 +38,21 @@ def predictions(output: Any) -> list[Tensor]:
     return found
 
 
+def own_predictions(output: Any) -> list[Tensor]:
+    """Copy the predictions: a denoiser may write its next ones into the same memory, as CUDA graphs do.
+
+    Args:
+        output: as for `predictions`.
+
+    Returns:
+        New tensors, as `predictions` finds them.
+
+    Raises:
+        CallError: there is none.
+    """
+    return [tensor.clone() for tensor in predictions(output)]
+
+
 def replace_predictions(output: Any, new: Sequence[Tensor]) -> Any:
     """Build an output of the same type with other predictions.
 
@@ -112,6 +127,17 @@ def map_arguments(
     return changed, {name: pytree.tree_map(partial(change, name), value) for name, value in kwargs.items()}
 
 
+def leaves_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """List the leaves of a call's arguments; much faster than pytree where few of them are nested."""
+    leaves: list[Any] = []
+    for value in (*args, *kwargs.values()):
+        if value is None or isinstance(value, (Tensor, bool, int, float, str)):
+            leaves.append(value)
+        else:
+            leaves += pytree.tree_leaves(value)
+    return leaves
+
+
 def is_positional(name: str) -> bool:
     """Tell whether an argument of this name holds positions: one entry per token, not per row."""
     return any(word in name for word in _POSITIONAL)
@@ -128,12 +154,14 @@ def row_factor(tensor: Tensor, batch: int) -> int | None:
         1 where dimension 0 is the batch, more where frames or pixels are folded into it, 0 where the tensor is common
         to all rows; `None` where it cannot be told: a table with an entry per token, or the batch in dimension 1.
     """
-    if tensor.ndim == 0 or tensor.shape[0] < batch or tensor.shape[0] % batch:
+    if tensor.ndim == 0:
         return 0
-    folded = tensor.shape[0] // batch
-    if folded > 1 and (tensor.ndim == 2 or (tensor.ndim > 2 and tensor.shape[1] == batch)):
+    folded, rest = divmod(tensor.shape[0], batch)
+    if folded != 1 and batch > 1 and tensor.ndim > 2 and tensor.shape[1] == batch:
         return None
-    return folded
+    if not folded or rest:
+        return 0
+    return None if folded > 1 and tensor.ndim == 2 else folded
 
 
 def cut(tensor: Tensor, rows: slice, batch: int, folded: int) -> Tensor:

@@ -41,6 +41,10 @@ class Case:
             counts = [measure.flops(lambda: self.model(**self.inputs)) for _ in range(calls)]
         return counts[-1]
 
+    def peak(self) -> int:
+        """Count the bytes that a call has in use at once."""
+        return measure.peak_memory(lambda: self.model(**self.inputs), torch.device("cpu"))[1]
+
     @property
     def skipped(self) -> int:
         """What the skipped layer costs on the cond rows."""
@@ -48,10 +52,20 @@ class Case:
 
 
 @functools.cache
-def load(name: str) -> Case:
+def load(name: str, width: int = 1) -> Case:
+    """Build a model, and count what a plain call of it costs.
+
+    Args:
+        name: among `SHAPES`.
+        width: by how much to widen the hidden states; what goes in and comes out stays.
+    """
     shape = SHAPES[name]
-    model = shape.build(shape.tiny)
-    inputs = take(shape.inputs(model, shape.tiny), [0, 1] if shape.cfg else [1])
+    config = dict(shape.tiny.config)
+    for key in {"num_attention_heads", "cross_attention_dim"} & config.keys() if width > 1 else ():
+        config[key] *= width
+    size = dataclasses.replace(shape.tiny, config=config)
+    model = shape.build(size)
+    inputs = take(shape.inputs(model, size), [0, 1] if shape.cfg else [1])
     layers = [layer.module for layer in stg.layers(model) if layer.index is not None]
     return Case(shape, model, inputs, *measure.flops_of(layers, lambda: model(**inputs)))
 
@@ -84,8 +98,8 @@ def reaches_the_bound(case: Case, count: int) -> None:
 def test_sequential_reaches_the_bound(case: Case) -> None:
     count = case.guided()
     reaches_the_bound(case, count)
-    # What is left besides the blocks are the final layers, which the weak pass needs as well.
-    assert count / (case.plain + case.after[case.shape.skipped] // case.shape.rows) == pytest.approx(1, abs=1e-3)
+    # Besides the blocks there are the final layers, and embeddings of tokens, text and time, which are not shared.
+    assert 0 <= count / (case.plain + case.after[case.shape.skipped] // case.shape.rows) - 1 < 3e-3
 
 
 def test_batched_reaches_the_bound(case: Case) -> None:
@@ -125,6 +139,32 @@ def test_the_later_the_layer_the_cheaper(layer: int) -> None:
     with stg.apply(case.model, layers=[layer], scale=1.0, batched_cfg=True, execution="sequential"):
         count = measure.flops(lambda: case.model(**case.inputs))
     assert count / case.plain == pytest.approx(case.shape.formula(layer), rel=0.01)
+
+
+@pytest.mark.parametrize("name", DITS)
+def test_sequential_execution_needs_little_more_memory(name: str) -> None:
+    """At most two hidden states of the cond rows more than a plain call, in the first call and later.
+
+    As in real models hidden states are wider than predictions, of which guidance makes some copies in the end.
+    """
+    case = load(name, width=4)
+    layers = [layer.module for layer in stg.layers(case.model) if layer.index is not None]
+    hidden = measure.hidden_state_bytes(layers[case.shape.skipped], lambda: case.model(**case.inputs))
+    plain = case.peak()
+    with stg.apply(case.model, [case.shape.skipped], 1.0, batched_cfg=case.shape.cfg, execution="sequential"):
+        for _ in range(3):
+            assert case.peak() <= plain + 2 * hidden // case.shape.rows
+
+
+def test_the_count_of_memory_sees_what_is_kept() -> None:
+    case = load("ltx")
+    kept: list[Any] = []
+    plain = case.peak()
+    layers = [layer.module for layer in stg.layers(case.model) if layer.index is not None]
+    handles = [layer.register_forward_hook(lambda module, args, output: kept.append(output)) for layer in layers]
+    assert case.peak() > plain + 20 * kept[0].nbytes
+    for handle in handles:
+        handle.remove()
 
 
 def test_attention_of_cpus_is_counted() -> None:

@@ -1,0 +1,126 @@
+"""Notice what a part of a model does besides returning something.
+
+Answering from a record for a module that also writes into its arguments, leaves something in an attribute or draws
+random numbers would leave all of that undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stg_hooks.calls import leaves_of
+
+# What every module has; parameters, which those who save memory move about; and what these people leave on modules.
+_NO_STATE = {*nn.Module().__dict__, "_hf_hook", "_diffusers_hook"}
+_DEPTH = 3
+
+Marks = list[tuple[object, object]]
+
+
+class Arguments:
+    """What a module is given, before it runs."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], thorough: bool) -> None:
+        """Look at the arguments of a call.
+
+        Args:
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+            thorough: look into objects, too, and at values where torch does not count writes (in inference mode).
+        """
+        self._args, self._kwargs, self._thorough = args, kwargs, thorough
+        self.leaves = leaves_of(args, kwargs)
+        self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+        self._marks = self._look()
+
+    def are_changed(self) -> bool:
+        """Tell whether a tensor was written into since, or a list, a dictionary or an object changed."""
+        return not _equal(self._marks, self._look())
+
+    def _look(self) -> Marks:
+        if not self._thorough:
+            return [(tensor, _count_of_writes(tensor)) for tensor in self.tensors]
+        marks: Marks = []
+        for leaf in leaves_of(self._args, self._kwargs):
+            marks += _walk(leaf, _DEPTH)
+        return marks
+
+
+class State:
+    """What a model keeps besides its parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Look at the attributes and buffers of all modules, and into lists, dictionaries and objects among them."""
+        self._model = model
+        self._marks = self._look()
+
+    def is_changed(self) -> bool:
+        """Tell whether any of it was replaced or written into since."""
+        return not _equal(self._marks, self._look())
+
+    def _look(self) -> Marks:
+        marks: Marks = []
+        for module in self._model.modules():
+            for name, value in module.__dict__.items():
+                if name not in _NO_STATE:
+                    marks += _walk(value, _DEPTH)
+            for buffer in module._buffers.values():
+                marks += _walk(buffer, 0)
+        return marks
+
+
+class Randomness:
+    """Where torch's own random numbers stand."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Look at the generators of the CPU and of a device."""
+        self._device = device
+        self._states = self._look()
+
+    def is_used(self) -> bool:
+        """Tell whether random numbers were drawn since."""
+        return any(not torch.equal(a, b) for a, b in zip(self._states, self._look(), strict=True))
+
+    def _look(self) -> list[Tensor]:
+        states = [torch.get_rng_state()]
+        if self._device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self._device))
+        return states
+
+
+def _walk(value: object, depth: int) -> Iterator[tuple[object, object]]:
+    if isinstance(value, Tensor):
+        yield value, value.clone() if value.is_inference() else _count_of_writes(value)
+        return
+    yield value, None
+    if not depth or isinstance(value, (nn.Module, type)):
+        return
+    if isinstance(value, Mapping):
+        children = [*value.keys(), *value.values()]
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        children = [*value]
+    else:
+        children = [*getattr(value, "__dict__", {}).values()]
+    for child in children:
+        yield from _walk(child, depth - 1)
+
+
+def _count_of_writes(tensor: Tensor) -> object:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _equal(before: Marks, after: Marks) -> bool:
+    def same(a: object, b: object) -> bool:
+        return a is b or (isinstance(a, (int, float, str)) and type(a) is type(b) and a == b)
+
+    def unwritten(a: object, b: object) -> bool:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return bool(((a == b) | ((a != a) & (b != b))).all())
+        return a == b
+
+    pairs = zip(before, after, strict=False)
+    return len(before) == len(after) and all(same(a, c) and unwritten(b, d) for (a, b), (c, d) in pairs)

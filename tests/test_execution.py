@@ -1,0 +1,309 @@
+"""The ways to compute a weak prediction give the same one, also where a model makes it hard to share work."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stg_hooks as stg
+from stg_hooks.execution import EXECUTIONS, Execution, Stats, weights_are_streamed
+from tests import awkward, pipelines, zoo
+
+SHARING = ("sequential", "batched")
+STEPS = 3
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def assert_same(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """Agree to 1e-5 of the standard deviation."""
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * float(expected.std()))
+
+
+def damped(call: stg.skip) -> Any:
+    """A mode for blocks of any form: computes the block, and gives back half of it."""
+    halve: Callable[[Any], Any] = lambda leaf: 0.5 * leaf if isinstance(leaf, Tensor) else leaf  # noqa: E731
+    return torch.utils._pytree.tree_map(halve, call.compute())
+
+
+def guided(
+    model: nn.Module, layers: Any, execution: str, batched_cfg: bool = False, steps: int = STEPS, **settings: Any
+) -> tuple[Tensor, stg.apply]:
+    """Make some guided calls, each with other values."""
+    torch.manual_seed(0)
+    with stg.apply(model, layers, 1.5, batched_cfg=batched_cfg, execution=execution, **settings) as handle:
+        outputs = [model(**zoo.inputs(4, seed)) for seed in range(steps)]
+    return torch.stack(outputs), handle
+
+
+# --- the same predictions ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("execution", SHARING)
+@pytest.mark.parametrize("batched_cfg", [False, True])
+@pytest.mark.parametrize("name", [name for name, case in zoo.ZOO.items() if case.numbered])
+@pytest.mark.filterwarnings("ignore::stg_hooks.StgWarning")  # some have no rows that can be told apart
+def test_every_layer_of_the_zoo(name: str, batched_cfg: bool, execution: str) -> None:
+    for layer in range(len(zoo.ZOO[name].numbered)):
+        expected, _ = guided(zoo.build(name), [layer], "full", batched_cfg, steps=2)
+        assert_same(guided(zoo.build(name), [layer], execution, batched_cfg, steps=2)[0], expected)
+
+
+@pytest.mark.parametrize("execution", SHARING)
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+def test_families_of_diffusers(name: str, execution: str) -> None:
+    family = zoo.FAMILIES[name]
+    model = family.build()
+    inputs = [family.inputs(2, seed) for seed in range(2)]
+    for names, _ in family.identities:
+
+        def run(way: str, names: Any = names) -> Tensor:
+            with stg.apply(model, names, 1.5, batched_cfg=name not in ("hunyuan_video", "flux"), execution=way):
+                return torch.stack([model(**arguments)[0] for arguments in inputs])
+
+        expected = run("full")
+        with warnings.catch_warnings():
+            if execution == "sequential":
+                warnings.simplefilter("error", stg.StgWarning)
+            # Convolutions round a little differently for other numbers of rows.
+            assert_same(run(execution), expected, 2e-5 if name == "svd" else 1e-5)
+
+
+@pytest.mark.parametrize("family", pipelines.FAMILIES)
+@pytest.mark.filterwarnings("error::stg_hooks.StgWarning")
+def test_golden_cases(family: str) -> None:
+    pipe, call, case = pipelines.build(family)
+
+    def run(execution: str) -> Tensor:
+        with pipelines.scheduler_inputs(pipe) as received:
+            with stg.apply(pipe, layers=case.layers, scale=case.scale, execution=execution):
+                pipelines.run(pipe, call, num_inference_steps=2)
+            return torch.stack(received)
+
+    expected = run("full")
+    for execution in SHARING:
+        assert_same(run(execution), expected)
+
+
+BRANCHES = {
+    "two places": [stg.Branch([1], 1.0), stg.Branch([3], 0.5)],
+    "the later one first": [stg.Branch([3], 1.0), stg.Branch([0], 0.5), stg.Branch([2, 3], -0.5)],
+    "the same place": [stg.Branch([2], 1.0), stg.Branch([2], 0.5, damped)],
+}
+
+
+@pytest.mark.parametrize("execution", SHARING)
+@pytest.mark.parametrize("batched_cfg", [False, True])
+@pytest.mark.parametrize("branches", BRANCHES.values(), ids=BRANCHES)
+def test_branches_start_from_their_own_layers(branches: list[stg.Branch], batched_cfg: bool, execution: str) -> None:
+    expected, _ = guided_by(branches, zoo.build("plain"), "full", batched_cfg)
+    got, handle = guided_by(branches, zoo.build("plain"), execution, batched_cfg)
+    assert_same(got, expected)
+    run = [4 - min(branch.layers) - (1 if branch.mode == "residual" else 0) for branch in branches]
+    skipped = [len(branch.layers) - 1 for branch in branches]
+    assert handle.stats.blocks_run == STEPS * (sum(run) - sum(skipped))
+
+
+def guided_by(
+    branches: list[stg.Branch], model: nn.Module, execution: str, batched_cfg: bool
+) -> tuple[Tensor, stg.apply]:
+    with stg.apply(model, branches=branches, batched_cfg=batched_cfg, execution=execution) as handle:
+        return torch.stack([model(**zoo.inputs(4, seed)) for seed in range(STEPS)]), handle
+
+
+@pytest.mark.parametrize("execution", SHARING)
+def test_a_layer_inside_a_block(execution: str) -> None:
+    """A mode that acts inside a block: the prefix ends before that block."""
+
+    def run(way: str) -> tuple[Tensor, stg.apply]:
+        return guided(zoo.build("plain"), ["blocks.2.attn"], way, True, mode=damped)
+
+    expected, _ = run("full")
+    got, handle = run(execution)
+    assert_same(got, expected)
+    assert handle.stats.blocks_saved == 2 * STEPS
+
+
+# --- the call's own rows ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["plain", "image_text", "unet", "two_stacks"])
+def test_own_rows_are_bit_identical_in_sequential_execution(name: str) -> None:
+    model, inputs, seen = zoo.build(name), zoo.inputs(4), []
+    plain = model(**inputs)
+    handle = model.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    with handle, stg.apply(model, [2], 1.5, batched_cfg=True, execution="sequential"):
+        model(**inputs)
+    assert len(seen) == 2  # the call, and the weak pass
+    assert torch.equal(seen[0], plain)
+    assert not torch.equal(seen[1], plain[2:])
+
+
+# --- models that make it hard -----------------------------------------------------------------------------------------
+
+
+def layers_of(name: str) -> list[list[int]]:
+    return [[3]] if name == "aliasing_views" else [[1], [2, 3]]  # its layer 1 cannot be bypassed
+
+
+@pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("execution", SHARING)
+@pytest.mark.parametrize("name", [*awkward.MODELS, *awkward.CHANGING])
+@pytest.mark.filterwarnings("ignore::stg_hooks.StgWarning")
+def test_never_another_number(name: str, execution: str, inference: Callable[[], AbstractContextManager[Any]]) -> None:
+    for layers in layers_of(name):
+        for batched_cfg in (False, True):
+            for mode in ("residual", damped):
+                with inference():
+                    expected, _ = guided(awkward.build(name), layers, "full", batched_cfg, mode=mode)
+                    got, _ = guided(awkward.build(name), layers, execution, batched_cfg, mode=mode)
+                assert_same(got, expected)
+
+
+REASONS = {
+    "silent_on_own": "SilentBlock writes into its arguments",
+    "in_place": "InPlaceBlock writes into its arguments",
+    "writes_through_view": "ViewWritingBlock writes into its arguments",
+    "list": "ListBlock writes into its arguments",
+    "hides_errors": "calls other blocks in the weak pass",
+    "memory": "keeps something from one call to the next",
+    "counting": "keeps something from one call to the next",
+    "buffer": "keeps something from one call to the next",
+    "noisy": "draws random numbers",
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_a_model_that_cannot_share_is_told_once(name: str) -> None:
+    with pytest.warns(stg.StgWarning, match=REASONS[name]) as caught:
+        _, handle = guided(awkward.build(name), [3], "sequential", batched_cfg=True)
+    told = [str(warning.message) for warning in caught if "share work" in str(warning.message)]
+    assert len(told) == 1
+    assert "execution='full'" in told[0]
+    assert handle.stats.blocks_run == 3 * STEPS
+
+
+@pytest.mark.parametrize(
+    ("name", "late"),
+    [
+        ("parent_writes", 0),
+        ("later_writes", 0),
+        ("long_skips", 1),
+        ("twice", 0),
+        ("caching", 1),
+        ("derived", 1),
+        ("derived_mask", 1),
+        ("derived_choice", 1),
+        ("derived_number", 1),
+        ("swallowing", 1),
+    ],
+)
+@pytest.mark.filterwarnings("error::stg_hooks.StgWarning")
+def test_a_model_that_can_share_does(name: str, late: int) -> None:
+    """Some are found out in the first call, which is then computed in full."""
+    _, handle = guided(awkward.build(name), [3], "sequential", batched_cfg=True)
+    assert handle.stats.blocks_run == 3 * late
+
+
+def test_rows_that_cannot_be_told_apart_are_not_shared() -> None:
+    _, handle = guided(awkward.build("sequence_first"), [3], "sequential", batched_cfg=True)
+    assert handle.stats.blocks_run == 3 * STEPS
+    _, handle = guided(awkward.build("sequence_first"), [3], "sequential", batched_cfg=False)
+    assert handle.stats.blocks_run == 0
+
+
+def test_batched_falls_back_once_and_says_so() -> None:
+    expected, _ = guided(awkward.build("sequence_first"), [3], "full", batched_cfg=False)
+    with pytest.warns(stg.StgWarning, match="execution='sequential' instead of 'batched'") as caught:
+        got, handle = guided(awkward.build("sequence_first"), [3], "batched", batched_cfg=False)
+    assert len(caught) == 1
+    assert_same(got, expected)
+    assert handle.stats.blocks_run == 0
+
+
+def test_batched_is_checked_again_for_calls_of_another_shape() -> None:
+    """Rows that influence each other, once there are enough tokens."""
+
+    class Mixing(zoo.DiT):
+        def forward(self, x: Tensor, text: Tensor) -> Tensor:
+            x = super().forward(x, text)
+            return x + x.mean(0, keepdim=True) if x.shape[1] > 5 else x
+
+    torch.manual_seed(0)
+    model = Mixing().eval()
+
+    def longer(x: Tensor, text: Tensor) -> dict[str, Tensor]:
+        return {"x": torch.cat([x, x], dim=1), "text": text}
+
+    def run(execution: str) -> Tensor:
+        with stg.apply(model, [2], 1.5, execution=execution):
+            model(**zoo.inputs(2))
+            return model(**longer(**zoo.inputs(2)))
+
+    expected = run("full")
+    with pytest.warns(stg.StgWarning, match="rows influence each other"):
+        assert_same(run("batched"), expected)
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_execution() -> None:
+    with pytest.raises(stg.SettingError, match=r"execution='sequental': there is .* Did you mean 'sequential'"):
+        stg.apply(zoo.build("plain"), [1], execution="sequental")
+    with pytest.raises(stg.SettingError, match="'auto', 'sequential', 'batched', 'full'"):
+        stg.Guider(zoo.build("plain"), [1], execution="quick")
+
+
+def way(model: nn.Module, execution: str = "auto") -> str:
+    return Execution(model, [stg.Branch([2])], execution, Stats()).way
+
+
+def test_auto_is_sequential_where_the_weights_stay() -> None:
+    assert way(zoo.build("plain")) == "sequential"
+    assert [way(zoo.build("plain"), execution) for execution in EXECUTIONS[1:]] == list(EXECUTIONS[1:])
+
+
+def test_auto_is_batched_where_accelerate_brings_the_weights() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(zoo.build("plain"), execution_device=torch.device("cpu"))
+    assert weights_are_streamed(model)
+    assert way(model) == "batched"
+
+
+def test_auto_is_batched_where_diffusers_brings_the_weights_in_groups() -> None:
+    hooks = pytest.importorskip("diffusers.hooks")
+    model = zoo.FAMILIES["wan"].build()
+    cpu = torch.device("cpu")
+    hooks.apply_group_offloading(
+        model, onload_device=cpu, offload_device=cpu, offload_type="block_level", num_blocks_per_group=1
+    )
+    assert weights_are_streamed(model)
+    assert way(model) == "batched"
+
+
+def test_auto_is_sequential_where_the_whole_model_is_brought_at_once() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, _ = accelerate.cpu_offload_with_hook(zoo.build("plain"), execution_device=torch.device("cpu"))
+    assert not weights_are_streamed(model)
+    assert way(model) == "sequential"
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_weights_that_are_brought_in_every_pass(execution: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    expected, _ = guided(zoo.build("plain"), [2], "full", batched_cfg=True)
+    model = accelerate.cpu_offload(zoo.build("plain"), execution_device=torch.device("cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", stg.StgWarning)
+        assert_same(guided(model, [2], execution, batched_cfg=True)[0], expected)
