@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import math
 import sys
 from collections import ChainMap
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import CodeType, FrameType
 from typing import Any
 
@@ -13,7 +15,10 @@ from torch import Tensor, nn
 
 from stg_hooks.errors import CallError, TargetError
 from stg_hooks.hosts import Role
+from stg_hooks.integrations.expressions import evaluate
 from stg_hooks.integrations.pipeline_code import Site, UnreadableError, call_sites_of, holds
+from stg_hooks.patching import Undo, set_attribute, shared
+from stg_hooks.step import Step
 
 DENOISERS = ("transformer", "transformer_2", "unet")
 
@@ -79,11 +84,27 @@ class PipelineHost:
         names = ChainMap(frame.f_locals, frame.f_globals)
         try:
             return self._role(site, names)
+        except UnreadableError as error:
+            raise CallError(
+                f"{self.name} cannot be guided as it is running now: {error}. Switch that off, or use stg.Guider in a "
+                "loop of your own."
+            ) from error
         except LookupError as error:
             raise CallError(
                 f"{self.name} does not say, when it calls its denoiser, what for (line {frame.f_lineno} of "
                 f"{frame.f_code.co_filename}: {error}). Use stg.Guider in a loop of your own."
             ) from error
+
+    def step(self) -> Step:
+        """Say where in its loop over timesteps the pipeline is."""
+        frame = self._frame()
+        names = {} if frame is None else frame.f_locals
+        scheduler = getattr(self.pipeline, "scheduler", None)
+        timesteps = names.get("timesteps", getattr(scheduler, "timesteps", None))
+        index, count = names.get("i"), None if timesteps is None else len(timesteps)
+        if not isinstance(index, int) or count is None:
+            return Step()
+        return Step(index, count, *_noise_level(scheduler, index, names.get("t")))
 
     def _frame(self) -> FrameType | None:
         """Find the innermost method that is calling a denoiser, if it belongs to our pipeline."""
@@ -94,22 +115,22 @@ class PipelineHost:
 
     def _role(self, site: Site, names: Mapping[str, Any]) -> Role | None:
         kind, guards = site.kind_now(names), site.guards or ()
-        guidance_scale = None if site.combination is None else _as_scale(site.combination.weight(names))
-        if kind == "own":
+        if site.unless is not None and evaluate(site.unless, names):
+            raise UnreadableError(f"it guides its predictions by itself, as {ast.unparse(site.unless)} is true")
+        if kind == "unused":
             return None
+        if kind == "perturbed":
+            return Role("perturbed")
         if kind == "uncond":
-            return Role("uncond", guidance_scale)
+            return Role("uncond", _scale(site, names))
         if kind == "cond":
             follows = site.context is not None or (site.guards is not None and holds(guards, names))
-            return Role("cond", guidance_scale if follows else None, uncond_follows=follows)
+            return Role("cond", _scale(site, names) if follows else None, uncond_follows=follows)
         if holds(guards, names):
-            return Role("uncond+cond", guidance_scale)
+            return Role("uncond+cond", _scale(site, names))
         # Where an `else` takes a prediction in halves, the other branch has other rows.
         if not holds(tuple(guard for guard in guards if _is_else(guard)), names):
-            raise CallError(
-                f"{self.name} guides with perturbed rows of its own ({ast.unparse(guards[0])} is false). Switch that "
-                "off, or use stg.Guider in a loop of your own."
-            )
+            raise UnreadableError(f"it adds perturbed rows of its own, as {ast.unparse(guards[0])} is false")
         return Role("cond")
 
 
@@ -118,9 +139,41 @@ def host(target: Any) -> PipelineHost:
     return PipelineHost(target)
 
 
+def plain_attention(attention: nn.Module) -> AbstractContextManager[object]:
+    """Have an attention module of diffusers use the native backend, whatever others it was told to use."""
+    processor = getattr(attention, "processor", None)
+    if not hasattr(processor, "_attention_backend"):
+        return nullcontext()
+
+    def install() -> tuple[None, Undo]:
+        return None, set_attribute(processor, "_attention_backend", "native")
+
+    return shared(processor, "_attention_backend", install)
+
+
 def _is_else(guard: ast.expr) -> bool:
     return isinstance(guard, ast.UnaryOp) and isinstance(guard.op, ast.Not)
 
 
-def _as_scale(value: Any) -> float | Tensor | None:
+def _scale(site: Site, names: Mapping[str, Any]) -> float | Tensor | None:
+    value = None if site.combination is None else site.combination.weight(names)
     return value if value is None or isinstance(value, Tensor) else float(value)
+
+
+def _noise_level(scheduler: Any, index: int, timestep: Any) -> tuple[float | None, str | None]:
+    """Return the noise level of a step, and in which units: see `Step`."""
+    config = getattr(scheduler, "config", {})
+    sigmas = getattr(scheduler, "sigmas", None)
+    begin = getattr(scheduler, "begin_index", None) or 0
+    if "FlowMatch" in type(scheduler).__name__ or config.get("prediction_type") == "flow_prediction":
+        if sigmas is None or index + begin >= len(sigmas):
+            return None, None
+        sigma = float(sigmas[index + begin])  # schedulers keep them on the CPU
+        return 1.0 - sigma if config.get("invert_sigmas") else sigma, "flow"
+    if sigmas is not None and index + begin < len(sigmas):
+        return float(sigmas[index + begin]), "karras"
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None or timestep is None:
+        return None, None
+    alpha = float(alphas[int(timestep)])
+    return math.sqrt((1.0 - alpha) / alpha), "ddpm"

@@ -14,6 +14,7 @@ import functools
 import inspect
 import itertools
 import re
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from types import CodeType, FunctionType
@@ -35,20 +36,22 @@ class UnreadableError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """A statement, with the conditions under which it runs and the cache context that it is in."""
+    """A statement, with the conditions under which it runs, the cache context and the outermost loop that it is in."""
 
     statement: ast.stmt
     guards: Guards
     context: ast.expr | None
+    loop: ast.stmt | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
     """A call of a denoiser in a function's code.
 
-    `kind` says what it is for: `"cond"`, `"uncond"`, `"both"` (rows `[uncond, cond]`, while `guards` hold), or `"own"`
-    (a perturbed prediction of the pipeline's own). Where the code names it at run time, `context` is that name.
-    For a cond call, `guards` are the conditions under which the uncond call follows; `None` if none does.
+    `kind` says what it is for: `"cond"`, `"uncond"`, `"both"` (rows `[uncond, cond]`, while `guards` hold),
+    `"perturbed"` (a weak prediction of the pipeline's own), or `"unused"`. Where the code names it at run time,
+    `context` is that name. For a cond call, `guards` are the conditions under which the uncond call follows; `None` if
+    none does. While `unless` holds, the prediction is guided in some way that is not understood.
     """
 
     lines: range
@@ -56,10 +59,11 @@ class Site:
     context: ast.expr | None = None
     guards: Guards | None = None
     combination: _Combination | None = None
+    unless: ast.expr | None = None
 
     def kind_now(self, names: Mapping[str, Any]) -> str:
         """Return what the call is for in the running function, whose variables are given."""
-        return self.kind if self.context is None else _NAMES.get(str(evaluate(self.context, names)), "own")
+        return self.kind if self.context is None else _NAMES.get(str(evaluate(self.context, names)), "perturbed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,19 +73,35 @@ class _Combination:
     expression: ast.expr
     cond: str
     uncond: str
+    guards: Guards
     changes: tuple[Guards, ...]
 
     def weight(self, names: Mapping[str, Any]) -> Any:
-        """Return `g` of `uncond + g * (cond - uncond)`, or `None` if it is another formula, or not known yet."""
+        """Return `g` of `uncond + g * (cond - uncond)`, or `None` if it is not known yet.
+
+        Raises:
+            UnreadableError: the running function combines them in another way.
+        """
         try:
+            other = next((guard for guard in self.guards if not evaluate(guard, names)), None)
+            if other is not None:
+                raise UnreadableError(f"it combines its predictions in another way, as {ast.unparse(other)} is false")
             if any(holds(guards, names) for guards in self.changes):
                 return None
             g = evaluate(self.expression, {**names, self.cond: 1.0, self.uncond: 0.0})
-            rest = evaluate(self.expression, {**names, self.cond: 0.0, self.uncond: 1.0})
+            total = g + evaluate(self.expression, {**names, self.cond: 0.0, self.uncond: 1.0})
         except (LookupError, TypeError):
             return None
-        error = abs(g + rest - 1.0)
-        return g if float(error if isinstance(error, float) else error.max()) < 1e-4 else None
+        if _is_near(total, 1.0):
+            return g
+        if _is_near(total, 0.0):  # a difference, which is added to something
+            return None
+        raise UnreadableError(f"the weights in {ast.unparse(self.expression)} do not sum to one")
+
+
+def _is_near(value: Any, wanted: float) -> bool:
+    error = abs(value - wanted)
+    return float(error.max() if hasattr(error, "max") else error) < 1e-4
 
 
 def call_sites_of(cls: type, base: type, denoisers: tuple[str, ...]) -> dict[CodeType, tuple[Site, ...]]:
@@ -137,31 +157,34 @@ def call_sites(code: CodeType, denoisers: tuple[str, ...]) -> tuple[Site, ...]:
     lines, first = inspect.getsourcelines(code)
     tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
     ast.increment_lineno(tree, first - 1)
-    statements = list(_statements(getattr(tree, "body", []), (), None))
+    statements = list(_statements(getattr(tree, "body", []), (), None, None))
     callees = _callees(statements, denoisers)
     calls = [(found, call) for found in statements for call in _calls(found.statement, callees)]
     return tuple(_classified(calls, statements)) if calls else ()
 
 
-def _statements(body: Sequence[ast.stmt], guards: Guards, context: ast.expr | None) -> Iterator[_Found]:
+def _statements(
+    body: Sequence[ast.stmt], guards: Guards, context: ast.expr | None, loop: ast.stmt | None
+) -> Iterator[_Found]:
     """Yield the simple statements of a function, but not those of functions inside it."""
     for statement in body:
         if isinstance(statement, ast.If):
-            yield from _statements(statement.body, (*guards, statement.test), context)
-            yield from _statements(statement.orelse, (*guards, ast.UnaryOp(ast.Not(), statement.test)), context)
+            yield from _statements(statement.body, (*guards, statement.test), context, loop)
+            negated = ast.UnaryOp(ast.Not(), statement.test)
+            yield from _statements(statement.orelse, (*guards, negated), context, loop)
         elif isinstance(statement, ast.With):
             names = [item.context_expr for item in statement.items]
             named = [
                 n.args[0] for n in names if isinstance(n, ast.Call) and n.args and _tail(n.func) == "cache_context"
             ]
-            yield from _statements(statement.body, guards, named[0] if named else context)
+            yield from _statements(statement.body, guards, named[0] if named else context, loop)
         elif isinstance(statement, (ast.For, ast.While)):
-            yield from _statements([*statement.body, *statement.orelse], guards, context)
+            yield from _statements([*statement.body, *statement.orelse], guards, context, loop or statement)
         elif isinstance(statement, ast.Try):
             parts = [*statement.body, *(s for handler in statement.handlers for s in handler.body)]
-            yield from _statements([*parts, *statement.orelse, *statement.finalbody], guards, context)
+            yield from _statements([*parts, *statement.orelse, *statement.finalbody], guards, context, loop)
         elif not isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
-            yield _Found(statement, guards, context)
+            yield _Found(statement, guards, context, loop)
 
 
 def _callees(statements: Sequence[_Found], denoisers: tuple[str, ...]) -> set[str]:
@@ -191,21 +214,24 @@ def _calls(statement: ast.stmt, callees: set[str]) -> Iterator[ast.Call]:
 
 def _classified(calls: Sequence[tuple[_Found, ast.Call]], statements: Sequence[_Found]) -> Iterator[Site]:
     kinds = [_kind(found, call) for found, call in calls]
-    both = _split(statements)
-    if both is None and "uncond" not in kinds and "named" not in kinds and _mentions_guidance(statements):
-        raise UnreadableError("its predictions are guided, but not by uncond and cond calls or halves")
+    splits = _splits(statements)
+    unless = None
+    if not splits and "uncond" not in kinds and "named" not in kinds:
+        unless = _switch_of_guidance([found for found, _ in calls], statements)
     unnamed = [kind for kind, (found, _) in zip(kinds, calls, strict=True) if found.context is None]
+    unnamed = [kind for kind in unnamed if kind not in ("perturbed", "unused")]
     if "uncond" in unnamed and sorted(unnamed) != ["cond", "uncond"]:
         raise UnreadableError(f"it makes {len(unnamed)} different calls, not one for cond and one for uncond")
     uncond = next((found for kind, (found, _) in zip(kinds, calls, strict=True) if kind == "uncond"), None)
+    if splits and uncond is None:
+        kinds = ["both" if kind == "cond" else kind for kind in kinds]
+    boths = [found for kind, (found, _) in zip(kinds, calls, strict=True) if kind == "both"]
     for kind, (found, _) in zip(kinds, calls, strict=True):
         lines = range(found.statement.lineno, (found.statement.end_lineno or found.statement.lineno) + 1)
         if kind == "named":
-            yield Site(lines, "own", found.context)
-        elif kind == "both" or (kind == "cond" and uncond is None and both is not None):
-            if both is None:
-                raise UnreadableError("it makes one call for cond and uncond, and does not say which half is which")
-            halves, cond_name, uncond_name = both
+            yield Site(lines, "perturbed", found.context)
+        elif kind == "both":
+            halves, cond_name, uncond_name = _split_of(found, boths, splits)
             combination = _combination(found, cond_name, uncond_name, statements)
             yield Site(lines, "both", None, halves.guards, combination)
         elif kind == "cond" and uncond is not None:
@@ -215,17 +241,21 @@ def _classified(calls: Sequence[tuple[_Found, ast.Call]], statements: Sequence[_
             cond = next(f for k, (f, _) in zip(kinds, calls, strict=True) if k == "cond")
             yield Site(lines, kind, None, None, _combination(found, _target(cond), _target(found), statements))
         else:
-            yield Site(lines, kind)
+            yield Site(lines, kind, unless=unless)
 
 
 def _kind(found: _Found, call: ast.Call) -> str:
     """Return what one call is for, by its name or else by what is passed to it."""
     if isinstance(found.context, ast.Constant):
-        return _NAMES.get(str(found.context.value), "own")
+        return _NAMES.get(str(found.context.value), "perturbed")
     if found.context is not None:
         return "named"
-    if isinstance(found.statement, ast.Expr) or any(keyword.arg == "skip_layers" for keyword in call.keywords):
-        return "own"  # made for what it leaves behind, or a perturbed prediction of the pipeline's own
+    if isinstance(found.statement, ast.Expr):
+        raise UnreadableError("it looks into its denoiser after a call, and would find what the weak pass left there")
+    if _target(found) == "_":
+        return "unused"
+    if any(keyword.arg == "skip_layers" for keyword in call.keywords):
+        return "perturbed"
     values = [*call.args, *(keyword.value for keyword in call.keywords)]
     if any(_tail(node.func) in ("cat", "concat", "stack") and _names_uncond(node) for node in _inner_calls(values)):
         return "both"
@@ -244,14 +274,39 @@ def _names_uncond(node: ast.AST) -> bool:
     return any(_UNCOND.search(name) for name in _names(node))
 
 
-def _mentions_guidance(statements: Sequence[_Found]) -> bool:
-    nodes = [node for found in statements for node in (found.statement, *found.guards)]
-    return any(_GUIDED.search(name) for node in nodes for name in _names(node))
+def _mentions_guidance(node: ast.AST) -> bool:
+    return any(_GUIDED.search(name) for name in _names(node))
 
 
-def _split(statements: Sequence[_Found]) -> tuple[_Found, str, str] | None:
-    """Find where a prediction is taken apart: `uncond, cond = prediction.chunk(2)`, and both names."""
-    result = None
+def _switch_of_guidance(calls: Sequence[_Found], statements: Sequence[_Found]) -> ast.expr | None:
+    """Find the flag under which predictions are guided in some way; `None` if they never are.
+
+    Raises:
+        UnreadableError: they are, and under no single flag.
+    """
+    loops = {id(found.loop) for found in calls}
+    near = statements if any(found.loop is None for found in calls) else [f for f in statements if id(f.loop) in loops]
+    flags = {
+        ast.unparse(guard): guard
+        for found in near
+        for guard in found.guards
+        if isinstance(guard, (ast.Name, ast.Attribute)) and _mentions_guidance(guard)
+    }
+    for found in near:
+        decides = isinstance(found.statement, ast.Assign) and ast.unparse(found.statement.targets[0]) in flags
+        if _mentions_guidance(found.statement) and not decides and not any(f in flags.values() for f in found.guards):
+            raise UnreadableError("its predictions are guided, but not by uncond and cond calls or halves")
+    if len(flags) > 1:
+        raise UnreadableError(f"its predictions are guided in different ways ({', '.join(flags)})")
+    return next(iter(flags.values()), None)
+
+
+_Split: TypeAlias = "tuple[_Found, str, str]"
+
+
+def _splits(statements: Sequence[_Found]) -> list[_Split]:
+    """Find where predictions are taken apart, `uncond, cond = prediction.chunk(2)`, and both names."""
+    result = []
     for found in statements:
         statement = found.statement
         if not (isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Call)):
@@ -261,12 +316,22 @@ def _split(statements: Sequence[_Found]) -> tuple[_Found, str, str] | None:
             continue
         names = [target.id for target in targets.elts if isinstance(target, ast.Name)]
         unconds = [bool(_UNCOND.search(name)) for name in names]
-        if not any(unconds) or any("embed" in name for name in names):
+        if not any(unconds) or any("emb" in name for name in names):
             continue
-        if unconds != [True, False]:
+        if unconds != [True, False] or "_" in names:
             raise UnreadableError(f"its rows are [{', '.join(names)}]")
-        result = result or (found, names[1], names[0])
+        result.append((found, names[1], names[0]))
     return result
+
+
+def _split_of(call: _Found, calls: Sequence[_Found], splits: Sequence[_Split]) -> _Split:
+    """Find where the prediction of a call is taken apart: after it, and before the next one is made."""
+    line = call.statement.lineno
+    following = [other.statement.lineno for other in calls if other.statement.lineno > line]
+    for split in splits:
+        if line < split[0].statement.lineno < min(following, default=sys.maxsize):
+            return split
+    raise UnreadableError("it makes a call for cond and uncond, and does not say which half is which")
 
 
 def _target(found: _Found) -> str:
@@ -291,7 +356,7 @@ def _combination(call: _Found, cond: str, uncond: str, statements: Sequence[_Fou
                 if isinstance(other.statement, ast.Assign)
                 and {name.lstrip("_") for target in other.statement.targets for name in _names(target)} & weights
             )
-            return _Combination(value, cond, uncond, changes)
+            return _Combination(value, cond, uncond, found.guards, changes)
     return None
 
 

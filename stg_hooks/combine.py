@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stg_hooks.errors import SettingError, TargetError
+from stg_hooks.rules import Rule, find_rule
 
 Scale = float | Tensor
 
@@ -21,6 +22,7 @@ def combine(
     scale: Scale | Sequence[Scale] = 1.0,
     guidance_scale: Scale = 1.0,
     rescale: float = 0.0,
+    rule: str | Rule = "cfg",
 ) -> Tensor:
     """Combine predictions into the guided one.
 
@@ -32,15 +34,20 @@ def combine(
         cond: prediction with the prompt, `(B, ...)`.
         weak: prediction of the weak model with the prompt, shape of `cond`; or one per branch.
         uncond: prediction without the prompt, shape of `cond`.
-        scale: weight of `cond - weak`; one for all branches, or one per branch.
-        guidance_scale: CFG weight, 1 = off; a tensor broadcasts against `cond` (a value per frame, say).
+        scale: weight of `cond - weak`; one for all branches, or one per branch. 0 leaves `weak` out of account. A
+            tensor holds one value per sample, `(B,)`, or has the dimensions of `cond` (a value per frame, say).
+        guidance_scale: CFG weight, 1 = off: then `uncond` is left out of account. A tensor as for `scale`.
         rescale: 0 = off, 1 = the result has the standard deviation of `cond`.
+        rule: how they become one before `rescale`: `"cfg"` as above, `"zero_star"`, `"apg"` or `"orthogonal"` as in
+            `stg_hooks.rules`; or a function of `(cond, uncond, terms, guidance_scale)` in float32, where `terms` are
+            the `scale_i * (cond - weak_i)` and `uncond` is `None` where CFG is off.
 
     Returns:
         The guided prediction in the shape and dtype of `cond`.
 
     Raises:
-        SettingError: a scale that is not finite, `rescale` outside [0, 1], or unequal numbers of branches and scales.
+        SettingError: a scale that is not finite or does not fit the predictions, `rescale` outside [0, 1], or unequal
+            numbers of branches and scales, or an unknown rule.
         TargetError: predictions that are no tensors or differ in shape.
 
     Source: STG, arXiv 2411.18664, Eq. 13 and 20 and Alg. 4; rescale after arXiv 2305.08891, sec. 3.4.
@@ -60,33 +67,74 @@ def combine(
         if tensor.shape != cond.shape:
             raise TargetError(f"{name} has shape {tuple(tensor.shape)}, but cond has {tuple(cond.shape)}.")
 
-    c = cond.float()
-    out = c
-    if uncond is not None:
-        u = uncond.float()
-        out = u + guidance_scale * (c - u)
-    out = out + correction(c, weaks, scales)
+    c, g = cond.float(), _fitted("guidance_scale", guidance_scale, cond)
+    u = None if uncond is None or is_number(guidance_scale, 1) else uncond.float()
+    out = find_rule(rule)(c, u, terms(c, weaks, scales), g)
     if rescale:
         out = out * _std_factor(c, out, rescale)
-    return out.to(cond.dtype)
+    return out.to(cond.dtype, copy=out is cond or out is uncond)
 
 
-def correction(cond: Tensor, weaks: Sequence[Tensor], scales: Sequence[Scale]) -> Tensor:
-    """Compute what skip guidance adds to a prediction: `sum_i scale_i * (cond - weak_i)`, in float32.
+def terms(cond: Tensor, weaks: Sequence[Tensor], scales: Sequence[Scale]) -> list[Tensor]:
+    """Compute what each branch adds to a prediction: `scale_i * (cond - weak_i)`, in float32.
 
     Args:
         cond: prediction with the prompt, `(B, ...)`.
         weaks: one prediction of the weak model per branch, shape of `cond`.
-        scales: one weight per branch.
+        scales: one weight per branch, as for `combine`.
 
     Returns:
-        The term in float32, shape of `cond`.
+        The terms in float32, shape of `cond`; none for a branch that is switched off.
+
+    Raises:
+        SettingError: a scale that does not fit the predictions.
     """
     c = cond.float()
-    total = torch.zeros_like(c)
-    for s, w in zip(scales, weaks, strict=True):
-        total = total + s * (c - w.float())
-    return total
+    found = []
+    for scale, weak in zip(scales, weaks, strict=True):
+        if is_number(scale, 0):  # not even NaN counts
+            continue
+        s = _fitted("scale", scale, c)
+        term = s * (c - weak.float())
+        found.append(torch.where(s == 0, 0.0, term) if isinstance(s, Tensor) else term)
+    return found
+
+
+def correction(cond: Tensor, weaks: Sequence[Tensor], scales: Sequence[Scale]) -> Tensor:
+    """Compute what skip guidance adds to a prediction in all: `sum_i scale_i * (cond - weak_i)`, in float32.
+
+    Args:
+        cond: as for `terms`.
+        weaks: as for `terms`.
+        scales: as for `terms`.
+
+    Returns:
+        The sum in float32, shape of `cond`.
+
+    Raises:
+        SettingError: a scale that does not fit the predictions.
+    """
+    return sum(terms(cond, weaks, scales), torch.zeros_like(cond, dtype=torch.float32))
+
+
+def is_number(scale: Scale | None, value: float) -> bool:
+    """Tell whether a scale is this very number; of a tensor that cannot be told without waiting for the GPU."""
+    return not isinstance(scale, Tensor) and scale == value
+
+
+def _fitted(name: str, scale: Scale, cond: Tensor) -> Scale:
+    if not isinstance(scale, Tensor):
+        return scale
+    shape = tuple(scale.shape)
+    if len(shape) == 1 and shape[0] in (1, cond.shape[0]):
+        shape += (1,) * (cond.ndim - 1)
+    if len(shape) not in (0, cond.ndim) or any(n not in (1, m) for n, m in zip(shape, cond.shape, strict=False)):
+        raise SettingError(
+            f"{name} has shape {tuple(scale.shape)}, which does not fit predictions of shape {tuple(cond.shape)}. "
+            f"Pass a number, one value per sample ({cond.shape[0]},), or a tensor of {cond.ndim} dimensions, each of "
+            "them 1 or that of the prediction."
+        )
+    return scale.to(cond.device, torch.float32).reshape(shape)
 
 
 def _std_factor(cond: Tensor, out: Tensor, rescale: float) -> Tensor:

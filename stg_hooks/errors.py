@@ -23,7 +23,7 @@ class TargetError(StgError, TypeError):
 
 
 class BlockError(StgError, RuntimeError):
-    """A block returned something that cannot be traced back to what it was given."""
+    """A block does something that keeps it from being skipped as asked."""
 
 
 class CallError(StgError, RuntimeError):

@@ -2,37 +2,59 @@
 
 from __future__ import annotations
 
+import inspect
+import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from stg_hooks.calls import predictions
-from stg_hooks.combine import Scale, check_scale, combine
-from stg_hooks.errors import SettingError, TargetError
+from stg_hooks.calls import halves, own_predictions, predictions
+from stg_hooks.combine import Scale, check_scale, combine, correction, is_number
+from stg_hooks.errors import CallError, SettingError, StgWarning, TargetError
 from stg_hooks.execution import Execution, Stats, in_weak_pass
+from stg_hooks.executions import Executions
 from stg_hooks.layers import LayerSpec
 from stg_hooks.perturb import Mode
-from stg_hooks.settings import Branch, branches_from
+from stg_hooks.rules import Rule
+from stg_hooks.schedule import Schedule, plan_from
+from stg_hooks.settings import Branch
+from stg_hooks.sites import Kind
+from stg_hooks.step import Step
+from stg_hooks.trace import Trace
+from stg_hooks.uncond import check_on, check_settings
 
 
 class Guider:
     """A denoiser with guidance built in: call it where the denoiser was called.
 
     `out = uncond + guidance_scale * (cond - uncond) + sum_i scale_i * (cond - weak_i)`, with `rescale` as in
-    `combine`. The model is changed only while a weak prediction is being computed.
+    `combine`. The model is changed only while a weak prediction is being computed. `stats` counts, and `trace` keeps
+    what guidance did, as for `apply`.
     """
 
     def __init__(
         self,
         denoiser: Callable[..., Any],
         layers: LayerSpec | None = None,
-        scale: Scale | None = None,
+        scale: Scale | Callable[[Step], Scale] | None = None,
         *,
         guidance_scale: Scale = 1.0,
         rescale: float | None = None,
         mode: str | Mode | None = None,
+        kind: Kind | None = None,
         branches: Sequence[Branch] | None = None,
+        preset: str | None = None,
+        start: float = 0.0,
+        stop: float = 1.0,
+        sigma_range: tuple[float, float] | None = None,
+        schedule: Schedule | None = None,
+        rule: str | Rule = "cfg",
+        on: str = "cond",
+        sigmas: Tensor | Sequence[float] | None = None,
         model: nn.Module | None = None,
         execution: str = "auto",
     ) -> None:
@@ -41,11 +63,25 @@ class Guider:
         Args:
             denoiser: called as `denoiser(*args, **kwargs, **cond)`: a module, or any callable around one.
             layers: what the weak model skips, as for `skip`; left out, the setting published for the model is used.
-            scale: weight of `cond - weak`; 1.0 unless a published setting says otherwise. 0 switches guidance off.
-            guidance_scale: CFG weight, used in calls that have `uncond`; 1 = off.
+            scale: weight of `cond - weak`; 1.0 unless a published setting says otherwise. 0 makes no weak prediction. A
+                tensor holds one value per sample, `(B,)`, or has the dimensions of the prediction. A function of the
+                `Step` changes it during the run.
+            guidance_scale: CFG weight, used in calls that have `uncond`; 1 = off. A tensor as for `scale`.
             rescale: from 0 (off, the default) to 1 (the result has the standard deviation of cond).
             mode: what a skipped layer does instead, `"residual"` by default.
-            branches: several perturbed predictions, instead of `layers`, `scale` and `mode`.
+            kind: in factorised models, only attention within frames (`"spatial"`) or across them (`"temporal"`).
+            branches: several perturbed predictions, instead of `layers`, `scale`, `mode` and `kind`.
+            preset: as for `apply`; so are `start`, `stop`, `sigma_range` and `schedule`. They need to know the step:
+                set `guider.step` before each step, or, for a denoiser called with a `sigma`, give `sigmas`.
+            start: as for `apply`.
+            stop: as for `apply`.
+            sigma_range: as for `apply`.
+            schedule: as for `apply`.
+            rule: as for `combine`.
+            on: `"uncond"` lets the weak model make the *uncond* prediction instead, so that `uncond` in the formula is
+                what it predicts: no extra pass is made, and `scale` has no meaning.
+            sigmas: the noise levels that the sampler goes through, from high to low, `(N + 1,)`; the step of a call is
+                the first one whose noise level is not above the call's `sigma`.
             model: the module that holds the layers, where `denoiser` is not itself a module.
             execution: how the weak prediction is computed, as for `apply`.
 
@@ -68,11 +104,39 @@ class Guider:
         if not isinstance(model, nn.Module):
             raise TargetError(f"model=: expected a torch.nn.Module to find layers in, not {type(model).__name__}.")
         check_scale("guidance_scale", guidance_scale)
-        self.branches, self.rescale = branches_from(model, layers, scale, mode, rescale, branches)
+        check_on(on, scale)
+        self.plan = plan_from(
+            model,
+            layers=layers,
+            scale=scale,
+            mode=mode,
+            kind=kind,
+            rescale=rescale,
+            branches=branches,
+            preset=preset,
+            start=start,
+            stop=stop,
+            sigma_range=sigma_range,
+            schedule=schedule,
+            rule=rule,
+            on=on,
+        )
+        if on == "uncond":
+            for settings in self.plan.known:
+                check_settings(settings)
         self.denoiser = denoiser
+        self._on = on
         self.guidance_scale = guidance_scale
         self.stats = Stats()
-        self._execution = Execution(model, self.branches, execution, self.stats)
+        self.trace = Trace()
+        self.step: Step | None = None
+        """Where in the run the next calls are made; set it in a loop of your own if settings change during the run."""
+        self.sigmas = None if sigmas is None else _noise_levels(sigmas)
+        self._takes_sigma = _second_parameter(denoiser) == "sigma"
+        self._reported: dict[str, Any] | None = None
+        self._executions = Executions(model, execution, self.stats)
+        self._executions.prepare(self.plan.known)
+        self._is_checked = False
 
     def __call__(
         self,
@@ -86,46 +150,134 @@ class Guider:
         Args:
             *args: passed to every call of the denoiser.
             cond: keyword arguments that carry the prompt.
-            uncond: keyword arguments of the prediction without it; left out, there is no CFG.
+            uncond: keyword arguments of the prediction without it; left out, there is no CFG. A denoiser of the kind
+                `denoiser(x, sigma, ...)` makes both predictions in one call, on rows `[uncond, cond]`, where all
+                tensors have one row per sample.
             **kwargs: passed to every call of the denoiser.
 
         Returns:
             A new tensor in the shape and dtype of the denoiser's prediction; a tuple of them where it makes several.
 
         Raises:
+            CallError: the settings depend on something about the step that is not known, or the noise level is 0.
             TargetError: `cond` or `uncond` is no mapping.
-            SettingError: an argument is given twice.
+            SettingError: an argument is given twice, or not for both predictions.
         """
-        positive = _merged(kwargs, "cond", cond)
-        negative = None if uncond is None else _merged(kwargs, "uncond", uncond)
-        active = not in_weak_pass() and any(isinstance(b.scale, Tensor) or b.scale != 0 for b in self.branches)
-        weaks: list[list[Tensor]] = []
-        if active:
-            with self._execution.installed():
-                output, call = self._execution.cond_pass(self.denoiser, args, positive, batched_cfg=False)
-                conds = predictions(output)
-                weaks = self._execution.weak_predictions(call, conds)
-        else:
-            conds = predictions(self.denoiser(*args, **positive))
-        unconds: Sequence[Tensor | None] = [None] * len(conds)
-        if negative is not None and not _is_one(self.guidance_scale):
-            unconds = predictions(self.denoiser(*args, **negative))
-        results = [
-            combine(
-                c,
-                [weak[i] for weak in weaks],
-                u,
-                scale=[branch.scale for branch in self.branches] if active else [],
-                guidance_scale=self.guidance_scale,
-                rescale=self.rescale,
+        positive, negative = _merged(kwargs, "cond", cond), _merged(kwargs, "uncond", uncond)
+        if uncond and uncond.keys() != (cond or {}).keys():
+            raise SettingError(
+                f"cond has {sorted(cond or ())}, but uncond has {sorted(uncond)}: give the same arguments for both."
             )
-            for i, (c, u) in enumerate(zip(conds, unconds, strict=True))
+        step = self.step or self._step_of(args, kwargs)
+        settings = self.plan.at(step)
+        g = self.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+        active = () if in_weak_pass() else settings.active
+        cfg = uncond is not None and not is_number(g, 1)
+        if active and self._on == "uncond":
+            check_settings(settings)
+            if not cfg:
+                raise CallError(
+                    "on='uncond' needs an uncond prediction, and there is none in this call: pass uncond={...} and a "
+                    f"guidance_scale other than 1 (it is {g})."
+                )
+        # Only this kind of denoiser promises that dimension 0 is the sample, in all that it is given.
+        joined = _joined(args, positive, negative) if cfg and self._takes_sigma and self._on == "cond" else None
+        call_args, call_kwargs = joined or (args, positive)
+        weaks: list[list[Tensor]] = []
+        if active and self._on == "cond":
+            with self._executions.installed():
+                execution = self._executions.of(active)
+                output, call = execution.cond_pass(self.denoiser, call_args, call_kwargs, joined is not None)
+                conds, unconds = _halved(own_predictions(output), joined is not None)
+                start = time.perf_counter()
+                weaks = execution.weak_predictions(call, conds)
+                self.stats.seconds += time.perf_counter() - start
+                self._check(execution, conds, weaks)
+        else:
+            conds, unconds = _halved(own_predictions(self.denoiser(*call_args, **call_kwargs)), joined is not None)
+        if cfg and joined is None:
+            unconds = [*self._uncond(active, args, negative)]
+        scales = [branch.scale for branch in active] if weaks else []
+        by_output = [[weak[i] for weak in weaks] for i in range(len(conds))]
+        results = [
+            combine(c, w, u, scale=scales, guidance_scale=g, rescale=settings.rescale, rule=settings.rule)
+            for c, w, u in zip(conds, by_output, unconds, strict=True)
         ]
+        if weaks:
+            terms = [correction(c, w, scales) for c, w in zip(conds, by_output, strict=True)]
+            self.trace.add(step, scales, terms, conds, unconds)
+        self.stats.calls += 1
+        self.stats.guided_calls += bool(active)
         return results[0] if len(results) == 1 else tuple(results)
 
+    def _uncond(self, active: Sequence[Branch], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Tensor]:
+        """Make the uncond prediction in a call of its own, by the weak model if that is asked for."""
+        if not active or self._on == "cond":
+            return predictions(self.denoiser(*args, **kwargs))
+        with self._executions.installed():
+            execution = self._executions.of(active)
+            with execution.switches[0].switched_on():
+                found = predictions(self.denoiser(*args, **kwargs))
+            self._check(execution, (), [()])
+        return found
 
-def _is_one(value: Scale) -> bool:
-    return not isinstance(value, Tensor) and value == 1.0
+    def _step_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Step:
+        """Find out the step by the noise level, where the denoiser is called with one."""
+        sigma = (args[1] if len(args) > 1 else kwargs.get("sigma")) if self._takes_sigma else None
+        if not isinstance(sigma, Tensor) or (self.plan.is_constant and sigma.device.type != "cpu"):
+            return Step()  # looking would wait for the GPU
+        level = float(sigma.reshape(-1)[0])
+        if level <= 0:
+            raise CallError(f"called with sigma={level}: there is nothing to denoise. Samplers stop before.")
+        if self.sigmas is not None:
+            index = int((self.sigmas > level * (1 + 1e-5)).sum())
+            return Step(min(index, len(self.sigmas) - 2), len(self.sigmas) - 1, level, "karras")
+        return Step(self._index_of(level), None, level, "karras")
+
+    def _index_of(self, level: float) -> int:
+        """Find out the step by what the sampler has reported last."""
+        if self._reported is None:
+            return 0
+        reported = float(self._reported.get("sigma_hat", self._reported["sigma"]))
+        # Churn raises a sampler's noise level by sqrt(2) at most: what lies higher is another run.
+        if level > 1.5 * reported:
+            self._reported = None
+            return 0
+        # The adaptive solver reports at the end of a step, and says there how many it has accepted.
+        if "n_accept" in self._reported:
+            return int(self._reported["i"]) + 1
+        return int(self._reported["i"]) + (abs(level - reported) > 1e-5 * reported)
+
+    def callback(self, info: Mapping[str, Any]) -> None:
+        """Follow a k-diffusion sampler: pass it as `callback=`.
+
+        Args:
+            info: what the sampler reports once in each step; `i`, `sigma`, `sigma_hat` and `n_accept` are used.
+        """
+        # Numbers stay on the device until a schedule needs them.
+        self._reported = {name: info[name] for name in ("i", "sigma", "sigma_hat", "n_accept") if name in info}
+
+    def _check(self, execution: Execution, conds: Sequence[Tensor], weaks: Sequence[Sequence[Tensor]]) -> None:
+        """Report a skip that did nothing; look at the first call only, because looking waits for the GPU."""
+        if self._is_checked:
+            return
+        self._is_checked = True
+        for switch, weak in zip(execution.switches, weaks, strict=True):
+            same = bool(weak) and all(torch.equal(w, c) for w, c in zip(weak, conds, strict=True))
+            complaint = switch.complaint(same)
+            if complaint:
+                text = f"stg.Guider: {complaint}. Choose other layers: stg.layers(model)."
+                warnings.warn(text, StgWarning, stacklevel=3)
+
+
+def _noise_levels(sigmas: Tensor | Sequence[float]) -> Tensor:
+    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+    if levels.ndim != 1 or len(levels) < 2 or not bool((levels.diff() < 0).all()):
+        raise SettingError(
+            f"sigmas= has shape {tuple(levels.shape)}: expected the noise levels that are passed to the sampler, from "
+            "high to low, (N + 1,)."
+        )
+    return levels
 
 
 def _merged(kwargs: dict[str, Any], name: str, condition: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -140,3 +292,43 @@ def _merged(kwargs: dict[str, Any], name: str, condition: Mapping[str, Any] | No
     if twice:
         raise SettingError(f"{', '.join(twice)}: given both as an argument and in {name}. Leave one out.")
     return {**kwargs, **condition}
+
+
+def _second_parameter(denoiser: Callable[..., Any]) -> str | None:
+    function = type(denoiser).forward if isinstance(denoiser, nn.Module) else denoiser
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return None
+    names = names[1:] if isinstance(denoiser, nn.Module) else names
+    return names[1] if len(names) > 1 else None
+
+
+def _halved(outputs: Sequence[Tensor], joined: bool) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Return the cond and the uncond predictions in what the denoiser returned."""
+    if not joined:
+        return list(outputs), [None] * len(outputs)
+    pairs = [halves(tensor) for tensor in outputs]
+    return [cond for _, cond in pairs], [uncond for uncond, _ in pairs]
+
+
+def _joined(
+    args: tuple[Any, ...], positive: dict[str, Any], negative: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Put the calls for uncond and cond together, or return `None` where their arguments do not allow it."""
+    (one, spec), (other, other_spec) = pytree.tree_flatten((args, negative)), pytree.tree_flatten((args, positive))
+    tensors = [leaf for leaf in other if isinstance(leaf, Tensor)]
+    if spec != other_spec or not tensors or tensors[0].ndim == 0:
+        return None
+    batch, leaves = tensors[0].shape[0], []
+    for u, c in zip(one, other, strict=True):
+        if isinstance(u, Tensor) and isinstance(c, Tensor):
+            if u.shape != c.shape or u.ndim == 0 or u.shape[0] != batch:
+                return None
+            leaves.append(torch.cat([u, c]))
+        elif u is c or (isinstance(u, (int, float, str)) and u == c):
+            leaves.append(c)
+        else:
+            return None
+    joined: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(leaves, spec)
+    return joined

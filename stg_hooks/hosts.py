@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
 from stg_hooks.errors import TargetError
+from stg_hooks.step import Step
 
 # Top-level package of a target's class -> module with a `host(target)` function; imported when first needed.
 _INTEGRATIONS = {"diffusers": "stg_hooks.integrations.diffusers"}
@@ -18,12 +20,13 @@ _INTEGRATIONS = {"diffusers": "stg_hooks.integrations.diffusers"}
 class Role:
     """What one call of a denoiser is for.
 
-    `rows` says what its rows are: all conditional, all unconditional, or `[uncond, cond]` halves. `guidance_scale` is
-    the CFG weight that the caller is going to apply, where it is known. `uncond_follows` marks a cond call whose uncond
+    `rows` says what its rows are: all conditional, all unconditional, `[uncond, cond]` halves, or all conditional in a
+    weak prediction of the caller's own, which follows those that it is compared with. `guidance_scale` is the CFG
+    weight that the caller is going to apply, where it is known. `uncond_follows` marks a cond call whose uncond
     prediction comes from a call of its own, later in the same step.
     """
 
-    rows: Literal["cond", "uncond", "uncond+cond"]
+    rows: Literal["cond", "uncond", "uncond+cond", "perturbed"]
     guidance_scale: float | Tensor | None = None
     uncond_follows: bool = False
 
@@ -44,6 +47,9 @@ class Host(Protocol):
 
     def role(self) -> Role | None:
         """Say what the call that is being made is for; `None` if it is not the target's, or none to guide."""
+
+    def step(self) -> Step:
+        """Say where in a run the call is made."""
 
 
 class ModuleHost:
@@ -71,6 +77,10 @@ class ModuleHost:
         """Return the same role for every call."""
         return self._role
 
+    def step(self) -> Step:
+        """Nothing is known of it."""
+        return Step()
+
 
 def pipeline_host(target: object) -> Host:
     """Find who answers for a pipeline.
@@ -93,6 +103,16 @@ def pipeline_host(target: object) -> Host:
         f"cannot guide a {type(target).__name__}: expected a diffusers pipeline or a torch.nn.Module. For a denoiser "
         "that is a plain function, use stg.Guider(function, model=module, ...)."
     )
+
+
+def plain_attention(attention: nn.Module) -> AbstractContextManager[object]:
+    """Have an attention module compute with torch's own `scaled_dot_product_attention` within a `with`."""
+    for cls in type(attention).__mro__:
+        module = _INTEGRATIONS.get(cls.__module__.partition(".")[0])
+        if module is not None:
+            context: AbstractContextManager[object] = importlib.import_module(module).plain_attention(attention)
+            return context
+    return nullcontext()
 
 
 def denoisers_of(target: object) -> dict[str, nn.Module]:

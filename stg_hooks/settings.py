@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from stg_hooks.combine import Scale, check_rescale, check_scale
-from stg_hooks.errors import SettingError
+from stg_hooks.errors import SettingError, closest
 from stg_hooks.layers import LayerSpec
 from stg_hooks.perturb import Mode, find_mode
+from stg_hooks.sites import Kind, check_kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +23,14 @@ class Branch:
     layers: LayerSpec
     scale: Scale = 1.0
     mode: str | Mode = "residual"
+    kind: Kind | None = None
+    """In factorised models: only attention within frames (`"spatial"`) or across them (`"temporal"`)."""
 
     def __post_init__(self) -> None:
         """Check the scale and the mode; the layers can only be checked against a model."""
         check_scale("scale", self.scale)
         find_mode(self.mode)
+        check_kind(self.kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +47,15 @@ class Published:
     mode: str
     scale: float
     source: str
+    kind: Kind | None = None
+    also: tuple[Branch, ...] = ()
+    """Further branches, where more than one prediction is perturbed."""
     rescale: float = 0.0
     guidance_scale: float | None = None
     steps: str | None = None
     note: str = ""
+    schedule: tuple[tuple[float, Mapping[str, Any] | None], ...] = ()
+    """Where it changes with the noise level: as for `apply`."""
 
     def fits(self, module: nn.Module) -> bool:
         """Tell whether a module is of this class and configuration."""
@@ -55,6 +64,11 @@ class Published:
         config = getattr(module, "config", {})
         values = config if isinstance(config, Mapping) else vars(config)
         return all(values.get(key) == value for key, value in self.where.items())
+
+    @property
+    def branches(self) -> list[Branch]:
+        """The perturbed predictions."""
+        return [Branch(list(self.layers), self.scale, self.mode, self.kind), *self.also]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the setting as plain lists, strings and numbers."""
@@ -89,21 +103,47 @@ def recommended(module: nn.Module) -> Published:
     )
 
 
+def preset_for(module: nn.Module, name: str) -> Published:
+    """Return a published setting by its name.
+
+    Raises:
+        SettingError: there is none of this name, or it is for another model.
+    """
+    table: Sequence[Published] = importlib.import_module("stg_hooks.adapters").PUBLISHED
+    found = [setting for setting in table if setting.name.lower() == str(name).lower()]
+    if not found:
+        fitting = [setting.name for setting in published_settings(module)]
+        names = [setting.name for setting in table]
+        raise SettingError(
+            f"preset={name!r} does not exist."
+            + (closest(str(name), names) or f" There is {', '.join(map(repr, names))}.")
+            + (f" For this model: {', '.join(map(repr, fitting))}." if fitting else "")
+        )
+    if not found[0].fits(module):
+        config = getattr(module, "config", {})
+        here = {key: config.get(key) for key in found[0].where} if isinstance(config, Mapping) else {}
+        raise SettingError(
+            f"preset={name!r} is for a {found[0].model} with {dict(found[0].where)}, but this is a "
+            f"{type(module).__name__} with {here}."
+        )
+    return found[0]
+
+
 def branches_from(
-    model: nn.Module,
     layers: LayerSpec | None,
     scale: Scale | None,
     mode: str | Mode | None,
+    kind: Kind | None,
     rescale: float | None,
     branches: Sequence[Branch] | None,
 ) -> tuple[list[Branch], float]:
-    """Turn what a user gave into branches and a rescale; left-out values come from the published setting or defaults.
+    """Turn what a user gave into branches and a rescale.
 
     Args:
-        model: the module whose published setting counts when no layers are given.
         layers: as for `apply`.
         scale: as for `apply`.
         mode: as for `apply`.
+        kind: as for `apply`.
         rescale: as for `apply`.
         branches: as for `apply`.
 
@@ -111,23 +151,15 @@ def branches_from(
         The branches and the rescale to use, both checked.
 
     Raises:
-        SettingError: a value that cannot be used, a contradiction, or no layers where nothing is published.
+        SettingError: a value that cannot be used, or a contradiction.
     """
     if rescale is not None:
         check_rescale(rescale)
     if branches is not None:
-        if layers is not None or scale is not None or mode is not None:
-            raise SettingError("give either branches=[...], or layers, scale and mode for a single one, not both.")
+        if any(value is not None for value in (layers, scale, mode, kind)):
+            raise SettingError("give either branches=[...], or layers, scale, mode and kind for one, not both.")
         if not branches or not all(isinstance(branch, Branch) for branch in branches):
             raise SettingError(f"branches={branches!r}: expected a list of stg.Branch(layers, scale, mode).")
         return list(branches), rescale or 0.0
-    if scale is not None:
-        check_scale("scale", scale)
-    if layers is not None:
-        branch = Branch(layers, 1.0 if scale is None else scale, "residual" if mode is None else mode)
-        return [branch], rescale or 0.0
-    setting = recommended(model)
-    branch = Branch(
-        list(setting.layers), setting.scale if scale is None else scale, setting.mode if mode is None else mode
-    )
-    return [branch], setting.rescale if rescale is None else rescale
+    assert layers is not None
+    return [Branch(layers, 1.0 if scale is None else scale, mode or "residual", kind)], rescale or 0.0

@@ -5,6 +5,7 @@ python -m tests.pipeline_table
 
 from __future__ import annotations
 
+import ast
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import diffusers
 
 from stg_hooks.integrations.diffusers import DENOISERS
 from stg_hooks.integrations.pipeline_code import Site, UnreadableError, call_sites_of
+from tests.stock_pipelines import tested
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "pipelines.md"
 
@@ -54,23 +56,36 @@ def _words(sites: list[Site]) -> Iterator[str]:
             yield "[uncond, cond] in one call"
         elif site.kind == "cond":
             yield "cond call" if site.guards is None else "cond call, uncond call"
-        elif site.kind == "own":
-            yield "calls of its own, left alone"
+            if site.unless is not None:
+                yield f"an error while `{ast.unparse(site.unless)}`"
+        elif site.kind == "perturbed":
+            yield "perturbed calls of its own"
 
 
 def document() -> str:
     """Return the page."""
-    rows = [f"| {name} | {', '.join(denoisers(cls))} | {reading(cls)} |" for name, cls in classes().items()]
-    refused = sum("refused" in row for row in rows)
+    run = tested()
+    rows = [
+        f"| {name} | {', '.join(denoisers(cls))} | {reading(cls)} | {'yes' if name in run else ''} |"
+        for name, cls in classes().items()
+    ]
+    refused = sum("| refused: " in row for row in rows)
     return f"""# Pipelines
 
 What `stg.apply` reads in the code of the {len(rows)} pipeline classes of diffusers {diffusers.__version__} that have a
 `transformer` or `unet`: it guides {len(rows) - refused} of them and refuses {refused}, with an error before anything is
-touched. A refused pipeline can be guided through its denoiser, `stg.apply(pipe.transformer, ...)`, or in a loop of your
-own. The README says which of them are run by tests. Written by `python -m tests.pipeline_table`.
+touched. Those marked as tested are run by `tests/test_pipelines.py` or `tests/test_stock_pipelines.py`. A refused
+pipeline can be guided through its denoiser, `stg.apply(pipe.transformer, ...)`, or in a loop of your own.
 
-| pipeline | denoiser | its calls |
-| --- | --- | --- |
+A pipeline that normalises its combined prediction to the cond one (QwenImage, Lumina2, LongCat, JoyImageEdit,
+`guidance_rescale`) normalises the guided prediction to the guided cond one; `rescale=` gives the published rescaling
+instead. Where calls are named at run time, by a guider, guidance has its weight if the weights of that guider's formula
+sum to one, as those of CFG, APG and skip-layer guidance do; CFG-Zero* and tangential CFG change it by a few percent.
+
+Written by `python -m tests.pipeline_table`.
+
+| pipeline | denoiser | its calls | tested |
+| --- | --- | --- | --- |
 {chr(10).join(rows)}
 """
 

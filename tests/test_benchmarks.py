@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cost, measure
+from benchmarks import cost, every, measure
 
 
 @pytest.fixture(autouse=True)
@@ -71,3 +71,13 @@ def test_interleaved_times_every_contestant_in_every_round() -> None:
     assert {name: len(seconds) for name, seconds in times.items()} == {"slow": 4, "fast": 4}
     estimate = measure.bootstrap(times, lambda t: t["slow"] - t["fast"])
     assert 0.015 < estimate["low"] <= estimate["value"] <= estimate["high"]
+
+
+def test_the_error_of_differences_that_are_used_again(tmp_path: Path) -> None:
+    out = tmp_path / "every.json"
+    results = every.main(["--count", "2", "--steps", "3", "--every", "1", "3", "--out", str(out)])
+    plain, exact, same, reused = results["rows"]
+    assert [row["weak_passes"] for row in (plain, exact, same, reused)] == [0, 3, 3, 1]
+    assert same["error"] == [0, 0, 0]
+    assert 0 < reused["error"][0] <= reused["error"][1] <= reused["error"][2]
+    assert "| 3 | 0.5 | 1 (exact) | 3 |" in out.with_suffix(".md").read_text()

@@ -109,6 +109,19 @@ def test_scale_may_be_a_tensor() -> None:
     assert_close(got, textbook(cond, [first, second], None, [per_sample, torch.tensor(1.5)]), **close)
 
 
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+@pytest.mark.parametrize("shape", [SHAPE, (2, 4, 2), (2, 3)], ids=str)
+def test_scales_may_be_one_value_per_sample(shape: tuple[int, ...], rescale: float) -> None:
+    """Also where the last dimension has as many entries as there are samples."""
+    cond, weak, uncond = (torch.randn(shape) for _ in range(3))
+    scale, g = torch.tensor([0.0, 2.0], dtype=torch.float64), torch.tensor([4.5, 1.5])
+    got = stg.combine(cond, weak, uncond, scale=scale, guidance_scale=g, rescale=rescale)
+    for i in range(2):
+        one = [t[i, None] for t in (cond, weak, uncond)]
+        alone = stg.combine(*one, scale=float(scale[i]), guidance_scale=float(g[i]), rescale=rescale)
+        assert_close(got[i, None], alone, **close)
+
+
 # --- identities -------------------------------------------------------------------------------------------------------
 
 
@@ -118,6 +131,37 @@ def test_scale_zero_is_cfg_bit_for_bit() -> None:
         stg.combine(cond, weak, uncond, scale=0.0, guidance_scale=4.5), uncond + 4.5 * (cond - uncond), **exact
     )
     assert_close(stg.combine(cond, weak, scale=0.0), cond, **exact)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
+def test_scale_zero_is_cfg_whatever_weak_holds(bad: float, guidance_scale: float) -> None:
+    cond, weak, uncond = predictions(3)
+    cond[0, 0, 0, 0, 0] = -0.0
+    broken = torch.full_like(weak, bad)
+    cfg = cond if guidance_scale == 1 else uncond + guidance_scale * (cond - uncond)
+    for scale in (0, 0.0, torch.tensor(0.0), torch.zeros(2)):
+        got = stg.combine(cond, broken, uncond, scale=scale, guidance_scale=guidance_scale)
+        assert_close(got, cfg, **exact)
+        if not isinstance(scale, Tensor):  # down to the sign of zero
+            assert torch.equal(got.view(torch.int32), cfg.view(torch.int32))
+    one = stg.combine(cond, weak, uncond, scale=1.5, guidance_scale=guidance_scale)
+    both = stg.combine(cond, [broken, weak], uncond, scale=[0.0, 1.5], guidance_scale=guidance_scale)
+    assert_close(both, one, **exact)
+
+
+def test_guidance_scale_one_leaves_uncond_out_of_account() -> None:
+    cond, weak = predictions(2)
+    got = stg.combine(cond, weak, torch.full_like(cond, torch.nan), scale=1.5, guidance_scale=1)
+    assert_close(got, stg.combine(cond, weak, scale=1.5), **exact)
+
+
+def test_nan_in_weak_is_not_hidden() -> None:
+    cond, weak = predictions(2)
+    weak[1] = torch.nan
+    out = stg.combine(cond, weak, scale=0.5)
+    assert out[1].isnan().all()
+    assert not out[0].isnan().any()
 
 
 def test_weak_equal_to_cond_changes_nothing() -> None:

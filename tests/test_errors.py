@@ -141,7 +141,7 @@ BAD_SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("mode, number", {"mode": 3}, r"^mode=3: expected a name or a callable, not int\.$"),
     ("guidance NaN", {"guidance_scale": math.nan}, r"^guidance_scale=nan: expected a finite number"),
     ("guidance string", {"guidance_scale": "4"}, r"^guidance_scale='4': expected a number, not str\.$"),
-    ("both", {"branches": [stg.Branch([1])]}, r"^give either branches=\[\.\.\.\], or layers, scale and mode"),
+    ("both", {"branches": [stg.Branch([1])]}, r"^give either branches=\[\.\.\.\], or layers, scale, mode and kind"),
     ("empty branches", {"layers": None, "branches": []}, r"^branches=\[\]: expected a list of stg\.Branch\(layers, "),
     ("no branches", {"layers": None, "branches": [[1]]}, r"^branches=\[\[1\]\]: expected a list of stg\.Branch\("),
     ("both scales", {"layers": None, "scale": 1.0, "branches": [stg.Branch([1])]}, r"^give either branches="),
@@ -242,6 +242,14 @@ def test_bad_arguments_of_combine() -> None:
         ((a, [a, a]), {"scale": [1.0, math.inf]}, stg.SettingError, r"^scale=inf: expected a finite number"),
         ((a, a), {"scale": "1"}, stg.SettingError, r"^scale='1': expected a number, not str"),
         ((a, a), {"guidance_scale": None}, stg.SettingError, r"^guidance_scale=None: expected a number, not NoneType"),
+        (
+            (a, a),
+            {"scale": torch.ones(3)},
+            stg.SettingError,
+            r"^scale has shape \(3,\), which does not fit predictions of shape \(2, 3\)\. Pass a number, one value",
+        ),
+        ((a, a), {"scale": torch.ones(2, 3, 1)}, stg.SettingError, r"^scale has shape \(2, 3, 1\), which does not fit"),
+        ((a, a, a), {"guidance_scale": torch.ones(3, 1)}, stg.SettingError, r"^guidance_scale has shape \(3, 1\), wh"),
         ((a, a), {"rescale": 1.5}, stg.SettingError, r"^rescale=1\.5: expected a number from 0\.0 \(off\) to 1\.0"),
     ]
     for args, kwargs, kind, text in table:

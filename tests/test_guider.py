@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
@@ -76,6 +78,98 @@ def test_guided_prediction(model: nn.Module, rescale: float) -> None:
     assert_close(guider(X, cond={"text": POSITIVE}, uncond={"text": NEGATIVE}), expected, **close)
 
 
+@pytest.mark.parametrize("execution", ["auto", "full", "sequential", "batched"])
+@pytest.mark.parametrize(
+    ("name", "as_function"), [("plain", False), ("wrapped", True), ("unet", True), ("image_text", False)]
+)
+def test_every_execution_is_the_textbook(name: str, execution: str, as_function: bool) -> None:
+    """One prompt or several, two branches, CFG and rescale; over the steps of a loop."""
+    model, layer = zoo.build(name), zoo.ZOO[name].numbered[-1]
+    first, last = zoo.ZOO[name].numbered[1], zoo.ZOO[name].numbered[-1]
+    weak_models = zoo.without(model, [last]), zoo.without(model, [first, last])
+    guider = stg.Guider(
+        (lambda x, text: model(x, text)) if as_function else model,
+        branches=[stg.Branch([layer], 1.5), stg.Branch([first, last], torch.tensor([0.5, 2.0]))],
+        guidance_scale=4.0,
+        rescale=0.7,
+        model=model,
+        execution=execution,
+    )
+    for step in range(3):
+        x = X + step
+        cond, uncond = model(x, POSITIVE), model(x, NEGATIVE)
+        one, two = (weak(x, POSITIVE) for weak in weak_models)
+        out = uncond + 4.0 * (cond - uncond) + 1.5 * (cond - one)
+        out = out + torch.tensor([0.5, 2.0]).reshape(2, 1, 1) * (cond - two)
+        std, std_out = (t.std((1, 2), keepdim=True) for t in (cond, out))
+        expected = out * (0.7 * std / std_out + 0.3)
+        assert_close(guider(x, cond={"text": POSITIVE}, uncond={"text": NEGATIVE}), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("execution", ["full", "sequential", "batched"])
+def test_nan_is_handed_on_where_it_is_and_forgotten_in_the_next_call(model: nn.Module, execution: str) -> None:
+    guider = stg.Guider(model, [2], 1.5, execution=execution)
+    p = parts(model)
+    broken = X.clone()
+    broken[0, 0, 0] = torch.nan
+    for _ in range(2):
+        out = guider(broken, POSITIVE)
+        assert out[0].isnan().all()
+        assert_close(out[1], (p.cond + 1.5 * (p.cond - p.weak))[1], **close)
+        assert_close(guider(X, POSITIVE), p.cond + 1.5 * (p.cond - p.weak), **close)
+
+
+@pytest.mark.parametrize("execution", ["full", "sequential", "batched"])
+def test_a_weak_pass_of_nan_is_not_hidden(model: nn.Module, execution: str) -> None:
+    guider = stg.Guider(model, [2], 1.5, mode=lambda call: call.args[0] * torch.nan, execution=execution)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stg.StgWarning)  # batched execution may take it for rows cut wrongly
+        assert guider(X, POSITIVE).isnan().all()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_training_modes_make_no_difference_to_what_is_run(model: nn.Module, training: bool) -> None:
+    """A block in training mode stays in it, in all passes."""
+    seen: list[bool] = []
+    model.train(training)
+    handle = model.blocks[3].register_forward_pre_hook(lambda block, _: seen.append(block.training))
+    p = parts(model)
+    seen.clear()
+    out = stg.Guider(model, [2], 1.5, guidance_scale=4.0)(X, cond={"text": POSITIVE}, uncond={"text": NEGATIVE})
+    handle.remove()
+    assert_close(out, p.uncond + 4.0 * (p.cond - p.uncond) + 1.5 * (p.cond - p.weak), **close)
+    assert seen == [training] * 3
+
+
+def test_a_sampler_of_k_diffusion(model: nn.Module) -> None:
+    """Called as `denoiser(x, sigma, **extra_args)`, with one sigma per sample."""
+
+    class Denoiser(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner_model = model
+
+        def forward(self, x: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+            return x - sigma[:, None, None] * self.inner_model(x / (1 + sigma[:, None, None] ** 2) ** 0.5, text)
+
+    def sample_euler(denoiser: Callable[..., Tensor], x: Tensor, sigmas: Tensor, extra_args: dict[str, Any]) -> Tensor:
+        for sigma, following in itertools.pairwise(sigmas):
+            denoised = denoiser(x, sigma * x.new_ones(len(x)), **extra_args)
+            x = x + (x - denoised) / sigma * (following - sigma)
+        return x
+
+    denoiser, sigmas = Denoiser().eval(), torch.tensor([5.0, 2.0, 0.5, 0.0])
+    weak_model = zoo.without(denoiser, ["inner_model.blocks.2"])
+
+    def textbook(x: Tensor, sigma: Tensor) -> Tensor:
+        cond, uncond = denoiser(x, sigma, POSITIVE), denoiser(x, sigma, NEGATIVE)
+        return uncond + 3.0 * (cond - uncond) + 1.5 * (cond - weak_model(x, sigma, POSITIVE))
+
+    guider = stg.Guider(denoiser, ["blocks.2"], 1.5, guidance_scale=3.0)
+    got = sample_euler(guider, X, sigmas, {"cond": {"text": POSITIVE}, "uncond": {"text": NEGATIVE}})
+    assert_close(got, sample_euler(textbook, X, sigmas, {}), rtol=1e-4, atol=1e-4)
+
+
 def test_without_uncond(model: nn.Module) -> None:
     p = parts(model)
     expected = p.cond + 1.5 * (p.cond - p.weak)
@@ -122,6 +216,18 @@ def test_scales_may_be_tensors(model: nn.Module) -> None:
     assert_close(guider(X, cond={"text": POSITIVE}, uncond={"text": NEGATIVE}), expected, **close)
 
 
+def test_scales_may_be_one_value_per_sample(model: nn.Module) -> None:
+    p = parts(model)
+    scale, g = torch.tensor([0.0, 2.0]), torch.tensor([4.0, 1.0])
+    expected = p.uncond + g[:, None, None] * (p.cond - p.uncond) + scale[:, None, None] * (p.cond - p.weak)
+    guider = stg.Guider(model, [2], scale, guidance_scale=g)
+    assert_close(guider(X, cond={"text": POSITIVE}, uncond={"text": NEGATIVE}), expected, **close)
+    with pytest.raises(
+        stg.SettingError, match=r"scale has shape \(3,\), which does not fit predictions of shape \(2, "
+    ):
+        stg.Guider(model, [2], torch.ones(3))(X, POSITIVE)
+
+
 # --- which passes it makes --------------------------------------------------------------------------------------------
 
 
@@ -149,6 +255,17 @@ def test_scale_zero_makes_no_weak_call_and_is_cfg_bit_for_bit(model: nn.Module) 
     )
     assert sorted(log.calls) == ["cond", "uncond"]
     assert_close(out, p.uncond + 4.0 * (p.cond - p.uncond), **exact)
+
+
+def test_a_branch_of_scale_zero_makes_no_weak_call(model: nn.Module) -> None:
+    log, p = Log(model), parts(model)
+    branches = [stg.Branch([0], 0.0), stg.Branch([2], 1.5)]
+    assert_close(
+        stg.Guider(log, branches=branches, model=model)(X, POSITIVE), p.cond + 1.5 * (p.cond - p.weak), **close
+    )
+    assert sorted(log.calls) == ["cond", "weak"]
+    with pytest.raises(stg.LayerError, match=r"layers=\[9\]"):
+        stg.Guider(model, branches=[stg.Branch([9], 0.0), stg.Branch([2], 1.5)])
 
 
 def test_scale_zero_without_uncond_is_the_plain_prediction_bit_for_bit(model: nn.Module) -> None:
@@ -241,6 +358,7 @@ def test_two_outputs_are_guided_separately(model: nn.Module, rescale: float) -> 
         assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::stg_hooks.StgWarning")  # that these denoisers do not call the model
 @pytest.mark.parametrize("scale", [0.0, 1.0])
 def test_the_result_is_a_fresh_tensor(model: nn.Module, scale: float) -> None:
     """A loop may write into what it gets, also where the denoiser returns a tensor it keeps, or its own input."""
@@ -266,6 +384,40 @@ def test_an_empty_uncond_is_not_a_missing_one() -> None:
     guider = stg.Guider(lambda x, text=NEGATIVE: model(x, text), [2], 0.0, guidance_scale=4.0, model=model)
     p = parts(model)
     assert_close(guider(X, cond={"text": POSITIVE}, uncond={}), p.uncond + 4.0 * (p.cond - p.uncond), **exact)
+
+
+# --- what it reports --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("execution", ["full", "sequential", "batched"])
+def test_a_skip_that_changed_nothing_is_reported_once(model: nn.Module, execution: str) -> None:
+    for weight in (model.blocks[2].attn.to_out, model.blocks[2].cross.to_out, model.blocks[2].ff):
+        nn.init.zeros_(weight.weight)
+        nn.init.zeros_(weight.bias)
+    guider = stg.Guider(model, [2], 1.5, execution=execution)
+    with pytest.warns(stg.StgWarning, match=r"stg\.Guider: skipping 'blocks\.2' changed nothing: the weak") as log:
+        _ = [guider(X, POSITIVE) for _ in range(2)]
+    assert len(log) == 1
+    assert log[0].filename == __file__
+
+
+@pytest.mark.parametrize("execution", ["full", "sequential", "batched"])
+def test_a_layer_that_was_not_called_is_reported_once(model: nn.Module, execution: str) -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.unused = model, zoo.build("plain")
+
+        def forward(self, x: Tensor, text: Tensor) -> Tensor:
+            return self.model(x, text)
+
+    guider = stg.Guider(Half(), ["unused.blocks.1", "model.blocks.2"], 1.5, execution=execution)
+    p = parts(model)
+    with pytest.warns(stg.StgWarning, match=r"the denoiser did not call 'unused\.blocks\.1', so nothing was sk") as log:
+        results = [guider(X, POSITIVE) for _ in range(2)]
+    for result in results:
+        assert_close(result, p.cond + 1.5 * (p.cond - p.weak), **close)
+    assert len(log) == 1
 
 
 # --- what it refuses --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from contextlib import nullcontext
 from typing import Any
 
 import diffusers
@@ -87,21 +88,39 @@ class Distilled(Pipeline):
         return self.transformer(x, cond + self.guidance_scale)
 
 
-class ForAttentionMaps(Halves):
-    """Makes a call for what it leaves behind, and one that it combines as usual."""
+class FillsACache(Pair):
+    """Makes a call whose prediction it throws away."""
+
+    def predict(self, x: Tensor, cond: Tensor, negative_emb: Tensor) -> Tensor:
+        _ = self.transformer(x, torch.zeros_like(cond))
+        pred = self.transformer(x, cond)
+        if self.do_cfg:
+            pred_neg = self.transformer(x, negative_emb)
+            pred = pred + (self.guidance_scale - 1) * (pred - pred_neg)
+        return pred
+
+
+class Embedded(Pipeline):
+    """Prepares for guidance, which is then embedded: in the loop there is none."""
 
     def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
-        self.transformer(x, cond)
-        pred = self.transformer(torch.cat([x, x]), torch.cat([neg, cond]))
-        pred_uncond, pred_text = pred.chunk(2)
-        return pred_uncond + self.guidance_scale * (pred_text - pred_uncond)
+        embedding = cond + self.guidance_scale
+        if self.do_classifier_free_guidance:
+            raise AssertionError
+        for _ in range(1):
+            pred = self.transformer(x, embedding)
+        return pred
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return False
 
 
 def expected(pipe: Pipeline, x: Tensor, cond: Tensor, neg: Tensor, rescale: float = 0.0) -> Tensor:
     """Compute what the guided pipeline must return, by the textbook."""
-    if isinstance(pipe, Distilled):
+    if isinstance(pipe, (Distilled, Embedded)):
         cond = cond + pipe.guidance_scale
-    g = pipe.guidance_scale if pipe.do_cfg and not isinstance(pipe, Distilled) else 1.0
+    g = pipe.guidance_scale if pipe.do_cfg and not isinstance(pipe, (Distilled, Embedded)) else 1.0
     c, u = pipe.transformer(x, cond), pipe.transformer(x, neg)
     with stg.skip(pipe.transformer, ["blocks.1"]):
         weak = pipe.transformer(x, cond)
@@ -115,7 +134,7 @@ def arguments() -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("rescale", [0.0, 0.6])
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-@pytest.mark.parametrize("cls", [Halves, Pair, Derived, Distilled, ForAttentionMaps])
+@pytest.mark.parametrize("cls", [Halves, Pair, Derived, Distilled, FillsACache, Embedded])
 def test_every_way_of_guiding_is_understood(
     cls: type[Pipeline], guidance_scale: float, rescale: float, arguments: tuple[Tensor, Tensor, Tensor]
 ) -> None:
@@ -158,6 +177,36 @@ class ThreeCalls(Pipeline):
         return pred_neg + self.guidance_scale * (pred - pred_neg)
 
 
+class ForAttentionMaps(Pipeline):
+    """Makes a call for what it leaves behind; a weak pass would leave something else."""
+
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        self.transformer(x, cond)
+        pred = self.transformer(torch.cat([x, x]), torch.cat([neg, cond]))
+        pred_uncond, pred_text = pred.chunk(2)
+        return pred_uncond + self.guidance_scale * (pred_text - pred_uncond)
+
+
+class UncondFromAnotherCall(Pipeline):
+    """Takes cond from one call on both, and uncond from another: their weak predictions differ."""
+
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        grounded = self.transformer(torch.cat([x, x]), torch.cat([neg, cond]))
+        pred = self.transformer(torch.cat([x, x]) + 1, torch.cat([neg, cond]))
+        _, pred_text = grounded.chunk(2)
+        pred_uncond, _ = pred.chunk(2)
+        return pred_uncond + self.guidance_scale * (pred_text - pred_uncond)
+
+
+class CallsTwiceForOneResult(Pipeline):
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        pred = self.transformer(torch.cat([x, x]), torch.cat([neg, cond]))
+        x = x - pred[: len(x)]
+        pred = self.transformer(torch.cat([x, x]), torch.cat([neg, cond]))
+        pred_uncond, pred_text = pred.chunk(2)
+        return pred_uncond + self.guidance_scale * (pred_text - pred_uncond)
+
+
 class Elsewhere(Pipeline):
     def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
         return run_elsewhere(self, x, cond)
@@ -174,6 +223,9 @@ def run_elsewhere(pipe: Pipeline, x: Tensor, cond: Tensor) -> Tensor:
         (Thirds, r"its rows are \[pred_uncond, pred_image, pred_text\]"),
         (Slices, "guided, but not by uncond and cond calls or halves"),
         (ThreeCalls, "it makes 3 different calls"),
+        (ForAttentionMaps, "it looks into its denoiser after a call"),
+        (UncondFromAnotherCall, r"its rows are \[pred_uncond, _\]"),
+        (CallsTwiceForOneResult, "does not say which half is which"),
         (Elsewhere, "Elsewhere does not call its transformer itself"),
     ],
 )
@@ -202,8 +254,81 @@ def test_rows_of_a_guidance_of_the_pipelines_own_are_refused(arguments: tuple[Te
     with torch.no_grad(), stg.apply(pipe, layers=["blocks.1"], scale=0.7):
         assert_close(pipe(*arguments), expected(pipe, *arguments), rtol=1e-5, atol=1e-5)
         pipe.perturbs = True
-        with pytest.raises(stg.CallError, match=r"perturbed rows of its own \(not self\.perturbs is false\)"):
+        with pytest.raises(stg.CallError, match=r"perturbed rows of its own, as not self\.perturbs is false"):
             pipe(*arguments)
+
+
+class OwnCalls(Pipeline):
+    """Makes weak predictions itself, and compares the cond one with them: SD3's skipped layers, LTX-2."""
+
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        pred = self.transformer(torch.cat([x, x]), torch.cat([neg, cond]))
+        pred_uncond, pred_text = pred.chunk(2)
+        pred = pred_uncond + self.guidance_scale * (pred_text - pred_uncond)
+        with self.cache_context("stg"):
+            weak = self.transformer(x + 1, cond)
+        with self.cache_context("modality"):
+            other = self.transformer(x + 2, cond)
+        return pred + 2.0 * (pred_text - weak) + 3.0 * (pred_text - other)
+
+    def cache_context(self, name: str) -> Any:
+        return nullcontext()
+
+
+def test_guidance_of_the_pipelines_own_keeps_its_weight(arguments: tuple[Tensor, Tensor, Tensor]) -> None:
+    pipe = OwnCalls(Denoiser())
+    x, cond, _ = arguments
+    with torch.no_grad():
+        plain = pipe(*arguments)
+        with stg.skip(pipe.transformer, ["blocks.1"]):
+            weak = pipe.transformer(x, cond)
+        with stg.apply(pipe, layers=["blocks.1"], scale=0.7) as session:
+            assert_close(pipe(*arguments), plain + 0.7 * (pipe.transformer(x, cond) - weak), rtol=1e-5, atol=1e-5)
+        assert session.stats.weak_passes == 1
+        with (
+            pytest.raises(stg.CallError, match=r"adds a guidance of its own in this step.*or use rescale=0\.0"),
+            stg.apply(pipe, layers=["blocks.1"], rescale=0.5),
+        ):
+            pipe(*arguments)
+
+
+class OnlyPerturbed(OwnCalls):
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        with self.cache_context("stg"):
+            return self.transformer(x, cond)
+
+
+def test_a_perturbed_call_needs_a_cond_call_before_it(arguments: tuple[Tensor, Tensor, Tensor]) -> None:
+    pipe = OnlyPerturbed(Denoiser())
+    with (
+        pytest.raises(stg.CallError, match=r"made a call for perturbed rows without a matching cond call"),
+        stg.apply(pipe, layers=["blocks.1"]),
+    ):
+        pipe(*arguments)
+
+
+class Lists(Pipeline):
+    """As Z-Image: samples in lists, taken apart in a way that is not understood, but only while a flag says so."""
+
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        for _ in range(1):
+            apply_cfg = self.guidance_scale > 1
+            if apply_cfg:
+                x, cond = torch.cat([x, x]), torch.cat([cond, neg])
+            pred = self.transformer(x, cond)
+            if apply_cfg:
+                pos, pred_uncond = pred[: len(pred) // 2], pred[len(pred) // 2 :]
+                pred = pred_uncond + self.guidance_scale * (pos - pred_uncond)
+        return pred
+
+
+def test_a_flag_under_which_guidance_is_not_understood(arguments: tuple[Tensor, Tensor, Tensor]) -> None:
+    pipe = Lists(Denoiser())
+    with stg.apply(pipe, layers=["blocks.1"], scale=0.7), torch.no_grad():
+        with pytest.raises(stg.CallError, match=r"guides its predictions by itself, as apply_cfg is true"):
+            pipe(*arguments)
+        pipe.guidance_scale = 1.0
+        assert_close(pipe(*arguments), expected(pipe, *arguments), rtol=1e-5, atol=1e-5)
 
 
 class Computed(Pipeline):
@@ -232,21 +357,57 @@ class ChangesItsWeight(Pipeline):
         return pred_uncond + self.guidance_scale * (pred_text - pred_uncond)
 
 
-class NotLinear(Pipeline):
+def test_rescale_needs_a_weight_that_is_known(arguments: tuple[Tensor, Tensor, Tensor]) -> None:
+    pipe = ChangesItsWeight(Denoiser())
+    with (
+        pytest.raises(stg.CallError, match=r"needs the CFG weight.*Use rescale=0\.0 and rule=.cfg., or stg\.Guider"),
+        stg.apply(pipe, layers=["blocks.1"], rescale=0.5),
+    ):
+        pipe(*arguments)
+
+
+class NotOne(Pipeline):
     def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
         pred = self.transformer(torch.cat([x, x]), torch.cat([neg, cond]))
         pred_uncond, pred_text = pred.chunk(2)
         return pred_uncond + self.guidance_scale * pred_text
 
 
-@pytest.mark.parametrize("cls", [ChangesItsWeight, NotLinear])
-def test_rescale_needs_a_weight_that_is_known(cls: type[Pipeline], arguments: tuple[Tensor, Tensor, Tensor]) -> None:
+class ZeroStar(Pipeline):
+    """Two formulas, of which only the second one is understood: CFG-Zero*, as in Helios."""
+
+    zero_star = True
+
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        pred = self.transformer(x, cond)
+        if self.do_cfg:
+            pred_uncond = self.transformer(x, neg)
+            if self.zero_star:
+                text = pred
+                alpha = (text * pred_uncond).mean() / pred_uncond.square().mean()
+                pred = pred_uncond * alpha + self.guidance_scale * (text - pred_uncond * alpha)
+            else:
+                pred = pred_uncond + self.guidance_scale * (pred - pred_uncond)
+        return pred
+
+
+@pytest.mark.parametrize(
+    ("cls", "why"),
+    [
+        (NotOne, r"the weights in pred_uncond \+ self\.guidance_scale \* pred_text do not sum to one"),
+        (ZeroStar, r"it combines its predictions in another way, as not self\.zero_star is false"),
+    ],
+)
+def test_a_combination_that_would_change_the_weight_of_guidance_is_an_error(
+    cls: type[Pipeline], why: str, arguments: tuple[Tensor, Tensor, Tensor]
+) -> None:
     pipe = cls(Denoiser())
-    with (
-        pytest.raises(stg.CallError, match=r"needs the CFG weight.*Use rescale=0\.0"),
-        stg.apply(pipe, layers=["blocks.1"], rescale=0.5),
-    ):
+    with pytest.raises(stg.CallError, match=why), stg.apply(pipe, layers=["blocks.1"]):
         pipe(*arguments)
+    if isinstance(pipe, ZeroStar):
+        pipe.zero_star = False
+        with stg.apply(pipe, layers=["blocks.1"], scale=0.7), torch.no_grad():
+            assert_close(pipe(*arguments), expected(pipe, *arguments), rtol=1e-5, atol=1e-5)
 
 
 def test_a_weight_that_does_not_change_now_is_known(arguments: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -1,0 +1,334 @@
+"""Guide the calls of one denoiser, from within: what `apply` registers on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stg_hooks import activation
+from stg_hooks.calls import halves, own_predictions, replace_predictions
+from stg_hooks.combine import Scale, combine, correction, is_number
+from stg_hooks.errors import CallError
+from stg_hooks.execution import GuidedCall, Stats, in_weak_pass
+from stg_hooks.executions import Executions
+from stg_hooks.hosts import Host, Role
+from stg_hooks.patching import patched, shared
+from stg_hooks.schedule import Plan, Settings
+from stg_hooks.settings import Branch
+from stg_hooks.skip import Switch
+from stg_hooks.step import Step
+from stg_hooks.trace import Trace
+
+
+class Session(Protocol):
+    """What the guides of one `apply` share."""
+
+    host: Host
+    plan: Plan
+    stats: Stats
+    trace: Trace
+    step: Step | None
+    every: int
+    lost_steps: int
+
+
+@dataclasses.dataclass
+class _Guided:
+    """What a cond call has found out: its predictions, and for each of them the weak ones of all branches."""
+
+    step: Step
+    settings: Settings
+    conds: list[Tensor]
+    weaks: list[list[Tensor]]
+
+    @property
+    def scales(self) -> list[Scale]:
+        return [branch.scale for branch in self.settings.active]
+
+    @property
+    def replaces(self) -> bool:
+        """Whether the final prediction is returned, instead of a term added."""
+        return bool(self.settings.replaces)
+
+    def terms(self) -> list[Tensor]:
+        """What skip guidance adds to each prediction."""
+        return [correction(c, weaks, self.scales) for c, weaks in zip(self.conds, self.weaks, strict=True)]
+
+    def final(self, role: Role, unconds: Sequence[Tensor | None]) -> list[Tensor]:
+        """What the caller's own combination has to come to."""
+        g = self.settings.guidance_scale if self.settings.guidance_scale is not None else role.guidance_scale
+        return [
+            combine(
+                c,
+                weaks,
+                u,
+                scale=self.scales,
+                guidance_scale=1.0 if g is None else g,
+                rescale=self.settings.rescale,
+                rule=self.settings.rule,
+            )
+            for c, weaks, u in zip(self.conds, self.weaks, unconds, strict=True)
+        ]
+
+
+@dataclasses.dataclass
+class _Kept:
+    """What an evaluation leaves for the steps that use it again (`every`)."""
+
+    differences: list[list[Tensor]]
+    branches: tuple[Branch, ...]
+    index: int | None
+    used: int = 1
+
+    def serves(self, call_of: Step, branches: tuple[Branch, ...], every: int) -> bool:
+        again = self.index is None or call_of.index is None or call_of.index > self.index
+        same = [(b.layers, b.mode, b.kind) for b in branches] == [(b.layers, b.mode, b.kind) for b in self.branches]
+        return self.used < every and again and same
+
+
+@dataclasses.dataclass
+class _Call:
+    """One call of the denoiser, as it was made."""
+
+    role: Role
+    step: Step
+    settings: Settings
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    guided: GuidedCall | None = None
+    before: _Guided | None = None  # for an uncond or perturbed call: the cond call before it
+    kept: _Kept | None = None
+
+    @property
+    def is_cond(self) -> bool:
+        return self.role.rows in ("cond", "uncond+cond")
+
+
+class _OfThread(threading.local):
+    """What one stage of a step leaves for the next: the cond call for its hook, and for the uncond call."""
+
+    call: _Call | None = None
+    guided: _Guided | None = None
+    last: _Guided | None = None  # the same for perturbed calls, of which there may be several
+    kept: _Kept | None = None
+
+
+class _OfModel(threading.local):
+    """What sessions that guide the same denoiser must know of each other."""
+
+    unguided: list[Tensor] | None = None
+
+
+class Guide:
+    """Guides the calls of one denoiser."""
+
+    def __init__(self, session: Session, model: nn.Module, execution: str) -> None:
+        """Resolve all layers that are known to be skipped; touch nothing.
+
+        Args:
+            session: what it shares with the guides of the same pipeline's other denoisers.
+            model: the denoiser.
+            execution: how weak predictions are computed, as for `apply`.
+        """
+        self._session = session
+        self._model = model
+        self._executions = Executions(model, execution, session.stats)
+        self._executions.prepare(session.plan.known)
+        self._local = _OfThread()
+        self._looked_at: dict[int, list[tuple[Switch, Tensor]]] = {}
+
+    def complaints(self) -> list[str]:
+        """Say which branches did nothing in the first call that they guided, and forget it."""
+        looked_at, self._looked_at = self._looked_at, {}
+        return [
+            complaint
+            for found in looked_at.values()
+            for switch, same in found
+            if (complaint := switch.complaint(bool(same)))
+        ]
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Register the hooks; remove them at the end."""
+        with ExitStack() as stack:
+            stack.callback(self._local.__dict__.clear)
+            self._of_model = stack.enter_context(shared(self._model, "guided", lambda: (_OfModel(), lambda: None)))
+            stack.enter_context(self._executions.installed())
+            stack.enter_context(stack.enter_context(patched(self._model)).everywhere(self._around))
+            stack.enter_context(self._model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True))
+            stack.enter_context(self._model.register_forward_hook(self._after, with_kwargs=True))
+            yield
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        """Find out what a call is for, and keep its arguments as they were made."""
+        if in_weak_pass():
+            return
+        self._local.call = self._of_model.unguided = None
+        # A call in another thread may meet a hook while it is registered or removed: PyTorch passes no kwargs then.
+        role = self._session.host.role() if kwargs is not None and activation.is_active(self._session) else None
+        if role is None:
+            return
+        assert kwargs is not None
+        if role.rows in ("uncond", "perturbed"):
+            before = self._local.last
+            if role.rows == "uncond":
+                before, self._local.guided = self._local.guided, None
+            settings = Settings(()) if before is None else before.settings
+            self._local.call = _Call(role, Step(), settings, args, kwargs, before=before)
+            return
+        step = self._session.step or self._session.host.step()
+        self._local.call = call = _Call(role, step, self._session.plan.at(step), args, kwargs)
+        kept = self._local.kept
+        if kept is not None and kept.serves(step, call.settings.active, self._session.every):
+            call.kept = kept
+
+    def _around(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a call that is going to be guided, so that its weak passes can share work with it."""
+        call = self._local.call
+        if call is None or in_weak_pass() or not call.is_cond or not call.settings.active or call.kept:
+            return proceed(*args, **kwargs)
+        execution = self._executions.of(call.settings.active)
+        output, call.guided = execution.cond_pass(proceed, args, kwargs, call.role.rows == "uncond+cond")
+        return output
+
+    def _after(self, model: nn.Module, args: tuple[Any, ...], *kwargs_and_output: Any) -> Any:
+        """Guide what a call has returned."""
+        if in_weak_pass():
+            return None
+        call, self._local.call = self._local.call, None
+        if call is None:
+            return None
+        session, output = self._session, kwargs_and_output[-1]
+        session.stats.calls += 1
+        if call.is_cond and not call.settings.changes:
+            self._local.last = self._local.guided = _Guided(call.step, call.settings, [], [])
+            return None
+        start = time.perf_counter()
+        now = own_predictions(output)
+        before = self._of_model.unguided
+        if before is None:
+            self._of_model.unguided = before = now
+        new = self._guided(call, before, now) if call.is_cond else self._moved_along(call, now)
+        if new is None:
+            return None
+        session.stats.guided_calls += 1
+        session.stats.seconds += time.perf_counter() - start
+        return replace_predictions(output, new)
+
+    def _guided(self, call: _Call, unguided: Sequence[Tensor], output: Sequence[Tensor]) -> list[Tensor]:
+        """Return the guided `output`; `unguided` differs from it where another session came first."""
+        role = call.role
+        both = role.rows == "uncond+cond"
+        unconds: list[Tensor | None] = [None] * len(output)
+        conds = list(unguided)
+        if both:
+            pairs = [halves(tensor) for tensor in unguided]
+            unconds, conds = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        guided = _Guided(call.step, call.settings, conds, self._weaks(call, conds))
+        self._local.last = guided
+        if guided.replaces:
+            self._check_replaceable(guided, role, first=unguided is output)
+        if role.uncond_follows:
+            if self._local.guided is not None and guided.replaces:
+                self._session.lost_steps += 1
+            self._local.guided = guided
+            if guided.replaces and not is_number(role.guidance_scale, 1):
+                return conds  # the final prediction has to wait for uncond
+        if guided.replaces:
+            final = guided.final(role, unconds)
+            new = [torch.cat([tensor, tensor]) for tensor in final] if both else final
+        else:
+            terms = guided.terms()
+            new = [_add(o, torch.cat([t, t]) if both else t) for o, t in zip(output, terms, strict=True)]
+        if not role.uncond_follows:
+            self._session.trace.add(guided.step, guided.scales, guided.terms(), conds, unconds)
+        return new
+
+    def _weaks(self, call: _Call, conds: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Return, for each prediction, the weak ones of all branches."""
+        if not call.settings.active:
+            return [[] for _ in conds]
+        if call.kept is not None:
+            call.kept.used += 1
+            return [[c - d for d in found] for c, found in zip(conds, call.kept.differences, strict=True)]
+        if call.guided is None:
+            raise CallError(
+                f"a call of {type(self._model).__name__} that is to be guided did not reach its forward: "
+                "something replaced it inside the `with`. Enter stg.apply() last."
+            )
+        # Weak passes go the whole way, so that other people's hooks see them as they saw the cond pass.
+        call.guided.denoiser, call.guided.args, call.guided.kwargs = self._model, call.args, call.kwargs
+        execution = self._executions.of(call.settings.active)
+        by_branch = execution.weak_predictions(call.guided, conds)
+        if id(execution) not in self._looked_at:  # compared on the device; read at the end, where waiting costs nothing
+            same = [torch.stack([(w == c).all() for w, c in zip(b, conds, strict=True)]).all() for b in by_branch]
+            self._looked_at[id(execution)] = list(zip(execution.switches, same, strict=True))
+        weaks = [list(weaks) for weaks in zip(*by_branch, strict=True)]
+        if self._session.every > 1:
+            differences = [[c - weak for weak in found] for c, found in zip(conds, weaks, strict=True)]
+            self._local.kept = _Kept(differences, call.settings.active, call.step.index)
+        return weaks
+
+    def _check_replaceable(self, guided: _Guided, role: Role, first: bool) -> None:
+        settings, what, name = guided.settings, guided.settings.replaces, self._session.host.name
+        if not first:
+            raise CallError(
+                f"another stg.apply() has guided this call of {type(self._model).__name__} already, so {what} cannot "
+                "give the final prediction. Use one stg.apply(branches=[...])."
+            )
+        cfg = role.rows == "uncond+cond" or role.uncond_follows
+        if not cfg and not is_number(settings.guidance_scale or 1.0, 1):
+            raise CallError(
+                f"guidance_scale={settings.guidance_scale}: {name} makes no uncond prediction in this step. "
+                "Call it with guidance_scale > 1, so that it does; its own value is not used then."
+            )
+        needs = role.uncond_follows or (cfg and settings.guidance_scale is None)
+        if needs and role.guidance_scale is None:
+            raise CallError(
+                f"{what} needs the CFG weight of this step, which {name} does not tell before the call. "
+                "Use rescale=0.0 and rule='cfg', or stg.Guider in a loop of your own."
+            )
+
+    def _moved_along(self, call: _Call, output: Sequence[Tensor]) -> list[Tensor] | None:
+        """Return the uncond prediction, or a weak one of the caller's own, that goes with the guided cond prediction.
+
+        With it the caller's own combination comes to the guided prediction, and `cond - perturbed` stays what it was.
+        """
+        guided, role = call.before, call.role
+        if guided is not None and not guided.settings.changes:
+            return None
+        if guided is None or [c.shape for c in guided.conds] != [o.shape for o in output]:
+            if self._session.plan.is_constant and not self._session.plan.base.changes:
+                return None
+            raise CallError(
+                f"{self._session.host.name} made a call for {role.rows} rows without a matching cond call before it, "
+                "so the weak prediction of this step is not known. Use stg.Guider in a loop of your own."
+            )
+        if role.rows == "perturbed":
+            if guided.replaces:
+                raise CallError(
+                    f"{self._session.host.name} adds a guidance of its own in this step, so rescale cannot give the "
+                    "final prediction. Switch that guidance off, or use rescale=0.0."
+                )
+            return [_add(p, term) for p, term in zip(output, guided.terms(), strict=True)]
+        self._session.trace.add(guided.step, guided.scales, guided.terms(), guided.conds, output)
+        if not guided.replaces:
+            return [_add(u, term) for u, term in zip(output, guided.terms(), strict=True)]
+        if is_number(role.guidance_scale, 1):
+            return None  # it has no weight, and cond is the final prediction already
+        # The caller has cond already and will compute u' + g * (c - u'): choose u' so that this is the final one.
+        g = role.guidance_scale
+        assert g is not None
+        final = guided.final(role, output)
+        return [((f.float() - g * c.float()) / (1.0 - g)).to(c.dtype) for f, c in zip(final, guided.conds, strict=True)]
+
+
+def _add(prediction: Tensor, term: Tensor) -> Tensor:
+    return (prediction.float() + term).to(prediction.dtype)

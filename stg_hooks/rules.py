@@ -1,0 +1,145 @@
+"""Guidance rules: how a prediction with the prompt, one without it, and skip guidance's terms become one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from stg_hooks.errors import SettingError, closest
+
+Rule = Callable[[Tensor, Tensor | None, Sequence[Tensor], "float | Tensor"], Tensor]
+"""Takes cond, uncond (`None`: no CFG), the terms `scale_i * (cond - weak_i)` and guidance_scale, all in float32."""
+
+
+def cfg(cond: Tensor, uncond: Tensor | None, terms: Sequence[Tensor], guidance_scale: float | Tensor) -> Tensor:
+    """Combine as classifier-free guidance with skip guidance does: `u + g * (c - u) + sum_i t_i`.
+
+    Args:
+        cond: prediction with the prompt, `(B, ...)`.
+        uncond: prediction without it, shape of `cond`; `None` for no CFG.
+        terms: what skip guidance adds, one per branch, shape of `cond`.
+        guidance_scale: CFG weight g.
+
+    Returns:
+        The guided prediction.
+
+    Source: STG, arXiv 2411.18664, Eq. 6, 13 and 20.
+    """
+    return _sum(cond if uncond is None else uncond + guidance_scale * (cond - uncond), terms)
+
+
+def zero_star(cond: Tensor, uncond: Tensor | None, terms: Sequence[Tensor], guidance_scale: float | Tensor) -> Tensor:
+    """Scale the uncond prediction to fit cond best: `a u + g * (c - a u) + sum_i t_i`, `a = <c, u> / ||u||^2`.
+
+    The product and the norm are taken per sample. The zeroed first steps of the paper are the caller's matter.
+
+    Args:
+        cond: as for `cfg`.
+        uncond: as for `cfg`.
+        terms: as for `cfg`.
+        guidance_scale: as for `cfg`.
+
+    Returns:
+        The guided prediction.
+
+    Source: CFG-Zero*, arXiv 2503.18886, sec. 4.1.
+    """
+    return cfg(cond, None if uncond is None else _projected(cond, uncond), terms, guidance_scale)
+
+
+def apg(
+    cond: Tensor,
+    uncond: Tensor | None,
+    terms: Sequence[Tensor],
+    guidance_scale: float | Tensor,
+    *,
+    eta: float = 0.0,
+    norm: float | None = None,
+) -> Tensor:
+    """Weaken the part of the CFG direction that is parallel to cond, which oversaturates.
+
+    `u + g * (d_orthogonal + eta * d_parallel) + sum_i t_i`, where `d = c - u`, shortened to the length `norm` if it is
+    longer, and d_parallel is its projection onto c; per sample. With eta 1 and no `norm` this is `cfg`. For other
+    values than the defaults: `functools.partial(stg_hooks.rules.apg, eta=0.5, norm=15.0)`.
+
+    Args:
+        cond: as for `cfg`; the paper takes predictions of the clean sample.
+        uncond: as for `cfg`.
+        terms: as for `cfg`.
+        guidance_scale: as for `cfg`.
+        eta: how much of the parallel part is kept, from 0 to 1.
+        norm: greatest length of the direction per sample; `None` for any.
+
+    Returns:
+        The guided prediction.
+
+    Source: APG, arXiv 2410.02416, Alg. 1, without its momentum, on top of u as diffusers has it (the paper: c, g - 1).
+    """
+    if uncond is None:
+        return _sum(cond, terms)
+    direction = cond - uncond
+    if norm is not None:
+        length = _dot(direction, direction).sqrt()
+        direction = direction * torch.where(length > norm, norm / length, 1.0)
+    parallel = _projected(direction, cond)
+    return _sum(uncond + guidance_scale * (direction - parallel + eta * parallel), terms)
+
+
+def orthogonal(cond: Tensor, uncond: Tensor | None, terms: Sequence[Tensor], guidance_scale: float | Tensor) -> Tensor:
+    """Combine as `cfg`, and count of every term only what no branch before it has contributed.
+
+    `t_2 <- t_2 - <t_1, t_2> / ||t_1||^2 t_1`, per sample; so on for further branches. Scales do not change directions.
+
+    Args:
+        cond: as for `cfg`.
+        uncond: as for `cfg`.
+        terms: as for `cfg`; for factorised models the spatial and the temporal one.
+        guidance_scale: as for `cfg`.
+
+    Returns:
+        The guided prediction.
+
+    Source: STG, arXiv 2411.18664, Eq. 21.
+    """
+    done: list[Tensor] = []
+    for term in terms:
+        done.append(reduce(lambda rest, before: rest - _projected(rest, before), done, term))
+    return cfg(cond, uncond, done, guidance_scale)
+
+
+RULES: dict[str, Rule] = {"cfg": cfg, "zero_star": zero_star, "apg": apg, "orthogonal": orthogonal}
+
+
+def find_rule(rule: str | Rule) -> Rule:
+    """Look up a rule by name; a callable is a rule already.
+
+    Raises:
+        SettingError: a name that is no rule, or something that is neither.
+    """
+    if isinstance(rule, str):
+        if rule in RULES:
+            return RULES[rule]
+        names = ", ".join(map(repr, RULES))
+        raise SettingError(f"rule={rule!r} does not exist. There is {names}, or pass a callable.{closest(rule, RULES)}")
+    if not callable(rule):
+        raise SettingError(f"rule={rule!r}: expected a name or a callable, not {type(rule).__name__}.")
+    return rule
+
+
+def _sum(base: Tensor, terms: Sequence[Tensor]) -> Tensor:
+    return base + reduce(torch.add, terms) if terms else base
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    """Multiply sample by sample, `(B, 1, ...)`; in float64, as latents of a video have millions of entries."""
+    product = one.double() if one.device.type != "mps" else one
+    return (product * other).sum(dim=list(range(1, one.ndim)) or None, keepdim=True).to(one.dtype)
+
+
+def _projected(vector: Tensor, onto: Tensor) -> Tensor:
+    """Project sample by sample; onto zero, there is nothing to project."""
+    square = _dot(onto, onto)
+    return torch.where(square > 0, _dot(vector, onto) / square, 0.0) * onto

@@ -1,0 +1,272 @@
+"""Guidance that changes during a run: which settings hold at a step, or at a noise level."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from stg_hooks.combine import Scale, check_rescale, check_scale, is_number
+from stg_hooks.errors import CallError, SettingError, closest
+from stg_hooks.layers import LayerSpec
+from stg_hooks.perturb import Mode
+from stg_hooks.rules import Rule, find_rule
+from stg_hooks.settings import Branch, branches_from, preset_for, recommended
+from stg_hooks.sites import Kind
+from stg_hooks.step import Step
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What holds in a call. `guidance_scale` is the CFG weight to use instead of the caller's own, or `None`."""
+
+    branches: tuple[Branch, ...]
+    rescale: float = 0.0
+    guidance_scale: Scale | None = None
+    rule: str | Rule = "cfg"
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model."""
+        check_rescale(self.rescale)
+        find_rule(self.rule)
+        if self.guidance_scale is not None:
+            check_scale("guidance_scale", self.guidance_scale)
+
+    @property
+    def active(self) -> tuple[Branch, ...]:
+        """The branches with a scale other than 0."""
+        return tuple(branch for branch in self.branches if not is_number(branch.scale, 0))
+
+    @property
+    def changes(self) -> bool:
+        """Whether a call with these settings differs from a plain one."""
+        return bool(self.active) or self.guidance_scale is not None or self.rule != "cfg"
+
+    @property
+    def replaces(self) -> str:
+        """What calls for the final prediction to be returned, instead of a term added; empty if nothing does."""
+        if self.rule != "cfg":
+            return f"rule={self.rule!r}"
+        if self.rescale:
+            return f"rescale={self.rescale}"
+        return f"guidance_scale={self.guidance_scale}" if self.guidance_scale is not None else ""
+
+    def changed(self, values: Mapping[str, Any] | None) -> Settings:
+        """Return these settings with some values changed; without guidance for `None`.
+
+        Args:
+            values: new values by name: `layers`, `scale`, `mode` and `kind` of a single branch, or `branches`;
+                `rescale`; `guidance_scale`; `rule`. No layers, `[]`, mean no skip guidance.
+
+        Returns:
+            The new settings, checked.
+
+        Raises:
+            SettingError: an unknown name, a value that cannot be used, or one of a single branch where there are
+                several branches.
+        """
+        if values is None:
+            return Settings(())
+        if not isinstance(values, Mapping):
+            raise SettingError(
+                f"a schedule gave {values!r}: expected a dict such as {{'scale': 0.5}}, or None for no guidance."
+            )
+        names = ("layers", "scale", "mode", "kind", "branches", "rescale", "guidance_scale", "rule")
+        for name in values:
+            if name not in names:
+                raise SettingError(f"a schedule gave {name!r}: there is {', '.join(names)}.{closest(str(name), names)}")
+        whole = {name: values[name] for name in ("rescale", "guidance_scale", "rule") if name in values}
+        one = {name: values[name] for name in ("layers", "scale", "mode", "kind") if name in values}
+        branches = tuple(values.get("branches", self.branches))
+        if one and ("branches" in values or len(branches) != 1):
+            raise SettingError(
+                f"a schedule gave {', '.join(one)} for {len(branches)} branches: give branches=[stg.Branch(...), ...]."
+            )
+        if one:
+            none = isinstance(one.get("layers"), (list, tuple)) and not one["layers"]
+            branches = () if none else (dataclasses.replace(branches[0], **one),)
+        return dataclasses.replace(self, branches=branches, **whole)
+
+
+Levels: TypeAlias = Sequence[tuple[float, Mapping[str, Any] | None]]
+Schedule: TypeAlias = Callable[[Step], Mapping[str, Any] | None] | Levels
+
+
+class Plan:
+    """Says which settings hold in a step."""
+
+    def __init__(
+        self,
+        base: Settings,
+        *,
+        start: float = 0.0,
+        stop: float = 1.0,
+        sigma_range: tuple[float, float] | None = None,
+        schedule: Schedule | None = None,
+    ) -> None:
+        """Combine the settings of a run with when they hold.
+
+        Args:
+            base: the settings that a schedule starts from.
+            start: part of the run from which on there is guidance, from 0 to 1; 0 includes the first step.
+            stop: part of the run from which on there is none; 1 includes the last step, `start` switches it off.
+            sigma_range: lowest and highest noise level with guidance, both included.
+            schedule: a function of the `Step`; or a list of (noise level, values) from high to low, of which the first
+                one counts whose level is not above the step's, or else the last one.
+
+        Raises:
+            SettingError: a fraction outside [0, 1], `start` after `stop`, an empty range, or values that cannot be
+                used.
+        """
+        for name, value in (("start", start), ("stop", stop)):
+            if not _is_number(value) or not 0 <= value <= 1:
+                raise SettingError(f"{name}={value!r}: expected a part of the run, from 0 to 1.")
+        if start > stop:
+            raise SettingError(f"start={start} lies after stop={stop}.")
+        if sigma_range is not None:
+            low, high = _pair(sigma_range)
+            if not low <= high:
+                raise SettingError(f"sigma_range={sigma_range!r}: the first one is the lowest noise level.")
+        self.base = base
+        self._start, self._stop = start, stop
+        self._range = sigma_range
+        self._function = schedule if callable(schedule) else None
+        self._levels = [] if schedule is None or callable(schedule) else _levels(base, schedule)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the same settings hold in every step."""
+        return (self._start, self._stop) == (0.0, 1.0) and not (self._range or self._function or self._levels)
+
+    @property
+    def known(self) -> list[Settings]:
+        """All settings that are known before the run."""
+        return [settings for _, settings in self._levels] or [self.base]
+
+    def at(self, step: Step) -> Settings:
+        """Return what holds in a step.
+
+        Raises:
+            CallError: it depends on something about the step that is not known.
+            SettingError: a schedule gave something that cannot be used.
+        """
+        if (self._start, self._stop) != (0.0, 1.0):
+            fraction = _known(step.fraction, "start= and stop= are parts of the run", "index and count")
+            if not self._start <= fraction < self._stop:
+                return Settings(())
+        if self._range is not None:
+            sigma = _known(step.sigma, "sigma_range= is about the noise level", "sigma")
+            if not self._range[0] <= sigma <= self._range[1]:
+                return Settings(())
+        if self._function is not None:
+            return self.base.changed(self._function(step))
+        if self._levels:
+            sigma = _known(step.sigma, "the schedule is a list of noise levels", "sigma")
+            return next((found for level, found in self._levels if level <= sigma), self._levels[-1][1])
+        return self.base
+
+
+def _levels(base: Settings, schedule: Any) -> list[tuple[float, Settings]]:
+    try:
+        levels = [(float(level), base.changed(values)) for level, values in schedule]
+    except (TypeError, ValueError) as error:
+        if isinstance(error, SettingError):
+            raise
+        raise SettingError(
+            f"schedule={schedule!r}: expected a function of the step, or a list of (noise level, values) such as "
+            "[(0.9, None), (0.3, {'scale': 1.0}), (0.0, {'scale': 0.5})]."
+        ) from error
+    if not levels or any(not low < high for (high, _), (low, _) in itertools.pairwise(levels)):
+        raise SettingError("schedule=: expected noise levels from high to low, each once.")
+    return levels
+
+
+def _pair(value: Any) -> tuple[float, float]:
+    if isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_number, value)):
+        return value[0], value[1]
+    raise SettingError(f"sigma_range={value!r}: expected (lowest, highest) noise level.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _known(value: float | None, what: str, missing: str) -> float:
+    if value is None:
+        raise CallError(
+            f"{what}, but the step's {missing} is not known here. In a loop of your own, set it before each step: "
+            "guider.step = stg.Step(index=i, count=n, sigma=...). For a sampler that calls denoiser(x, sigma): "
+            "stg.Guider(..., sigmas=sigmas)."
+        )
+    return value
+
+
+def plan_from(
+    model: nn.Module,
+    *,
+    layers: LayerSpec | None,
+    scale: Scale | Callable[[Step], Scale] | None,
+    mode: str | Mode | None,
+    kind: Kind | None,
+    rescale: float | None,
+    branches: Sequence[Branch] | None,
+    preset: str | None,
+    start: float,
+    stop: float,
+    sigma_range: tuple[float, float] | None,
+    schedule: Schedule | None,
+    rule: str | Rule,
+    on: str,
+) -> Plan:
+    """Turn what a user gave to `apply` or `Guider` into a plan.
+
+    Args:
+        model: the module whose published setting counts when no layers are given.
+        layers: as for `apply`; so are all that follow.
+        scale: as for `apply`.
+        mode: as for `apply`.
+        kind: as for `apply`.
+        rescale: as for `apply`.
+        branches: as for `apply`.
+        preset: as for `apply`.
+        start: as for `apply`.
+        stop: as for `apply`.
+        sigma_range: as for `apply`.
+        schedule: as for `apply`.
+        rule: as for `apply`.
+        on: as for `apply`.
+
+    Returns:
+        The plan, checked as far as this can be done before a run.
+
+    Raises:
+        SettingError: a value that cannot be used, or a contradiction.
+    """
+    if callable(scale):
+        if schedule is not None:
+            raise SettingError("give either scale=function or schedule=, whose values may hold a scale, not both.")
+        function = scale
+        scale, schedule = None, lambda step: {"scale": function(step)}
+    if preset is not None or (layers is None and branches is None):
+        if layers is not None or branches is not None:
+            raise SettingError("give either preset=, or layers or branches, not both.")
+        published = recommended(model) if preset is None else preset_for(model, preset)
+        if published.schedule and schedule is None:
+            schedule = published.schedule
+        branches = published.branches
+        if any(value is not None for value in (scale, mode, kind)):  # one of your own in the published layers
+            own: dict[str, Any] = {"scale": scale, "mode": mode, "kind": kind}
+            first = branches[0] if mode is None else dataclasses.replace(branches[0], kind=None)
+            branches = [dataclasses.replace(first, **{name: v for name, v in own.items() if v is not None})]
+            scale = mode = kind = None
+        if on == "uncond":  # what is published is for a term that is added
+            branches = [dataclasses.replace(branches[0], scale=1.0)]
+        elif rescale is None:
+            rescale = published.rescale
+    found, factor = branches_from(layers, scale, mode, kind, rescale, branches)
+    base = Settings(tuple(found), factor, rule=rule)
+    return Plan(base, start=start, stop=stop, sigma_range=sigma_range, schedule=schedule)

@@ -1,0 +1,72 @@
+"""Every example runs, and its guidance is what made its result."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+import stg_hooks as stg
+from stg_hooks import demo
+from tests import kdiffusion
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+pytestmark = pytest.mark.filterwarnings("error::stg_hooks.StgWarning")
+
+
+def main_of(name: str) -> Callable[[], Any]:
+    (file,) = (file for file in EXAMPLES if file.stem == name)
+    main: Callable[[], Any] = runpy.run_path(str(file))["main"]
+    return main
+
+
+def tensors(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+@pytest.mark.parametrize("name", [file.stem for file in EXAMPLES])
+def test_an_example_runs_and_is_guided(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kdiffusion.load()  # `import k_diffusion` finds it without its torchvision
+    guiders: list[stg.Guider] = []
+    make = stg.Guider
+
+    def noted(*args: Any, **kwargs: Any) -> stg.Guider:
+        guiders.append(make(*args, **kwargs))
+        return guiders[-1]
+
+    monkeypatch.setattr(stg, "Guider", noted)
+    guided = tensors(main_of(name)())
+    assert all(result.isfinite().all() for result in guided)
+    assert guiders
+    for guider in guiders:
+        assert guider.stats.guided_calls == guider.stats.weak_passes == len(guider.trace) > 0
+        whole = guider.plan.is_constant
+        assert whole or guider.stats.guided_calls < guider.stats.calls  # a window that leaves steps out
+
+    off = [stg.Branch([0], 0.0)]
+    keep = ("guidance_scale", "model", "sigmas")
+    monkeypatch.setattr(
+        stg,
+        "Guider",
+        lambda denoiser, *_, **kwargs: make(
+            denoiser, branches=off, **{key: value for key, value in kwargs.items() if key in keep}
+        ),
+    )
+    for one, other in zip(guided, tensors(main_of(name)()), strict=True):
+        assert not torch.allclose(one, other, rtol=1e-2, atol=1e-2)
+
+
+def test_the_scheduler_loop_is_what_the_pipeline_does() -> None:
+    pipe = demo.load()
+    latents = torch.randn(1, 48, 6, 6, 6, generator=torch.Generator().manual_seed(0))
+    with stg.apply(pipe, [6], 0.5, stop=0.8):
+        expected = pipe(**demo.inputs(["red circle left"]), guidance_scale=2.0, latents=latents).frames
+    assert_close(main_of("diffusers_loop")(), expected, rtol=1e-4, atol=1e-4)

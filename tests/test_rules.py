@@ -1,0 +1,240 @@
+"""The guidance rules: their formulas, diffusers' guiders as the oracle, and their way into pipelines."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from diffusers.guiders.adaptive_projected_guidance import normalized_guidance
+from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import stg_hooks as stg
+from stg_hooks import rules
+from tests import zoo
+from tests.pipelines import build, run, scheduler_inputs
+
+exact: dict[str, Any] = {"rtol": 0, "atol": 0}
+close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
+G, SCALE = 4.0, 0.7
+
+
+def predictions(count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Correlated ones, of another size in each sample."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(3, 4, 2, 5, 5, generator=generator)
+    size = torch.tensor([0.3, 1.0, 4.0]).reshape(3, 1, 1, 1, 1)
+    return [(size * (common + torch.randn(common.shape, generator=generator))).to(dtype) for _ in range(count)]
+
+
+C, W, U, W2 = predictions(4)
+
+
+# --- against diffusers' guiders ---
+
+
+def test_zero_star() -> None:
+    alpha = cfg_zero_star_scale(C.flatten(1), U.flatten(1)).reshape(-1, 1, 1, 1, 1)
+    expected = alpha * U + G * (C - alpha * U) + SCALE * (C - W)
+    got = stg.combine(C, W, U, scale=SCALE, guidance_scale=G, rule="zero_star")
+    assert_close(got, expected, **close)
+    for i in range(3):  # per sample
+        alone = stg.combine(C[i : i + 1], W[i : i + 1], U[i : i + 1], scale=SCALE, guidance_scale=G, rule="zero_star")
+        assert_close(got[i : i + 1], alone, **close)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("norm", [None, 5.0, 15.0, 1e6])
+def test_apg(eta: float, norm: float | None) -> None:
+    oracle = normalized_guidance(C, U, G, eta=eta, norm_threshold=norm or 0.0)
+    rule = functools.partial(rules.apg, eta=eta, norm=norm)
+    got = stg.combine(C, W, U, scale=SCALE, guidance_scale=G, rule=rule)
+    assert_close(got, oracle + SCALE * (C - W), **close)
+    if eta == 1.0 and norm in (None, 1e6):
+        assert_close(got, stg.combine(C, W, U, scale=SCALE, guidance_scale=G), **close)
+
+
+def test_the_name_apg_is_apg_without_a_parallel_part() -> None:
+    expected = normalized_guidance(C, U, G, eta=0.0) + SCALE * (C - W)
+    assert_close(stg.combine(C, W, U, scale=SCALE, guidance_scale=G, rule="apg"), expected, **close)
+
+
+# --- orthogonal branches ---
+
+
+def test_orthogonal_follows_the_paper() -> None:
+    """STG Eq. 21, sample by sample in float64."""
+    s1, s2 = 2.0, 0.5
+    expected = []
+    for c, w1, w2, u in zip(C.double(), W.double(), W2.double(), U.double(), strict=True):
+        d1, d2 = c - w1, c - w2
+        d2 = d2 - (d1 * d2).sum() / d1.square().sum() * d1
+        assert abs((d1 * d2).sum()) < 1e-9
+        expected.append(u + G * (c - u) + s1 * d1 + s2 * d2)
+    got = stg.combine(C, [W, W2], U, scale=[s1, s2], guidance_scale=G, rule="orthogonal")
+    assert_close(got, torch.stack(expected).float(), **close)
+    assert not torch.allclose(got, stg.combine(C, [W, W2], U, scale=[s1, s2], guidance_scale=G))
+
+
+def test_three_branches_are_orthogonal_to_each_other() -> None:
+    terms = [torch.randn(2, 30) for _ in range(3)]
+    alone = [rules.orthogonal(torch.zeros(2, 30), None, terms[: i + 1], 1.0) for i in range(3)]
+    parts = [alone[0], alone[1] - alone[0], alone[2] - alone[1]]
+    for i in range(3):
+        for j in range(i):
+            assert_close((parts[i] * parts[j]).sum(1), torch.zeros(2), rtol=0, atol=1e-4)
+
+
+def test_a_branch_that_repeats_another_adds_nothing() -> None:
+    twice = stg.combine(C, [W, W], U, scale=[1.0, 1.0], guidance_scale=G, rule="orthogonal")
+    assert_close(twice, stg.combine(C, W, U, guidance_scale=G), **close)
+    off = stg.combine(C, [C, W], U, scale=[1.0, SCALE], guidance_scale=G, rule="orthogonal")  # onto zero
+    assert_close(off, stg.combine(C, W, U, scale=SCALE, guidance_scale=G), **close)
+
+
+# --- identities of all rules ---
+
+
+@pytest.mark.parametrize("rule", rules.RULES)
+@pytest.mark.parametrize("uncond", [None, U])
+def test_without_cfg_every_rule_is_skip_guidance(rule: str, uncond: Tensor | None) -> None:
+    got = stg.combine(C, W, uncond, scale=SCALE, guidance_scale=1.0, rule=rule)
+    assert_close(got, C + SCALE * (C - W), **close)
+
+
+@pytest.mark.parametrize("rule", rules.RULES)
+def test_scale_zero_and_a_weak_that_is_cond(rule: str) -> None:
+    got = stg.combine(C, W * torch.nan, U, scale=0.0, guidance_scale=G, rule=rule)
+    assert got.isfinite().all()
+    assert_close(stg.combine(C, C, U, scale=3.0, guidance_scale=G, rule=rule), got, **close)
+
+
+@pytest.mark.parametrize("rule", rules.RULES)
+@pytest.mark.parametrize("zero", ["cond", "uncond", "both"])
+def test_nothing_to_project_onto(rule: str, zero: str) -> None:
+    c, u = (torch.zeros_like(C) if zero in (name, "both") else t for name, t in (("cond", C), ("uncond", U)))
+    assert stg.combine(c, c, u, guidance_scale=G, rule=rule).isfinite().all()
+
+
+@pytest.mark.parametrize("rule", rules.RULES)
+def test_half_precision_is_computed_in_float32(rule: str) -> None:
+    c, w, u = (t.bfloat16() for t in (C, W, U))
+    got = stg.combine(c, w, u, scale=SCALE, guidance_scale=G, rule=rule)
+    expected = stg.combine(c.float(), w.float(), u.float(), scale=SCALE, guidance_scale=G, rule=rule)
+    assert_close(got, expected.bfloat16(), **exact)
+
+
+@pytest.mark.parametrize("rule", rules.RULES)
+def test_rescale_comes_after_the_rule(rule: str) -> None:
+    out = stg.combine(C, W, U, scale=SCALE, guidance_scale=G, rule=rule)
+    dims = (1, 2, 3, 4)
+    expected = out * (0.7 * C.std(dims, keepdim=True) / out.std(dims, keepdim=True) + 0.3)
+    assert_close(stg.combine(C, W, U, scale=SCALE, guidance_scale=G, rule=rule, rescale=0.7), expected, **close)
+
+
+def test_a_rule_of_ones_own() -> None:
+    def rule(cond: Tensor, uncond: Tensor | None, terms: Sequence[Tensor], guidance_scale: Any) -> Tensor:
+        assert uncond is not None
+        assert [t.dtype for t in (cond, uncond, *terms)] == [torch.float32] * 4
+        return uncond if guidance_scale > 3 else sum(terms, cond)
+
+    got = stg.combine(C, [W, W2], U, scale=[SCALE, 0.5], guidance_scale=2.0, rule=rule)
+    assert_close(got, C + SCALE * (C - W) + 0.5 * (C - W2), **close)
+    kept = U.clone()
+    stg.combine(C, [W, W2], U, guidance_scale=G, rule=rule).mul_(2)  # fresh, though the rule handed its argument back
+    assert_close(U, kept, **exact)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("zero-star", r"rule='zero-star' does not exist\. There is 'cfg'.*Did you mean 'zero_star'\?"),
+        (3, r"rule=3: expected a name or a callable, not int"),
+    ],
+)
+def test_rules_that_do_not_exist(rule: Any, message: str) -> None:
+    with pytest.raises(stg.SettingError, match=message):
+        stg.combine(C, W, U, rule=rule)
+    for make in (stg.Guider, stg.apply):
+        with pytest.raises(stg.SettingError, match=message):
+            make(zoo.DiT(), [2], rule=rule)
+
+
+# --- in a loop, and in pipelines ---
+
+
+@pytest.mark.parametrize("rule", ["zero_star", "apg", "orthogonal", functools.partial(rules.apg, eta=0.5, norm=2.0)])
+def test_a_guider_uses_the_rule(rule: Any) -> None:
+    model: nn.Module = zoo.build("plain")
+    x, text = zoo.inputs().values()
+    other = zoo.inputs(seed=7)["text"]
+    weaks = [zoo.without(model, [f"blocks.{i}"])(x, text) for i in (1, 2)]
+    branches = [stg.Branch([1], 1.5), stg.Branch([2], 0.5)]
+    guider = stg.Guider(model, branches=branches, guidance_scale=G, rescale=0.3, rule=rule)
+    expected = stg.combine(
+        model(x, text), weaks, model(x, other), scale=[1.5, 0.5], guidance_scale=G, rescale=0.3, rule=rule
+    )
+    assert_close(guider(x, cond={"text": text}, uncond={"text": other}), expected, **close)
+
+
+def parts(family: str) -> tuple[Any, dict[str, Any], Any, list[Tensor]]:
+    """Return a pipeline, a call of one step, the case, and what cond, uncond and weak are in that step."""
+    pipe, call, case = build(family)
+    call |= {"num_inference_steps": 1}
+    outputs: list[Tensor] = []
+    handle = pipe.transformer.register_forward_hook(lambda module, args, output: outputs.append(output[0].clone()))
+    run(pipe, call)
+    with stg.skip(pipe.transformer, case.layers):
+        run(pipe, call)
+    handle.remove()
+    if len(outputs) == 4:  # a cond call, then an uncond call
+        cond, uncond, weak, _ = outputs
+    else:
+        (uncond, cond), (_, weak) = (output.chunk(2) for output in outputs)
+    return pipe, call, case, [cond, weak, uncond]
+
+
+@pytest.mark.parametrize("family", ["ltx", "wan"])
+@pytest.mark.parametrize("rule", ["zero_star", "apg"])
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_a_rule_replaces_the_combination_of_a_pipeline(family: str, rule: str, rescale: float) -> None:
+    pipe, call, case, (cond, weak, uncond) = parts(family)
+    g = call["guidance_scale"]
+    with scheduler_inputs(pipe) as received, stg.apply(pipe, case.layers, 1.5, rule=rule, rescale=rescale):
+        run(pipe, call)
+    expected = stg.combine(cond, weak, uncond, scale=1.5, guidance_scale=g, rescale=rescale, rule=rule)
+    assert_close(received[0].reshape(expected.shape), expected, rtol=1e-4, atol=1e-4)
+    plain = stg.combine(cond, weak, uncond, scale=1.5, guidance_scale=g, rescale=rescale)
+    assert not torch.allclose(expected, plain, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["ltx", "wan"])
+def test_a_rule_without_skip_guidance(family: str) -> None:
+    """Scale 0: no weak pass is made, and the rule still holds."""
+    pipe, call, case, (cond, _weak, uncond) = parts(family)
+    with scheduler_inputs(pipe) as received, stg.apply(pipe, case.layers, 0.0, rule="zero_star") as applied:
+        run(pipe, call)
+    assert applied.stats.weak_passes == 0
+    expected = stg.combine(cond, [], uncond, guidance_scale=call["guidance_scale"], rule="zero_star")
+    assert_close(received[0].reshape(expected.shape), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_rule_may_change_during_the_run() -> None:
+    pipe, call, case, _ = parts("ltx")
+    call |= {"num_inference_steps": 2}
+    with scheduler_inputs(pipe) as plain, stg.apply(pipe, case.layers, 1.5):
+        run(pipe, call)
+    changing = lambda step: {"rule": "apg"} if step.index else {}  # noqa: E731
+    with scheduler_inputs(pipe) as received, stg.apply(pipe, case.layers, 1.5, schedule=changing):
+        run(pipe, call)
+    assert_close(received[0], plain[0], **exact)
+    assert not torch.allclose(received[1], plain[1], rtol=1e-3, atol=1e-3)
+
+
+def test_a_module_has_to_be_told_the_cfg_weight() -> None:
+    with pytest.raises(stg.SettingError, match=r"rule='apg' needs the final prediction, hence the CFG weight"):
+        stg.apply(zoo.DiT(), [2], batched_cfg=True, rule="apg")

@@ -1,0 +1,286 @@
+"""Guidance that changes during a run: by step, by noise level, by any function of both."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import stg_hooks as stg
+from stg_hooks.schedule import Plan, Settings
+from tests import zoo
+from tests.pipelines import build, run, scheduler_inputs
+
+BASE = Settings((stg.Branch([1], 0.5),), 0.0)
+
+
+def scales(plan: Plan, steps: list[stg.Step]) -> list[float]:
+    return [sum(branch.scale for branch in plan.at(step).active) for step in steps]
+
+
+STEPS = [stg.Step(i, 4, 1.0 - i / 4, "flow") for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("when", "expected"),
+    [
+        ({}, [0.5, 0.5, 0.5, 0.5]),
+        ({"start": 0.0, "stop": 0.5}, [0.5, 0.5, 0, 0]),
+        ({"start": 0.25, "stop": 0.75}, [0, 0.5, 0.5, 0]),
+        ({"start": 0.26}, [0, 0, 0.5, 0.5]),
+        ({"stop": 1.0, "start": 0.75}, [0, 0, 0, 0.5]),
+        ({"start": 0.5, "stop": 0.5}, [0, 0, 0, 0]),
+        ({"sigma_range": (0.5, 0.75)}, [0, 0.5, 0.5, 0]),
+        ({"sigma_range": (0.5, 0.75), "stop": 0.5}, [0, 0.5, 0, 0]),
+        ({"schedule": lambda step: {"scale": step.index}}, [0, 1, 2, 3]),
+        ({"schedule": lambda step: None if step.sigma > 0.6 else {}}, [0, 0, 0.5, 0.5]),
+        ({"schedule": [(1.0, None), (0.7, {"scale": 2.0}), (0.3, {"scale": 1.0})]}, [0, 2, 1, 1]),
+        ({"schedule": [(0.5, {"layers": []}), (0.0, {})]}, [0, 0, 0, 0.5]),
+    ],
+)
+def test_what_holds_when(when: dict[str, Any], expected: list[float]) -> None:
+    plan = Plan(BASE, **when)
+    assert scales(plan, STEPS) == expected
+    assert plan.is_constant == (not when)
+
+
+@pytest.mark.parametrize(
+    ("when", "message"),
+    [
+        ({"start": 0.6, "stop": 0.4}, r"start=0\.6 lies after stop=0\.4"),
+        ({"start": -0.1}, r"start=-0\.1: expected a part of the run, from 0 to 1"),
+        ({"stop": 1.5}, r"stop=1\.5: expected a part of the run, from 0 to 1"),
+        ({"stop": float("nan")}, "stop=nan: expected a part"),
+        ({"start": True}, "start=True: expected a part"),
+        ({"sigma_range": (0.9, 0.1)}, "the first one is the lowest"),
+        ({"sigma_range": 0.5}, r"sigma_range=0\.5: expected \(lowest, highest\)"),
+        ({"schedule": []}, "expected noise levels from high to low"),
+        ({"schedule": [(0.1, {}), (0.9, {})]}, "expected noise levels from high to low"),
+        ({"schedule": [0.1, 0.9]}, "expected a function of the step, or a list of"),
+        ({"schedule": [(0.9, {"scal": 1.0})]}, r"gave 'scal': there is layers, scale.* Did you mean 'scale'"),
+        ({"schedule": [(0.9, 1.0)]}, r"gave 1\.0: expected a dict"),
+        ({"schedule": [(0.9, {"scale": float("inf")})]}, "scale"),
+        ({"schedule": [(0.9, {"rescale": 2})]}, "rescale"),
+    ],
+)
+def test_what_cannot_be_is_said_before_a_run(when: dict[str, Any], message: str) -> None:
+    with pytest.raises(stg.SettingError, match=message):
+        Plan(BASE, **when)
+
+
+@pytest.mark.parametrize(
+    ("when", "missing"),
+    [
+        ({"stop": 0.5}, "index and count"),
+        ({"sigma_range": (0.1, 0.2)}, "sigma"),
+        ({"schedule": [(0.5, {})]}, "sigma"),
+    ],
+)
+def test_what_is_not_known_of_a_step_is_asked_for(when: dict[str, Any], missing: str) -> None:
+    model = zoo.DiT()
+    x = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    guider = stg.Guider(model, [2], **when)
+    with pytest.raises(stg.CallError, match=rf"the step's {missing} is not known.*guider\.step = stg\.Step\("):
+        guider(*x)
+    with pytest.raises(stg.CallError, match="is not known"), stg.apply(model, [2], **when):
+        model(*x)
+
+
+def test_single_values_for_several_branches_are_refused() -> None:
+    with pytest.raises(stg.SettingError, match=r"gave scale for 2 branches: give branches="):
+        Plan(Settings((stg.Branch([1]), stg.Branch([2]))), schedule=[(0.5, {"scale": 1.0})])
+
+
+def test_a_function_that_gives_nonsense_is_an_error_in_the_run() -> None:
+    plan = Plan(BASE, schedule=lambda step: 3.0)
+    with pytest.raises(stg.SettingError, match=r"gave 3\.0: expected a dict"):
+        plan.at(STEPS[0])
+
+
+def test_scale_and_schedule_are_not_both_functions() -> None:
+    with pytest.raises(stg.SettingError, match="give either scale=function or schedule="):
+        stg.apply(zoo.DiT(), [2], scale=lambda step: 1.0, schedule=lambda step: None)
+
+
+# --- in pipelines ---
+
+
+@pytest.mark.parametrize("family", ["ltx", "wan", "hunyuan_video", "mochi", "cogvideox"])
+def test_every_pipeline_tells_its_steps(family: str) -> None:
+    pipe, call, case = build(family)
+    seen: list[stg.Step] = []
+    with stg.apply(pipe, case.layers, schedule=lambda step: seen.append(step)) as session:
+        run(pipe, call)
+    assert [step.index for step in seen] == list(range(case.steps))
+    assert {step.count for step in seen} == {case.steps}
+    levels = [step.sigma for step in seen]
+    assert all(high > low for high, low in itertools.pairwise(levels))
+    if family == "cogvideox":
+        assert {step.kind for step in seen} == {"ddpm"}
+        assert levels[0] > 1
+    else:
+        assert {step.kind for step in seen} == {"flow"}
+        assert 0.9 < levels[0] <= 1
+    assert session.stats.weak_passes == 0
+    assert session.stats.calls == case.steps * (2 if family == "wan" else 1)
+
+
+@pytest.mark.parametrize("family", ["ltx", "wan"])
+@pytest.mark.parametrize(("window", "steps"), [((0.0, 0.5), [0, 1]), ((0.25, 1.0), [1, 2, 3]), ((0.5, 0.5), [])])
+def test_only_steps_inside_the_window_are_guided(family: str, window: tuple[float, float], steps: list[int]) -> None:
+    pipe, call, case = build(family)
+    call |= {"num_inference_steps": 4}
+    with scheduler_inputs(pipe) as plain:
+        run(pipe, call)
+    with scheduler_inputs(pipe) as received, stg.apply(pipe, case.layers, 2.0, start=window[0], stop=window[1]) as s:
+        run(pipe, call)
+    assert s.stats.weak_passes == len(steps)
+    assert [row.step.index for row in s.trace] == steps
+    first = steps[0] if steps else 4
+    for index in range(first):  # up to the first guided step, nothing differs
+        assert torch.equal(received[index], plain[index])
+    if steps:
+        assert not torch.allclose(received[first], plain[first])
+
+
+@pytest.mark.parametrize("execution", ["sequential", "batched", "full"])
+def test_another_layer_and_scale_in_each_step(execution: str, model: nn.Module) -> None:
+    layers, scale = [[1], [3], [0, 2], [1]], [0.5, 2.0, 1.0, 0.25]
+    schedule = lambda step: {"layers": layers[step.index], "scale": scale[step.index]}  # noqa: E731
+    x = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    with torch.no_grad():
+        plain = model(*x)
+        with stg.apply(model, [0], schedule=schedule, execution=execution) as session:
+            for index in range(4):
+                session.step = stg.Step(index, 4)
+                weak = zoo.without(model, [f"blocks.{i}" for i in layers[index]], zoo.Keep)(*x)
+                assert_close(model(*x), stg.combine(plain, weak, scale=scale[index]), rtol=1e-5, atol=1e-5)
+            assert session.stats.weak_passes == 4
+            with session:  # entered once more: what the schedule asked for in there goes with it
+                session.step = stg.Step(1, 4)
+                inside = model(*x)
+            assert torch.equal(model(*x), inside)
+        assert torch.equal(model(*x), plain)
+
+
+def test_a_scale_that_follows_the_run_is_linear_in_each_step() -> None:
+    pipe, call, case = build("ltx")
+    call |= {"num_inference_steps": 1}
+    received: dict[float, Tensor] = {}
+    for scale in (0.0, 1.0, 2.0):
+        with scheduler_inputs(pipe) as inputs, stg.apply(pipe, case.layers, scale=lambda step, s=scale: s):
+            run(pipe, call)
+        received[scale] = inputs[0]
+    assert_close(received[2.0] - received[0.0], 2 * (received[1.0] - received[0.0]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["ltx", "wan"])
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_the_cfg_weight_can_be_replaced(family: str, rescale: float) -> None:
+    """What reaches the scheduler is as if the pipeline had been called with the other weight."""
+    pipe, call, case = build(family)
+    call |= {"num_inference_steps": 1}
+    with scheduler_inputs(pipe) as expected, stg.apply(pipe, case.layers, 1.5, rescale=rescale):
+        run(pipe, call, guidance_scale=2.5)
+    other = lambda step: {"guidance_scale": 2.5}  # noqa: E731
+    with scheduler_inputs(pipe) as received, stg.apply(pipe, case.layers, 1.5, rescale=rescale, schedule=other):
+        run(pipe, call, guidance_scale=6.0)
+    assert_close(received[0], expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_cfg_weight_without_an_uncond_prediction_is_refused() -> None:
+    pipe, call, case = build("ltx")
+    with (
+        pytest.raises(stg.CallError, match=r"guidance_scale=2\.5: LTXPipeline makes no uncond prediction"),
+        stg.apply(pipe, case.layers, schedule=lambda step: {"guidance_scale": 2.5}),
+    ):
+        run(pipe, call, guidance_scale=1.0)
+
+
+# --- every ---
+
+
+def test_differences_are_used_again() -> None:
+    pipe, call, case = build("wan")
+    call |= {"num_inference_steps": 4}
+    with scheduler_inputs(pipe) as exact, stg.apply(pipe, case.layers) as each:
+        run(pipe, call)
+    with scheduler_inputs(pipe) as received, stg.apply(pipe, case.layers, every=3) as some:
+        first = run(pipe, call)
+        assert some.stats.weak_passes == 2
+        assert torch.equal(run(pipe, call), first)  # a new run starts with a new evaluation
+    assert each.stats.weak_passes == 4
+    assert some.stats.weak_passes == 4
+    assert some.stats.guided_calls == 2 * each.stats.guided_calls
+    assert_close(received[0], exact[0])
+    assert not torch.allclose(received[1], exact[1])
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, "2"])
+def test_every_is_a_number_of_steps(every: Any) -> None:
+    with pytest.raises(stg.SettingError, match=r"every=.*expected a number of steps, 1 or more"):
+        stg.apply(zoo.DiT(), [2], every=every)
+
+
+# --- trace ---
+
+
+@pytest.mark.parametrize("cfg", [True, False])
+def test_the_trace_of_a_pipeline(cfg: bool) -> None:
+    pipe, call, case = build("wan")
+    rows: list[float] = []
+
+    def look(*_: Any) -> dict[str, Any]:
+        rows.append(session.trace[-1].size)
+        return {}
+
+    with stg.apply(pipe, case.layers, 0.5) as session:
+        run(pipe, call, callback_on_step_end=look, **({} if cfg else {"guidance_scale": 1.0}))
+    assert [row.step.index for row in session.trace] == list(range(case.steps))
+    assert rows == [row.size for row in session.trace[:]]
+    assert all(row.scales == (0.5,) and row.size > 0 for row in session.trace)
+    assert all((row.cosine is not None) == cfg for row in session.trace)
+    if cfg:
+        assert all(-1 <= row.cosine <= 1 for row in session.trace)
+
+
+def test_the_trace_measures_what_it_says(model: nn.Module) -> None:
+    x, cond, uncond = torch.randn(3, 2, 5, 8).unbind(0)
+    guider = stg.Guider(model, [2], 0.7, guidance_scale=3.0)
+    guider(x, cond={"text": cond}, uncond={"text": uncond})
+    c, u = model(x, cond), model(x, uncond)
+    with stg.skip(model, [2]):
+        term = 0.7 * (c - model(x, cond))
+    assert guider.trace[0].size == pytest.approx((term.norm() / c.norm()).item(), rel=1e-4)
+    cosine = (term * (c - u)).sum() / term.norm() / (c - u).norm()
+    assert guider.trace[0].cosine == pytest.approx(cosine.item(), abs=1e-4)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return zoo.DiT()
+
+
+# --- a module, and a loop of one's own ---
+
+
+@pytest.mark.parametrize("make", [stg.Guider, stg.apply])
+def test_the_step_is_set_in_a_loop_of_ones_own(make: Callable[..., Any], model: nn.Module) -> None:
+    x = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    with torch.no_grad():
+        plain = model(*x)
+        session = make(model, [2], stop=0.5)
+        for index in range(4):
+            session.step = stg.Step(index=index, count=4)
+            if make is stg.Guider:
+                guided = session(*x)
+            else:
+                with session:
+                    guided = model(*x)
+            assert torch.equal(guided, plain) == (index >= 2)
+    assert session.stats.weak_passes == 2

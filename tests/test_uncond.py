@@ -1,0 +1,199 @@
+"""on="uncond": the weak model makes the uncond prediction, `w(u) + g * (c - w(u))`, and no extra pass is paid."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import stg_hooks as stg
+from tests import zoo
+from tests.pipelines import build, run, scheduler_inputs
+
+exact: dict[str, Any] = {"rtol": 0, "atol": 0}
+close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
+pytestmark = pytest.mark.filterwarnings("error::stg_hooks.StgWarning")
+X, POSITIVE = zoo.inputs().values()
+NEGATIVE = zoo.inputs(seed=7)["text"]
+BOTH: dict[str, Any] = {"cond": {"text": POSITIVE}, "uncond": {"text": NEGATIVE}}
+G = 4.0
+
+
+# --- a loop of one's own ---
+
+
+@pytest.mark.parametrize("name", ["plain", "expression", "image_text", "unet", "nones", "wrapped"])
+def test_a_guider(name: str) -> None:
+    model, layer = zoo.build(name), zoo.ZOO[name].numbered[-1]
+    c, wu = model(X, POSITIVE), zoo.without(model, [layer])(X, NEGATIVE)
+    guider = stg.Guider(model, [-1], on="uncond", guidance_scale=G)
+    assert_close(guider(X, **BOTH), wu + G * (c - wu), **close)
+    assert (guider.stats.calls, guider.stats.guided_calls, guider.stats.weak_passes) == (1, 1, 0)
+    assert_close(model(X, POSITIVE), c, **exact)
+
+
+def test_two_passes_and_no_more() -> None:
+    model = zoo.build("plain")
+    guider = stg.Guider(model, [2], on="uncond", guidance_scale=G)
+    calls = zoo.calls(model, ["blocks.0", "blocks.3", "out"], lambda: guider(X, **BOTH))
+    assert calls == ["blocks.0", "blocks.3", "out"] * 2
+
+
+def test_a_denoiser_with_a_noise_level() -> None:
+    model = zoo.build("plain")
+    weak = zoo.without(model, ["blocks.2"])
+    sigma = torch.full((len(X),), 2.0)
+
+    def around(net: nn.Module) -> Any:
+        return lambda x, sigma, text: x - sigma[:, None, None] * net(x, text)
+
+    guider = stg.Guider(around(model), [2], model=model, on="uncond", guidance_scale=G)
+    c, wu = around(model)(X, sigma, POSITIVE), around(weak)(X, sigma, NEGATIVE)
+    assert_close(guider(X, sigma, **BOTH), wu + G * (c - wu), **close)
+
+
+def test_rule_and_rescale_take_the_weak_prediction_for_uncond() -> None:
+    model = zoo.build("plain")
+    c, wu = model(X, POSITIVE), zoo.without(model, ["blocks.2"])(X, NEGATIVE)
+    guider = stg.Guider(model, [2], on="uncond", guidance_scale=G, rule="zero_star", rescale=0.7)
+    assert_close(guider(X, **BOTH), stg.combine(c, [], wu, guidance_scale=G, rule="zero_star", rescale=0.7), **close)
+
+
+def test_a_window() -> None:
+    model = zoo.build("plain")
+    c, u, wu = model(X, POSITIVE), model(X, NEGATIVE), zoo.without(model, ["blocks.2"])(X, NEGATIVE)
+    guider = stg.Guider(model, [2], on="uncond", guidance_scale=G, stop=0.5)
+    for index in range(4):
+        guider.step = stg.Step(index, 4)
+        base = wu if index < 2 else u
+        assert_close(guider(X, **BOTH), base + G * (c - base), **close)
+
+
+@pytest.mark.parametrize(("g", "arguments"), [(1.0, BOTH), (G, {"cond": BOTH["cond"]})])
+def test_a_guider_without_an_uncond_prediction(g: float, arguments: dict[str, Any]) -> None:
+    guider = stg.Guider(zoo.build("plain"), [2], on="uncond", guidance_scale=g)
+    with pytest.raises(stg.CallError, match=r"on='uncond' needs an uncond prediction, and there is none in this call"):
+        guider(X, **arguments)
+
+
+# --- rows [uncond, cond] of a module ---
+
+
+@pytest.mark.parametrize("pairs", [1, 2])
+@pytest.mark.parametrize("name", ["plain", "expression", "image_text", "unet", "nones", "two_stacks"])
+def test_rows_of_a_module(name: str, pairs: int) -> None:
+    model, layer = zoo.build(name), zoo.ZOO[name].numbered[-1]
+    inputs = zoo.inputs(2 * pairs)
+    plain, weak = model(**inputs), zoo.without(model, [layer])(**inputs)
+    with stg.apply(model, [-1], on="uncond", batched_cfg=True) as applied:
+        got = model(**inputs)
+    assert_close(got, torch.cat([weak[:pairs], plain[pairs:]]), **close)
+    assert (applied.stats.guided_calls, applied.stats.weak_passes) == (1, 0)
+    assert_close(model(**inputs), plain, **exact)
+
+
+FAMILIES = [name for name, family in zoo.FAMILIES.items() if family.identities]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_of_every_family(name: str) -> None:
+    family = zoo.FAMILIES[name]
+    names, identity = family.identities[0]
+    model, weak_model, inputs = family.build(), zoo.without(family.build(), names, identity), family.inputs(4)
+    plain, weak = model(**inputs)[0], weak_model(**inputs)[0]
+    with stg.apply(model, list(names), on="uncond", batched_cfg=True):
+        got = model(**inputs)[0]
+    assert_close(got, torch.cat([weak[:2], plain[2:]]), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(plain[:2], weak[:2], rtol=1e-3, atol=1e-3)
+
+
+def test_rows_that_cannot_be_told_apart() -> None:
+    class SequenceFirst(zoo.DiT):
+        def forward(self, x: Tensor, text: Tensor) -> Tensor:
+            return super().forward(x.transpose(0, 1), text.transpose(0, 1)).transpose(0, 1)
+
+    model, x = SequenceFirst(), torch.randn(2, 5, 8)
+    with (
+        pytest.raises(stg.CallError, match=r"on='uncond': the rows of a layer's output of shape \(5, 2, 8\)"),
+        stg.apply(model, [2], on="uncond", batched_cfg=True),
+    ):
+        model(x, x)
+
+
+# --- pipelines ---
+
+
+@pytest.mark.parametrize("family", ["ltx", "wan", "mochi", "cogvideox"])
+def test_a_pipeline(family: str) -> None:
+    """By hand: a forward hook gives the uncond rows, or the uncond call, what the weak model makes of them."""
+    pipe, call, case = build(family)
+    model = pipe.transformer
+    weak_model = zoo.without(model, [])  # a copy, without our hook
+    calls: list[Any] = []
+
+    def by_hand(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        calls.append(args)
+        (full,) = output
+        with stg.skip(weak_model, case.layers):
+            weak = weak_model(*args, **kwargs)[0]
+        if family == "wan":
+            return (weak if len(calls) % 2 == 0 else full,)
+        return (torch.cat([weak.chunk(2)[0], full.chunk(2)[1]]),)
+
+    handle = model.register_forward_hook(by_hand, with_kwargs=True)
+    with scheduler_inputs(pipe) as expected:
+        run(pipe, call)
+    handle.remove()
+    with scheduler_inputs(pipe) as received, stg.apply(pipe, case.layers, on="uncond") as applied:
+        run(pipe, call)
+    assert_close(received, expected, rtol=1e-4, atol=1e-4)
+    assert applied.stats.guided_calls == case.steps
+    assert applied.stats.weak_passes == 0
+
+
+def test_a_window_of_a_pipeline() -> None:
+    pipe, call, case = build("wan")
+    call |= {"num_inference_steps": 4}
+    with scheduler_inputs(pipe) as plain:
+        run(pipe, call)
+    with scheduler_inputs(pipe) as received, stg.apply(pipe, case.layers, on="uncond", start=0.5) as applied:
+        run(pipe, call)
+    assert applied.stats.guided_calls == 2
+    assert_close(received[:2], plain[:2], **exact)
+    assert not torch.allclose(received[2], plain[2], rtol=1e-3, atol=1e-3)
+
+
+def test_a_pipeline_without_cfg_says_so() -> None:
+    pipe, call, case = build("ltx")
+    with pytest.warns(stg.StgWarning, match="guided nothing"), stg.apply(pipe, case.layers, on="uncond"):
+        run(pipe, call, guidance_scale=1.0)
+
+
+# --- what it refuses ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"on": "weak"}, r"on='weak': there is 'cond' and 'uncond'"),
+        ({"on": "uncond", "scale": 1.0}, r"scale= has no meaning with on='uncond'.*Leave scale out"),
+        ({"on": "uncond", "schedule": [(0.5, {"scale": 2.0})]}, "scale= has no meaning with on='uncond'"),
+        ({"on": "uncond", "rescale": 0.7}, r"rescale=0\.7 cannot be combined with on='uncond' here: use stg\.Guider"),
+        ({"on": "uncond", "rule": "apg"}, r"rule='apg' cannot be combined with on='uncond' here"),
+        ({"on": "uncond", "every": 2}, "every=2: on='uncond' makes no extra pass"),
+        ({"on": "uncond", "batched_cfg": False}, "needs to know which rows are unconditional: pass batched_cfg=True"),
+    ],
+)
+def test_settings_without_a_meaning(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(stg.SettingError, match=message):
+        stg.apply(zoo.DiT(), [2], **{"batched_cfg": True, **arguments})
+
+
+def test_two_branches_are_refused() -> None:
+    with pytest.raises(stg.SettingError, match=r"on='uncond' with 2 branches: there is one uncond prediction"):
+        stg.Guider(zoo.DiT(), branches=[stg.Branch([1]), stg.Branch([2])], on="uncond")
+    with pytest.raises(stg.SettingError, match="scale= has no meaning"):
+        stg.Guider(zoo.DiT(), branches=[stg.Branch([1], 2.0)], on="uncond")
