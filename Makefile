@@ -14,13 +14,16 @@ PYTEST  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --d
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow slow lint format typecheck build clean
+.PHONY: help demo bench test test-slow slow lint format typecheck build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 demo: $(VENV)/.demo ## make videos with and without guidance in demo/, on a CPU
 	$(PY) -m stg_hooks.demo --out demo
+
+bench: $(VENV)/.test ## what a guided step costs: tables, JSON and plots in benchmarks/results/ (BENCH="--quick" to try it)
+	$(PY) -m benchmarks.cost $(BENCH)
 
 test: lint typecheck ## lint, types, and every test that is not slow
 	$(PYTEST) -m "not slow"
@@ -73,4 +76,5 @@ $(VENV)/.torch: constraints.txt
 $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/.torch pyproject.toml constraints.txt
 	@echo "installing stg-hooks[$*] in $(VENV)"
 	@$(PIP) --no-build-isolation -e ".[$*]"
+	@test $* != test || $(PIP) --no-deps k-diffusion dctorch
 	@touch $@

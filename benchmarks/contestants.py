@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import stg_hooks as stg
 from benchmarks.shapes import Inputs, Shape, take
-from stg_hooks.execution import EXECUTIONS
 
 GUIDANCE_SCALE, SCALE = 4.5, 1.0
 
@@ -33,11 +32,7 @@ TITLES = {
     "sequential": "ours, sequential",
     "batched": "ours, batched",
 }
-_OWN_EXECUTIONS = ("full", "sequential", "batched")
-
-
-def available(name: str) -> bool:
-    return name not in _OWN_EXECUTIONS or name in EXECUTIONS
+_EXECUTIONS = ("full", "sequential", "batched")
 
 
 def build(name: str, shape: Shape, model: nn.Module, inputs: Inputs, skipped: int) -> Contestant:
@@ -58,7 +53,7 @@ def build(name: str, shape: Shape, model: nn.Module, inputs: Inputs, skipped: in
     usual = take(inputs, rows)
     if name == "plain":
         return Contestant(name, lambda: _combined(model, usual, shape.cfg))
-    execution = name if name in _OWN_EXECUTIONS else "auto"
+    execution = name if name in _EXECUTIONS else "auto"
     # One session for all runs, as a pipeline has one for all steps: what a guide learns in the first step it keeps.
     guide = stg.apply(
         model, layers=[skipped], scale=0.0 if name == "idle" else SCALE, batched_cfg=shape.cfg, execution=execution

@@ -16,7 +16,9 @@ from typing import Any
 import diffusers
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 Times = dict[str, list[float]]
@@ -70,28 +72,65 @@ def flops_of(layers: Sequence[nn.Module], call: Callable[[], Any]) -> tuple[int,
     return total, [end - start for start, end in zip(starts, ends, strict=True)], [total - end for end in ends]
 
 
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes in tensors that operations have made and somebody still holds, and their peak.
+
+    The same on every machine and in every run. Scratch memory inside an operation is not in it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._live: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {StorageWeakRef(tensor.untyped_storage()) for tensor in _plain_tensors((args, kwargs))}
+        output = func(*args, **(kwargs or {}))
+        self._live = {storage: size for storage, size in self._live.items() if not storage.expired()}
+        for tensor in _plain_tensors(output):
+            storage = StorageWeakRef(tensor.untyped_storage())
+            if storage not in given:  # a view of something, otherwise
+                self._live[storage] = tensor.untyped_storage().nbytes()
+        self.peak = max(self.peak, sum(self._live.values()))
+        return output
+
+
+def _plain_tensors(value: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(value) if type(t) in (Tensor, nn.Parameter) and not t.is_meta]
+
+
 def peak_memory(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, int]:
     """Run a call, and find how many bytes more than before were in use at once: activations, and whatever is kept.
 
-    On a GPU torch counts them itself; on a CPU the profiler lists each allocation and release of torch's allocator, and
-    the peak of the running sum is taken. Scratch memory inside the matrix library is not in it.
+    On a GPU torch counts what it allocates; elsewhere the tensors are counted.
     """
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         result = call()
         torch.cuda.synchronize(device)
         return result, torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with LiveBytes() as counter:
         result = call()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return result, peak
+    return result, counter.peak
+
+
+def hidden_state_bytes(layer: nn.Module, call: Any) -> int:
+    """Measure what flows between two blocks."""
+    sizes = []
+
+    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        streams = output if isinstance(output, tuple) else (output,)
+        sizes.append(sum(stream.numel() * stream.element_size() for stream in streams if isinstance(stream, Tensor)))
+
+    handle = layer.register_forward_hook(look, with_kwargs=True)
+    try:
+        call()
+    finally:
+        handle.remove()
+    return sizes[0]
 
 
 def interleaved(
