@@ -241,15 +241,13 @@ class Guide:
             self._local.guided = guided
             if guided.replaces and not is_number(role.guidance_scale, 1):
                 return conds  # the final prediction has to wait for uncond
+        terms = guided.terms()
+        if not role.uncond_follows:
+            self._session.trace.add(guided.step, guided.scales, terms, conds, unconds)
         if guided.replaces:
             final = guided.final(role, unconds)
-            new = [torch.cat([tensor, tensor]) for tensor in final] if both else final
-        else:
-            terms = guided.terms()
-            new = [_add(o, torch.cat([t, t]) if both else t) for o, t in zip(output, terms, strict=True)]
-        if not role.uncond_follows:
-            self._session.trace.add(guided.step, guided.scales, guided.terms(), conds, unconds)
-        return new
+            return [torch.cat([tensor, tensor]) for tensor in final] if both else final
+        return [_add(o, torch.cat([t, t]) if both else t) for o, t in zip(output, terms, strict=True)]
 
     def _weaks(self, call: _Call, conds: Sequence[Tensor]) -> list[list[Tensor]]:
         """Return, for each prediction, the weak ones of all branches."""
@@ -318,9 +316,10 @@ class Guide:
                     "final prediction. Switch that guidance off, or use rescale=0.0."
                 )
             return [_add(p, term) for p, term in zip(output, guided.terms(), strict=True)]
-        self._session.trace.add(guided.step, guided.scales, guided.terms(), guided.conds, output)
+        terms = guided.terms()
+        self._session.trace.add(guided.step, guided.scales, terms, guided.conds, output)
         if not guided.replaces:
-            return [_add(u, term) for u, term in zip(output, guided.terms(), strict=True)]
+            return [_add(u, term) for u, term in zip(output, terms, strict=True)]
         if is_number(role.guidance_scale, 1):
             return None  # it has no weight, and cond is the final prediction already
         # The caller has cond already and will compute u' + g * (c - u'): choose u' so that this is the final one.

@@ -75,10 +75,14 @@ class Published:
         return {**dataclasses.asdict(self), "where": dict(self.where), "layers": list(self.layers)}
 
 
+def _table() -> Sequence[Published]:
+    table: Sequence[Published] = importlib.import_module("stg_hooks.adapters").PUBLISHED
+    return table
+
+
 def published_settings(module: nn.Module) -> list[Published]:
     """Return the published settings for a module, the recommended one first."""
-    table: Sequence[Published] = importlib.import_module("stg_hooks.adapters").PUBLISHED
-    return [setting for setting in table if setting.fits(module)]
+    return [setting for setting in _table() if setting.fits(module)]
 
 
 def recommended(module: nn.Module) -> Published:
@@ -90,7 +94,7 @@ def recommended(module: nn.Module) -> Published:
     found = published_settings(module)
     if found:
         return found[0]
-    table: Sequence[Published] = importlib.import_module("stg_hooks.adapters").PUBLISHED
+    table = _table()
     kin = {cls.__name__ for cls in type(module).__mro__}
     others = "; ".join(
         f"{entry.name} with {dict(entry.where)}: layers={list(entry.layers)}" for entry in table if entry.model in kin
@@ -109,7 +113,7 @@ def preset_for(module: nn.Module, name: str) -> Published:
     Raises:
         SettingError: there is none of this name, or it is for another model.
     """
-    table: Sequence[Published] = importlib.import_module("stg_hooks.adapters").PUBLISHED
+    table = _table()
     found = [setting for setting in table if setting.name.lower() == str(name).lower()]
     if not found:
         fitting = [setting.name for setting in published_settings(module)]
