@@ -201,3 +201,30 @@ def halves(tensor: Tensor) -> tuple[Tensor, Tensor]:
         )
     uncond, cond = torch.chunk(tensor, 2)
     return uncond, cond
+
+
+def agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Tell whether predictions that should be equal are, up to what rounding does in calls with other rows.
+
+    Args:
+        found: predictions.
+        expected: as many.
+
+    Returns:
+        Whether they have the same shapes and differ by less than 1e-4 of their root mean square in float32 on a CPU,
+        2e-3 elsewhere (where its matrix products may be less exact) and 5e-2 in half precision; where one is not
+        finite, nothing speaks against it.
+    """
+    return len(found) == len(expected) and all(map(_agrees, found, expected))
+
+
+def _agrees(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    single = 1e-4 if one.device.type == "cpu" else 2e-3
+    tolerance = single if one.dtype in (torch.float32, torch.float64) else 5e-2
+    with torch.no_grad():
+        one, other = one.float(), other.float()
+        difference = (one - other).square().mean().sqrt()
+        # One row alone may have no spread, but a mean.
+        return not bool(difference > tolerance * other.square().mean().sqrt() + 1e-12)

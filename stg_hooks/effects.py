@@ -43,7 +43,7 @@ class Arguments:
 
     def _look(self) -> Marks:
         if not self._thorough:
-            return [(tensor, _count_of_writes(tensor)) for tensor in self.tensors]
+            return [(tensor, count_of_writes(tensor)) for tensor in self.tensors]
         marks: Marks = []
         for leaf in leaves_of(self._args, self._kwargs):
             marks += _walk(leaf, _DEPTH)
@@ -94,7 +94,7 @@ class Randomness:
 
 def _walk(value: object, depth: int) -> Iterator[tuple[object, object]]:
     if isinstance(value, Tensor):
-        yield value, value.clone() if value.is_inference() else _count_of_writes(value)
+        yield value, value.clone() if value.is_inference() else count_of_writes(value)
         return
     yield value, None
     if not depth or isinstance(value, (nn.Module, type)):
@@ -109,7 +109,8 @@ def _walk(value: object, depth: int) -> Iterator[tuple[object, object]]:
         yield from _walk(child, depth - 1)
 
 
-def _count_of_writes(tensor: Tensor) -> object:
+def count_of_writes(tensor: Tensor) -> object:
+    """Return a number that a write into the tensor changes; nothing in inference mode, where torch does not count."""
     return None if tensor.is_inference() else tensor._version
 
 

@@ -6,28 +6,29 @@ import dataclasses
 import itertools
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from stg_hooks.absent import AbsentError, absent_in
 from stg_hooks.batched import BatchedPass, RowsError
-from stg_hooks.calls import first_batch, predictions, replace_predictions, take_rows
-from stg_hooks.errors import CallError, SettingError, StgWarning, closest
+from stg_hooks.calls import agree, first_batch, halves, leaves_of, predictions, replace_predictions, take_rows
+from stg_hooks.errors import SettingError, StgWarning, closest
 from stg_hooks.inspection import parameter_names
 from stg_hooks.layers import Layer, find_layers
 from stg_hooks.patching import Patch, patched, pushed
-from stg_hooks.prefix import Place, PrefixMismatchError, Recording, prefix_units
+from stg_hooks.prefix import Place, Prefix, PrefixMismatchError, prefix_units
+from stg_hooks.recording import Layout, Recording, Repetition
 from stg_hooks.settings import Branch
 from stg_hooks.skip import Switch
 
 EXECUTIONS = ("auto", "sequential", "batched", "full")
 
-Layout = tuple[object, ...]
+_LAYOUTS = 64
+_SUSPECTS = (RuntimeError, IndexError, TypeError, ValueError)  # themselves, not what derives from them
 
 
 class _Local(threading.local):
@@ -77,11 +78,32 @@ class GuidedCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     batched_cfg: bool
-    recording: Recording | None = None
+    layout: Hashable = None
+    prefix: Prefix | None = None
+    cond: Sequence[Tensor] = ()
+    """Its own predictions on its cond rows."""
     weaks: list[list[Tensor]] | None = None
     """The weak predictions, where they came with the cond pass."""
     check: Callable[[list[list[Tensor]]], None] | None = None
     """What remains to be done with the weak predictions once they are known."""
+
+    @property
+    def rows(self) -> int:
+        """Number of its cond rows."""
+        return self.cond[0].shape[0]
+
+
+class NotSharedError(Exception):
+    """Weak passes cannot be made on top of the cond pass."""
+
+
+@dataclasses.dataclass
+class _Known:
+    """What is known about the calls of one layout."""
+
+    prefix: Layout
+    in_one_pass: bool = False
+    """One pass with more rows has given the same."""
 
 
 class Execution:
@@ -97,8 +119,10 @@ class Execution:
     second sweep over them is what costs there; otherwise `"sequential"`, which computes the same.
 
     All give the same predictions, to rounding, for a denoiser that is a function of its arguments and treats rows
-    separately. Where a model turns out not to allow a way, the next one is taken from then on, and a warning says so:
-    batched, sequential, full.
+    separately. Whether this one does is found out in the first call of each layout (its shapes, types and switches):
+    there the weak pass is made once more with nothing skipped, and has to give cond again. Where a model turns out not
+    to allow a way, the next one is taken from then on, and a warning says so: batched, sequential, full, and in the end
+    a full pass on all rows, of which nothing is assumed.
     """
 
     def __init__(self, model: nn.Module, branches: Sequence[Branch], execution: str, stats: Stats) -> None:
@@ -128,8 +152,9 @@ class Execution:
         _check_different(self.switches, branches)
         layers = find_layers(model)
         self._blocks = {id(layer.module) for layer in layers if layer.index is not None}
-        self._starts = [[_block_of(module, layers) for module in switch.modules] for switch in self.switches]
-        self._prefix = prefix_units(model, [start for starts in self._starts for start in starts])
+        starts = [[_block_of(module, layers) for module in switch.modules] for switch in self.switches]
+        self._starts = [{id(module) for module in modules} for modules in starts]
+        self._prefix = prefix_units(model, list(itertools.chain(*starts)))
         skipped = [module for switch in self.switches for module in switch.modules]
         batched = prefix_units(model, skipped)
         self._blocks_in = {
@@ -139,9 +164,9 @@ class Execution:
         self._batched = [u for u in batched if self._blocks_in[id(u)] or any(u is module for module in skipped)]
         self._patches: dict[int, Patch] = {}
         self._wanted: set[Place] = set()
-        self._calls = 0
-        self._has_shared = False
-        self._proven: set[Layout] = set()
+        self._known: dict[Hashable, _Known] = {}
+        self._seen: Counter[Hashable] = Counter()  # how often a layout had to be recorded
+        self._cut: set[Hashable] = set()  # layouts whose cond rows are known to be found
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -176,30 +201,34 @@ class Execution:
         """
         call = GuidedCall(denoiser, args, kwargs, batched_cfg)
         batch = first_batch(args, kwargs)
-        if self.way == "full" or batch is None or (batched_cfg and batch % 2):
+        call.layout = _layout(call)
+        if self.way in ("full", "whole") or batch is None or (batched_cfg and batch % 2):
             return denoiser(*args, **kwargs), call
         cond = slice(batch // 2, None) if batched_cfg else slice(None)
+        known = self._known.get(call.layout)
         once = dataclasses.replace(call)  # as it is made here: weak passes may go another way
-        if self.way == "batched" and _layout(call, cond) in self._proven:
+        if self.way == "batched" and known is not None and known.in_one_pass:
             try:
                 return self._batched_pass(call, batch, cond), call
             except RowsError as error:
                 self._stop_batching(error)
-        self._calls += 1
-        recording = Recording(self._model, self._starts, batch, cond, self._wanted, self._is_thorough)
-        with pushed(self._patches_of(self._prefix), [recording.action(unit) for unit in self._prefix]):
+        if known is None or known.prefix is None:
+            self._seen[call.layout] += 1
+            # Who moves weights about may move buffers, too.
+            prefix: Prefix = Recording(self._model, self._starts, batch, cond, self._wanted, not self._streams)
+        else:
+            prefix = Repetition(known.prefix, self._starts, batch, cond)
+        with pushed(self._patches_of(self._prefix), [prefix.action(unit) for unit in self._prefix]):
             output = denoiser(*args, **kwargs)
-        recording.finish()
-        call.recording = recording
+        prefix.finish()
+        if isinstance(prefix, Repetition) and prefix.differs:
+            del self._known[call.layout]
+        else:
+            call.prefix = prefix
         if self.way == "batched":
             own = predictions(output)
             call.check = lambda weaks: self._try_batched(once, batch, cond, own, weaks)
         return output, call
-
-    @property
-    def _is_thorough(self) -> bool:
-        # What a model keeps may be a cache that its first call fills. Who moves weights about may move buffers, too.
-        return self._calls <= 2 and not self._streams
 
     def _batched_pass(self, call: GuidedCall, batch: int, cond: slice) -> Any:
         skipped = [switch.actions for switch in self.switches]
@@ -222,9 +251,9 @@ class Execution:
                 again = predictions(self._batched_pass(call, batch, cond))
             expected = [*own, *itertools.chain(*weaks)]
             got = [*again, *itertools.chain(*(call.weaks or []))]
-            if not all(_agree(one, other) for one, other in zip(got, expected, strict=True)):
+            if not agree(got, expected):
                 raise RowsError("rows influence each other, or were cut wrongly")
-            self._proven.add(_layout(call, cond))
+            self._known[call.layout].in_one_pass = True
         except Exception as error:
             self._stop_batching(error)
         finally:
@@ -247,89 +276,101 @@ class Execution:
 
         Returns:
             For each branch, one weak prediction per prediction of the denoiser.
-
-        Raises:
-            CallError: the weak pass returned other shapes than the cond pass: rows were cut wrongly.
         """
         if call.weaks is not None:
             return call.weaks
-        args, kwargs = call.args, call.kwargs
-        if call.batched_cfg:
-            half = cond[0].shape[0]
-            args, kwargs = take_rows(args, kwargs, self._names, 2 * half, slice(half, None))
-            if call.recording is not None and call.recording.batch != 2 * half:
-                call.recording = None
-        results = []
-        is_shared = True
-        for branch, switch in enumerate(self.switches):
-            weak, reason = self._shared_pass(branch, call, args, kwargs, cond)
-            if weak is None:
-                is_shared = False
-                with _weak_pass(), switch.switched_on():
-                    weak = predictions(call.denoiser(*args, **kwargs))
-                self._count(branch, ())
-            if [w.shape for w in weak] != [c.shape for c in cond]:
-                raise CallError(
-                    f"the weak pass of {type(self._model).__name__} returned {[tuple(w.shape) for w in weak]}, but the "
-                    f"cond pass {[tuple(c.shape) for c in cond]}: the rows of its arguments could not be told apart. "
-                    "Guide the calls with stg.Guider, which is given cond and uncond separately."
-                )
-            if reason is not None:  # an error that has nothing to do with sharing has been raised again
-                self._stop_sharing(reason)
-            results.append([tensor.clone() for tensor in weak])  # the next call may use their memory
-        if call.check is not None and is_shared:
+        call.cond = cond
+        results = self._shared_passes(call)
+        if results is None:
+            if self.way == "full" and call.batched_cfg and call.layout not in self._cut:
+                self._check_rows(call)
+            # Where sharing is only put off to the next call, nothing is known about cutting rows.
+            is_cut = call.batched_cfg and self.way == "full"
+            results = [self._full_pass(call, branch, is_cut) for branch in range(len(self.switches))]
+        elif call.check is not None:
             call.check(results)
         return results
 
-    def _shared_pass(
-        self,
-        branch: int,
-        call: GuidedCall,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        cond: Sequence[Tensor],
-    ) -> tuple[list[Tensor] | None, str | None]:
-        """Run a weak pass on top of a recording.
+    # --- passes that share the prefix
 
-        Returns:
-            The predictions, or `None` where a full pass is needed; and why from now on each one has to be, if so.
+    def _shared_passes(self, call: GuidedCall) -> list[list[Tensor]] | None:
+        """Run the weak passes on top of the cond pass; `None` where full ones are needed."""
+        prefix = call.prefix
+        if prefix is None or self.way in ("full", "whole") or (call.batched_cfg and prefix.batch != 2 * call.rows):
+            return None
+        if prefix.obstacle:
+            self._stop_sharing(prefix.obstacle)
+            return None
+        if prefix.has_new_state:  # the first time that may be a cache
+            if self._seen[call.layout] > 1:
+                self._stop_sharing("it keeps something from one call to the next")
+            return None
+        is_new = isinstance(prefix, Recording)
+        prefix.is_reused = prefix.is_reused or is_new
+        stats = dataclasses.replace(self._stats)
+        results = []
+        try:
+            for branch, switch in enumerate(self.switches):
+                with switch.switched_on():
+                    results.append([tensor.clone() for tensor in self._shared_pass(call, prefix, branch)])
+                self._count(branch, prefix.answered(branch))
+            if is_new:
+                self._check_shared(call, prefix)
+        except (NotSharedError, PrefixMismatchError, AbsentError) as error:
+            vars(self._stats).update(vars(stats))
+            if call.layout in self._known:
+                del self._known[call.layout]
+            if prefix.asked():
+                self._wanted |= prefix.asked()  # kept from the next call on
+            elif prefix.is_broken:
+                self._stop_sharing("it calls other blocks in the weak pass than in the cond pass")
+            elif not isinstance(error, AbsentError):
+                self._stop_sharing(str(error))
+            return None
+        if isinstance(prefix, Recording):
+            if len(self._known) >= _LAYOUTS:
+                self._known.clear()
+            self._known[call.layout] = _Known(Layout(prefix))
+        return results
+
+    def _shared_pass(self, call: GuidedCall, prefix: Prefix, branch: int) -> list[Tensor]:
+        """Run a pass on the cond rows, up to the end of a branch's prefix from the record.
+
+        Raises:
+            NotSharedError: what it returns does not fit the cond pass.
+            PrefixMismatchError: it took another way than the cond pass.
+            AbsentError: outputs are wanted that were not kept.
         """
-        recording = call.recording
-        if recording is None or recording.ends[branch] is None or self.way == "full":
-            return None, None
-        if recording.obstacle:
-            return None, recording.obstacle
-        if recording.has_new_state:
-            return None, "it keeps something from one call to the next" if self._calls > 1 else None
-        weak, reason = None, None
         try:
             # The replay comes last, so that it is asked first: up to its end no layer is skipped.
-            replayed = recording.replayed(branch, self._patches_of(self._prefix), self._prefix)
-            with _weak_pass(), self.switches[branch].switched_on(), replayed:
-                weak = predictions(call.denoiser(*args, **kwargs))
-        except (PrefixMismatchError, AbsentError):
-            pass
-        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            args, kwargs = self._cond_rows(call)
+            with _weak_pass(), prefix.replayed(branch, self._patches_of(self._prefix), self._prefix):
+                found = predictions(call.denoiser(*args, **kwargs))
+        except _SUSPECTS as error:
             # Before rows have been cut successfully they are under suspicion; if innocent, a full pass fails as well.
-            suspects = (RuntimeError, IndexError, TypeError, ValueError)  # themselves, not what derives from them
-            if self._has_shared or not call.batched_cfg or type(error) not in suspects:
+            if type(error) not in _SUSPECTS or not call.batched_cfg or not isinstance(prefix, Recording):
                 raise
-            reason = f"{type(error).__name__}: {error}"
-        if recording.is_broken:
-            return None, "it calls other blocks in the weak pass than in the cond pass"
-        absents = [] if weak is None else absent_in(weak)
-        for origin in (origin for absent in absents for origin in absent.origins):
-            origin.asked = True
-        asked = recording.asked()
-        if asked:
-            self._wanted |= asked  # kept from the next call on
-            return None, None
-        if weak is not None and [w.shape for w in weak] != [c.shape for c in cond]:
-            return None, "the rows of its hidden states cannot be told apart"
-        if weak is not None:
-            self._has_shared = True
-            self._count(branch, recording.answered(branch))
-        return weak, reason
+            raise NotSharedError(f"{type(error).__name__}: {error}") from error
+        if prefix.is_broken:
+            raise PrefixMismatchError
+        absents = absent_in(found)
+        if absents:
+            raise AbsentError(origin for absent in absents for origin in absent.origins)
+        if prefix.asked():  # by code that swallowed the error
+            raise AbsentError([])
+        if [tensor.shape for tensor in found] != [c.shape for c in call.cond]:
+            raise NotSharedError("the rows of its hidden states cannot be told apart")
+        return found
+
+    def _check_shared(self, call: GuidedCall, prefix: Prefix) -> None:
+        """Make the passes once more with nothing skipped: they have to give what the cond pass gave.
+
+        Raises:
+            NotSharedError: they do not, and what `_shared_pass` raises.
+        """
+        for branch in range(len(self.switches)):
+            if not agree(self._shared_pass(call, prefix, branch), call.cond):
+                raise NotSharedError("with nothing skipped, the cond rows alone do not give the cond prediction again")
 
     def _stop_sharing(self, reason: str) -> None:
         self.way = "full"
@@ -337,6 +378,43 @@ class Execution:
             f"{type(self._model).__name__} does not let the weak pass share work with the cond pass ({reason}). "
             "Guidance stays exact, at the price of a full pass. execution='full' asks for that, without this warning."
         )
+
+    # --- the textbook
+
+    def _full_pass(self, call: GuidedCall, branch: int, is_cut: bool) -> list[Tensor]:
+        """Run a weak pass as the textbook does, on the cond rows alone or on all."""
+        args, kwargs = self._cond_rows(call) if is_cut else (call.args, call.kwargs)
+        with _weak_pass(), self.switches[branch].switched_on():
+            weak = predictions(call.denoiser(*args, **kwargs))
+        self._count(branch, ())
+        if call.batched_cfg and not is_cut:
+            weak = [halves(tensor)[1] for tensor in weak]
+        return [tensor.clone() for tensor in weak]  # the next call may use their memory
+
+    def _check_rows(self, call: GuidedCall) -> None:
+        """Make a pass on the cond rows with nothing skipped, once: it has to give what the cond pass gave."""
+        try:
+            args, kwargs = self._cond_rows(call)
+            with _weak_pass():
+                again = predictions(call.denoiser(*args, **kwargs))
+            if agree(again, call.cond):
+                self._cut.add(call.layout)
+                return
+            reason = "the cond rows alone do not give the cond prediction again"
+        except _SUSPECTS as error:
+            if type(error) not in _SUSPECTS:
+                raise
+            reason = f"{type(error).__name__}: {error}"
+        self.way = "whole"
+        self._warn(
+            f"the calls of {type(self._model).__name__} cannot be cut down to their cond rows ({reason}). Guidance "
+            "stays exact: its weak passes are made with all rows."
+        )
+
+    def _cond_rows(self, call: GuidedCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not call.batched_cfg:
+            return call.args, call.kwargs
+        return take_rows(call.args, call.kwargs, self._names, 2 * call.rows, slice(call.rows, None))
 
     def _warn(self, message: str) -> None:
         warnings.warn(message, StgWarning, stacklevel=2)
@@ -351,9 +429,17 @@ class Execution:
         self._stats.blocks_run += len(self._blocks) - saved
 
 
-def _layout(call: GuidedCall, cond: slice) -> Layout:
-    leaves = pytree.tree_leaves((call.args, call.kwargs))
-    return cond.start, *(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor))
+def _layout(call: GuidedCall) -> Hashable:
+    """What two calls have in common that cut, keep and replay the same; numbers (timesteps) do not count."""
+
+    def describe(leaf: Any) -> object:
+        if isinstance(leaf, Tensor):
+            return leaf.shape, leaf.dtype, leaf.device
+        return leaf if isinstance(leaf, (bool, str)) else type(leaf)
+
+    positional = tuple(map(describe, leaves_of(call.args, {})))
+    named = tuple((name, *map(describe, leaves_of((value,), {}))) for name, value in call.kwargs.items())
+    return call.batched_cfg, positional, named
 
 
 def _block_of(module: nn.Module, layers: Sequence[Layer]) -> nn.Module:
@@ -399,11 +485,3 @@ def weights_are_streamed(model: nn.Module) -> bool:
         if "group_offloading" in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}):
             return True
     return False
-
-
-def _agree(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape:
-        return False
-    tolerance = 1e-4 if one.dtype in (torch.float32, torch.float64) else 3e-2
-    difference = (one.float() - other.float()).square().mean().sqrt()
-    return bool(difference <= tolerance * other.float().std() + 1e-12)

@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from stg_hooks.absent import Absent, AbsentError
-from stg_hooks.calls import cut, leaves_of, row_factor
-from stg_hooks.effects import Arguments, Randomness, State
+from stg_hooks.calls import leaves_of
+from stg_hooks.effects import Randomness
 from stg_hooks.layers import attention_modules, is_attention
 from stg_hooks.patching import Action, Patch, pushed
 
@@ -62,43 +61,40 @@ def prefix_units(model: nn.Module, starts: Collection[nn.Module]) -> list[nn.Mod
 
 
 @dataclasses.dataclass(eq=False)
-class _Origin:
+class Origin:
     """Where an absent tensor comes from."""
 
     place: Place
     asked: bool = False
 
 
-class _Leaf:
-    """One tensor among a unit's outputs: a copy of its cond rows, as long as anybody can still ask for it."""
+@dataclasses.dataclass(eq=False)
+class Leaf:
+    """One tensor among a unit's outputs."""
 
-    def __init__(self, place: Place, value: Tensor, rows: Tensor, is_needed: bool) -> None:
-        self.origin = _Origin(place)
-        self.is_needed = is_needed or value.requires_grad or type(value) is not Tensor
-        self.storage = StorageWeakRef(value.untyped_storage()) if type(value) is Tensor else None
-        self.copy = rows.clone()
-
-    def is_held(self) -> bool:
-        """Tell whether the model still holds the output, or a view of it."""
-        return self.storage is not None and not self.storage.expired()
+    origin: Origin
+    rows: Tensor
+    """Its cond rows: a copy, or absent."""
+    shape: torch.Size
+    """Of all its rows."""
+    folded: int
+    """Entries of dimension 0 per row, 0 where every row is conditional."""
+    is_kept: bool = True
 
     def let_go(self) -> None:
-        self.copy = Absent.like(self.copy, self.origin)  # not the leaf, which holds it
-
-    @property
-    def is_gone(self) -> bool:
-        return type(self.copy) is Absent
+        """Forget the values: nobody can ask for them any more, it seems."""
+        self.rows, self.is_kept = Absent.like(self.rows, self.origin), False
 
 
 @dataclasses.dataclass(frozen=True)
-class _Given:
+class Given:
     """An output that is one of the unit's arguments, handed on."""
 
     index: int
 
 
 @dataclasses.dataclass
-class _Record:
+class Record:
     """One call of a unit."""
 
     unit: nn.Module
@@ -108,35 +104,25 @@ class _Record:
     """Its outputs; `None` where they cannot be shared, and the unit has to run again."""
 
     @property
-    def leaves(self) -> list[_Leaf]:
-        return [value for value in self.values or () if isinstance(value, _Leaf)]
+    def leaves(self) -> list[Leaf]:
+        """The tensors among them that are not handed on."""
+        return [value for value in self.values or () if isinstance(value, Leaf)]
 
 
-class Recording:
-    """One cond pass, as far as the weak passes can share it."""
+class Prefix:
+    """What the weak passes of one call can share with its cond pass; filled while that runs."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        starts: Sequence[Collection[nn.Module]],
-        batch: int,
-        rows: slice,
-        wanted: Collection[Place],
-        thorough: bool,
-    ) -> None:
-        """Start with nothing recorded.
+    def __init__(self, starts: Sequence[Collection[int]], batch: int, rows: slice) -> None:
+        """Start with nothing.
 
         Args:
-            model: the denoiser.
-            starts: for each branch, the modules before the first of which its prefix ends.
+            starts: for each branch, the modules (by `id`) before the first of which its prefix ends.
             batch: number of rows of the call.
             rows: which of them are conditional.
-            wanted: outputs to keep, whether or not anybody seems to hold on to them.
-            thorough: look for all that could be in the way, not only for what is found at no cost.
         """
         self.batch = batch
         self.rows = rows
-        self.records: list[_Record] = []
+        self.records: list[Record] = []
         self.ends: list[int | None] = [None] * len(starts)
         self.obstacle: str | None = None
         """What the prefix does besides returning something, so that it cannot be shared."""
@@ -146,14 +132,12 @@ class Recording:
         """The prefixes of all branches have ended."""
         self.is_broken = False
         """A weak pass called other modules."""
-        self._model = model
-        self._starts = [{id(module) for module in modules} for modules in starts]
-        self._wanted = wanted
-        self._thorough = thorough
-        self._state: State | None = None
-        self._randomness: Randomness | None = None
-        self._live: list[_Leaf] = []
+        self.is_reused = len(starts) > 1
+        """More than one pass is going to be made with it."""
+        self._starts = starts
         self._inside = False
+        self._position = 0
+        self._randomness: Randomness | None = None
 
     # --- the cond pass
 
@@ -161,96 +145,47 @@ class Recording:
         """Return what a unit does during the cond pass: compute, and have its output recorded."""
 
         def record(proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self.is_complete:
-                return proceed(*args, **kwargs)
-            self._note_ends(unit)  # also if another unit calls it, which is then not part of the prefix
+            if not self.is_complete:
+                self._note_ends(unit)  # also if another unit calls it, which is then not part of the prefix
             if self._inside or self.is_complete:
                 return proceed(*args, **kwargs)
-            given = Arguments(args, kwargs, self._thorough)
-            self._begin(given)
+            if self._randomness is None:
+                tensors = [leaf for leaf in leaves_of(args, kwargs) if isinstance(leaf, Tensor)]
+                self._randomness = Randomness(tensors[0].device if tensors else torch.device("cpu"))
+            conclude = self._begin(unit, args, kwargs)
             self._inside = True
             try:
                 output = proceed(*args, **kwargs)
             finally:
                 self._inside = False
             if not self.is_complete:
-                self._append(unit, given, output)
+                conclude(output)
+                self._position += 1
             return output
 
         return record
 
-    def _begin(self, given: Arguments) -> None:
-        if self._randomness is None:
-            self._randomness = Randomness(given.tensors[0].device if given.tensors else torch.device("cpu"))
-            self._state = State(self._model) if self._thorough else None
-        # Let go what nobody holds any more before the next block allocates. The last output may be held in another
-        # form: a hook or the model itself may have converted it.
-        last = self.records[-1].leaves if self.records else []
-        for leaf in self._live:
-            if not leaf.is_needed and not leaf.is_held() and not any(leaf is other for other in last):
-                leaf.let_go()
-        self._live = [leaf for leaf in self._live if not leaf.is_gone]
+    def _begin(self, unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], None]:
+        """Look at a call before it is made; return what looks at its output."""
+        raise NotImplementedError
+
+    def _end(self, branch: int) -> None:
+        """Look at what is there when a branch's prefix ends."""
 
     def _note_ends(self, unit: nn.Module) -> None:
         for branch, starts in enumerate(self._starts):
             if self.ends[branch] is None and id(unit) in starts:
-                self.ends[branch] = len(self.records)
-                last = self.records[-1].leaves if self.records else []
-                for leaf in self._live:
-                    leaf.is_needed = leaf.is_needed or leaf.is_held() or any(leaf is other for other in last)
-                self.is_complete = all(end is not None for end in self.ends)
+                self.ends[branch] = self._position
+                self._end(branch)
+        self.is_complete = self.is_complete or all(end is not None for end in self.ends)
         if self.is_complete:
             self.finish()
 
     def finish(self) -> None:
         """Conclude what can be shared, at the end of the prefixes or of the pass."""
-        for leaf in self._live:
-            if not leaf.is_needed:
-                leaf.let_go()
-        self._live.clear()
         if self._randomness is not None and self._randomness.is_used():
             self.obstacle = "it draws random numbers"
-        if self._state is not None and self._state.is_changed():
-            self.has_new_state = True
-        self._state = self._randomness = None
-
-    def _append(self, unit: nn.Module, given: Arguments, output: Any) -> None:
-        values, spec = ([output], None) if isinstance(output, Tensor) else pytree.tree_flatten(output)
-        if given.are_changed():
-            self.obstacle = f"{type(unit).__name__} writes into its arguments"
-        sources = {id(leaf): i for i, leaf in enumerate(given.leaves)}
-        storages = {_storage(tensor) for tensor in given.tensors}
-        seen: dict[int, _Leaf] = {}
-        outputs: list[Any] = []
-        for i, value in enumerate(values):
-            if not isinstance(value, Tensor):
-                outputs.append(value)
-            elif id(value) in sources:
-                outputs.append(_Given(sources[id(value)]))
-            elif not self._has_known_rows(value) or _storage(value) in storages:
-                break  # a view of an argument is still one when the argument changes
-            else:
-                leaf = seen.get(id(value)) or self._leaf((id(unit), i), value)
-                seen[id(value)] = leaf
-                outputs.append(leaf)
-        can_share = len(outputs) == len(values) and all(_is_plain(value) for value in outputs)
-        self.records.append(_Record(unit, spec, outputs if can_share else None))
-        if can_share:
-            self._live += seen.values()
-        else:  # it will run again, on what it was given
-            for leaf in self._live:
-                leaf.is_needed = leaf.is_needed or leaf.storage in storages
-
-    def _has_known_rows(self, value: Tensor) -> bool:
-        if self.rows == slice(None):
-            return True
-        folded = row_factor(value, self.batch)
-        # Frames are folded into maps. Anything flatter may be a table with an entry per token (Mochi's positions).
-        return folded is not None and (folded <= 1 or value.ndim >= 4)
-
-    def _leaf(self, place: Place, value: Tensor) -> _Leaf:
-        folded = 0 if self.rows == slice(None) else row_factor(value, self.batch) or 0
-        return _Leaf(place, value, cut(value, self.rows, self.batch, folded), place in self._wanted)
+        self._randomness = None
 
     # --- the weak passes
 
@@ -314,24 +249,17 @@ class Recording:
             raise AbsentError(origin for absent in absents for origin in absent.origins)
         return proceed(*args, **kwargs)
 
-    def _answer(self, record: _Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _answer(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert record.values is not None
-        # Later code may write into what it is given, and another branch may need it again.
-        several = len(self.ends) > 1
+        # Later code may write into what it is given, and another pass may need it again.
+        copies = {leaf: leaf.rows.clone() if self.is_reused and leaf.is_kept else leaf.rows for leaf in record.leaves}
+        if record.spec is None and copies:
+            return copies[record.values[0]]
         given = leaves_of(args, kwargs)
-        copies = {id(leaf): leaf.copy.clone() if several else leaf.copy for leaf in record.leaves}
         values = []
         for value in record.values:
-            if isinstance(value, _Leaf):
-                values.append(copies[id(value)])
+            if isinstance(value, Leaf):
+                values.append(copies[value])
             else:
-                values.append(given[value.index] if isinstance(value, _Given) else value)
+                values.append(given[value.index] if isinstance(value, Given) else value)
         return values[0] if record.spec is None else pytree.tree_unflatten(values, record.spec)
-
-
-def _storage(tensor: Tensor) -> StorageWeakRef | None:
-    return StorageWeakRef(tensor.untyped_storage()) if type(tensor) in (Tensor, nn.Parameter) else None
-
-
-def _is_plain(value: object) -> bool:
-    return value is None or isinstance(value, (_Leaf, _Given, bool, int, float, str))

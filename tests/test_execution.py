@@ -144,9 +144,13 @@ def test_own_rows_are_bit_identical_in_sequential_execution(name: str) -> None:
     handle = model.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
     with handle, stg.apply(model, [2], 1.5, batched_cfg=True, execution="sequential"):
         model(**inputs)
-    assert len(seen) == 2  # the call, and the weak pass
-    assert torch.equal(seen[0], plain)
-    assert not torch.equal(seen[1], plain[2:])
+        model(**inputs)
+    first, second = seen[:3], seen[3:]
+    for calls in (first, second):
+        assert torch.equal(calls[0], plain)
+        assert not torch.equal(calls[1], plain[2:])
+    torch.testing.assert_close(first[2], plain[2:])  # once, the pass is made without the skip, and compared
+    assert len(second) == 2
 
 
 # --- models that make it hard -----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import stg_hooks as stg
 from stg_hooks import execution as execution_module
-from stg_hooks import prefix
+from stg_hooks import prefix, recording
 from tests import zoo
 
 SKIPPED = 2
@@ -40,17 +40,17 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
     """Everything that is recorded, for as long as somebody holds it."""
     seen: list[weakref.ref[Any]] = []
 
-    class Leaf(prefix._Leaf):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            seen.extend([weakref.ref(self), weakref.ref(self.copy)])
+    class Leaf(prefix.Leaf):
+        def __post_init__(self) -> None:
+            if type(self.rows) is torch.Tensor:
+                seen.append(weakref.ref(self.rows))
 
-    class Recording(prefix.Recording):
+    class Recording(recording.Recording):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             seen.append(weakref.ref(self))
 
-    monkeypatch.setattr(prefix, "_Leaf", Leaf)
+    monkeypatch.setattr(recording, "Leaf", Leaf)
     monkeypatch.setattr(execution_module, "Recording", Recording)
     return seen
 
