@@ -117,7 +117,9 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         self.every = every
         if on == "uncond":
             self._check_uncond(batched_cfg)
-        replacing = [settings.replaces for settings in self.plan.known if settings.rescale or settings.rule != "cfg"]
+        replacing = [
+            settings.why_replaces for settings in self.plan.known if settings.rescale or settings.rule != "cfg"
+        ]
         if replacing and not self.host.knows_guidance_scale:
             raise SettingError(
                 f"{replacing[0]} needs the final prediction, hence the CFG weight: pass guidance_scale=, the "
@@ -139,7 +141,7 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         for settings in self.plan.known:
             check_settings(settings)
             if settings.replaces:
-                raise SettingError(f"{settings.replaces} cannot be combined with on='uncond' here: use stg.Guider.")
+                raise SettingError(f"{settings.why_replaces} cannot be combined with on='uncond' here: use stg.Guider.")
         if self.every > 1:
             raise SettingError(f"every={self.every}: on='uncond' makes no extra pass that could be left out.")
         if isinstance(self.host, ModuleHost) and not batched_cfg:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stg_hooks import activation
 from stg_hooks.calls import halves, own_predictions, replace_predictions
-from stg_hooks.combine import Scale, combine, correction, is_number
+from stg_hooks.combine import Scale, combine, correction, fitted, is_number
 from stg_hooks.errors import CallError
 from stg_hooks.execution import GuidedCall, Stats, in_weak_pass
 from stg_hooks.executions import Executions
@@ -55,7 +55,7 @@ class _Guided:
     @property
     def replaces(self) -> bool:
         """Whether the final prediction is returned, instead of a term added."""
-        return bool(self.settings.replaces)
+        return self.settings.replaces
 
     def terms(self) -> list[Tensor]:
         """What skip guidance adds to each prediction."""
@@ -275,14 +275,14 @@ class Guide:
         return weaks
 
     def _check_replaceable(self, guided: _Guided, role: Role, first: bool) -> None:
-        settings, what, name = guided.settings, guided.settings.replaces, self._session.host.name
+        settings, what, name = guided.settings, guided.settings.why_replaces, self._session.host.name
         if not first:
             raise CallError(
                 f"another stg.apply() has guided this call of {type(self._model).__name__} already, so {what} cannot "
                 "give the final prediction. Use one stg.apply(branches=[...])."
             )
         cfg = role.rows == "uncond+cond" or role.uncond_follows
-        if not cfg and not is_number(settings.guidance_scale or 1.0, 1):
+        if not cfg and settings.guidance_scale is not None and not is_number(settings.guidance_scale, 1):
             raise CallError(
                 f"guidance_scale={settings.guidance_scale}: {name} makes no uncond prediction in this step. "
                 "Call it with guidance_scale > 1, so that it does; its own value is not used then."
@@ -323,10 +323,12 @@ class Guide:
         if is_number(role.guidance_scale, 1):
             return None  # it has no weight, and cond is the final prediction already
         # The caller has cond already and will compute u' + g * (c - u'): choose u' so that this is the final one.
-        g = role.guidance_scale
-        assert g is not None
-        final = guided.final(role, output)
-        return [((f.float() - g * c.float()) / (1.0 - g)).to(c.dtype) for f, c in zip(final, guided.conds, strict=True)]
+        assert role.guidance_scale is not None
+        moved = []
+        for final, c in zip(guided.final(role, output), guided.conds, strict=True):
+            g = fitted("guidance_scale", role.guidance_scale, c)
+            moved.append(((final.float() - g * c.float()) / (1.0 - g)).to(c.dtype))
+        return moved
 
 
 def _add(prediction: Tensor, term: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import time
 import warnings
@@ -159,7 +160,8 @@ class Guider:
             A new tensor in the shape and dtype of the denoiser's prediction; a tuple of them where it makes several.
 
         Raises:
-            CallError: the settings depend on something about the step that is not known, or the noise level is 0.
+            CallError: the settings depend on something about the step that is not known, or the noise level is 0 (on
+                a GPU it is looked at only if settings change during the run).
             TargetError: `cond` or `uncond` is no mapping.
             SettingError: an argument is given twice, or not for both predictions.
         """
@@ -169,7 +171,7 @@ class Guider:
                 f"cond has {sorted(cond or ())}, but uncond has {sorted(uncond)}: give the same arguments for both."
             )
         step = self.step or self._step_of(args, kwargs)
-        settings = self.plan.at(step)
+        settings = self.plan.at(step) if isinstance(step, Step) else self.plan.base
         g = self.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
         active = () if in_weak_pass() else settings.active
         cfg = uncond is not None and not is_number(g, 1)
@@ -221,32 +223,23 @@ class Guider:
             self._check(execution, (), [()])
         return found
 
-    def _step_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Step:
-        """Find out the step by the noise level, where the denoiser is called with one."""
+    def _step_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Step | Callable[[], Step]:
+        """Find out the step by the noise level, where the denoiser is called with one.
+
+        Looking waits for the GPU: where only the trace wants to know, it is for those who read the trace.
+        """
         sigma = (args[1] if len(args) > 1 else kwargs.get("sigma")) if self._takes_sigma else None
-        if not isinstance(sigma, Tensor) or (self.plan.is_constant and sigma.device.type != "cpu"):
-            return Step()  # looking would wait for the GPU
-        level = float(sigma.reshape(-1)[0])
+        if not isinstance(sigma, Tensor):
+            return Step()
+        first = sigma.detach().reshape(-1)[:1].clone()
+        if self.plan.is_constant and first.device.type != "cpu":
+            return functools.partial(_step_at, first, self.sigmas, self._reported)
+        level = first.item()
         if level <= 0:
             raise CallError(f"called with sigma={level}: there is nothing to denoise. Samplers stop before.")
-        if self.sigmas is not None:
-            index = int((self.sigmas > level * (1 + 1e-5)).sum())
-            return Step(min(index, len(self.sigmas) - 2), len(self.sigmas) - 1, level, "karras")
-        return Step(self._index_of(level), None, level, "karras")
-
-    def _index_of(self, level: float) -> int:
-        """Find out the step by what the sampler has reported last."""
-        if self._reported is None:
-            return 0
-        reported = float(self._reported.get("sigma_hat", self._reported["sigma"]))
-        # Churn raises a sampler's noise level by sqrt(2) at most: what lies higher is another run.
-        if level > 1.5 * reported:
+        if self._reported is not None and _is_new_run(level, self._reported):
             self._reported = None
-            return 0
-        # The adaptive solver reports at the end of a step, and says there how many it has accepted.
-        if "n_accept" in self._reported:
-            return int(self._reported["i"]) + 1
-        return int(self._reported["i"]) + (abs(level - reported) > 1e-5 * reported)
+        return _step_at(first, self.sigmas, self._reported)
 
     def callback(self, info: Mapping[str, Any]) -> None:
         """Follow a k-diffusion sampler: pass it as `callback=`.
@@ -278,6 +271,28 @@ def _noise_levels(sigmas: Tensor | Sequence[float]) -> Tensor:
             "high to low, (N + 1,)."
         )
     return levels
+
+
+def _step_at(sigma: Tensor, sigmas: Tensor | None, reported: Mapping[str, Any] | None) -> Step:
+    """Find out the step at a noise level, by all levels of the run or by what the sampler has reported last."""
+    level = sigma.item()
+    if sigmas is not None:
+        index = int((sigmas > level * (1 + 1e-5)).sum())
+        return Step(min(index, len(sigmas) - 2), len(sigmas) - 1, level, "karras")
+    if reported is None or _is_new_run(level, reported):
+        return Step(0, None, level, "karras")
+    # The adaptive solver reports at the end of a step, and says there how many it has accepted.
+    moved = "n_accept" in reported or abs(level - _level(reported)) > 1e-5 * _level(reported)
+    return Step(int(reported["i"]) + moved, None, level, "karras")
+
+
+def _is_new_run(level: float, reported: Mapping[str, Any]) -> bool:
+    # Churn raises a sampler's noise level by sqrt(2) at most: what lies higher is another run.
+    return level > 1.5 * _level(reported)
+
+
+def _level(reported: Mapping[str, Any]) -> float:
+    return float(reported.get("sigma_hat", reported["sigma"]))
 
 
 def _merged(kwargs: dict[str, Any], name: str, condition: Mapping[str, Any] | None) -> dict[str, Any]:

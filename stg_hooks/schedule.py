@@ -47,13 +47,16 @@ class Settings:
         return bool(self.active) or self.guidance_scale is not None or self.rule != "cfg"
 
     @property
-    def replaces(self) -> str:
-        """What calls for the final prediction to be returned, instead of a term added; empty if nothing does."""
+    def replaces(self) -> bool:
+        """Whether the final prediction is returned, instead of a term added."""
+        return self.rule != "cfg" or bool(self.rescale) or self.guidance_scale is not None
+
+    @property
+    def why_replaces(self) -> str:
+        """What calls for that, in the words of a message."""
         if self.rule != "cfg":
             return f"rule={self.rule!r}"
-        if self.rescale:
-            return f"rescale={self.rescale}"
-        return f"guidance_scale={self.guidance_scale}" if self.guidance_scale is not None else ""
+        return f"rescale={self.rescale}" if self.rescale else f"guidance_scale={self.guidance_scale}"
 
     def changed(self, values: Mapping[str, Any] | None) -> Settings:
         """Return these settings with some values changed; without guidance for `None`.

@@ -82,7 +82,7 @@ class UncondGuide:
         )
         check_settings(settings)
         if settings.replaces:
-            raise SettingError(f"{settings.replaces} cannot be combined with on='uncond' here: use stg.Guider.")
+            raise SettingError(f"{settings.why_replaces} cannot be combined with on='uncond' here: use stg.Guider.")
         if not settings.active:
             return proceed(*args, **kwargs)
         switch = self._executions.of(settings.active).switches[0]
