@@ -284,3 +284,47 @@ def test_the_step_is_set_in_a_loop_of_ones_own(make: Callable[..., Any], model: 
                     guided = model(*x)
             assert torch.equal(guided, plain) == (index >= 2)
     assert session.stats.weak_passes == 2
+
+
+# --- weights that are tensors ---
+
+
+@pytest.mark.parametrize("family", ["ltx", "wan"])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_pipeline_may_be_called_with_a_weight_in_a_tensor(family: str, shape: tuple[int, ...]) -> None:
+    pipe, call, case = build(family)
+    received = []
+    for g in (3.0, torch.full(shape, 3.0)):
+        with scheduler_inputs(pipe) as inputs, stg.apply(pipe, case.layers, 1.5, rescale=0.7) as applied:
+            run(pipe, call, guidance_scale=g)
+        assert applied.stats.weak_passes == case.steps
+        received.append(inputs)
+    assert_close(received[1], received[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["ltx", "wan"])
+def test_a_weight_for_each_video(family: str) -> None:
+    """Scale and CFG weight of a schedule, one value per video: as if each had been sampled alone."""
+    pipe, call, case = build(family)
+    call |= {"num_inference_steps": 2}
+    both = {name: torch.cat([value, value]) for name, value in call.items() if isinstance(value, Tensor)}
+    scale, g = torch.tensor([0.5, 2.0]), torch.tensor([2.0, 5.0])
+    values = {"scale": scale, "guidance_scale": g, "rescale": 0.5}
+    latents = torch.randn(2, *case.expected["base"].shape[1:], generator=torch.Generator().manual_seed(0))
+    with stg.apply(pipe, case.layers, schedule=lambda step: values):
+        together = run(pipe, call | both, latents=latents)
+    for i in range(2):
+        one = {"scale": scale[i].item(), "guidance_scale": g[i].item(), "rescale": 0.5}
+        with stg.apply(pipe, case.layers, schedule=lambda step, one=one: one):
+            alone = run(pipe, call, latents=latents[i : i + 1])
+        assert_close(together[i : i + 1], alone, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("g", [0.0, torch.tensor([2.5]), torch.tensor([2.5, 1.0])])
+def test_any_weight_without_an_uncond_prediction_is_refused(g: Any) -> None:
+    pipe, call, case = build("ltx")
+    with (
+        pytest.raises(stg.CallError, match="LTXPipeline makes no uncond prediction"),
+        stg.apply(pipe, case.layers, schedule=lambda step: {"guidance_scale": g}),
+    ):
+        run(pipe, call, guidance_scale=1.0)
