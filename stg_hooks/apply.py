@@ -46,8 +46,8 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         kind: Kind | None = None,
         branches: Sequence[Branch] | None = None,
         preset: str | None = None,
-        start: float = 0.0,
-        stop: float = 1.0,
+        start: float | None = None,
+        stop: float | None = None,
         sigma_range: tuple[float, float] | None = None,
         schedule: Schedule | None = None,
         rule: str | Rule = "cfg",
@@ -69,8 +69,8 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
             kind: in factorised models, only attention within frames (`"spatial"`) or across them (`"temporal"`).
             branches: several perturbed predictions, instead of `layers`, `scale`, `mode` and `kind`.
             preset: name of a published setting, instead of the one that fits the model first.
-            start: part of the run from which on there is guidance, from 0 to 1; 0 includes the first step.
-            stop: part of the run from which on there is none; 1 includes the last step.
+            start: part of the run from which on there is guidance; 0, the default, includes the first step.
+            stop: part of the run from which on there is none; 1, the default, includes the last step.
             sigma_range: lowest and highest noise level with guidance, both included; see `Step`.
             schedule: what changes during the run: a function that takes a `Step` and returns a dict of `layers`,
                 `scale`, `mode`, `branches`, `rescale`, `rule` or `guidance_scale` (which replaces the caller's), or

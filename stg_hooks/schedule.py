@@ -218,8 +218,8 @@ def plan_from(
     rescale: float | None,
     branches: Sequence[Branch] | None,
     preset: str | None,
-    start: float,
-    stop: float,
+    start: float | None,
+    stop: float | None,
     sigma_range: tuple[float, float] | None,
     schedule: Schedule | None,
     rule: str | Rule,
@@ -258,6 +258,8 @@ def plan_from(
         if layers is not None or branches is not None:
             raise SettingError("give either preset=, or layers or branches, not both.")
         published = recommended(model) if preset is None else preset_for(model, preset)
+        if all(when is None for when in (start, stop, sigma_range, schedule)):
+            start, stop = published.start, published.stop
         if published.schedule and schedule is None:
             schedule = published.schedule
         branches = published.branches
@@ -272,4 +274,5 @@ def plan_from(
             rescale = published.rescale
     found, factor = branches_from(layers, scale, mode, kind, rescale, branches)
     base = Settings(tuple(found), factor, rule=rule)
+    start, stop = 0.0 if start is None else start, 1.0 if stop is None else stop
     return Plan(base, start=start, stop=stop, sigma_range=sigma_range, schedule=schedule)
