@@ -20,6 +20,7 @@ from stg_hooks.execution import GuidedCall, Stats, in_weak_pass
 from stg_hooks.executions import Executions
 from stg_hooks.hosts import Host, Role
 from stg_hooks.patching import patched, shared
+from stg_hooks.rules import at_step
 from stg_hooks.schedule import Plan, Settings
 from stg_hooks.settings import Branch
 from stg_hooks.skip import Switch
@@ -72,9 +73,9 @@ class _Guided:
                 scale=self.scales,
                 guidance_scale=1.0 if g is None else g,
                 rescale=self.settings.rescale,
-                rule=self.settings.rule,
+                rule=at_step(self.settings.rule, self.step, i),
             )
-            for c, weaks, u in zip(self.conds, self.weaks, unconds, strict=True)
+            for i, (c, weaks, u) in enumerate(zip(self.conds, self.weaks, unconds, strict=True))
         ]
 
 

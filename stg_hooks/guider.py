@@ -20,11 +20,11 @@ from stg_hooks.execution import Execution, Stats, in_weak_pass
 from stg_hooks.executions import Executions
 from stg_hooks.layers import LayerSpec
 from stg_hooks.perturb import Mode
-from stg_hooks.rules import Rule
+from stg_hooks.rules import AveragedApg, Rule, at_step
 from stg_hooks.schedule import Schedule, plan_from
 from stg_hooks.settings import Branch
 from stg_hooks.sites import Kind
-from stg_hooks.step import Step
+from stg_hooks.step import Step, is_new_run, step_at
 from stg_hooks.trace import Trace
 from stg_hooks.uncond import check_on, check_settings
 
@@ -134,6 +134,7 @@ class Guider:
         """Where in the run the next calls are made; set it in a loop of your own if settings change during the run."""
         self.sigmas = None if sigmas is None else _noise_levels(sigmas)
         self._takes_sigma = _second_parameter(denoiser) == "sigma"
+        self._needs_step = not self.plan.is_constant or isinstance(rule, AveragedApg)
         self._reported: dict[str, Any] | None = None
         self._executions = Executions(model, execution, self.stats)
         self._executions.prepare(self.plan.known)
@@ -201,9 +202,12 @@ class Guider:
             unconds = [*self._uncond(active, args, negative)]
         scales = [branch.scale for branch in active] if weaks else []
         by_output = [[weak[i] for weak in weaks] for i in range(len(conds))]
+        rules = [
+            at_step(settings.rule, step, i) if isinstance(step, Step) else settings.rule for i in range(len(conds))
+        ]
         results = [
-            combine(c, w, u, scale=scales, guidance_scale=g, rescale=settings.rescale, rule=settings.rule)
-            for c, w, u in zip(conds, by_output, unconds, strict=True)
+            combine(c, w, u, scale=scales, guidance_scale=g, rescale=settings.rescale, rule=rule)
+            for c, w, u, rule in zip(conds, by_output, unconds, rules, strict=True)
         ]
         if weaks:
             terms = [correction(c, w, scales) for c, w in zip(conds, by_output, strict=True)]
@@ -232,14 +236,14 @@ class Guider:
         if not isinstance(sigma, Tensor):
             return Step()
         first = sigma.detach().reshape(-1)[:1].clone()
-        if self.plan.is_constant and first.device.type != "cpu":
-            return functools.partial(_step_at, first, self.sigmas, self._reported)
+        if not self._needs_step and first.device.type != "cpu":
+            return functools.partial(step_at, first, self.sigmas, self._reported)
         level = first.item()
         if level <= 0:
             raise CallError(f"called with sigma={level}: there is nothing to denoise. Samplers stop before.")
-        if self._reported is not None and _is_new_run(level, self._reported):
+        if self._reported is not None and is_new_run(level, self._reported):
             self._reported = None
-        return _step_at(first, self.sigmas, self._reported)
+        return step_at(first, self.sigmas, self._reported)
 
     def callback(self, info: Mapping[str, Any]) -> None:
         """Follow a k-diffusion sampler: pass it as `callback=`.
@@ -271,28 +275,6 @@ def _noise_levels(sigmas: Tensor | Sequence[float]) -> Tensor:
             "high to low, (N + 1,)."
         )
     return levels
-
-
-def _step_at(sigma: Tensor, sigmas: Tensor | None, reported: Mapping[str, Any] | None) -> Step:
-    """Find out the step at a noise level, by all levels of the run or by what the sampler has reported last."""
-    level = sigma.item()
-    if sigmas is not None:
-        index = int((sigmas > level * (1 + 1e-5)).sum())
-        return Step(min(index, len(sigmas) - 2), len(sigmas) - 1, level, "karras")
-    if reported is None or _is_new_run(level, reported):
-        return Step(0, None, level, "karras")
-    # The adaptive solver reports at the end of a step, and says there how many it has accepted.
-    moved = "n_accept" in reported or abs(level - _level(reported)) > 1e-5 * _level(reported)
-    return Step(int(reported["i"]) + moved, None, level, "karras")
-
-
-def _is_new_run(level: float, reported: Mapping[str, Any]) -> bool:
-    # Churn raises a sampler's noise level by sqrt(2) at most: what lies higher is another run.
-    return level > 1.5 * _level(reported)
-
-
-def _level(reported: Mapping[str, Any]) -> float:
-    return float(reported.get("sigma_hat", reported["sigma"]))
 
 
 def _merged(kwargs: dict[str, Any], name: str, condition: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,3 +28,35 @@ class Step:
     def fraction(self) -> float | None:
         """How much of the run lies behind: 0 at the first step, below 1 at the last one."""
         return None if self.index is None or not self.count else self.index / self.count
+
+
+def step_at(sigma: Tensor, sigmas: Tensor | None, reported: Mapping[str, Any] | None) -> Step:
+    """Find out the step of a call of `denoiser(x, sigma)`.
+
+    Args:
+        sigma: its noise level, one value.
+        sigmas: all noise levels of the run, from high to low, `(N + 1,)`, if they are known.
+        reported: what the sampler has told its callback last, if anything.
+
+    Returns:
+        The step; without its count where `sigmas` are not known.
+    """
+    level = sigma.item()
+    if sigmas is not None:
+        index = int((sigmas > level * (1 + 1e-5)).sum())
+        return Step(min(index, len(sigmas) - 2), len(sigmas) - 1, level, "karras")
+    if reported is None or is_new_run(level, reported):
+        return Step(0, None, level, "karras")
+    # The adaptive solver reports at the end of a step, and says there how many it has accepted.
+    moved = "n_accept" in reported or abs(level - _level(reported)) > 1e-5 * _level(reported)
+    return Step(int(reported["i"]) + moved, None, level, "karras")
+
+
+def is_new_run(level: float, reported: Mapping[str, Any]) -> bool:
+    """Tell whether a noise level lies before what a sampler has reported last."""
+    # Churn raises a sampler's noise level by sqrt(2) at most: what lies higher is another run.
+    return level > 1.5 * _level(reported)
+
+
+def _level(reported: Mapping[str, Any]) -> float:
+    return float(reported.get("sigma_hat", reported["sigma"]))
