@@ -21,7 +21,7 @@ from stg_hooks.executions import Executions
 from stg_hooks.hosts import Host, Role
 from stg_hooks.patching import patched, shared
 from stg_hooks.rules import at_step
-from stg_hooks.schedule import Plan, Settings
+from stg_hooks.schedule import Plan, Settings, known
 from stg_hooks.settings import Branch
 from stg_hooks.skip import Switch
 from stg_hooks.step import Step
@@ -80,7 +80,7 @@ class _Guided:
 
 
 @dataclasses.dataclass
-class _Kept:
+class Kept:
     """What an evaluation leaves for the steps that use it again (`every`)."""
 
     differences: list[list[Tensor]]
@@ -88,7 +88,21 @@ class _Kept:
     index: int | None
     used: int = 1
 
+    @classmethod
+    def after(
+        cls, conds: Sequence[Tensor], weaks: Sequence[Sequence[Tensor]], branches: tuple[Branch, ...], step: Step
+    ) -> Kept:
+        """Keep the differences of an evaluation."""
+        found = [[c - weak for weak in of_one] for c, of_one in zip(conds, weaks, strict=True)]
+        return cls(found, branches, step.index)
+
+    def weaks(self, conds: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Return, for each prediction, weak ones that differ from it as they did then."""
+        self.used += 1
+        return [[c - difference for difference in found] for c, found in zip(conds, self.differences, strict=True)]
+
     def serves(self, call_of: Step, branches: tuple[Branch, ...], every: int) -> bool:
+        """Tell whether it may be used again in a call."""
         again = self.index is None or call_of.index is None or call_of.index > self.index
         same = [(b.layers, b.mode, b.kind) for b in branches] == [(b.layers, b.mode, b.kind) for b in self.branches]
         return self.used < every and again and same
@@ -105,7 +119,7 @@ class _Call:
     kwargs: dict[str, Any]
     guided: GuidedCall | None = None
     before: _Guided | None = None  # for an uncond or perturbed call: the cond call before it
-    kept: _Kept | None = None
+    kept: Kept | None = None
 
     @property
     def is_cond(self) -> bool:
@@ -118,7 +132,7 @@ class _OfThread(threading.local):
     call: _Call | None = None
     guided: _Guided | None = None
     last: _Guided | None = None  # the same for perturbed calls, of which there may be several
-    kept: _Kept | None = None
+    kept: Kept | None = None
 
 
 class _OfModel(threading.local):
@@ -255,8 +269,7 @@ class Guide:
         if not call.settings.active:
             return [[] for _ in conds]
         if call.kept is not None:
-            call.kept.used += 1
-            return [[c - d for d in found] for c, found in zip(conds, call.kept.differences, strict=True)]
+            return call.kept.weaks(conds)
         if call.guided is None:
             raise CallError(
                 f"a call of {type(self._model).__name__} that is to be guided did not reach its forward: "
@@ -271,8 +284,8 @@ class Guide:
             self._looked_at[id(execution)] = list(zip(execution.switches, same, strict=True))
         weaks = [list(weaks) for weaks in zip(*by_branch, strict=True)]
         if self._session.every > 1:
-            differences = [[c - weak for weak in found] for c, found in zip(conds, weaks, strict=True)]
-            self._local.kept = _Kept(differences, call.settings.active, call.step.index)
+            known(call.step.index, f"every={self._session.every} counts steps", "index")
+            self._local.kept = Kept.after(conds, weaks, call.settings.active, call.step)
         return weaks
 
     def _check_replaceable(self, guided: _Guided, role: Role, first: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,15 +19,20 @@ from stg_hooks.combine import Scale, check_scale, combine, correction, is_number
 from stg_hooks.errors import CallError, SettingError, StgWarning, TargetError
 from stg_hooks.execution import Execution, Stats, in_weak_pass
 from stg_hooks.executions import Executions
+from stg_hooks.guide import Kept
 from stg_hooks.layers import LayerSpec
 from stg_hooks.perturb import Mode
 from stg_hooks.rules import AveragedApg, Rule, at_step
-from stg_hooks.schedule import Schedule, plan_from
+from stg_hooks.schedule import Schedule, check_every, known, plan_from
 from stg_hooks.settings import Branch
 from stg_hooks.sites import Kind
 from stg_hooks.step import Step, is_new_run, step_at
 from stg_hooks.trace import Trace
 from stg_hooks.uncond import check_on, check_settings
+
+
+class _OfThread(threading.local):
+    kept: Kept | None = None
 
 
 class Guider:
@@ -55,6 +61,7 @@ class Guider:
         schedule: Schedule | None = None,
         rule: str | Rule = "cfg",
         on: str = "cond",
+        every: int = 1,
         sigmas: Tensor | Sequence[float] | None = None,
         model: nn.Module | None = None,
         execution: str = "auto",
@@ -81,6 +88,7 @@ class Guider:
             rule: as for `combine`.
             on: `"uncond"` lets the weak model make the *uncond* prediction instead, so that `uncond` in the formula is
                 what it predicts: no extra pass is made, and `scale` has no meaning.
+            every: as for `apply`, counted in guided calls; the step must be known, as for `start`.
             sigmas: the noise levels that the sampler goes through, from high to low, `(N + 1,)`; the step of a call is
                 the first one whose noise level is not above the call's `sigma`.
             model: the module that holds the layers, where `denoiser` is not itself a module.
@@ -122,11 +130,16 @@ class Guider:
             rule=rule,
             on=on,
         )
+        check_every(every)
         if on == "uncond":
+            if every > 1:
+                raise SettingError(f"every={every}: on='uncond' makes no extra pass that could be left out.")
             for settings in self.plan.known:
                 check_settings(settings)
         self.denoiser = denoiser
         self._on = on
+        self.every = every
+        self._local = _OfThread()
         self.guidance_scale = guidance_scale
         self.stats = Stats()
         self.trace = Trace()
@@ -134,7 +147,7 @@ class Guider:
         """Where in the run the next calls are made; set it in a loop of your own if settings change during the run."""
         self.sigmas = None if sigmas is None else _noise_levels(sigmas)
         self._takes_sigma = _second_parameter(denoiser) == "sigma"
-        self._needs_step = not self.plan.is_constant or isinstance(rule, AveragedApg)
+        self._needs_step = not self.plan.is_constant or every > 1 or isinstance(rule, AveragedApg)
         self._reported: dict[str, Any] | None = None
         self._executions = Executions(model, execution, self.stats)
         self._executions.prepare(self.plan.known)
@@ -186,35 +199,46 @@ class Guider:
         # Only this kind of denoiser promises that dimension 0 is the sample, in all that it is given.
         joined = _joined(args, positive, negative) if cfg and self._takes_sigma and self._on == "cond" else None
         call_args, call_kwargs = joined or (args, positive)
-        weaks: list[list[Tensor]] = []
-        if active and self._on == "cond":
+        kept = self._kept(step, active)
+        if active and self._on == "cond" and kept is None:
             with self._executions.installed():
                 execution = self._executions.of(active)
                 output, call = execution.cond_pass(self.denoiser, call_args, call_kwargs, joined is not None)
                 conds, unconds = _halved(own_predictions(output), joined is not None)
                 start = time.perf_counter()
-                weaks = execution.weak_predictions(call, conds)
+                by_branch = execution.weak_predictions(call, conds)
                 self.stats.seconds += time.perf_counter() - start
-                self._check(execution, conds, weaks)
+                self._check(execution, conds, by_branch)
+            weaks = [list(weaks) for weaks in zip(*by_branch, strict=True)]
+            if self.every > 1 and isinstance(step, Step):
+                self._local.kept = Kept.after(conds, weaks, active, step)
         else:
             conds, unconds = _halved(own_predictions(self.denoiser(*call_args, **call_kwargs)), joined is not None)
+            weaks = [[] for _ in conds] if kept is None else kept.weaks(conds)
         if cfg and joined is None:
             unconds = [*self._uncond(active, args, negative)]
-        scales = [branch.scale for branch in active] if weaks else []
-        by_output = [[weak[i] for weak in weaks] for i in range(len(conds))]
-        rules = [
-            at_step(settings.rule, step, i) if isinstance(step, Step) else settings.rule for i in range(len(conds))
-        ]
+        scales = [branch.scale for branch in active] if self._on == "cond" else []
+        rules = [settings.rule] * len(conds)
+        if isinstance(step, Step):
+            rules = [at_step(rule, step, i) for i, rule in enumerate(rules)]
         results = [
             combine(c, w, u, scale=scales, guidance_scale=g, rescale=settings.rescale, rule=rule)
-            for c, w, u, rule in zip(conds, by_output, unconds, rules, strict=True)
+            for c, w, u, rule in zip(conds, weaks, unconds, rules, strict=True)
         ]
-        if weaks:
-            terms = [correction(c, w, scales) for c, w in zip(conds, by_output, strict=True)]
+        if scales:
+            terms = [correction(c, w, scales) for c, w in zip(conds, weaks, strict=True)]
             self.trace.add(step, scales, terms, conds, unconds)
         self.stats.calls += 1
         self.stats.guided_calls += bool(active)
         return results[0] if len(results) == 1 else tuple(results)
+
+    def _kept(self, step: Step | Callable[[], Step], active: tuple[Branch, ...]) -> Kept | None:
+        """Return the differences to use again in this call, if any."""
+        if self.every == 1 or not active or not isinstance(step, Step):
+            return None
+        known(step.index, f"every={self.every} counts steps", "index")
+        found = self._local.kept
+        return found if found is not None and found.serves(step, active, self.every) else None
 
     def _uncond(self, active: Sequence[Branch], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Tensor]:
         """Make the uncond prediction in a call of its own, by the weak model if that is asked for."""

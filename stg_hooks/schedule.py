@@ -158,19 +158,25 @@ class Plan:
             SettingError: a schedule gave something that cannot be used.
         """
         if (self._start, self._stop) != (0.0, 1.0):
-            fraction = _known(step.fraction, "start= and stop= are parts of the run", "index and count")
+            fraction = known(step.fraction, "start= and stop= are parts of the run", "index and count")
             if not self._start <= fraction < self._stop:
                 return Settings(())
         if self._range is not None:
-            sigma = _known(step.sigma, "sigma_range= is about the noise level", "sigma")
+            sigma = known(step.sigma, "sigma_range= is about the noise level", "sigma")
             if not self._range[0] <= sigma <= self._range[1]:
                 return Settings(())
         if self._function is not None:
             return self.base.changed(self._function(step))
         if self._levels:
-            sigma = _known(step.sigma, "the schedule is a list of noise levels", "sigma")
+            sigma = known(step.sigma, "the schedule is a list of noise levels", "sigma")
             return next((found for level, found in self._levels if level <= sigma), self._levels[-1][1])
         return self.base
+
+
+def check_every(every: object) -> None:
+    """Raise unless `every` is a number of steps."""
+    if type(every) is not int or every < 1:
+        raise SettingError(f"every={every!r}: expected a number of steps, 1 or more.")
 
 
 def _levels(base: Settings, schedule: Any) -> list[tuple[float, Settings]]:
@@ -198,7 +204,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
 
 
-def _known(value: float | None, what: str, missing: str) -> float:
+def known(value: float | None, what: str, missing: str) -> float:
+    """Return something about the step, or raise where it is not known."""
     if value is None:
         raise CallError(
             f"{what}, but the step's {missing} is not known here. In a loop of your own, set it before each step: "

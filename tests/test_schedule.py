@@ -221,10 +221,33 @@ def test_differences_are_used_again() -> None:
     assert not torch.allclose(received[1], exact[1])
 
 
+def test_a_guider_uses_differences_again(model: nn.Module) -> None:
+    """What is added in a step is `scale * (cond - weak)` of the step that was evaluated; a new run evaluates."""
+    inputs = [torch.randn(2, 2, 5, 8).unbind(0) for _ in range(5)]
+    weak_model = zoo.without(model, ["blocks.2"])
+    guider = stg.Guider(model, [2], scale=lambda step: 1.0 + step.index, every=2)
+    for run_of in (inputs, inputs[:1], inputs[:3]):  # the second one ends right after an evaluation
+        for index, x in enumerate(run_of):
+            guider.step = stg.Step(index, 5)
+            evaluated = inputs[index - index % 2]
+            difference = model(*evaluated) - weak_model(*evaluated)
+            assert_close(guider(*x), model(*x) + (1.0 + index) * difference, rtol=1e-4, atol=1e-4)
+    assert guider.stats.weak_passes == 3 + 1 + 2
+    assert guider.stats.guided_calls == len(guider.trace) == 9
+    guider.step = None
+    with pytest.raises(stg.CallError, match=r"every=2 counts steps, but the step's index is not known here"):
+        stg.Guider(model, [2], every=2)(*inputs[0])
+    with pytest.raises(stg.CallError, match="every=2 counts steps"), stg.apply(model, [2], every=2):
+        model(*inputs[0])
+
+
 @pytest.mark.parametrize("every", [0, -1, 1.5, "2"])
-def test_every_is_a_number_of_steps(every: Any) -> None:
+@pytest.mark.parametrize("make", [stg.apply, stg.Guider])
+def test_every_is_a_number_of_steps(every: Any, make: Any) -> None:
     with pytest.raises(stg.SettingError, match=r"every=.*expected a number of steps, 1 or more"):
-        stg.apply(zoo.DiT(), [2], every=every)
+        make(zoo.DiT(), [2], every=every)
+    with pytest.raises(stg.SettingError, match="every=2: on='uncond' makes no extra pass"):
+        make(zoo.DiT(), [2], every=2, on="uncond")
 
 
 # --- trace ---
