@@ -153,7 +153,8 @@ def check_scale(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise SettingError(f"{name}={value!r}: expected a number, not {type(value).__name__}.")
     if not math.isfinite(value):
-        raise SettingError(f"{name}={value!r}: expected a finite number. Use {name}=0.0 to switch it off.")
+        off = 1.0 if name == "guidance_scale" else 0.0
+        raise SettingError(f"{name}={value!r}: expected a finite number. Use {name}={off} to switch it off.")
 
 
 def check_rescale(value: object) -> None:

@@ -24,7 +24,7 @@ from stg_hooks.rules import at_step
 from stg_hooks.schedule import Plan, Settings, known
 from stg_hooks.settings import Branch
 from stg_hooks.skip import Switch
-from stg_hooks.step import Step
+from stg_hooks.step import Step, check_step
 from stg_hooks.trace import Trace
 
 
@@ -198,7 +198,7 @@ class Guide:
             settings = Settings(()) if before is None else before.settings
             self._local.call = _Call(role, Step(), settings, args, kwargs, before=before)
             return
-        step = self._session.step or self._session.host.step()
+        step = check_step(self._session.step) or self._session.host.step()
         self._local.call = call = _Call(role, step, self._session.plan.at(step), args, kwargs)
         kept = self._local.kept
         if kept is not None and kept.serves(step, call.settings.active, self._session.every):

@@ -26,7 +26,7 @@ from stg_hooks.rules import AveragedApg, Rule, at_step
 from stg_hooks.schedule import Schedule, check_every, known, plan_from
 from stg_hooks.settings import Branch
 from stg_hooks.sites import Kind
-from stg_hooks.step import Step, is_new_run, step_at
+from stg_hooks.step import Step, check_step, is_new_run, step_at
 from stg_hooks.trace import Trace
 from stg_hooks.uncond import check_on, check_settings
 
@@ -184,7 +184,7 @@ class Guider:
             raise SettingError(
                 f"cond has {sorted(cond or ())}, but uncond has {sorted(uncond)}: give the same arguments for both."
             )
-        step = self.step or self._step_of(args, kwargs)
+        step = check_step(self.step) or self._step_of(args, kwargs)
         settings = self.plan.at(step) if isinstance(step, Step) else self.plan.base
         g = self.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
         active = () if in_weak_pass() else settings.active
@@ -257,13 +257,15 @@ class Guider:
         Looking waits for the GPU: where only the trace wants to know, it is for those who read the trace.
         """
         sigma = (args[1] if len(args) > 1 else kwargs.get("sigma")) if self._takes_sigma else None
+        if isinstance(sigma, (int, float)):
+            sigma = torch.tensor(float(sigma))
         if not isinstance(sigma, Tensor):
             return Step()
         first = sigma.detach().reshape(-1)[:1].clone()
         if not self._needs_step and first.device.type != "cpu":
             return functools.partial(step_at, first, self.sigmas, self._reported)
         level = first.item()
-        if level <= 0:
+        if not level > 0:
             raise CallError(f"called with sigma={level}: there is nothing to denoise. Samplers stop before.")
         if self._reported is not None and is_new_run(level, self._reported):
             self._reported = None
@@ -275,6 +277,8 @@ class Guider:
         Args:
             info: what the sampler reports once in each step; `i`, `sigma`, `sigma_hat` and `n_accept` are used.
         """
+        if not {"i", "sigma"} <= info.keys():
+            raise CallError(f"the sampler reported {sorted(info)}: expected i and sigma among them.")
         # Numbers stay on the device until a schedule needs them.
         self._reported = {name: info[name] for name in ("i", "sigma", "sigma_hat", "n_accept") if name in info}
 
@@ -292,7 +296,10 @@ class Guider:
 
 
 def _noise_levels(sigmas: Tensor | Sequence[float]) -> Tensor:
-    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+    try:
+        levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SettingError(f"sigmas={sigmas!r}: expected noise levels from high to low, (N + 1,).") from error
     if levels.ndim != 1 or len(levels) < 2 or not bool((levels.diff() < 0).all()):
         raise SettingError(
             f"sigmas= has shape {tuple(levels.shape)}: expected the noise levels that are passed to the sampler, from "

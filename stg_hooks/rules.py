@@ -215,6 +215,8 @@ def find_rule(rule: str | Rule) -> Rule:
             return RULES[rule]
         names = ", ".join(map(repr, RULES))
         raise SettingError(f"rule={rule!r} does not exist. There is {names}, or pass a callable.{closest(rule, RULES)}")
+    if isinstance(rule, type):
+        raise SettingError(f"rule={rule.__name__} is a class: pass an object, {rule.__name__}(...).")
     if not callable(rule):
         raise SettingError(f"rule={rule!r}: expected a name or a callable, not {type(rule).__name__}.")
     return rule

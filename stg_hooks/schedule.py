@@ -84,7 +84,12 @@ class Settings:
                 raise SettingError(f"a schedule gave {name!r}: there is {', '.join(names)}.{closest(str(name), names)}")
         whole = {name: values[name] for name in ("rescale", "guidance_scale", "rule") if name in values}
         one = {name: values[name] for name in ("layers", "scale", "mode", "kind") if name in values}
-        branches = tuple(values.get("branches", self.branches))
+        given = values.get("branches", self.branches)
+        if not isinstance(given, (list, tuple)) or not all(isinstance(branch, Branch) for branch in given):
+            raise SettingError(
+                f"a schedule gave branches={given!r}: expected a list of stg.Branch(layers, scale, mode)."
+            )
+        branches = tuple(given)
         if one and ("branches" in values or len(branches) != 1):
             raise SettingError(
                 f"a schedule gave {', '.join(one)} for {len(branches)} branches: give branches=[stg.Branch(...), ...]."
@@ -94,6 +99,11 @@ class Settings:
             branches = () if none else (dataclasses.replace(branches[0], **one),)
         return dataclasses.replace(self, branches=branches, **whole)
 
+
+_HOW_TO_TELL = (
+    "In a loop of your own, set it before each step: guider.step = stg.Step(index=i, count=n, sigma=...). For a "
+    "sampler that calls denoiser(x, sigma): stg.Guider(..., sigmas=sigmas)."
+)
 
 Levels: TypeAlias = Sequence[tuple[float, Mapping[str, Any] | None]]
 Schedule: TypeAlias = Callable[[Step], Mapping[str, Any] | None] | Levels
@@ -166,7 +176,7 @@ class Plan:
             if not self._range[0] <= sigma <= self._range[1]:
                 return Settings(())
         if self._function is not None:
-            return self.base.changed(self._function(step))
+            return self.base.changed(_called(self._function, step))
         if self._levels:
             sigma = known(step.sigma, "the schedule is a list of noise levels", "sigma")
             return next((found for level, found in self._levels if level <= sigma), self._levels[-1][1])
@@ -189,7 +199,8 @@ def _levels(base: Settings, schedule: Any) -> list[tuple[float, Settings]]:
             f"schedule={schedule!r}: expected a function of the step, or a list of (noise level, values) such as "
             "[(0.9, None), (0.3, {'scale': 1.0}), (0.0, {'scale': 0.5})]."
         ) from error
-    if not levels or any(not low < high for (high, _), (low, _) in itertools.pairwise(levels)):
+    bounds = [math.inf, *(level for level, _ in levels)]
+    if not levels or any(not low <= high or low == high < math.inf for high, low in itertools.pairwise(bounds)):
         raise SettingError("schedule=: expected noise levels from high to low, each once.")
     return levels
 
@@ -204,14 +215,23 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
 
 
+def _called(function: Callable[[Step], Mapping[str, Any] | None], step: Step) -> Mapping[str, Any] | None:
+    try:
+        return function(step)
+    except TypeError as error:
+        missing = [name for name in ("index", "count", "sigma", "fraction") if getattr(step, name) is None]
+        if not missing or "None" not in str(error):
+            raise
+        raise CallError(
+            f"a function of the step failed ({error}); the step's {', '.join(missing)} is not known here, hence None. "
+            + _HOW_TO_TELL
+        ) from error
+
+
 def known(value: float | None, what: str, missing: str) -> float:
     """Return something about the step, or raise where it is not known."""
     if value is None:
-        raise CallError(
-            f"{what}, but the step's {missing} is not known here. In a loop of your own, set it before each step: "
-            "guider.step = stg.Step(index=i, count=n, sigma=...). For a sampler that calls denoiser(x, sigma): "
-            "stg.Guider(..., sigmas=sigmas)."
-        )
+        raise CallError(f"{what}, but the step's {missing} is not known here. {_HOW_TO_TELL}")
     return value
 
 

@@ -131,9 +131,11 @@ def preset_for(module: nn.Module, name: str) -> Published:
             + (f" For this model: {', '.join(map(repr, fitting))}." if fitting else "")
         )
     if not found[0].fits(module):
+        here = type(module).__name__
+        if here == found[0].model:
+            here += f" with {found[0].found_in(module)}"
         raise SettingError(
-            f"preset={name!r} is for a {found[0].model} with {dict(found[0].where)}, but this is a "
-            f"{type(module).__name__} with {found[0].found_in(module)}."
+            f"preset={name!r} is for a {found[0].model} with {dict(found[0].where)}, but this is a {here}."
         )
     return found[0]
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from stg_hooks.errors import SettingError
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -28,6 +30,17 @@ class Step:
     def fraction(self) -> float | None:
         """How much of the run lies behind: 0 at the first step, below 1 at the last one."""
         return None if self.index is None or not self.count else self.index / self.count
+
+
+def check_step(step: Step | None) -> Step | None:
+    """Raise unless what somebody set as the step is one, or `None`."""
+    if step is None:
+        return None
+    if not isinstance(step, Step):
+        raise SettingError(f"step={step!r}: expected stg.Step(index=i, count=n, sigma=...).")
+    if step.index is not None and (step.index < 0 or (step.count is not None and step.index >= step.count)):
+        raise SettingError(f"step={step!r}: steps count from 0 to count - 1.")
+    return step
 
 
 def step_at(sigma: Tensor, sigmas: Tensor | None, reported: Mapping[str, Any] | None) -> Step:

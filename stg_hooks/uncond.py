@@ -18,6 +18,7 @@ from stg_hooks.executions import Executions
 from stg_hooks.guide import Session
 from stg_hooks.patching import Action, patched
 from stg_hooks.schedule import Settings
+from stg_hooks.step import check_step
 
 PREDICTIONS = ("cond", "uncond")
 
@@ -78,7 +79,9 @@ class UncondGuide:
             return proceed(*args, **kwargs)
         session.stats.calls += 1
         settings = (
-            Settings(()) if role.rows in ("cond", "perturbed") else session.plan.at(session.step or session.host.step())
+            Settings(())
+            if role.rows in ("cond", "perturbed")
+            else session.plan.at(check_step(session.step) or session.host.step())
         )
         check_settings(settings)
         if settings.replaces:

@@ -469,6 +469,22 @@ def test_noise_levels_that_are_none(bad: Any, denoiser: nn.Module) -> None:
         stg.Guider(denoiser, [2], sigmas=bad)
 
 
+def test_callbacks_that_are_none(denoiser: nn.Module) -> None:
+    guider = stg.Guider(denoiser, [2])
+    with pytest.raises(stg.CallError, match=r"the sampler reported \['x'\]: expected i and sigma"):
+        guider.callback({"x": image()})
+    for given in ((guider, None), (denoiser, print)):
+        with pytest.raises(stg.TargetError, match=r"expected a stg\.Guider and a function of a dict"):
+            stg.k_diffusion.callback(*given)
+
+
+def test_a_noise_level_that_is_no_number(denoiser: nn.Module) -> None:
+    with pytest.raises(stg.CallError, match=r"^called with sigma=nan"):
+        stg.Guider(denoiser, [2])(image(), torch.full((2,), torch.nan), cond=classes()["cond"])
+    with pytest.raises(stg.SettingError, match=r"sigmas='karras': expected noise levels from high to low"):
+        stg.Guider(denoiser, [2], sigmas="karras")  # type: ignore[arg-type]
+
+
 def test_layers_that_do_not_exist(denoiser: nn.Module) -> None:
     with pytest.raises(stg.LayerError, match=r"Denoiser has 4 layers \(0\.\.\.3\)"):
         stg.Guider(denoiser, [4])
@@ -488,6 +504,9 @@ def test_nothing_of_ours_imports_k_diffusion() -> None:
     c, w = x - sigma[0] * model(x, text), x - sigma[0] * weak_of(text)
     assert_close(guider(x, sigma, cond={"text": text}), c + SCALE * (c - w), **close)
     assert guider.trace[0].step == stg.Step(1, 5, SIGMAS[1].item(), "karras")
+
+
+# --- weights of one value per sample ---
 
 
 @pytest.mark.parametrize("rule", ["cfg", "zero_star", "apg"])

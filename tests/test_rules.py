@@ -153,6 +153,7 @@ def test_a_rule_of_ones_own() -> None:
     ("rule", "message"),
     [
         ("zero-star", r"rule='zero-star' does not exist\. There is 'cfg'.*Did you mean 'zero_star'\?"),
+        (rules.AveragedApg, r"rule=AveragedApg is a class: pass an object"),
         (3, r"rule=3: expected a name or a callable, not int"),
     ],
 )

@@ -61,6 +61,11 @@ def test_what_holds_when(when: dict[str, Any], expected: list[float]) -> None:
         ({"sigma_range": 0.5}, r"sigma_range=0\.5: expected \(lowest, highest\)"),
         ({"schedule": []}, "expected noise levels from high to low"),
         ({"schedule": [(0.1, {}), (0.9, {})]}, "expected noise levels from high to low"),
+        ({"schedule": [(float("nan"), {})]}, "expected noise levels from high to low"),
+        ({"schedule": [(0.5, {}), (0.5, {})]}, "expected noise levels from high to low, each once"),
+        ({"schedule": [(0.9, {"branches": [{"layers": [1]}]})]}, r"gave branches=.*expected a list of stg\.Branch"),
+        ({"schedule": [(0.9, {"branches": 3})]}, r"gave branches=3: expected a list of stg\.Branch"),
+        ({"schedule": [(0.9, {"guidance_scale": float("nan")})]}, r"guidance_scale=1\.0 to switch it off"),
         ({"schedule": [0.1, 0.9]}, "expected a function of the step, or a list of"),
         ({"schedule": [(0.9, {"scal": 1.0})]}, r"gave 'scal': there is layers, scale.* Did you mean 'scale'"),
         ({"schedule": [(0.9, 1.0)]}, r"gave 1\.0: expected a dict"),
@@ -88,6 +93,34 @@ def test_what_is_not_known_of_a_step_is_asked_for(when: dict[str, Any], missing:
     with pytest.raises(stg.CallError, match=rf"the step's {missing} is not known.*guider\.step = stg\.Step\("):
         guider(*x)
     with pytest.raises(stg.CallError, match="is not known"), stg.apply(model, [2], **when):
+        model(*x)
+
+
+def test_a_function_that_needs_what_is_not_known_of_a_step(model: nn.Module) -> None:
+    x = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    with pytest.raises(stg.CallError, match=r"function of the step failed .*'NoneType'.*count, sigma, fraction is not"):
+        stg.Guider(model, [2], scale=lambda step: 1.0 - step.fraction)(*x)
+
+    def nothing() -> dict[str, Any]:
+        return {}
+
+    with pytest.raises(TypeError, match="argument"):  # a mistake of its own stays one
+        stg.Guider(model, [2], schedule=nothing)(*x)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("on", ["cond", "uncond"])
+@pytest.mark.parametrize("bad", [3, (0, 4), stg.Step(4, 4), stg.Step(-1, 4)])
+def test_steps_that_are_none(bad: Any, on: str, model: nn.Module) -> None:
+    x = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    guider = stg.Guider(model, [2], on=on, guidance_scale=2.0)
+    guider.step = bad
+    with pytest.raises(stg.SettingError, match=r"^step=.*(expected stg\.Step\(index|count from 0 to count - 1)"):
+        guider(x[0], cond={"text": x[1]}, uncond={"text": x[1]})
+    with stg.apply(model, [2], on=on, batched_cfg=True) as applied:
+        applied.step = bad
+        with pytest.raises(stg.SettingError, match=r"^step="):
+            model(*x)
+        applied.step = None
         model(*x)
 
 
