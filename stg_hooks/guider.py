@@ -26,7 +26,7 @@ from stg_hooks.rules import AveragedApg, Rule, at_step
 from stg_hooks.schedule import Schedule, check_every, known, plan_from
 from stg_hooks.settings import Branch
 from stg_hooks.sites import Kind
-from stg_hooks.step import Step, check_step, is_new_run, step_at
+from stg_hooks.step import Step, check_step, is_new_run, noise_levels, step_at
 from stg_hooks.trace import Trace
 from stg_hooks.uncond import check_on, check_settings
 
@@ -145,7 +145,7 @@ class Guider:
         self.trace = Trace()
         self.step: Step | None = None
         """Where in the run the next calls are made; set it in a loop of your own if settings change during the run."""
-        self.sigmas = None if sigmas is None else _noise_levels(sigmas)
+        self.sigmas = None if sigmas is None else noise_levels(sigmas)
         self._takes_sigma = _second_parameter(denoiser) == "sigma"
         self._needs_step = not self.plan.is_constant or every > 1 or isinstance(rule, AveragedApg)
         self._reported: dict[str, Any] | None = None
@@ -293,19 +293,6 @@ class Guider:
             if complaint:
                 text = f"stg.Guider: {complaint}. Choose other layers: stg.layers(model)."
                 warnings.warn(text, StgWarning, stacklevel=3)
-
-
-def _noise_levels(sigmas: Tensor | Sequence[float]) -> Tensor:
-    try:
-        levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise SettingError(f"sigmas={sigmas!r}: expected noise levels from high to low, (N + 1,).") from error
-    if levels.ndim != 1 or len(levels) < 2 or not bool((levels.diff() < 0).all()):
-        raise SettingError(
-            f"sigmas= has shape {tuple(levels.shape)}: expected the noise levels that are passed to the sampler, from "
-            "high to low, (N + 1,)."
-        )
-    return levels
 
 
 def _merged(kwargs: dict[str, Any], name: str, condition: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stg_hooks.errors import SettingError
@@ -41,6 +42,20 @@ def check_step(step: Step | None) -> Step | None:
     if step.index is not None and (step.index < 0 or (step.count is not None and step.index >= step.count)):
         raise SettingError(f"step={step!r}: steps count from 0 to count - 1.")
     return step
+
+
+def noise_levels(sigmas: Tensor | Sequence[float]) -> Tensor:
+    """Return the noise levels of a run in float64 on the CPU; raise unless they go from high to low."""
+    try:
+        levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SettingError(f"sigmas={sigmas!r}: expected noise levels from high to low, (N + 1,).") from error
+    if levels.ndim != 1 or len(levels) < 2 or not bool((levels.diff() < 0).all()):
+        raise SettingError(
+            f"sigmas= has shape {tuple(levels.shape)}: expected the noise levels that are passed to the sampler, from "
+            "high to low, (N + 1,)."
+        )
+    return levels
 
 
 def step_at(sigma: Tensor, sigmas: Tensor | None, reported: Mapping[str, Any] | None) -> Step:
