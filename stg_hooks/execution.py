@@ -43,7 +43,8 @@ def in_weak_pass() -> bool:
 
 
 @contextmanager
-def _weak_pass() -> Iterator[None]:
+def weak_pass() -> Iterator[None]:
+    """Mark the calls of this thread as not to be guided, within a `with`."""
     before, _LOCAL.in_weak_pass = _LOCAL.in_weak_pass, True
     try:
         yield
@@ -218,7 +219,7 @@ class Execution:
         """Make a call once more in one pass, and compare: some models let rows influence each other."""
         stats = dataclasses.replace(self._stats)
         try:
-            with _weak_pass():
+            with weak_pass():
                 again = predictions(self._batched_pass(call, batch, cond))
             expected = [*own, *itertools.chain(*weaks)]
             got = [*again, *itertools.chain(*(call.weaks or []))]
@@ -261,13 +262,11 @@ class Execution:
                 call.recording = None
         results = []
         is_shared = True
-        for branch, switch in enumerate(self.switches):
+        for branch in range(len(self.switches)):
             weak, reason = self._shared_pass(branch, call, args, kwargs, cond)
             if weak is None:
                 is_shared = False
-                with _weak_pass(), switch.switched_on():
-                    weak = predictions(call.denoiser(*args, **kwargs))
-                self._count(branch, ())
+                weak = predictions(self.full_pass(branch, call.denoiser, args, kwargs))
             if [w.shape for w in weak] != [c.shape for c in cond]:
                 raise CallError(
                     f"the weak pass of {type(self._model).__name__} returned {[tuple(w.shape) for w in weak]}, but the "
@@ -280,6 +279,15 @@ class Execution:
         if call.check is not None and is_shared:
             call.check(results)
         return results
+
+    def full_pass(
+        self, branch: int, denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Make a call with the layers of one branch bypassed, and return what the denoiser returns."""
+        with weak_pass(), self.switches[branch].switched_on():
+            output = denoiser(*args, **kwargs)
+        self._count(branch, ())
+        return output
 
     def _shared_pass(
         self,
@@ -305,7 +313,7 @@ class Execution:
         try:
             # The replay comes last, so that it is asked first: up to its end no layer is skipped.
             replayed = recording.replayed(branch, self._patches_of(self._prefix), self._prefix)
-            with _weak_pass(), self.switches[branch].switched_on(), replayed:
+            with weak_pass(), self.switches[branch].switched_on(), replayed:
                 weak = predictions(call.denoiser(*args, **kwargs))
         except (PrefixMismatchError, AbsentError):
             pass
