@@ -398,13 +398,16 @@ def weights_are_streamed(model: nn.Module) -> bool:
         model: the denoiser, as it is when guidance is set up.
 
     Returns:
-        Whether accelerate (CPU or disk offload) or diffusers (group offload) has left its mark on a submodule.
+        Whether accelerate (CPU or disk offload), diffusers (group offload) or FSDP2 (`fully_shard`, which gathers
+        weights from other devices) has left its mark on a submodule.
     """
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
         if any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook])):
             return True
         if "group_offloading" in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}):
+            return True
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
             return True
     return False
 
