@@ -4,7 +4,16 @@ import importlib
 
 from stg_hooks.apply import apply
 from stg_hooks.combine import combine
-from stg_hooks.errors import BlockError, CallError, LayerError, SettingError, StgError, StgWarning, TargetError
+from stg_hooks.errors import (
+    BlockError,
+    CallError,
+    LayerError,
+    RankError,
+    SettingError,
+    StgError,
+    StgWarning,
+    TargetError,
+)
 from stg_hooks.guider import Guider
 from stg_hooks.perturb import LayerCall
 from stg_hooks.settings import Branch
@@ -29,6 +38,7 @@ __all__ = [
     "Guider",
     "LayerCall",
     "LayerError",
+    "RankError",
     "SettingError",
     "Step",
     "StgError",

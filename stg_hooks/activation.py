@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 # A context variable, so that another thread or task sees none of this, while a task that is started inside the `with`
@@ -27,3 +29,18 @@ def leave(session: object) -> None:
 def is_active(session: object) -> bool:
     """Tell whether a session is in force here."""
     return any(other is session for other in _ACTIVE.get())
+
+
+def others(session: object) -> list[object]:
+    """List the other sessions that are in force here."""
+    return [other for other in _ACTIVE.get() if other is not session]
+
+
+@contextmanager
+def entered(session: object) -> Iterator[None]:
+    """Mark a session as in force within a `with`."""
+    enter(session)
+    try:
+        yield
+    finally:
+        leave(session)

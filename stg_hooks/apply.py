@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -17,6 +18,7 @@ from stg_hooks.guide import Guide
 from stg_hooks.hosts import Host, ModuleHost, pipeline_host
 from stg_hooks.layers import LayerSpec
 from stg_hooks.perturb import Mode
+from stg_hooks.ranks import check_own_copy, ranks_from
 from stg_hooks.rules import Rule
 from stg_hooks.schedule import Schedule, check_every, plan_from
 from stg_hooks.settings import Branch
@@ -24,6 +26,9 @@ from stg_hooks.sites import Kind
 from stg_hooks.step import Step
 from stg_hooks.trace import Trace
 from stg_hooks.uncond import UncondGuide, check_on, check_settings
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, layers=[34], scale=1.0):`
@@ -56,6 +61,8 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         batched_cfg: bool | None = None,
         guidance_scale: Scale | None = None,
         execution: str = "auto",
+        group: ProcessGroup | None = None,
+        timeout: float = 300.0,
     ) -> None:
         """Choose what to guide and how; nothing is touched before the `with`.
 
@@ -86,11 +93,19 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
             guidance_scale: for a module with `batched_cfg` and `rescale`: the CFG weight that its caller applies.
             execution: how the weak prediction is computed: `"sequential"` (a second pass that starts at the first
                 skipped layer), `"full"` (the textbook's second pass), or `"auto"`, which chooses.
+            group: spread the cond, weak and uncond predictions of each call over the processes of a group of
+                torch.distributed, one device each: with three of them, a step takes as long as one forward. Every
+                process holds the model and runs the same code with the same seeds, and all get the same predictions; a
+                pipeline that calls its model for uncond apart makes that call on all of them. A model that draws
+                random numbers (dropout) gets other ones than on one device; a model that is itself spread over these
+                processes (FSDP, tensor or context parallelism) is refused. Gradients do not pass.
+            timeout: seconds that a process waits for the others before it is an error on all of them. On GPUs, NCCL's
+                own timeout holds for predictions that are on their way.
 
         Raises:
             LayerError: a layer that does not exist or cannot be skipped in this mode.
             SettingError: a setting that cannot be used, or `layers` left out where nothing is published.
-            TargetError: a target that is neither a pipeline nor a module.
+            TargetError: a target that is neither a pipeline nor a module; or no process group.
 
         Source: STG, arXiv 2411.18664, Eq. 13 and 20, Alg. 4.
         """
@@ -130,11 +145,16 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         self.step: Step | None = None
         """Set it before each call where the target is a module and a schedule needs to know the step."""
         self.lost_steps = 0
+        self.ranks = ranks_from(group, timeout, on)
         unique = {id(module): module for module in denoisers.values()}
         self._guides = [
             UncondGuide(self, module) if on == "uncond" else Guide(self, module, execution)
             for module in unique.values()
         ]
+        self.models = list(unique.values())
+        if self.ranks is not None:
+            for model in self.models:
+                check_own_copy(model, self.ranks)
         self._entered: list[ExitStack] = []
 
     def _check_uncond(self, batched_cfg: bool | None) -> None:
@@ -151,7 +171,14 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
             )
 
     def __enter__(self) -> apply:
-        """Register the hooks."""
+        """Register the hooks; with a group, meet the other processes.
+
+        Raises:
+            RankError: they did not come, or hold another model.
+        """
+        if self.ranks is not None:
+            for model in self.models:
+                self.ranks.enter(model)
         with ExitStack() as stack:
             for guide in self._guides:
                 stack.enter_context(guide.installed())
@@ -167,12 +194,15 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
 
         Raises:
             CallError: `__enter__` was not called before.
+            RankError: with a group: another process is not leaving.
         """
         if not self._entered:
             raise CallError(
                 "stg.apply was left without having been entered. Write: with stg.apply(pipe, layers=[...]):"
             )
         self._entered.pop().close()
+        if self.ranks is not None:
+            self.ranks.leave(error)
         complaints = [complaint for guide in self._guides for complaint in guide.complaints()]
         if kind is None and complaints:
             text = f"stg.apply: {'; '.join(complaints)}. Choose other layers: stg.layers(model)."

@@ -220,18 +220,25 @@ class _Interception(TorchFunctionMode):
 
     def _runs(self, tensor: Tensor, total: int) -> Runs:
         """Say which of the tokens are text."""
-        label = self.provenance.label(tensor)
-        runs = label.runs_along(total) if label is not None else ()
         given = self.provenance.arguments
         main = given.get(self.provenance.main or "")
+        label = self.provenance.label(tensor)
+        if label is None and main is not None:  # made from the only argument, in a way that could not be followed
+            label = self.provenance.label(main)
+            if label is not None and label.runs and not label.runs_along(total):
+                raise self._text_is_lost(total)
+        runs = label.runs_along(total) if label is not None else ()
         if not runs and label is not None and main is not None and main.ndim == 3:
             others = [given[name] for name in sorted(label.sources) if name in given and given[name] is not main]
             if any(other.ndim == 3 and other.shape[1] + main.shape[1] == total for other in others):
-                raise self._error(
-                    f"puts {total} tokens together in a way that cannot be followed, so it is not known which of "
-                    "them are text. Use mode='residual' on the block."
-                )
+                raise self._text_is_lost(total)
         return runs if len({is_text for is_text, _ in runs}) == 2 else ()
+
+    def _text_is_lost(self, total: int) -> BlockError:
+        return self._error(
+            f"puts {total} tokens together in a way that cannot be followed, so it is not known which of "
+            "them are text. Use mode='residual' on the block."
+        )
 
     def _inputs(self) -> tuple[Tensor, ...]:
         given, main = self.provenance.arguments, self.provenance.main

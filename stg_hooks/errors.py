@@ -30,6 +30,10 @@ class CallError(StgError, RuntimeError):
     """A call of the denoiser cannot be guided: its rows or its role (cond, uncond) are unknown."""
 
 
+class RankError(StgError, RuntimeError):
+    """The ranks of a process group do not work together: one has failed, died, or was given something else."""
+
+
 class StgWarning(UserWarning):
     """Guidance did not do what its user most likely expects."""
 

@@ -44,7 +44,8 @@ def in_weak_pass() -> bool:
 
 
 @contextmanager
-def _weak_pass() -> Iterator[None]:
+def weak_pass() -> Iterator[None]:
+    """Mark the calls of this thread as not to be guided, within a `with`."""
     before, _LOCAL.in_weak_pass = _LOCAL.in_weak_pass, True
     try:
         yield
@@ -247,7 +248,7 @@ class Execution:
         """Make a call once more in one pass, and compare: some models let rows influence each other."""
         stats = dataclasses.replace(self._stats)
         try:
-            with _weak_pass():
+            with weak_pass():
                 again = predictions(self._batched_pass(call, batch, cond))
             expected = [*own, *itertools.chain(*weaks)]
             got = [*again, *itertools.chain(*(call.weaks or []))]
@@ -296,7 +297,9 @@ class Execution:
     def _shared_passes(self, call: GuidedCall) -> list[list[Tensor]] | None:
         """Run the weak passes on top of the cond pass; `None` where full ones are needed."""
         prefix = call.prefix
-        if prefix is None or self.way in ("full", "whole") or (call.batched_cfg and prefix.batch != 2 * call.rows):
+        if prefix is None or self.way in ("full", "whole") or None in prefix.ends:
+            return None
+        if call.batched_cfg and prefix.batch != 2 * call.rows:
             return None
         if prefix.obstacle:
             self._stop_sharing(prefix.obstacle)
@@ -344,7 +347,7 @@ class Execution:
         try:
             # The replay comes last, so that it is asked first: up to its end no layer is skipped.
             args, kwargs = self._cond_rows(call)
-            with _weak_pass(), prefix.replayed(branch, self._patches_of(self._prefix), self._prefix):
+            with weak_pass(), prefix.replayed(branch, self._patches_of(self._prefix), self._prefix):
                 found = predictions(call.denoiser(*args, **kwargs))
         except _SUSPECTS as error:
             # Before rows have been cut successfully they are under suspicion; if innocent, a full pass fails as well.
@@ -381,12 +384,19 @@ class Execution:
 
     # --- the textbook
 
+    def full_pass(
+        self, branch: int, denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Make a call with the layers of one branch bypassed, and return what the denoiser returns."""
+        with weak_pass(), self.switches[branch].switched_on():
+            output = denoiser(*args, **kwargs)
+        self._count(branch, ())
+        return output
+
     def _full_pass(self, call: GuidedCall, branch: int, is_cut: bool) -> list[Tensor]:
         """Run a weak pass as the textbook does, on the cond rows alone or on all."""
         args, kwargs = self._cond_rows(call) if is_cut else (call.args, call.kwargs)
-        with _weak_pass(), self.switches[branch].switched_on():
-            weak = predictions(call.denoiser(*args, **kwargs))
-        self._count(branch, ())
+        weak = predictions(self.full_pass(branch, call.denoiser, args, kwargs))
         if call.batched_cfg and not is_cut:
             weak = [halves(tensor)[1] for tensor in weak]
         return [tensor.clone() for tensor in weak]  # the next call may use their memory
@@ -395,7 +405,7 @@ class Execution:
         """Make a pass on the cond rows with nothing skipped, once: it has to give what the cond pass gave."""
         try:
             args, kwargs = self._cond_rows(call)
-            with _weak_pass():
+            with weak_pass():
                 again = predictions(call.denoiser(*args, **kwargs))
             if agree(again, call.cond):
                 self._cut.add(call.layout)
@@ -476,12 +486,15 @@ def weights_are_streamed(model: nn.Module) -> bool:
         model: the denoiser, as it is when guidance is set up.
 
     Returns:
-        Whether accelerate (CPU or disk offload) or diffusers (group offload) has left its mark on a submodule.
+        Whether accelerate (CPU or disk offload), diffusers (group offload) or FSDP2 (`fully_shard`, which gathers
+        weights from other devices) has left its mark on a submodule.
     """
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
         if any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook])):
             return True
         if "group_offloading" in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}):
+            return True
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
             return True
     return False

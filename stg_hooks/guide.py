@@ -7,19 +7,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from stg_hooks import activation
-from stg_hooks.calls import halves, own_predictions, replace_predictions
+from stg_hooks.calls import first_batch, halves, own_predictions, replace_predictions, take_rows
 from stg_hooks.combine import Scale, combine, correction, fitted, is_number
 from stg_hooks.errors import CallError
 from stg_hooks.execution import GuidedCall, Stats, in_weak_pass
 from stg_hooks.executions import Executions
 from stg_hooks.hosts import Host, Role
+from stg_hooks.inspection import parameter_names
+from stg_hooks.parallel import Share, check_alone
 from stg_hooks.patching import patched, shared
+from stg_hooks.ranks import Ranks
 from stg_hooks.rules import at_step
 from stg_hooks.schedule import Plan, Settings, known
 from stg_hooks.settings import Branch
@@ -38,6 +42,7 @@ class Session(Protocol):
     step: Step | None
     every: int
     lost_steps: int
+    ranks: Ranks | None
 
 
 @dataclasses.dataclass
@@ -120,10 +125,16 @@ class _Call:
     guided: GuidedCall | None = None
     before: _Guided | None = None  # for an uncond or perturbed call: the cond call before it
     kept: Kept | None = None
+    share: Share | None = None
 
     @property
     def is_cond(self) -> bool:
         return self.role.rows in ("cond", "uncond+cond")
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """Those for which weak predictions are to be computed."""
+        return () if self.kept or not self.is_cond else self.settings.active
 
 
 class _OfThread(threading.local):
@@ -156,6 +167,7 @@ class Guide:
         self._model = model
         self._executions = Executions(model, execution, session.stats)
         self._executions.prepare(session.plan.known)
+        self._names = parameter_names(model)
         self._local = _OfThread()
         self._looked_at: dict[int, list[tuple[Switch, Tensor]]] = {}
 
@@ -191,6 +203,7 @@ class Guide:
         if role is None:
             return
         assert kwargs is not None
+        check_alone(self._session, self._session.ranks, self._model)
         if role.rows in ("uncond", "perturbed"):
             before = self._local.last
             if role.rows == "uncond":
@@ -207,7 +220,13 @@ class Guide:
     def _around(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call that is going to be guided, so that its weak passes can share work with it."""
         call = self._local.call
-        if call is None or in_weak_pass() or not call.is_cond or not call.settings.active or call.kept:
+        if call is None or in_weak_pass():
+            return proceed(*args, **kwargs)
+        if self._session.ranks is not None:
+            both = call.role.rows == "uncond+cond"
+            call.share = Share(self._session.ranks, self._executions, call.branches, both)
+            return call.share.first(proceed, partial(self._arguments, both, args, kwargs))
+        if not call.branches:
             return proceed(*args, **kwargs)
         execution = self._executions.of(call.settings.active)
         output, call.guided = execution.cond_pass(proceed, args, kwargs, call.role.rows == "uncond+cond")
@@ -222,20 +241,53 @@ class Guide:
             return None
         session, output = self._session, kwargs_and_output[-1]
         session.stats.calls += 1
+        start = time.perf_counter()
+        unchanged = None
+        if call.share is not None:
+            unchanged = output = replace_predictions(output, self._together(call, call.share, own_predictions(output)))
         if call.is_cond and not call.settings.changes:
             self._local.last = self._local.guided = _Guided(call.step, call.settings, [], [])
-            return None
-        start = time.perf_counter()
+            return unchanged
         now = own_predictions(output)
         before = self._of_model.unguided
         if before is None:
             self._of_model.unguided = before = now
         new = self._guided(call, before, now) if call.is_cond else self._moved_along(call, now)
         if new is None:
-            return None
+            return unchanged
         session.stats.guided_calls += 1
         session.stats.seconds += time.perf_counter() - start
         return replace_predictions(output, new)
+
+    def _arguments(
+        self, both: bool, args: tuple[Any, ...], kwargs: dict[str, Any], for_uncond: bool
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of a call for its cond rows, or for its uncond rows."""
+        if not both:
+            return args, kwargs
+        batch = first_batch(args, kwargs)
+        if batch is None or batch % 2:
+            raise CallError(f"a call with {batch or 'no'} rows cannot be [uncond, cond], so it cannot be spread.")
+        rows = slice(0, batch // 2) if for_uncond else slice(batch // 2, None)
+        return take_rows(args, kwargs, self._names, batch, rows)
+
+    def _together(self, call: _Call, share: Share, first: list[Tensor]) -> list[Tensor]:
+        """Make the other predictions of a call together with the other ranks; return the call's own ones."""
+        settings, role = call.settings, call.role
+        said = {
+            "step": call.step,
+            "rows": role.rows,
+            "guidance_scale": (role.guidance_scale, settings.guidance_scale),
+            "rescale": settings.rescale,
+            "rule": settings.rule,
+        }
+        arguments = partial(self._arguments, role.rows == "uncond+cond", call.args, call.kwargs)
+        guided = share.rest(self._model, arguments, first, said)
+        if call.branches:
+            call.guided = guided
+        if share.unconds is None:
+            return share.conds
+        return [torch.cat([u, c]) for u, c in zip(share.unconds, share.conds, strict=True)]
 
     def _guided(self, call: _Call, unguided: Sequence[Tensor], output: Sequence[Tensor]) -> list[Tensor]:
         """Return the guided `output`; `unguided` differs from it where another session came first."""
@@ -281,7 +333,9 @@ class Guide:
         by_branch = execution.weak_predictions(call.guided, conds)
         if id(execution) not in self._looked_at:  # compared on the device; read at the end, where waiting costs nothing
             same = [torch.stack([(w == c).all() for w, c in zip(b, conds, strict=True)]).all() for b in by_branch]
-            self._looked_at[id(execution)] = list(zip(execution.switches, same, strict=True))
+            switches = execution.switches if call.share is None else call.share.switches
+            # What was computed on another rank is reported there.
+            self._looked_at[id(execution)] = [(s, b) for s, b in zip(switches, same, strict=True) if s is not None]
         weaks = [list(weaks) for weaks in zip(*by_branch, strict=True)]
         if self._session.every > 1:
             known(call.step.index, f"every={self._session.every} counts steps", "index")

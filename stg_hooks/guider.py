@@ -8,27 +8,34 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from stg_hooks import activation
 from stg_hooks.calls import halves, own_predictions, predictions
 from stg_hooks.combine import Scale, check_scale, combine, correction, is_number
 from stg_hooks.errors import CallError, SettingError, StgWarning, TargetError
-from stg_hooks.execution import Execution, Stats, in_weak_pass
+from stg_hooks.execution import Stats, in_weak_pass
 from stg_hooks.executions import Executions
 from stg_hooks.guide import Kept
 from stg_hooks.layers import LayerSpec
+from stg_hooks.parallel import Share, check_alone
 from stg_hooks.perturb import Mode
+from stg_hooks.ranks import Ranks, check_own_copy, ranks_from
 from stg_hooks.rules import AveragedApg, Rule, at_step
 from stg_hooks.schedule import Schedule, check_every, known, plan_from
 from stg_hooks.settings import Branch
 from stg_hooks.sites import Kind
+from stg_hooks.skip import Switch
 from stg_hooks.step import Step, check_step, is_new_run, noise_levels, step_at
 from stg_hooks.trace import Trace
 from stg_hooks.uncond import check_on, check_settings
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class _OfThread(threading.local):
@@ -65,6 +72,8 @@ class Guider:
         sigmas: Tensor | Sequence[float] | None = None,
         model: nn.Module | None = None,
         execution: str = "auto",
+        group: ProcessGroup | None = None,
+        timeout: float = 300.0,
     ) -> None:
         """Choose what to guide and how.
 
@@ -93,6 +102,8 @@ class Guider:
                 the first one whose noise level is not above the call's `sigma`.
             model: the module that holds the layers, where `denoiser` is not itself a module.
             execution: how the weak prediction is computed, as for `apply`.
+            group: spread the cond, weak and uncond predictions over these processes, as for `apply`.
+            timeout: as for `apply`.
 
         Raises:
             LayerError: a layer that does not exist or cannot be skipped in this mode.
@@ -152,6 +163,11 @@ class Guider:
         self._executions = Executions(model, execution, self.stats)
         self._executions.prepare(self.plan.known)
         self._is_checked = False
+        self.models = [model]
+        self.ranks = ranks_from(group, timeout, on)
+        self._has_met = False
+        if self.ranks is not None:
+            check_own_copy(model, self.ranks)
 
     def __call__(
         self,
@@ -178,6 +194,7 @@ class Guider:
                 a GPU it is looked at only if settings change during the run).
             TargetError: `cond` or `uncond` is no mapping.
             SettingError: an argument is given twice, or not for both predictions.
+            RankError: with `group`: another rank has failed, died, or was given something else.
         """
         positive, negative = _merged(kwargs, "cond", cond), _merged(kwargs, "uncond", uncond)
         if uncond and uncond.keys() != (cond or {}).keys():
@@ -197,25 +214,35 @@ class Guider:
                     f"guidance_scale other than 1 (it is {g})."
                 )
         # Only this kind of denoiser promises that dimension 0 is the sample, in all that it is given.
-        joined = _joined(args, positive, negative) if cfg and self._takes_sigma and self._on == "cond" else None
+        joins = cfg and self._takes_sigma and self._on == "cond" and self.ranks is None
+        joined = _joined(args, positive, negative) if joins else None
         call_args, call_kwargs = joined or (args, positive)
         kept = self._kept(step, active)
-        if active and self._on == "cond" and kept is None:
-            with self._executions.installed():
+        fresh = active if self._on == "cond" and kept is None else ()
+        by_branch: list[list[Tensor]] = []
+        if self.ranks is not None and not in_weak_pass():
+            said = {
+                "step": step if isinstance(step, Step) else None,
+                "guidance_scale": g,
+                "rescale": settings.rescale,
+                "rule": settings.rule,
+            }
+            conds, by_branch, unconds = self._shared(self.ranks, fresh, args, positive, negative if cfg else None, said)
+        elif fresh:
+            with self._executions.installed(), activation.entered(self):
                 execution = self._executions.of(active)
                 output, call = execution.cond_pass(self.denoiser, call_args, call_kwargs, joined is not None)
                 conds, unconds = _halved(own_predictions(output), joined is not None)
                 start = time.perf_counter()
                 by_branch = execution.weak_predictions(call, conds)
                 self.stats.seconds += time.perf_counter() - start
-                self._check(execution, conds, by_branch)
-            weaks = [list(weaks) for weaks in zip(*by_branch, strict=True)]
-            if self.every > 1 and isinstance(step, Step):
-                self._local.kept = Kept.after(conds, weaks, active, step)
+                self._check(execution.switches, conds, by_branch)
         else:
             conds, unconds = _halved(own_predictions(self.denoiser(*call_args, **call_kwargs)), joined is not None)
-            weaks = [[] for _ in conds] if kept is None else kept.weaks(conds)
-        if cfg and joined is None:
+        weaks = kept.weaks(conds) if kept else [[weak[i] for weak in by_branch] for i in range(len(conds))]
+        if self.every > 1 and fresh and isinstance(step, Step):
+            self._local.kept = Kept.after(conds, weaks, active, step)
+        if cfg and joined is None and unconds[0] is None:
             unconds = [*self._uncond(active, args, negative)]
         scales = [branch.scale for branch in active] if self._on == "cond" else []
         rules = [settings.rule] * len(conds)
@@ -240,6 +267,35 @@ class Guider:
         found = self._local.kept
         return found if found is not None and found.serves(step, active, self.every) else None
 
+    def _shared(
+        self,
+        ranks: Ranks,
+        active: Sequence[Branch],
+        args: tuple[Any, ...],
+        positive: dict[str, Any],
+        negative: dict[str, Any] | None,
+        said: Mapping[str, object],
+    ) -> tuple[list[Tensor], list[list[Tensor]], Sequence[Tensor | None]]:
+        """Make the predictions of a step together with the other ranks."""
+        if not self._has_met:
+            ranks.enter(self.models[0])
+            self._has_met = True
+        check_alone(self, ranks, self.models[0])
+
+        def arguments(for_uncond: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return args, negative if for_uncond and negative is not None else positive
+
+        with self._executions.installed(), activation.entered(self):
+            share = Share(ranks, self._executions, active, negative is not None)
+            first = own_predictions(share.first(self.denoiser, arguments))
+            start = time.perf_counter()
+            weaks = share.rest(self.denoiser, arguments, first, said).weaks
+            self.stats.seconds += time.perf_counter() - start
+            assert weaks is not None
+            if active:
+                self._check(share.switches, share.conds, weaks)
+        return share.conds, weaks, share.unconds or [None] * len(share.conds)
+
     def _uncond(self, active: Sequence[Branch], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Tensor]:
         """Make the uncond prediction in a call of its own, by the weak model if that is asked for."""
         if not active or self._on == "cond":
@@ -248,7 +304,7 @@ class Guider:
             execution = self._executions.of(active)
             with execution.switches[0].switched_on():
                 found = predictions(self.denoiser(*args, **kwargs))
-            self._check(execution, (), [()])
+            self._check(execution.switches, (), [()])
         return found
 
     def _step_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Step | Callable[[], Step]:
@@ -282,12 +338,16 @@ class Guider:
         # Numbers stay on the device until a schedule needs them.
         self._reported = {name: info[name] for name in ("i", "sigma", "sigma_hat", "n_accept") if name in info}
 
-    def _check(self, execution: Execution, conds: Sequence[Tensor], weaks: Sequence[Sequence[Tensor]]) -> None:
+    def _check(
+        self, switches: Sequence[Switch | None], conds: Sequence[Tensor], weaks: Sequence[Sequence[Tensor]]
+    ) -> None:
         """Report a skip that did nothing; look at the first call only, because looking waits for the GPU."""
         if self._is_checked:
             return
         self._is_checked = True
-        for switch, weak in zip(execution.switches, weaks, strict=True):
+        for switch, weak in zip(switches, weaks, strict=True):
+            if switch is None:
+                continue  # it was computed on another rank, which reports it
             same = bool(weak) and all(torch.equal(w, c) for w, c in zip(weak, conds, strict=True))
             complaint = switch.complaint(same)
             if complaint:

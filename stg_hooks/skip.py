@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
@@ -14,12 +14,12 @@ from torch import nn
 
 from stg_hooks import activation
 from stg_hooks.attention import AttentionSeam
-from stg_hooks.errors import CallError, StgWarning
+from stg_hooks.errors import CallError, LayerError, StgWarning
 from stg_hooks.feed_forward import FeedForwards
 from stg_hooks.layers import Layer, LayerSpec, resolve
 from stg_hooks.patching import Action, Patch, is_compiled, now, patched
 from stg_hooks.perturb import MODES, OF_BLOCKS, LayerCall, Mode, find_mode
-from stg_hooks.sites import Kind, find_sites
+from stg_hooks.sites import Kind, Site, find_sites
 from stg_hooks.streams import Streams
 
 
@@ -40,6 +40,7 @@ class Switch:
         self._sites = find_sites(model, self.layers, self.mode, kind)
         self.modules = [site.module for site in self._sites]
         """The modules that differ in the weak pass: the layers, or the blocks around perturbed attention."""
+        _check_tokens_are_whole(model, self._sites, self.mode)
         self._seams = [AttentionSeam(site.module, site.targets) for site in self._sites]
         self._feed_forwards = [FeedForwards(module) for module in self.modules]
         self._reached = {id(module): _Reached() for module in self.modules}
@@ -267,6 +268,28 @@ class skip:  # noqa: N801 - reads as the verb it is: `with stg.skip(model, layer
                 f"{'it' if len(names) == 1 else 'them'} in this thread. Choose layers that it calls: stg.layers(model)."
             )
         return None
+
+
+def _check_tokens_are_whole(model: nn.Module, sites: Sequence[Site], mode: Mode) -> None:
+    """Raise where context parallelism (of diffusers) would make a skip do something else than on one device."""
+    splits = {id(m) for m in model.modules() if any(name.startswith("cp_") for name in _hook_names(m))}
+    if not splits:
+        return
+    if mode is MODES["shuffled"]:
+        raise LayerError(
+            "mode='shuffled' mixes all tokens, of which context parallelism gives each device a part. Use 'residual'."
+        )
+    for layer in (layer for site in sites for layer in site.layers):
+        if mode is MODES["residual"] and id(layer.module) in splits:
+            raise LayerError(
+                f"layer {layer.name!r} cannot be skipped: at its entrance context parallelism splits the tokens over "
+                "devices. Choose another layer: stg.layers(model)."
+            )
+
+
+def _hook_names(module: nn.Module) -> Iterable[str]:
+    names: Iterable[str] = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    return names
 
 
 _LOCK = threading.Lock()

@@ -125,9 +125,9 @@ def test_rows_in_unusual_places(cls: type[nn.Module], execution: str) -> None:
 def test_rows_that_influence_each_other(execution: str) -> None:
     """A weak pass on all rows is what remains."""
     model = build(Centred)
-    with pytest.warns(stg.StgWarning, match="cannot be cut down to their cond rows") as caught:
-        with stg.apply(model, [2], SCALE, batched_cfg=True, execution=execution):
-            got = [model(**call) for call in calls(4, 5, (4, 3, DIM))]
+    guide = stg.apply(model, [2], SCALE, batched_cfg=True, execution=execution)
+    with pytest.warns(stg.StgWarning, match="cannot be cut down to their cond rows") as caught, guide:
+        got = [model(**call) for call in calls(4, 5, (4, 3, DIM))]
     assert sum("cannot be cut down" in str(warning.message) for warning in caught) == 1
     for output, call in zip(got, calls(4, 5, (4, 3, DIM)), strict=True):
         plain = model(**call)
