@@ -205,20 +205,18 @@ def test_an_interrupted_sweep_loses_the_cell_in_work_only(tmp_path: Path) -> Non
     assert {name: files(tmp_path)[name] for name in before} == before
 
 
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({"scales": [0.5]}, r"scales is \[0\.5, 1\.0\] there and \[0\.5\] here"),
-        ({"seeds": 3}, r"seeds is \[0, 1\] there and \[0, 1, 2\] here"),
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    small: dict[str, Any] = {"layers": [0], "scales": [1.0], "seeds": 1}
+    Toy().sweep(tmp_path, **small)
+    before = files(tmp_path)
+    for changes, text in (
+        ({"scales": [0.5]}, r"scales is \[1\.0\] there and \[0\.5\] here"),
+        ({"seeds": 2}, r"seeds is \[0\] there and \[0, 1\] here"),
         ({"fps": 9}, r"fps is 8 there and 9 here"),
         ({"metrics": {"one": lambda video, prompt: 1.0}}, r"metrics is \[\] there and \['one'\] here"),
-    ],
-)
-def test_other_settings_are_refused(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
-    Toy().sweep(tmp_path)
-    before = files(tmp_path)
-    with pytest.raises(stg.ResultsError, match=f"holds a sweep with other settings: {text}"):
-        Toy().sweep(tmp_path, **changes)
+    ):
+        with pytest.raises(stg.ResultsError, match=f"holds a sweep with other settings: {text}"):
+            Toy().sweep(tmp_path, **{**small, **changes})
     assert files(tmp_path) == before
 
 
@@ -500,7 +498,7 @@ def test_an_mp4_holds_what_was_written(tmp_path: Path) -> None:
     video = np.stack([np.roll(ramp, 8 * i, axis=1) for i in range(6)]).astype(np.uint8)
     name = media.write_sample(tmp_path, "p0-s0", video, fps=8)
     assert name == "p0-s0.mp4"
-    read = np.stack(list(imageio.get_reader(tmp_path / name)))
+    read = np.stack(imageio.mimread(tmp_path / name))
     assert read.shape == video.shape
     assert np.abs(read.astype(int) - video).mean() < 4
 
