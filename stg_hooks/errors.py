@@ -34,6 +34,14 @@ class RankError(StgError, RuntimeError):
     """The ranks of a process group do not work together: one has failed, died, or was given something else."""
 
 
+class ResultsError(StgError, RuntimeError):
+    """A folder of results does not exist, or is not what was expected: another sweep's, or damaged."""
+
+
+class ExtraError(StgError, ImportError):
+    """A package is missing that only this part of stg_hooks needs; the message says which extra installs it."""
+
+
 class StgWarning(UserWarning):
     """Guidance did not do what its user most likely expects."""
 

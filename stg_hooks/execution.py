@@ -366,12 +366,15 @@ class Execution:
         return found
 
     def _check_shared(self, call: GuidedCall, prefix: Prefix) -> None:
-        """Make the passes once more with nothing skipped: they have to give what the cond pass gave.
+        """Make a pass once more with nothing skipped: it has to give what the cond pass gave.
+
+        Of many branches, those with the shortest and the longest prefix are tried.
 
         Raises:
-            NotSharedError: they do not, and what `_shared_pass` raises.
+            NotSharedError: it does not, and what `_shared_pass` raises.
         """
-        for branch in range(len(self.switches)):
+        by_length = sorted(range(len(self.switches)), key=lambda branch: prefix.ends[branch] or 0)
+        for branch in {by_length[0], by_length[-1]}:
             if not agree(self._shared_pass(call, prefix, branch), call.cond):
                 raise NotSharedError("with nothing skipped, the cond rows alone do not give the cond prediction again")
 

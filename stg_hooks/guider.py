@@ -148,6 +148,7 @@ class Guider:
             for settings in self.plan.known:
                 check_settings(settings)
         self.denoiser = denoiser
+        self.model = model
         self._on = on
         self.every = every
         self._local = _OfThread()
