@@ -16,9 +16,11 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """Load `stg_hooks.k_diffusion` when it is first used."""
+    """Load `stg_hooks.k_diffusion` and `stg_hooks.report` when they are first used."""
     if name == "k_diffusion":
         return importlib.import_module("stg_hooks.integrations.k_diffusion")
+    if name == "report":
+        return importlib.import_module("stg_hooks.integrations.report").report
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
