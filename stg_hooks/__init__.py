@@ -1,12 +1,24 @@
 """Skip guidance for any diffusion model: bypass layers, guide with the difference, change nothing else."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from stg_hooks.apply import apply
 from stg_hooks.combine import combine
-from stg_hooks.errors import BlockError, CallError, LayerError, SettingError, StgError, StgWarning, TargetError
+from stg_hooks.errors import (
+    BlockError,
+    CallError,
+    ExtraError,
+    LayerError,
+    ResultsError,
+    SettingError,
+    StgError,
+    StgWarning,
+    TargetError,
+)
 from stg_hooks.guider import Guider
 from stg_hooks.perturb import LayerCall
+from stg_hooks.profile import profile
 from stg_hooks.settings import Branch
 from stg_hooks.skip import skip
 from stg_hooks.step import Step
@@ -15,12 +27,19 @@ from stg_hooks.table import layers
 __version__ = "0.1.0"
 
 
+if TYPE_CHECKING:
+    from stg_hooks.integrations.report import report
+    from stg_hooks.integrations.sweep import sweep
+
+
 def __getattr__(name: str) -> object:
-    """Load `stg_hooks.k_diffusion` and `stg_hooks.report` when they are first used."""
+    """Load `stg_hooks.k_diffusion`, `stg_hooks.report` and `stg_hooks.sweep` when they are first used."""
     if name == "k_diffusion":
         return importlib.import_module("stg_hooks.integrations.k_diffusion")
     if name == "report":
         return importlib.import_module("stg_hooks.integrations.report").report
+    if name == "sweep":
+        return importlib.import_module("stg_hooks.integrations.sweep").sweep
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -28,9 +47,11 @@ __all__ = [
     "BlockError",
     "Branch",
     "CallError",
+    "ExtraError",
     "Guider",
     "LayerCall",
     "LayerError",
+    "ResultsError",
     "SettingError",
     "Step",
     "StgError",
@@ -39,5 +60,8 @@ __all__ = [
     "apply",
     "combine",
     "layers",
+    "profile",
+    "report",
     "skip",
+    "sweep",
 ]
