@@ -105,7 +105,7 @@ def _cell(name: str, place: results.Place, error: str | None, samples: Sequence[
         status="done" if error is None else "failed",
         error=error,
         seconds=4.0 + 0.5 * len(layers),
-        cost=(0.5 - 0.05 * min(layers)) * (0.9 if mode == "attention" else 1) if layers else 0.0,
+        cost=0.6 / (1 + min(layers)) * (0.9 if mode == "attention" else 1) if layers else 0.0,
         metrics={key: results.mean(sample.metrics[key] for sample in samples) for key in names},
         code=code,
         samples=tuple(samples),
