@@ -13,13 +13,13 @@ const showSample = (box, cell) => {
 };
 
 const valuesOf = (cell) => {
-  const rows = data.metrics.map((name) => [words(name), cell.metrics[name], plainCell?.metrics[name]]);
+  const rows = data.metrics.map((name) => [name, cell.metrics[name], plainCell?.metrics[name]]);
   const head = html("tr", {}, ...["", "Unguided", "Guided", "Change"].map((title) => html("th", { scope: "col" }, title)));
-  const body = rows.map(([title, value, plain]) => {
-    const text = alike([value, plain]);
+  const body = rows.map(([name, value, plain]) => {
+    const text = alike(cells.map((other) => other.metrics[name])); // as in the table
     const both = Number.isFinite(value) && Number.isFinite(plain);
     const delta = both ? `${value > plain ? "+" : ""}${text(value - plain)}` : NONE;
-    return html("tr", {}, html("th", { scope: "row" }, title), ...[text(plain), text(value), delta].map((cell) => html("td", {}, cell)));
+    return html("tr", {}, html("th", { scope: "row" }, words(name)), ...[text(plain), text(value), delta].map((cell) => html("td", {}, cell)));
   });
   const last = [["Extra compute", percent(isPlain(cell) ? 0 : cell.cost)], ["Seconds", number(cell.seconds)]].map(([title, text]) =>
     html("tr", {}, html("th", { scope: "row" }, title), html("td"), html("td", {}, text), html("td")));

@@ -93,7 +93,7 @@ const drawScatter = (width) => {
     event.preventDefault();
   });
   const used = modes.length > 1 ? modes.map((mode, index) => html("span", { class: `kind-${index % SHAPES.length}` }, key(index), mode)) : [];
-  const plain = plainCell ? [html("span", { class: "plain" }, key(3), PLAIN.toLowerCase())] : [];
+  const plain = points.includes(plainCell) ? [html("span", { class: "plain" }, key(3), PLAIN.toLowerCase())] : [];
   const sizes = scales.length > 1 ? [`larger points: larger scale`] : [];
   box.replaceChildren(picture, html("div", { class: "legend" }, ...used, ...plain, ...sizes));
   if (focused) picture.querySelector('[tabindex="0"]').focus({ preventScroll: true });
