@@ -16,9 +16,11 @@ _LUMA = (0.299, 0.587, 0.114)
 _STEP = 0.5 / 255
 
 
-def sharpness(video: Array, prompt: str = "") -> float:
+def sharpness(video: Array, prompt: str = "") -> float | None:
     """Measure fine detail: the standard deviation of the Laplacian of brightness, mean over frames."""
     y = _brightness(video)
+    if min(y.shape[1:]) < 3:
+        return None
     around = y[:, :-2, 1:-1] + y[:, 2:, 1:-1] + y[:, 1:-1, :-2] + y[:, 1:-1, 2:]
     return float((around - 4 * y[:, 1:-1, 1:-1]).std(axis=(1, 2)).mean())
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stg_hooks.calls import halves, take_rows
-from stg_hooks.cost import counting, is_compiled_anywhere
+from stg_hooks.cost import Flops, is_compiled_anywhere
 from stg_hooks.errors import CallError, SettingError, StgWarning
 from stg_hooks.execution import Stats, in_weak_pass, weak_pass
 from stg_hooks.guide import Guide, Session
@@ -147,9 +147,9 @@ class Meter:
         """Make a call of the denoiser."""
         if self._plain is None:
             return call(*args, **kwargs)
-        with counting() as counter:
+        with Flops() as counter:
             output = call(*args, **kwargs)
-        flops = int(counter.get_total_flops())
+        flops = counter.total
         if in_weak_pass():
             branch = self._stats.weak_passes - self._first
             self._weak[branch] = self._weak.get(branch, 0) + flops

@@ -43,16 +43,19 @@ def sampler_of(target: Any, sample: Sample | None, settings: Mapping[str, Any], 
     if own is not None:
         return lambda prompt, generator: own(prompt, generator, **settings)
     parameters = _parameters(target)
-    if not {"prompt", "generator"} <= parameters.keys():
+    if "generator" not in parameters:
         raise TargetError(
-            f"{type(target).__name__} is not called with a prompt and a generator. Say how to make one sample: "
-            "sample=function, which takes (prompt, generator)."
+            f"{type(target).__name__} is not called with a generator. Say how to make one sample: sample=function, "
+            "which takes (prompt, generator)."
         )
     unknown = [] if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else sorted(settings.keys() - parameters)
     if unknown:
         raise SettingError(f"{', '.join(unknown)}: {type(target).__name__} has no such argument.")
-    taken = {"output_type": output_type} if "output_type" in parameters else {}
-    return lambda prompt, generator: target(prompt=prompt, generator=generator, **{**taken, **settings})
+    more = {**({"output_type": output_type} if "output_type" in parameters else {}), **settings}
+    # Some make something of an image alone; others refuse a prompt beside its embeddings.
+    if "prompt" not in parameters or "prompt_embeds" in settings:
+        return lambda prompt, generator: target(generator=generator, **more)
+    return lambda prompt, generator: target(prompt=prompt, generator=generator, **more)
 
 
 def guidance_scale_of(target: object, sample: Sample | None, settings: Mapping[str, Any]) -> float | None:
