@@ -29,13 +29,16 @@ __version__ = "0.1.0"
 
 
 if TYPE_CHECKING:
+    from stg_hooks.integrations.report import report
     from stg_hooks.integrations.sweep import sweep
 
 
 def __getattr__(name: str) -> object:
-    """Load `stg_hooks.k_diffusion` and `stg_hooks.sweep` when they are first used."""
+    """Load `stg_hooks.k_diffusion`, `stg_hooks.report` and `stg_hooks.sweep` when they are first used."""
     if name == "k_diffusion":
         return importlib.import_module("stg_hooks.integrations.k_diffusion")
+    if name == "report":
+        return importlib.import_module("stg_hooks.integrations.report").report
     if name == "sweep":
         return importlib.import_module("stg_hooks.integrations.sweep").sweep
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -60,6 +63,7 @@ __all__ = [
     "combine",
     "layers",
     "profile",
+    "report",
     "skip",
     "sweep",
 ]

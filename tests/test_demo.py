@@ -196,16 +196,6 @@ def test_gif_shows_the_frames_of_the_clip() -> None:
             torch.testing.assert_close(seen, frame.float(), atol=24, rtol=0)  # 256 colours at most
 
 
-def test_write_leaves_no_torn_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "index.html"
-    program.write(file, b"old")
-    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        program.write(file, b"new")
-    assert file.read_bytes() == b"old"
-    assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
-
-
 # --- what it says -----------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from stg_hooks.errors import StgError
+from stg_hooks.results import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -179,17 +179,6 @@ def single_threaded() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 class Parser(argparse.ArgumentParser):
     """Report what is wrong in one line."""
 
@@ -274,9 +263,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with single_threaded():
             clips = run(settings, options.clips, options.seed)
         for name, data in page.animations(clips).items():
-            write(options.out / name, data)
+            write_whole(options.out / name, data)
         index: Path = options.out / "index.html"
-        write(index, page.render(clips, settings, report).encode())
+        write_whole(index, page.render(clips, settings, report).encode())
     except (StgError, ImportError, OSError) as error:
         print(f"stg_hooks.demo: {error}", file=sys.stderr)
         return 1
