@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,7 +23,8 @@ from stg_hooks.errors import BlockError
 from stg_hooks.hosts import plain_attention
 from stg_hooks.inspection import bound_arguments
 from stg_hooks.patching import Action, Patch, is_compiled, patched, pushed
-from stg_hooks.provenance import Provenance, Runs
+from stg_hooks.provenance import NOTHING, Provenance, Runs
+from stg_hooks.text_tokens import TextTokens
 
 Change = Callable[[AttentionCall], Any]
 """What a computation of self-attention gives instead."""
@@ -32,15 +33,19 @@ Change = Callable[[AttentionCall], Any]
 class AttentionSeam:
     """The attention inside one layer: installed once, then replaced in single calls of the layer."""
 
-    def __init__(self, layer: nn.Module, targets: Sequence[tuple[str, nn.Module]]) -> None:
+    def __init__(
+        self, layer: nn.Module, targets: Sequence[tuple[str, nn.Module]], text: TextTokens | None = None
+    ) -> None:
         """Prepare for one layer; touch nothing.
 
         Args:
             layer: a block, or an attention module.
             targets: the attention modules inside whose attention is replaced, with names for messages; the layer
                 itself may be one of them.
+            text: finds the text in what the layer is given as one stream; leave it out where text makes no difference.
         """
         self._layer = layer
+        self._text = text
         self._targets = targets
         self._opaque = [module for module in layer.modules() if _is_opaque(module)]
         self._patches: list[Patch] = []
@@ -77,14 +82,15 @@ class AttentionSeam:
 
     def _run(self, change: Change, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mode = _Interception(change)
+        known = self._text.given_to(self._layer, args, kwargs) if self._text else NOTHING
         inner = [(name, module) for name, module in self._targets if module is not self._layer]
         whole = [name for name, module in self._targets if module is self._layer]
         actions = [mode.around(name, module) for name, module in inner] + [mode.through] * len(self._opaque)
         with pushed(self._patches, actions), mode:
             if whole:
-                output = mode.around(whole[0], self._layer)(forward, args, kwargs)
+                output = mode.around(whole[0], self._layer, known)(forward, args, kwargs)
             else:
-                with mode.provenance.call(bound_arguments(self._layer, args, kwargs)):
+                with mode.provenance.call(bound_arguments(self._layer, args, kwargs), known):
                     output = forward(*args, **kwargs)
         if not mode.replaced:
             raise BlockError(self._explain(mode))
@@ -113,14 +119,15 @@ class _Interception(TorchFunctionMode):
         self._change = change
         self._inside: tuple[str, nn.Module] | None = None
 
-    def around(self, name: str, module: nn.Module) -> Action:
+    def around(self, name: str, module: nn.Module, known: Mapping[str, Runs] = NOTHING) -> Action:
         """Return what an attention module does: compute, with its self-attention replaced."""
 
         def action(proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             before, self._inside = self._inside, (name, module)
             seen = self.replaced + self.crossed
             try:
-                with self.provenance.call(bound_arguments(module, args, kwargs)) as outputs, plain_attention(module):
+                given = bound_arguments(module, args, kwargs)
+                with self.provenance.call(given, known) as outputs, plain_attention(module):
                     output = proceed(*args, **kwargs)
                     outputs.append(output)
             finally:
@@ -166,7 +173,7 @@ class _Interception(TorchFunctionMode):
             raise self._lengths_differ(query.shape[-2], key.shape[-2])
         self.replaced += 1
         call = ScaledDotProduct(runs, self._inputs(), key_runs, query, key, value, given)
-        return self._change(call)
+        return torch.cat([self._change(row) for row in call.by_row()]) if call.rows_differ else self._change(call)
 
     def multi_head(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stand in for `multi_head_attention_forward`."""
@@ -178,7 +185,7 @@ class _Interception(TorchFunctionMode):
         if len(query) != len(key):
             raise self._lengths_differ(len(query), len(key))
         self.replaced += 1
-        return self._change(MultiHead(self._runs(query, len(query)), self._inputs(), query, given))
+        return self._change(MultiHead(self._common(self._runs(query, len(query))), self._inputs(), query, given))
 
     def softmax(self, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stand in for a softmax, which may be that of attention maps that are computed by hand."""
@@ -192,7 +199,7 @@ class _Interception(TorchFunctionMode):
         if logits.shape[-2] != logits.shape[-1]:
             raise self._lengths_differ(*logits.shape[-2:])
         self.replaced += 1
-        runs = self._runs(logits, logits.shape[-1])
+        runs = self._common(self._runs(logits, logits.shape[-1]))
         return self._change(HandMade(runs, self._inputs(), logits, lambda new: function(new, *args[1:], **kwargs)))
 
     def _error(self, what: str) -> BlockError:
@@ -231,7 +238,15 @@ class _Interception(TorchFunctionMode):
                     f"puts {total} tokens together in a way that cannot be followed, so it is not known which of "
                     "them are text. Use mode='residual' on the block."
                 )
-        return runs if len({is_text for is_text, _ in runs}) == 2 else ()
+        return runs if len({is_text for is_text, _ in runs}) > 1 else ()
+
+    def _common(self, runs: Runs) -> Runs:
+        if any(isinstance(is_text, tuple) for is_text, _ in runs):
+            raise self._error(
+                "computes its attention by hand, and the rows of this call hold text in different places. Make one "
+                "call per row, set a processor that uses scaled_dot_product_attention, or use mode='values'."
+            )
+        return runs
 
     def _inputs(self) -> tuple[Tensor, ...]:
         given, main = self.provenance.arguments, self.provenance.main

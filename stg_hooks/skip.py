@@ -18,9 +18,10 @@ from stg_hooks.errors import CallError, StgWarning
 from stg_hooks.feed_forward import FeedForwards
 from stg_hooks.layers import Layer, LayerSpec, resolve
 from stg_hooks.patching import Action, Patch, is_compiled, now, patched
-from stg_hooks.perturb import MODES, OF_BLOCKS, LayerCall, Mode, find_mode
+from stg_hooks.perturb import BLIND_TO_TEXT, MODES, OF_BLOCKS, LayerCall, Mode, find_mode
 from stg_hooks.sites import Kind, find_sites
 from stg_hooks.streams import Streams
+from stg_hooks.text_tokens import TextTokens
 
 
 class Switch:
@@ -40,7 +41,8 @@ class Switch:
         self._sites = find_sites(model, self.layers, self.mode, kind)
         self.modules = [site.module for site in self._sites]
         """The modules that differ in the weak pass: the layers, or the blocks around perturbed attention."""
-        self._seams = [AttentionSeam(site.module, site.targets) for site in self._sites]
+        self._text = None if self.mode in (*OF_BLOCKS, *BLIND_TO_TEXT) else TextTokens(model)
+        self._seams = [AttentionSeam(site.module, site.targets, self._text) for site in self._sites]
         self._feed_forwards = [FeedForwards(module) for module in self.modules]
         self._reached = {id(module): _Reached() for module in self.modules}
         parts = zip(self.modules, self._seams, self._feed_forwards, strict=True)
@@ -74,6 +76,8 @@ class Switch:
             elif self.mode not in OF_BLOCKS:
                 for seam in self._seams:
                     stack.enter_context(seam.installed())
+            if self._text is not None:
+                stack.enter_context(self._text.installed())
             yield
 
     @contextmanager
