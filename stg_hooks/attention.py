@@ -34,7 +34,11 @@ class AttentionSeam:
     """The attention inside one layer: installed once, then replaced in single calls of the layer."""
 
     def __init__(
-        self, layer: nn.Module, targets: Sequence[tuple[str, nn.Module]], text: TextTokens | None = None
+        self,
+        layer: nn.Module,
+        targets: Sequence[tuple[str, nn.Module]],
+        text: TextTokens | None = None,
+        choose: Callable[[Sequence[tuple[str, nn.Module]]], Sequence[tuple[str, nn.Module]]] = tuple,
     ) -> None:
         """Prepare for one layer; touch nothing.
 
@@ -43,19 +47,22 @@ class AttentionSeam:
             targets: the attention modules inside whose attention is replaced, with names for messages; the layer
                 itself may be one of them.
             text: finds the text in what the layer is given as one stream; leave it out where text makes no difference.
+            choose: chooses among the targets, in a call of the layer.
         """
         self._layer = layer
         self._text = text
+        self._choose = choose
         self._targets = targets
         self._opaque = [module for module in layer.modules() if _is_opaque(module)]
-        self._patches: list[Patch] = []
+        self._patches: dict[int, Patch] = {}
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Replace `forward` of the attention modules, without effect until a call asks for it."""
         with ExitStack() as stack:
             inner = [module for _, module in self._targets if module is not self._layer]
-            self._patches = [stack.enter_context(patched(module)) for module in (*inner, *self._opaque)]
+            modules = [*inner, *self._opaque]
+            self._patches = {id(module): stack.enter_context(patched(module)) for module in modules}
             yield
 
     def run(self, change: Change, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -83,10 +90,12 @@ class AttentionSeam:
     def _run(self, change: Change, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mode = _Interception(change)
         known = self._text.given_to(self._layer, args, kwargs) if self._text else NOTHING
-        inner = [(name, module) for name, module in self._targets if module is not self._layer]
-        whole = [name for name, module in self._targets if module is self._layer]
+        targets = self._choose(self._targets)
+        inner = [(name, module) for name, module in targets if module is not self._layer]
+        whole = [name for name, module in targets if module is self._layer]
+        patches = [self._patches[id(module)] for module in (*(module for _, module in inner), *self._opaque)]
         actions = [mode.around(name, module) for name, module in inner] + [mode.through] * len(self._opaque)
-        with pushed(self._patches, actions), mode:
+        with pushed(patches, actions), mode:
             if whole:
                 output = mode.around(whole[0], self._layer, known)(forward, args, kwargs)
             else:

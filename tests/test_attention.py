@@ -478,7 +478,7 @@ def test_bad_input_is_refused_before_anything_is_touched(name: str) -> None:
 
 
 def test_kinds_are_found_by_name() -> None:
-    from stg_hooks.sites import kinds_of
+    from stg_hooks.frames import kinds_of
 
     kinds = kinds_of(zoo.FAMILIES["svd"].build())
     assert {kind for name, kind in kinds.items() if "temporal" in name} == {"temporal"}
