@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from stg_hooks.attention_calls import AttentionCall, HandMade, MultiHead, ScaledDotProduct
-from stg_hooks.errors import BlockError
+from stg_hooks.errors import BlockError, StgError
 from stg_hooks.hosts import plain_attention
 from stg_hooks.inspection import bound_arguments
 from stg_hooks.patching import Action, Patch, is_compiled, patched, pushed
@@ -134,11 +134,20 @@ class _Interception(TorchFunctionMode):
         def action(proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             before, self._inside = self._inside, (name, module)
             seen = self.replaced + self.crossed
+            given, plain = bound_arguments(module, args, kwargs), plain_attention(module)
             try:
-                given = bound_arguments(module, args, kwargs)
-                with self.provenance.call(given, known) as outputs, plain_attention(module):
+                with self.provenance.call(given, known) as outputs, plain:
                     output = proceed(*args, **kwargs)
                     outputs.append(output)
+            except Exception as error:
+                is_compiled = type(error).__module__.startswith("torch._dynamo")
+                if isinstance(error, StgError) or (isinstance(plain, nullcontext) and not is_compiled):
+                    raise
+                raise BlockError(
+                    f"{name!r} ({type(module).__name__}) cannot compute its attention with torch's "
+                    f"scaled_dot_product_attention ({type(error).__name__}: {str(error).splitlines()[0]}), which is "
+                    "where it is replaced. Use mode='residual' on the block."
+                ) from error
             finally:
                 self._inside = before
             if self.replaced + self.crossed == seen:

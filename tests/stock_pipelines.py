@@ -55,6 +55,8 @@ class Stock:
     own_calls: int = 0
     """Weak predictions of the pipeline's own that it makes in a step with CFG, after the others."""
     variant: str = ""
+    channels: int | None = None
+    """How many channels of a prediction are guided, where the others predict a variance."""
     normalised: Callable[[Tensor, Tensor], Tensor] | None = None
     """What the pipeline makes of its combined prediction while CFG is on, given the cond prediction."""
 
@@ -81,7 +83,7 @@ def run(pipe: Any, call: dict[str, Any], **changes: Any) -> Tensor:
     common = {"generator": torch.Generator().manual_seed(7), "num_inference_steps": 2, "output_type": "latent"}
     torch.manual_seed(7)  # some encode images with the global generator
     output = pipe(**{**common, "return_dict": False, **call, **changes})[0]
-    latents: Tensor = torch.cat(output, dim=2) if isinstance(output, list) else output
+    latents: Tensor = torch.cat(output, dim=2) if isinstance(output, list) else torch.as_tensor(output)
     return latents
 
 
@@ -516,6 +518,23 @@ _TABLE = [
             "out_channels", "up_block_types")}, conditioning_embedding_out_channels=(4,) * 4)},
         lambda: prompts(image=image(64).sigmoid()),
         "uncond+cond", NO_CFG, "mid_block.attentions.0", zoo.KeepInTuple, "unet",
+    ),
+    Stock(
+        "IFPipeline", "UNet2DConditionModel",
+        {**UNET, "in_channels": 3, "out_channels": 6},
+        lambda: {"scheduler": diffusers.DDPMScheduler(variance_type="learned_range")},
+        lambda: prompts(),
+        "uncond+cond", NO_CFG, "mid_block.attentions.0", zoo.KeepInTuple, "unet", channels=3,
+    ),
+    Stock(
+        "KandinskyV22Pipeline", "UNet2DConditionModel",
+        {**UNET, "out_channels": 8, "encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 8,
+            "addition_embed_type": "image", "addition_embed_type_num_heads": 2},
+        lambda: {"scheduler": diffusers.DDPMScheduler(variance_type="learned_range"), "movq": random_model(
+            "VQModel", block_out_channels=(4,), norm_num_groups=2, num_vq_embeddings=4, latent_channels=4)},
+        lambda: {"image_embeds": noise(1, 8, seed=1), "negative_image_embeds": noise(1, 8, seed=2),
+            "height": 8, "width": 8, "guidance_scale": 3.0},
+        "uncond+cond", NO_CFG, "mid_block.attentions.0", zoo.KeepInTuple, "unet", channels=4,
     ),
     Stock(
         "StableDiffusionXLPipeline", "UNet2DConditionModel",
