@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import math
 import sys
 from collections import ChainMap
@@ -85,7 +86,9 @@ class PipelineHost:
             return None
         names = ChainMap(frame.f_locals, frame.f_globals)
         try:
-            return self._role(site, names)
+            role = self._role(site, names)
+            channels = None if site.channels is None else evaluate(site.channels, names)
+            return role and dataclasses.replace(role, channels=channels)
         except UnreadableError as error:
             raise CallError(
                 f"{self.name} cannot be guided as it is running now: {error}. Switch that off, or use stg.Guider in a "

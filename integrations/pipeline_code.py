@@ -51,7 +51,8 @@ class Site:
     `kind` says what it is for: `"cond"`, `"uncond"`, `"both"` (rows `[uncond, cond]`, while `guards` hold),
     `"perturbed"` (a weak prediction of the pipeline's own), or `"unused"`. Where the code names it at run time,
     `context` is that name. For a cond call, `guards` are the conditions under which the uncond call follows; `None` if
-    none does. While `unless` holds, the prediction is guided in some way that is not understood.
+    none does. While `unless` holds, the prediction is guided in some way that is not understood. `channels` is how many
+    channels of the prediction are guided, where the others predict a variance.
     """
 
     lines: range
@@ -60,6 +61,7 @@ class Site:
     guards: Guards | None = None
     combination: _Combination | None = None
     unless: ast.expr | None = None
+    channels: ast.expr | None = None
 
     def kind_now(self, names: Mapping[str, Any]) -> str:
         """Return what the call is for in the running function, whose variables are given."""
@@ -167,7 +169,8 @@ def call_sites(code: CodeType, denoisers: tuple[str, ...]) -> tuple[Site, ...]:
     statements = list(_statements(getattr(tree, "body", []), (), None, None))
     callees = _callees(statements, denoisers)
     calls = [(found, call) for found in statements for call in _calls(found.statement, callees)]
-    return tuple(_classified(calls, statements)) if calls else ()
+    channels = _channels(statements)
+    return tuple(dataclasses.replace(site, channels=channels) for site in _classified(calls, statements))
 
 
 def _statements(
@@ -339,6 +342,17 @@ def _split_of(call: _Found, calls: Sequence[_Found], splits: Sequence[_Split]) -
         if line < split[0].statement.lineno < min(following, default=sys.maxsize):
             return split
     raise UnreadableError("it makes a call for cond and uncond, and does not say which half is which")
+
+
+def _channels(statements: Sequence[_Found]) -> ast.expr | None:
+    """Find where a variance is split off, `prediction, variance = prediction.split(channels, dim=1)`: the channels."""
+    for found in statements:
+        value = found.statement.value if isinstance(found.statement, ast.Assign) else None
+        if not (isinstance(value, ast.Call) and _tail(value.func) == "split" and len(value.args) == 1):
+            continue
+        if any(word.arg == "dim" and ast.unparse(word.value) == "1" for word in value.keywords):
+            return value.args[0]
+    return None
 
 
 def _target(found: _Found) -> str:

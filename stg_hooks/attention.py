@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,11 +19,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from stg_hooks.attention_calls import AttentionCall, HandMade, MultiHead, ScaledDotProduct
-from stg_hooks.errors import BlockError
+from stg_hooks.errors import BlockError, StgError
 from stg_hooks.hosts import plain_attention
 from stg_hooks.inspection import bound_arguments
 from stg_hooks.patching import Action, Patch, is_compiled, patched, pushed
-from stg_hooks.provenance import Provenance, Runs
+from stg_hooks.provenance import NOTHING, Provenance, Runs
+from stg_hooks.text_tokens import TextTokens
 
 Change = Callable[[AttentionCall], Any]
 """What a computation of self-attention gives instead."""
@@ -32,25 +33,36 @@ Change = Callable[[AttentionCall], Any]
 class AttentionSeam:
     """The attention inside one layer: installed once, then replaced in single calls of the layer."""
 
-    def __init__(self, layer: nn.Module, targets: Sequence[tuple[str, nn.Module]]) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        targets: Sequence[tuple[str, nn.Module]],
+        text: TextTokens | None = None,
+        choose: Callable[[Sequence[tuple[str, nn.Module]]], Sequence[tuple[str, nn.Module]]] = tuple,
+    ) -> None:
         """Prepare for one layer; touch nothing.
 
         Args:
             layer: a block, or an attention module.
             targets: the attention modules inside whose attention is replaced, with names for messages; the layer
                 itself may be one of them.
+            text: finds the text in what the layer is given as one stream; leave it out where text makes no difference.
+            choose: chooses among the targets, in a call of the layer.
         """
         self._layer = layer
+        self._text = text
+        self._choose = choose
         self._targets = targets
         self._opaque = [module for module in layer.modules() if _is_opaque(module)]
-        self._patches: list[Patch] = []
+        self._patches: dict[int, Patch] = {}
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Replace `forward` of the attention modules, without effect until a call asks for it."""
         with ExitStack() as stack:
             inner = [module for _, module in self._targets if module is not self._layer]
-            self._patches = [stack.enter_context(patched(module)) for module in (*inner, *self._opaque)]
+            modules = [*inner, *self._opaque]
+            self._patches = {id(module): stack.enter_context(patched(module)) for module in modules}
             yield
 
     def run(self, change: Change, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -77,14 +89,17 @@ class AttentionSeam:
 
     def _run(self, change: Change, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mode = _Interception(change)
-        inner = [(name, module) for name, module in self._targets if module is not self._layer]
-        whole = [name for name, module in self._targets if module is self._layer]
+        known = self._text.given_to(self._layer, args, kwargs) if self._text else NOTHING
+        targets = self._choose(self._targets)
+        inner = [(name, module) for name, module in targets if module is not self._layer]
+        whole = [name for name, module in targets if module is self._layer]
+        patches = [self._patches[id(module)] for module in (*(module for _, module in inner), *self._opaque)]
         actions = [mode.around(name, module) for name, module in inner] + [mode.through] * len(self._opaque)
-        with pushed(self._patches, actions), mode:
+        with pushed(patches, actions), mode:
             if whole:
-                output = mode.around(whole[0], self._layer)(forward, args, kwargs)
+                output = mode.around(whole[0], self._layer, known)(forward, args, kwargs)
             else:
-                with mode.provenance.call(bound_arguments(self._layer, args, kwargs)):
+                with mode.provenance.call(bound_arguments(self._layer, args, kwargs), known):
                     output = forward(*args, **kwargs)
         if not mode.replaced:
             raise BlockError(self._explain(mode))
@@ -113,16 +128,26 @@ class _Interception(TorchFunctionMode):
         self._change = change
         self._inside: tuple[str, nn.Module] | None = None
 
-    def around(self, name: str, module: nn.Module) -> Action:
+    def around(self, name: str, module: nn.Module, known: Mapping[str, Runs] = NOTHING) -> Action:
         """Return what an attention module does: compute, with its self-attention replaced."""
 
         def action(proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             before, self._inside = self._inside, (name, module)
             seen = self.replaced + self.crossed
+            given, plain = bound_arguments(module, args, kwargs), plain_attention(module)
             try:
-                with self.provenance.call(bound_arguments(module, args, kwargs)) as outputs, plain_attention(module):
+                with self.provenance.call(given, known) as outputs, plain:
                     output = proceed(*args, **kwargs)
                     outputs.append(output)
+            except Exception as error:
+                is_compiled = type(error).__module__.startswith("torch._dynamo")
+                if isinstance(error, StgError) or (isinstance(plain, nullcontext) and not is_compiled):
+                    raise
+                raise BlockError(
+                    f"{name!r} ({type(module).__name__}) cannot compute its attention with torch's "
+                    f"scaled_dot_product_attention ({type(error).__name__}: {str(error).splitlines()[0]}), which is "
+                    "where it is replaced. Use mode='residual' on the block."
+                ) from error
             finally:
                 self._inside = before
             if self.replaced + self.crossed == seen:
@@ -166,7 +191,7 @@ class _Interception(TorchFunctionMode):
             raise self._lengths_differ(query.shape[-2], key.shape[-2])
         self.replaced += 1
         call = ScaledDotProduct(runs, self._inputs(), key_runs, query, key, value, given)
-        return self._change(call)
+        return torch.cat([self._change(row) for row in call.by_row()]) if call.rows_differ else self._change(call)
 
     def multi_head(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stand in for `multi_head_attention_forward`."""
@@ -178,7 +203,7 @@ class _Interception(TorchFunctionMode):
         if len(query) != len(key):
             raise self._lengths_differ(len(query), len(key))
         self.replaced += 1
-        return self._change(MultiHead(self._runs(query, len(query)), self._inputs(), query, given))
+        return self._change(MultiHead(self._common(self._runs(query, len(query))), self._inputs(), query, given))
 
     def softmax(self, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stand in for a softmax, which may be that of attention maps that are computed by hand."""
@@ -192,7 +217,7 @@ class _Interception(TorchFunctionMode):
         if logits.shape[-2] != logits.shape[-1]:
             raise self._lengths_differ(*logits.shape[-2:])
         self.replaced += 1
-        runs = self._runs(logits, logits.shape[-1])
+        runs = self._common(self._runs(logits, logits.shape[-1]))
         return self._change(HandMade(runs, self._inputs(), logits, lambda new: function(new, *args[1:], **kwargs)))
 
     def _error(self, what: str) -> BlockError:
@@ -232,7 +257,15 @@ class _Interception(TorchFunctionMode):
             others = [given[name] for name in sorted(label.sources) if name in given and given[name] is not main]
             if any(other.ndim == 3 and other.shape[1] + main.shape[1] == total for other in others):
                 raise self._text_is_lost(total)
-        return runs if len({is_text for is_text, _ in runs}) == 2 else ()
+        return runs if len({is_text for is_text, _ in runs}) > 1 else ()
+
+    def _common(self, runs: Runs) -> Runs:
+        if any(isinstance(is_text, tuple) for is_text, _ in runs):
+            raise self._error(
+                "computes its attention by hand, and the rows of this call hold text in different places. Make one "
+                "call per row, set a processor that uses scaled_dot_product_attention, or use mode='values'."
+            )
+        return runs
 
     def _text_is_lost(self, total: int) -> BlockError:
         return self._error(

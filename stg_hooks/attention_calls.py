@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -91,6 +91,29 @@ class ScaledDotProduct(AttentionCall):
     def sees_text(self) -> bool:
         """Whether there is text among the keys."""
         return bool(self.key_runs)
+
+    @property
+    def rows_differ(self) -> bool:
+        """Whether rows hold text in different places, so that each has to be a call of its own."""
+        return any(isinstance(is_text, tuple) for is_text, _ in (*self.runs, *self.key_runs))
+
+    def by_row(self) -> Iterator[ScaledDotProduct]:
+        """Make a call of each row."""
+        batch = len(self.query)
+
+        def cut(value: Any, row: int) -> Any:
+            return value[row : row + 1] if isinstance(value, Tensor) and value.ndim and len(value) == batch else value
+
+        for row in range(batch):
+            yield ScaledDotProduct(
+                of_row(self.runs, row, batch),
+                tuple(cut(tensor, row) for tensor in self.inputs),
+                of_row(self.key_runs, row, batch),
+                self.query[row : row + 1],
+                self.key[row : row + 1],
+                self.value[row : row + 1],
+                {name: cut(value, row) for name, value in self.options.items()},
+            )
 
     def compute(self, **changes: Any) -> Tensor:
         """Compute attention, with some of the arguments replaced."""
@@ -213,7 +236,15 @@ class HandMade(AttentionCall):
 def ranges_of(runs: Runs) -> list[tuple[bool, slice]]:
     """Say where runs are."""
     stops = list(itertools.accumulate(count for _, count in runs))
-    return [(is_text, slice(stop - count, stop)) for (is_text, count), stop in zip(runs, stops, strict=True)]
+    return [(bool(is_text), slice(stop - count, stop)) for (is_text, count), stop in zip(runs, stops, strict=True)]
+
+
+def of_row(runs: Runs, row: int, batch: int) -> Runs:
+    """Return the runs of one row out of `batch`; empty where all its tokens are of one kind."""
+    # A weak prediction's rows may ride along in a call of more rows: they come last.
+    kinds = [(is_text[row - batch] if isinstance(is_text, tuple) else is_text, count) for is_text, count in runs]
+    merged = [(kind, sum(n for _, n in group)) for kind, group in itertools.groupby(kinds, key=lambda run: run[0])]
+    return tuple(merged) if len(merged) > 1 else ()
 
 
 def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

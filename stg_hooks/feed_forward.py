@@ -15,9 +15,12 @@ from torch.utils import _pytree as pytree
 from stg_hooks.errors import BlockError
 from stg_hooks.patching import Action, Patch, patched, pushed
 
-_CLASS = re.compile(r"feed_?forward|mlp|ffn|glumbconv|swiglu", re.IGNORECASE)
-# `linear2` is nn.TransformerEncoderLayer's; `proj_mlp` is the first half of a network beside the attention.
-_NAME = re.compile(r"(ff|ffn|mlp|feed_?forward)\d*(_context|_txt|_text|_audio)?|\w+_(mlp|ffn|ff)|linear2")
+_CLASS = re.compile(r"feed_?forward|mlp|ffn|glumbconv|swiglu|transition|dense\w*actdense", re.IGNORECASE)
+# `linear2` is nn.TransformerEncoderLayer's, `down_proj` and `ff_out` are the ends of networks that are the block's own
+# children; `proj_mlp` is the first half of a network beside the attention.
+_NAME = re.compile(
+    r"(ff|ffn|mlp|feed_?forward)\d*(_context|_txt|_text|_audio)?|\w+_(mlp|ffn|ff)|linear2|down_proj|ff_out"
+)
 
 
 def feed_forwards(block: nn.Module) -> list[nn.Module]:

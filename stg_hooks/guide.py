@@ -253,6 +253,9 @@ class Guide:
         if before is None:
             self._of_model.unguided = before = now
         new = self._guided(call, before, now) if call.is_cond else self._moved_along(call, now)
+        if new is not None and call.is_cond and call.role.channels is not None:  # the others are not guided
+            rest = slice(call.role.channels, None)
+            new = [torch.cat([n, o[:, rest]], dim=1) for n, o in zip(new, now, strict=True)]
         if new is None:
             return unchanged
         session.stats.guided_calls += 1
@@ -291,17 +294,23 @@ class Guide:
 
     def _guided(self, call: _Call, unguided: Sequence[Tensor], output: Sequence[Tensor]) -> list[Tensor]:
         """Return the guided `output`; `unguided` differs from it where another session came first."""
-        role = call.role
+        role, is_first = call.role, unguided is output
         both = role.rows == "uncond+cond"
         unconds: list[Tensor | None] = [None] * len(output)
         conds = list(unguided)
         if both:
             pairs = [halves(tensor) for tensor in unguided]
             unconds, conds = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        guided = _Guided(call.step, call.settings, conds, self._weaks(call, conds))
+        weaks = self._weaks(call, conds)
+        if role.channels is not None:
+            of_mean = (slice(None), slice(role.channels))
+            conds, output = [c[of_mean] for c in conds], [o[of_mean] for o in output]
+            unconds = [None if u is None else u[of_mean] for u in unconds]
+            weaks = [[weak[of_mean] for weak in found] for found in weaks]
+        guided = _Guided(call.step, call.settings, conds, weaks)
         self._local.last = guided
         if guided.replaces:
-            self._check_replaceable(guided, role, first=unguided is output)
+            self._check_replaceable(guided, role, is_first)
         if role.uncond_follows:
             if self._local.guided is not None and guided.replaces:
                 self._session.lost_steps += 1

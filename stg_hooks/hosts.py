@@ -23,12 +23,14 @@ class Role:
     `rows` says what its rows are: all conditional, all unconditional, `[uncond, cond]` halves, or all conditional in a
     weak prediction of the caller's own, which follows those that it is compared with. `guidance_scale` is the CFG
     weight that the caller is going to apply, where it is known. `uncond_follows` marks a cond call whose uncond
-    prediction comes from a call of its own, later in the same step.
+    prediction comes from a call of its own, later in the same step. `channels` says how many channels (dimension 1) of
+    a prediction are guided, where the others predict something else, a variance; all, if left out.
     """
 
     rows: Literal["cond", "uncond", "uncond+cond", "perturbed"]
     guidance_scale: float | Tensor | None = None
     uncond_follows: bool = False
+    channels: int | None = None
 
 
 class Host(Protocol):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -133,6 +133,22 @@ def pushed(patches: Sequence[Patch], actions: Sequence[Action]) -> Iterator[None
     finally:
         for patch, actions_before in zip(patches, before, strict=False):
             patch.restore(actions_before)
+
+
+@contextmanager
+def set_aside(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let calls of modules from this thread, within a `with`, do nothing of what was chosen for them."""
+    with _LOCK:
+        entries = [_SHARED[key] for module in modules if (key := (id(module), "forward")) in _SHARED]
+    patches: list[Patch] = [entry[0] for entry in entries]
+    before = [(patch._local.around, patch._local.instead, patch._local.since) for patch in patches]
+    try:
+        for patch in patches:
+            patch._local.around, patch._local.instead, patch._local.since = (), None, 0
+        yield
+    finally:
+        for patch, state in zip(patches, before, strict=True):
+            patch._local.around, patch._local.instead, patch._local.since = state
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -68,7 +68,6 @@ def attention(call: LayerCall) -> Any:
     """Make the self-attention map the identity, `softmax(Q K^T) V -> I V`; projections, gate and residual stay (STG-A).
 
     In joint attention a video token attends to itself and to all text, and text to everything, as the authors run it.
-    Blocks that are given text and video as one stream do not tell which is which: there all tokens count as video.
 
     Source: STG, arXiv 2411.18664, Eq. 17; reference code, commit 9cdd383.
     """
@@ -160,6 +159,8 @@ MODES: dict[str, Mode] = {
 }
 OF_ATTENTION = (attention, values, attention_input, smoothed)
 """Modes that replace the computation of attention inside a layer."""
+BLIND_TO_TEXT = (values, attention_input)
+"""Those among them that treat text and video alike."""
 OF_BLOCKS = (residual, feed_forward, shuffled)
 """Modes that only a whole block can have."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +21,11 @@ from stg_hooks.calls import is_positional
 # What the argument that carries text, or whatever else is not denoised, is called.
 _TEXT_WORDS = ("encoder", "text", "txt", "context", "prompt", "caption", "cond")
 
-Runs = tuple[tuple[bool, int], ...]
-"""Consecutive tokens: whether they are text, and how many."""
+Runs = tuple[tuple[bool | tuple[bool, ...], int], ...]
+"""Consecutive tokens: whether they are text (with an entry per row, where rows differ), and how many."""
+
+
+NOTHING: Mapping[str, Runs] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +58,12 @@ class Provenance:
         """The tensors that the innermost call was given and that carry tokens."""
 
     @contextmanager
-    def call(self, arguments: dict[str, Any]) -> Iterator[list[Any]]:
+    def call(self, arguments: dict[str, Any], known: Mapping[str, Runs] = NOTHING) -> Iterator[list[Any]]:
         """Follow what is computed inside a call from its own arguments.
 
         Args:
             arguments: name to value.
+            known: name to runs, where these are known already.
 
         Returns:
             A context manager that gives a list: put the output of the call there.
@@ -76,7 +80,7 @@ class Provenance:
                         before += [] if label is None else [label]
                         if _carries_tokens(name, leaf) and not any(leaf is a for a in self.arguments.values()):
                             self.arguments.setdefault(name, leaf)
-                            self._set(leaf, Label(frozenset([name]), label.runs if label else ()))
+                            self._set(leaf, Label(frozenset([name]), label.runs if label else known.get(name, ())))
             yield output
             inner = [
                 (tensor, self.label(tensor)) for tensor in pytree.tree_leaves(output) if isinstance(tensor, Tensor)
@@ -95,7 +99,7 @@ class Provenance:
     def main(self) -> str | None:
         """Name the argument that carries what is being denoised."""
         names = list(self.arguments)
-        return next((name for name in names if not _sounds_like_text(name)), names[0] if names else None)
+        return next((name for name in names if not sounds_like_text(name)), names[0] if names else None)
 
     def follow(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Label what a torch function has returned."""
@@ -129,13 +133,13 @@ class Provenance:
         changed = [dim for dim in range(whole.ndim) if any(part.shape[dim] != whole.shape[dim] for part in parts)]
         if len(changed) != 1:
             return ()
-        runs: list[tuple[bool, int]] = []
+        runs: list[tuple[bool | tuple[bool, ...], int]] = []
         for part in parts:
             size, label = part.shape[changed[0]], self.label(part)
             known = label.runs_along(size) if label is not None else ()
             runs += known or ((label is None or self.main not in label.sources, size),)
         # Joined along another dimension, or all of one kind: then there is nothing to tell apart.
-        if len({is_text for is_text, _ in runs}) == 2:
+        if len({is_text for is_text, _ in runs}) > 1:
             return tuple(runs)
         return next((label.runs for _, label in self._known(parts) if label.runs_along_any(whole)), ())
 
@@ -165,7 +169,8 @@ def _carries_tokens(name: str, tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.ndim > 1 and not is_positional(name) and "mask" not in name
 
 
-def _sounds_like_text(name: str) -> bool:
+def sounds_like_text(name: str) -> bool:
+    """Tell whether an argument of this name carries text, or whatever else is not denoised."""
     return any(word in name for word in _TEXT_WORDS)
 
 
@@ -193,7 +198,7 @@ def _index(tensor: Tensor, size: int) -> int | None:
 
 
 def _slice(runs: Runs, start: int, stop: int) -> Runs:
-    kept: list[tuple[bool, int]] = []
+    kept: list[tuple[bool | tuple[bool, ...], int]] = []
     position = 0
     for is_text, count in runs:
         size = min(stop, position + count) - max(start, position)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import get_args
 
 from torch import nn
 
 from stg_hooks.errors import LayerError, SettingError, closest
 from stg_hooks.feed_forward import feed_forwards
-from stg_hooks.layers import Layer, attention_modules, find_layers, is_attention
+from stg_hooks.frames import Kind as Kind
+from stg_hooks.frames import kinds_of, may_be_factorised
+from stg_hooks.layers import Layer, find_layers, is_attention
 from stg_hooks.perturb import MODES, OF_ATTENTION, OF_BLOCKS, Mode
-
-Kind = Literal["spatial", "temporal"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +24,10 @@ class Site:
     layers: tuple[Layer, ...]
     """The layers that were asked for in it: itself, or attention inside."""
     targets: tuple[tuple[str, nn.Module], ...]
-    """The attention modules inside that are replaced by an attention mode, with their full names."""
+    """The attention modules inside that are replaced by an attention mode, with their full names.
+
+    Where names do not tell their kind, they are those of all kinds.
+    """
 
 
 def check_kind(kind: object) -> None:
@@ -75,36 +77,10 @@ def find_sites(model: nn.Module, layers: Sequence[Layer], mode: Mode, kind: Kind
     return list(sites.values())
 
 
-def kinds_of(model: nn.Module) -> dict[str, Kind]:
-    """Tell spatial from temporal attention in a factorised model.
-
-    Args:
-        model: any module.
-
-    Returns:
-        Name of each attention module to its kind; empty where the model is not factorised.
-    """
-    kinds = {name: _kind(model, name) for name in attention_modules(model)}
-    return kinds if "temporal" in kinds.values() else {}
-
-
-_TEMPORAL_NAMES = ("temporal", "temp_", "motion", "time_attn", "attn_t")
-
-
-def _kind(model: nn.Module, name: str) -> Kind:
-    facts: Mapping[str, Sequence[str]] = importlib.import_module("stg_hooks.adapters").TEMPORAL
-    words = [word for cls in type(model).__mro__ for word in facts.get(cls.__name__, ())]
-    parts = name.split(".")
-    classes = [type(model.get_submodule(".".join(parts[: i + 1]))).__name__ for i in range(len(parts))]
-    named = any(word in part for part in parts for word in (*_TEMPORAL_NAMES, *words))
-    built = any("Temporal" in cls and "Spatio" not in cls for cls in classes)
-    return "temporal" if named or built else "spatial"
-
-
 def _targets(model: nn.Module, layer: Layer, kind: Kind | None) -> tuple[tuple[str, nn.Module], ...]:
     names = [layer.name] if is_attention(layer.module) else [f"{layer.name}.{name}" for name in layer.attention]
     kinds = kinds_of(model) if kind is not None else {}
-    return tuple((name, model.get_submodule(name)) for name in names if kind is None or kinds.get(name) == kind)
+    return tuple((name, model.get_submodule(name)) for name in names if not kinds or kinds.get(name) == kind)
 
 
 def _enclosing(blocks: Sequence[Layer], layer: Layer) -> Layer:
@@ -123,7 +99,7 @@ def _check_nesting(layers: Sequence[Layer]) -> None:
 
 
 def _check_factorised(model: nn.Module, kind: Kind) -> None:
-    if not kinds_of(model):
+    if not kinds_of(model) and not may_be_factorised(model):
         raise LayerError(
             f"kind={kind!r}: {type(model).__name__} has no attention of its own across frames: every attention sees "
             "whatever its layer is given. Leave kind out."

@@ -16,11 +16,14 @@ from stg_hooks import activation
 from stg_hooks.attention import AttentionSeam
 from stg_hooks.errors import CallError, LayerError, StgWarning
 from stg_hooks.feed_forward import FeedForwards
+from stg_hooks.frames import FrameKinds, Kind, kinds_of
 from stg_hooks.layers import Layer, LayerSpec, resolve
+from stg_hooks.looking import Looks
 from stg_hooks.patching import Action, Patch, is_compiled, now, patched
-from stg_hooks.perturb import MODES, OF_BLOCKS, LayerCall, Mode, find_mode
-from stg_hooks.sites import Kind, Site, find_sites
+from stg_hooks.perturb import BLIND_TO_TEXT, MODES, OF_BLOCKS, LayerCall, Mode, find_mode
+from stg_hooks.sites import Site, find_sites
 from stg_hooks.streams import Streams
+from stg_hooks.text_tokens import TextTokens
 
 
 class Switch:
@@ -41,7 +44,8 @@ class Switch:
         self.modules = [site.module for site in self._sites]
         """The modules that differ in the weak pass: the layers, or the blocks around perturbed attention."""
         _check_tokens_are_whole(model, self._sites, self.mode)
-        self._seams = [AttentionSeam(site.module, site.targets) for site in self._sites]
+        self._looks = None if self.mode in OF_BLOCKS else Looks(model)
+        self._seams = [self._seam(site, kind) for site in self._sites]
         self._feed_forwards = [FeedForwards(module) for module in self.modules]
         self._reached = {id(module): _Reached() for module in self.modules}
         parts = zip(self.modules, self._seams, self._feed_forwards, strict=True)
@@ -53,6 +57,16 @@ class Switch:
     def is_bypass(self) -> bool:
         """Whether the layers are not computed at all."""
         return self.mode is MODES["residual"]
+
+    def _seam(self, site: Site, kind: Kind | None) -> AttentionSeam:
+        looks = self._looks
+        if looks is None:
+            return AttentionSeam(site.module, site.targets)
+        text = None if self.mode in BLIND_TO_TEXT else TextTokens(looks)
+        if kind is None or kinds_of(looks.model):
+            return AttentionSeam(site.module, site.targets, text)
+        frames = FrameKinds(looks)
+        return AttentionSeam(site.module, site.targets, text, lambda targets: frames.chosen(targets, kind))
 
     def _action(self, module: nn.Module, seam: AttentionSeam, feed_forwards: FeedForwards) -> Action:
         streams, mode, reached = Streams(module), self.mode, self._reached[id(module)]
@@ -75,6 +89,8 @@ class Switch:
             elif self.mode not in OF_BLOCKS:
                 for seam in self._seams:
                     stack.enter_context(seam.installed())
+            if self._looks is not None:
+                stack.enter_context(self._looks.installed())
             yield
 
     @contextmanager

@@ -21,6 +21,9 @@ random model that
 - a skipped block of each kind equals a copy of the model with that block replaced by hand, and leaves no trace;
 - with `mode="values"`, it equals the model with each token's own value given out by hand (where torch's attention
   function computes it; elsewhere, that it has an effect and leaves no trace);
+- with `mode="attention"`, a video token attends to itself and to the text, also where a model has put both together
+  before its blocks (Flux 2, Chroma, AuraFlow, Lumina 2, Z-Image, HiDream and others): which tokens are text is found by
+  running up to the block with other latents, twice for each layout of a call;
 - a guided call equals the textbook's two passes, with rows that are all conditional and with `[uncond, cond]` rows, in
   every `execution`.
 

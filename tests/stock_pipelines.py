@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import diffusers
+import peft
 import torch
 import transformers
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
@@ -39,7 +40,7 @@ class Stock:
     """
 
     pipeline: str
-    model: str
+    model: str | type[nn.Module]
     config: dict[str, Any]
     parts: Callable[[], dict[str, Any]]
     call: Callable[[], dict[str, Any]]
@@ -55,6 +56,8 @@ class Stock:
     own_calls: int = 0
     """Weak predictions of the pipeline's own that it makes in a step with CFG, after the others."""
     variant: str = ""
+    channels: int | None = None
+    """How many channels of a prediction are guided, where the others predict a variance."""
     normalised: Callable[[Tensor, Tensor], Tensor] | None = None
     """What the pipeline makes of its combined prediction while CFG is on, given the cond prediction."""
 
@@ -81,8 +84,34 @@ def run(pipe: Any, call: dict[str, Any], **changes: Any) -> Tensor:
     common = {"generator": torch.Generator().manual_seed(7), "num_inference_steps": 2, "output_type": "latent"}
     torch.manual_seed(7)  # some encode images with the global generator
     output = pipe(**{**common, "return_dict": False, **call, **changes})[0]
-    latents: Tensor = torch.cat(output, dim=2) if isinstance(output, list) else output
+    latents: Tensor = torch.cat(output, dim=2) if isinstance(output, list) else torch.as_tensor(output)
     return latents
+
+
+class UNetWithImages(diffusers.UNet2DConditionModel):
+    """A U-Net with an IP-Adapter: its prompt is joined by tokens of an image, for which it has keys of their own."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__(**config)
+        cross, tokens, width = config["cross_attention_dim"], 4, 6
+        project = {"proj.weight": torch.empty(tokens * cross, width), "proj.bias": torch.empty(tokens * cross)}
+        norm = {"norm.weight": torch.empty(cross), "norm.bias": torch.empty(cross)}
+        names = [name for name in self.attn_processors if name.endswith("attn2.processor")]
+        sizes = [self.get_submodule(name.removesuffix(".processor")).inner_dim for name in names]
+        keys = {
+            f"{2 * i + 1}.to_{which}_ip.weight": torch.empty(size, cross)
+            for i, size in enumerate(sizes)
+            for which in "kv"
+        }
+        self._load_ip_adapter_weights([{"image_proj": {**project, **norm}, "ip_adapter": keys}])
+
+
+class UNetWithLora(diffusers.UNet2DConditionModel):
+    """A U-Net with a LoRA that is not fused."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__(**config)
+        self.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v", "to_out.0"]))
 
 
 class StopHereError(Exception):
@@ -509,6 +538,21 @@ _TABLE = [
         "uncond+cond", NO_CFG, "mid_block.attentions.0", zoo.KeepInTuple, "unet",
     ),
     Stock(
+        "StableDiffusionPipeline", UNetWithImages,
+        UNET,
+        lambda: {"vae": None, "scheduler": diffusers.DDIMScheduler(), "requires_safety_checker": False},
+        lambda: prompts(ip_adapter_image_embeds=[noise(2, 1, 6, seed=3)]),
+        "uncond+cond", {**NO_CFG, "ip_adapter_image_embeds": [noise(1, 1, 6, seed=3)]}, "mid_block.attentions.0",
+        zoo.KeepInTuple, "unet", variant="with IP-Adapter",
+    ),
+    Stock(
+        "StableDiffusionPipeline", UNetWithLora,
+        UNET,
+        lambda: {"vae": None, "scheduler": diffusers.DDIMScheduler(), "requires_safety_checker": False},
+        lambda: prompts(),
+        "uncond+cond", NO_CFG, "mid_block.attentions.0", zoo.KeepInTuple, "unet", variant="with LoRA",
+    ),
+    Stock(
         "StableDiffusionControlNetPipeline", "UNet2DConditionModel",
         UNET,
         lambda: {"vae": None, "scheduler": diffusers.DDIMScheduler(), "requires_safety_checker": False,
@@ -516,6 +560,23 @@ _TABLE = [
             "out_channels", "up_block_types")}, conditioning_embedding_out_channels=(4,) * 4)},
         lambda: prompts(image=image(64).sigmoid()),
         "uncond+cond", NO_CFG, "mid_block.attentions.0", zoo.KeepInTuple, "unet",
+    ),
+    Stock(
+        "IFPipeline", "UNet2DConditionModel",
+        {**UNET, "in_channels": 3, "out_channels": 6},
+        lambda: {"scheduler": diffusers.DDPMScheduler(variance_type="learned_range")},
+        lambda: prompts(),
+        "uncond+cond", NO_CFG, "mid_block.attentions.0", zoo.KeepInTuple, "unet", channels=3,
+    ),
+    Stock(
+        "KandinskyV22Pipeline", "UNet2DConditionModel",
+        {**UNET, "out_channels": 8, "encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 8,
+            "addition_embed_type": "image", "addition_embed_type_num_heads": 2},
+        lambda: {"scheduler": diffusers.DDPMScheduler(variance_type="learned_range"), "movq": random_model(
+            "VQModel", block_out_channels=(4,), norm_num_groups=2, num_vq_embeddings=4, latent_channels=4)},
+        lambda: {"image_embeds": noise(1, 8, seed=1), "negative_image_embeds": noise(1, 8, seed=2),
+            "height": 8, "width": 8, "guidance_scale": 3.0},
+        "uncond+cond", NO_CFG, "mid_block.attentions.0", zoo.KeepInTuple, "unet", channels=4,
     ),
     Stock(
         "StableDiffusionXLPipeline", "UNet2DConditionModel",

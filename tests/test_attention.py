@@ -111,9 +111,15 @@ class MultiHeadByHand(nn.Module):
             t.unflatten(-1, (a.num_heads, -1)).transpose(1, 2)
             for t in F.linear(x, a.in_proj_weight, a.in_proj_bias).chunk(3, -1)
         )
-        if self.mode == "smoothed":
-            q = q.mean(-2, keepdim=True).expand_as(q)
-            v = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
+        if self.mode in ("attention", "smoothed"):
+            is_text = torch.arange(x.shape[1]) >= 5  # the model puts it behind
+            if self.mode == "smoothed":
+                q = torch.where(is_text[:, None], q, q[..., ~is_text, :].mean(-2, keepdim=True))
+            logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+            if self.mode == "attention":
+                seen = is_text[:, None] | is_text | torch.eye(len(is_text), dtype=torch.bool)
+                logits = logits.masked_fill(~seen, -torch.inf)
+            v = logits.softmax(-1) @ v
         mixed = x if self.mode == "attention-input" else v.transpose(1, 2).flatten(2)
         return a.out_proj(mixed), None
 
@@ -472,7 +478,7 @@ def test_bad_input_is_refused_before_anything_is_touched(name: str) -> None:
 
 
 def test_kinds_are_found_by_name() -> None:
-    from stg_hooks.sites import kinds_of
+    from stg_hooks.frames import kinds_of
 
     kinds = kinds_of(zoo.FAMILIES["svd"].build())
     assert {kind for name, kind in kinds.items() if "temporal" in name} == {"temporal"}

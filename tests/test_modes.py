@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 import stg_hooks as stg
 from tests import zoo
+from tests.tiny_models import MODELS
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
 MODES = ["attention", "values", "attention-input", "smoothed"]
@@ -110,6 +112,10 @@ CASES = [
 ]
 
 
+def tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
 def by_hand(model: nn.Module, names: Sequence[str], mode: str, text: tuple[str, int] | None = None) -> nn.Module:
     model = copy.deepcopy(model)
     for name in names:
@@ -167,6 +173,40 @@ def test_feed_forward_adds_nothing(name: str, layer: int, networks: Sequence[str
         assert_close_in_std(model(**inputs)[0], expected)
         assert_close_in_std(model(**inputs)[0], expected)
     assert (model(**inputs)[0] - expected).abs().max() > 1e-3 * expected.std()
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "network"),
+    [
+        ("PRXTransformer2DModel", "blocks.1", "down_proj"),
+        ("MiniMaxMusic3Transformer1DModel", "transformer_blocks.1", "ff_out"),
+        ("NucleusMoEImageTransformer2DModel", "transformer_blocks.0", "img_mlp"),
+        ("RFD4ProteinaTransformer", "transformer_layers.1", "transition"),
+        ("T5FilmDecoder", "decoders.1", "layer.2.DenseReluDense"),
+    ],
+)
+def test_feed_forward_is_found_where_it_is_called_otherwise(name: str, layer: str, network: str) -> None:
+    model, inputs = MODELS[name].build(name), MODELS[name].inputs()
+    plain = tensors(model(**inputs))[0]
+    with model.get_submodule(f"{layer}.{network}").register_forward_hook(lambda m, args, output: output * 0.0):
+        expected = tensors(model(**inputs))[0]
+    with stg.skip(model, layer, "feed-forward"):
+        assert_close_in_std(tensors(model(**inputs))[0], expected)
+    assert (plain - expected).abs().max() > 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "why"),
+    [
+        ("AnyFlowFARTransformer3DModel", "blocks.1", "requires the 'flex' attention backend"),
+        ("Kandinsky6SRTransformer3DModel", "visual_transformer_blocks.1", "Unsupported"),
+    ],
+)
+def test_attention_that_only_its_own_kernel_computes(name: str, layer: str, why: str) -> None:
+    model, inputs = MODELS[name].build(name), MODELS[name].inputs()
+    told = f"cannot compute its attention with torch's scaled_dot_product_attention .*{why}.*Use mode='residual'"
+    with pytest.raises(stg.BlockError, match=told), stg.skip(model, layer, "values"):
+        model(**inputs)
 
 
 def test_feed_forward_of_a_layer_with_a_fused_implementation() -> None:

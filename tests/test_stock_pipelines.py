@@ -77,6 +77,9 @@ class Run:
         terms = [cond - weak for cond, weak in zip(calls[0].output, weaks, strict=True)]
         if self.cfg and self.stock.rows == "uncond+cond":
             terms = [term.chunk(2)[1] for term in terms]
+        if self.stock.channels is not None:
+            for term in terms:
+                term[:, self.stock.channels :] = 0.0
         return terms
 
     def with_added(self, terms: list[Tensor]) -> Tensor:

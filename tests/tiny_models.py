@@ -630,7 +630,7 @@ MODELS: dict[str, Tiny] = {
     ),
     "NucleusMoEImageTransformer2DModel": Tiny(
         {**HEADS, "in_channels": 4, "num_layers": 4, "joint_attention_dim": 8, "axes_dims_rope": (2, 2, 4),
-         "mlp_ratio": 2.0, "num_experts": 2, "moe_intermediate_dim": 8,
+         "mlp_ratio": 12.0, "num_experts": 2, "moe_intermediate_dim": 8,
          "dense_moe_strategy": "leave_first_block_dense", "capacity_factors": [0.0, 2.0, 2.0, 2.0]},
         lambda b, r: {"hidden_states": r(b, 4, 4), "img_shapes": [(1, 2, 2)] * b,
             "encoder_hidden_states": r(b, 5, 8), "timestep": t(b, 0.5)},

@@ -1,0 +1,151 @@
+"""Run a model up to one of its modules and see what that is given: for what neither names nor shapes tell.
+
+A look happens within a call of the model, with that call's arguments or with other latents. Blocks before the module
+hand their inputs through, so that it costs little and that tokens do not mix.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from stg_hooks.calls import is_positional
+from stg_hooks.inspection import bound_arguments
+from stg_hooks.layers import find_layers
+from stg_hooks.patching import Action, now, patched, set_aside
+from stg_hooks.provenance import sounds_like_text
+from stg_hooks.streams import Streams
+
+
+class _OfThread(threading.local):
+    call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None = None
+
+
+class _ReachedError(Exception):
+    """Ends a look when the module has been reached."""
+
+
+class Looks:
+    """Looks into the calls of one model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Prepare for one model; touch nothing.
+
+        Args:
+            model: the module that is called.
+        """
+        self.model = model
+        blocks = [layer.module for layer in find_layers(model) if layer.index is not None]
+        self._blocks = [(block, Streams(block)) for block in blocks]
+        self._local = _OfThread()
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Note the calls of the model within a `with`."""
+        with patched(self.model) as patch, patch.everywhere(self._note):
+            yield
+
+    def _note(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before, self._local.call = self._local.call, (proceed, args, kwargs)
+        try:
+            return proceed(*args, **kwargs)
+        finally:
+            self._local.call = before
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """List the tensors that the call that is being made was given, without those of positions; empty without one.
+
+        Returns:
+            Pairs of the argument's name and a tensor.
+        """
+        if self._local.call is None:
+            return []
+        _, args, kwargs = self._local.call
+        given = bound_arguments(self.model, args, kwargs).items()
+        leaves = [(name, leaf) for name, value in given for leaf in pytree.tree_leaves(value)]
+        return [(name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor) and not is_positional(name)]
+
+    def given(self, module: nn.Module, change: Callable[[Tensor], Tensor] | None = None) -> list[dict[str, Tensor]]:
+        """Make the call again, up to a module.
+
+        Args:
+            module: a module inside the model.
+            change: what to give in place of a tensor among the arguments; it may be the same.
+
+        Returns:
+            The streams of tokens that the module is given: by name, first for the call as it is, then for the changed.
+        """
+        assert self._local.call is not None
+        proceed, args, kwargs = self._local.call
+        with torch.no_grad(), set_aside(self.model.modules()), _eagerly():
+            one = self._reach(module, proceed, args, kwargs)
+            if change is None:
+                return [one]
+            return [one, self._reach(module, proceed, *pytree.tree_map_only(Tensor, change, (args, kwargs)))]
+
+    def _reach(
+        self, module: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+
+        def reached(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given = bound_arguments(module, args, kwargs)
+            found.update({name: leaf.clone() for name, leaf in given.items() if is_stream(leaf)})
+            raise _ReachedError
+
+        with ExitStack() as stack:
+            others = [pair for pair in self._blocks if all(inner is not module for inner in pair[0].modules())]
+            for other, action in [*((block, _bypass(streams)) for block, streams in others), (module, reached)]:
+                patch = stack.enter_context(patched(other))
+                stack.callback(patch.put_back, patch.replace(action, now()))
+            try:
+                proceed(*args, **kwargs)
+            except _ReachedError:
+                return found
+        raise RuntimeError(f"{type(module).__name__} was not reached")
+
+
+def is_stream(leaf: Any) -> TypeGuard[Tensor]:
+    """Tell whether this may be `(batch, tokens, channels)`, or `(tokens, channels)`."""
+    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim in (2, 3) and leaf.shape[-2] > 1
+
+
+def may_carry_tokens(leaf: Tensor) -> bool:
+    """Tell whether a tensor among the arguments of a model may hold latents or text."""
+    return leaf.is_floating_point() and leaf.ndim > 1
+
+
+def latents_among(given: list[tuple[str, Tensor]]) -> list[Tensor]:
+    """Choose what is denoised, and what comes in the same form and is no text; what is denoised comes first."""
+    candidates = [(name, leaf) for name, leaf in given if may_carry_tokens(leaf) and "mask" not in name]
+    candidates = [(name, leaf) for name, leaf in candidates if not sounds_like_text(name)]
+    if not candidates:
+        return []
+    main, first = candidates[0]
+    return [leaf for name, leaf in candidates if leaf.ndim == first.ndim and (name == main or "embed" not in name)]
+
+
+def _bypass(streams: Streams) -> Action:
+    def action(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        known, output = streams.bypass(args, kwargs)
+        if not known:
+            streams.learn(args, kwargs, forward(*args, **kwargs))
+            _, output = streams.bypass(args, kwargs)
+        return output
+
+    return action
+
+
+def _eagerly() -> AbstractContextManager[object]:
+    """Have nothing compiled for a look."""
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+        return stance
+    return nullcontext()

@@ -1,0 +1,101 @@
+"""Find the text among the tokens of a block that is given text and video as one stream, joined before the blocks.
+
+Inside such a block nothing tells one from the other. So, once for each layout of a call, a look is taken at what the
+block is given with other latents: tokens that stay the same are not video.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stg_hooks.errors import StgWarning
+from stg_hooks.inspection import bound_arguments
+from stg_hooks.looking import Looks, is_stream, latents_among, may_carry_tokens
+from stg_hooks.provenance import Runs, sounds_like_text
+
+
+class TextTokens:
+    """The text in the streams of a model's blocks."""
+
+    def __init__(self, looks: Looks) -> None:
+        """Prepare for one model.
+
+        Args:
+            looks: looks into the model that puts text and video together.
+        """
+        self._looks = looks
+        self._known: dict[object, dict[str, Runs]] = {}
+
+    def given_to(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Runs]:
+        """Find the text in what a block is given.
+
+        Args:
+            block: a block of the model, in a call of it.
+            args: the positional arguments of the block's call.
+            kwargs: its keyword arguments.
+
+        Returns:
+            Name of an argument to the runs of its tokens, where there are tokens of both kinds in it. For rows that
+            hold text in different places, the kind of a run is a tuple with an entry per row.
+        """
+        given = {name: leaf for name, leaf in bound_arguments(block, args, kwargs).items() if isinstance(leaf, Tensor)}
+        main = next((leaf for name, leaf in given.items() if not sounds_like_text(name)), None)
+        if not is_stream(main):
+            return {}
+        if any(sounds_like_text(name) and is_stream(leaf) and leaf.ndim == main.ndim for name, leaf in given.items()):
+            return {}  # its arguments tell
+        root = self._looks.tensors()
+        latents = latents_among(root)
+        if len(latents) == sum(may_carry_tokens(leaf) for _, leaf in root):
+            return {}  # nothing but latents
+        key = id(block), tuple((name, *_layout(name, leaf)) for name, leaf in root)
+        if key not in self._known:
+            self._known[key] = self._look(block, latents)
+        return self._known[key]
+
+    def _look(self, block: nn.Module, latents: list[Tensor]) -> dict[str, Runs]:
+        def change(leaf: Tensor) -> Tensor:
+            return _other(leaf) if any(leaf is latent for latent in latents) else leaf
+
+        try:
+            one, other = self._looks.given(block, change)
+            pairs = {name: (tensor, other[name]) for name, tensor in one.items()}
+            runs = {name: _runs(*pair) for name, pair in pairs.items() if pair[0].shape == pair[1].shape}
+        except Exception as error:  # whatever goes wrong in a call that nobody has asked for
+            model = type(self._looks.model).__name__
+            warnings.warn(
+                f"{model} may put text and video together before {type(block).__name__}, and it cannot be found out "
+                f"which tokens are which ({type(error).__name__}: {error}). The attention mode treats them all as "
+                "video there. mode='values' does so by definition.",
+                StgWarning,
+                stacklevel=2,
+            )
+            return {}
+        return {name: found for name, found in runs.items() if found}
+
+
+def _runs(one: Tensor, other: Tensor) -> Runs:
+    """Say which tokens are the same in both; empty where all are of one kind."""
+    same = (one == other).flatten(2).all(-1) if one.ndim > 2 else (one == other).all(-1)[None]
+    if not same.any() or same.all():
+        return ()
+    if (same == same[:, :1]).all():  # the sequence comes first
+        same = same[:, :1].T
+    columns = [row[0] if len(set(row)) == 1 else tuple(row) for row in same.T.tolist()]
+    return tuple((kind, len(list(group))) for kind, group in itertools.groupby(columns))
+
+
+def _other(latents: Tensor) -> Tensor:
+    """Return other numbers of the same shape, without drawing random ones."""
+    wave = torch.arange(latents.numel(), device=latents.device, dtype=torch.float32).sin()
+    return latents + wave.reshape(latents.shape).to(latents.dtype)
+
+
+def _layout(name: str, leaf: Tensor) -> tuple[object, ...]:
+    """Describe what decides where text is: shapes, and what masks say."""
+    return tuple(leaf.shape), (tuple(leaf.flatten().tolist()) if "mask" in name else None)
