@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,21 +22,23 @@ from stg_hooks.hosts import Host, Role
 from stg_hooks.patching import patched, shared
 from stg_hooks.schedule import Plan, Settings
 from stg_hooks.settings import Branch
-from stg_hooks.skip import Switch
 from stg_hooks.step import Step
 from stg_hooks.trace import Trace
+from stg_hooks.watch import Watch
 
 
-class Session(Protocol):
-    """What the guides of one `apply` share."""
+@dataclasses.dataclass(eq=False)
+class Session:
+    """What the guides of one `apply` share; it knows none of them, so that nothing keeps itself alive."""
 
     host: Host
     plan: Plan
-    stats: Stats
-    trace: Trace
-    step: Step | None
-    every: int
-    lost_steps: int
+    every: int = 1
+    step: Step | None = None
+    stats: Stats = dataclasses.field(default_factory=Stats)
+    trace: Trace = dataclasses.field(default_factory=Trace)
+    watch: Watch = dataclasses.field(default_factory=lambda: Watch("stg.apply"))
+    lost_steps: int = 0
 
 
 @dataclasses.dataclass
@@ -142,17 +144,6 @@ class Guide:
         self._executions = Executions(model, execution, session.stats)
         self._executions.prepare(session.plan.known)
         self._local = _OfThread()
-        self._looked_at: dict[int, list[tuple[Switch, Tensor]]] = {}
-
-    def complaints(self) -> list[str]:
-        """Say which branches did nothing in the first call that they guided, and forget it."""
-        looked_at, self._looked_at = self._looked_at, {}
-        return [
-            complaint
-            for found in looked_at.values()
-            for switch, same in found
-            if (complaint := switch.complaint(bool(same)))
-        ]
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -231,7 +222,7 @@ class Guide:
         if both:
             pairs = [halves(tensor) for tensor in unguided]
             unconds, conds = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        guided = _Guided(call.step, call.settings, conds, self._weaks(call, conds))
+        guided = _Guided(call.step, call.settings, conds, self._weaks(call, conds, unconds))
         self._local.last = guided
         if guided.replaces:
             self._check_replaceable(guided, role, first=unguided is output)
@@ -249,8 +240,11 @@ class Guide:
             return [torch.cat([tensor, tensor]) for tensor in final] if both else final
         return [_add(o, torch.cat([t, t]) if both else t) for o, t in zip(output, terms, strict=True)]
 
-    def _weaks(self, call: _Call, conds: Sequence[Tensor]) -> list[list[Tensor]]:
+    def _weaks(self, call: _Call, conds: Sequence[Tensor], unconds: Sequence[Tensor | None]) -> list[list[Tensor]]:
         """Return, for each prediction, the weak ones of all branches."""
+        watch = self._session.watch
+        if not call.settings.active or call.kept is not None:
+            watch.look(call.step, conds, unconds)
         if not call.settings.active:
             return [[] for _ in conds]
         if call.kept is not None:
@@ -265,9 +259,7 @@ class Guide:
         call.guided.denoiser, call.guided.args, call.guided.kwargs = self._model, call.args, call.kwargs
         execution = self._executions.of(call.settings.active)
         by_branch = execution.weak_predictions(call.guided, conds)
-        if id(execution) not in self._looked_at:  # compared on the device; read at the end, where waiting costs nothing
-            same = [torch.stack([(w == c).all() for w, c in zip(b, conds, strict=True)]).all() for b in by_branch]
-            self._looked_at[id(execution)] = list(zip(execution.switches, same, strict=True))
+        watch.look(call.step, conds, unconds, execution.switches, by_branch)
         weaks = [list(weaks) for weaks in zip(*by_branch, strict=True)]
         if self._session.every > 1:
             differences = [[c - weak for weak in found] for c, found in zip(conds, weaks, strict=True)]
@@ -302,6 +294,8 @@ class Guide:
         guided, role = call.before, call.role
         if guided is not None and not guided.settings.changes:
             return None
+        if guided is not None and role.rows == "uncond":
+            self._session.watch.look(guided.step, (), output)
         if guided is None or [c.shape for c in guided.conds] != [o.shape for o in output]:
             if self._session.plan.is_constant and not self._session.plan.base.changes:
                 return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +13,8 @@ from torch.utils import _pytree as pytree
 
 from stg_hooks.calls import halves, own_predictions, predictions
 from stg_hooks.combine import Scale, check_scale, combine, correction, is_number
-from stg_hooks.errors import CallError, SettingError, StgWarning, TargetError
-from stg_hooks.execution import Execution, Stats, in_weak_pass
+from stg_hooks.errors import CallError, SettingError, TargetError
+from stg_hooks.execution import Stats, in_weak_pass
 from stg_hooks.executions import Executions
 from stg_hooks.layers import LayerSpec
 from stg_hooks.perturb import Mode
@@ -23,9 +22,11 @@ from stg_hooks.rules import Rule
 from stg_hooks.schedule import Schedule, plan_from
 from stg_hooks.settings import Branch
 from stg_hooks.sites import Kind
+from stg_hooks.skip import Switch
 from stg_hooks.step import Step
 from stg_hooks.trace import Trace
 from stg_hooks.uncond import check_on, check_settings
+from stg_hooks.watch import Watch
 
 
 class Guider:
@@ -57,6 +58,7 @@ class Guider:
         sigmas: Tensor | Sequence[float] | None = None,
         model: nn.Module | None = None,
         execution: str = "auto",
+        strict: bool = False,
     ) -> None:
         """Choose what to guide and how.
 
@@ -84,6 +86,7 @@ class Guider:
                 the first one whose noise level is not above the call's `sigma`.
             model: the module that holds the layers, where `denoiser` is not itself a module.
             execution: how the weak prediction is computed, as for `apply`.
+            strict: raise where a skip changes nothing, instead of a warning; its first call waits for the GPU.
 
         Raises:
             LayerError: a layer that does not exist or cannot be skipped in this mode.
@@ -136,7 +139,7 @@ class Guider:
         self._reported: dict[str, Any] | None = None
         self._executions = Executions(model, execution, self.stats)
         self._executions.prepare(self.plan.known)
-        self._is_checked = False
+        self._watch = Watch("stg.Guider", strict)
 
     def __call__(
         self,
@@ -160,6 +163,7 @@ class Guider:
 
         Raises:
             CallError: the settings depend on something about the step that is not known, or the noise level is 0.
+            LayerError: with `strict`, a skip changed nothing.
             TargetError: `cond` or `uncond` is no mapping.
             SettingError: an argument is given twice, or not for both predictions.
         """
@@ -184,19 +188,23 @@ class Guider:
         joined = _joined(args, positive, negative) if cfg and self._takes_sigma and self._on == "cond" else None
         call_args, call_kwargs = joined or (args, positive)
         weaks: list[list[Tensor]] = []
+        switches: Sequence[Switch] = ()
         if active and self._on == "cond":
             with self._executions.installed():
                 execution = self._executions.of(active)
+                switches = execution.switches
                 output, call = execution.cond_pass(self.denoiser, call_args, call_kwargs, joined is not None)
                 conds, unconds = _halved(own_predictions(output), joined is not None)
                 start = time.perf_counter()
                 weaks = execution.weak_predictions(call, conds)
                 self.stats.seconds += time.perf_counter() - start
-                self._check(execution, conds, weaks)
         else:
             conds, unconds = _halved(own_predictions(self.denoiser(*call_args, **call_kwargs)), joined is not None)
         if cfg and joined is None:
-            unconds = [*self._uncond(active, args, negative)]
+            switches, unconds = self._uncond(active, args, negative, switches)
+        if active:
+            self._watch.look(step, conds, unconds, switches, weaks)
+            self._watch.report(wait=False)
         scales = [branch.scale for branch in active] if weaks else []
         by_output = [[weak[i] for weak in weaks] for i in range(len(conds))]
         results = [
@@ -210,16 +218,16 @@ class Guider:
         self.stats.guided_calls += bool(active)
         return results[0] if len(results) == 1 else tuple(results)
 
-    def _uncond(self, active: Sequence[Branch], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Tensor]:
+    def _uncond(
+        self, active: Sequence[Branch], args: tuple[Any, ...], kwargs: dict[str, Any], switches: Sequence[Switch]
+    ) -> tuple[Sequence[Switch], list[Tensor | None]]:
         """Make the uncond prediction in a call of its own, by the weak model if that is asked for."""
         if not active or self._on == "cond":
-            return predictions(self.denoiser(*args, **kwargs))
+            return switches, [*predictions(self.denoiser(*args, **kwargs))]
         with self._executions.installed():
-            execution = self._executions.of(active)
-            with execution.switches[0].switched_on():
-                found = predictions(self.denoiser(*args, **kwargs))
-            self._check(execution, (), [()])
-        return found
+            switches = self._executions.of(active).switches
+            with switches[0].switched_on():
+                return switches, [*predictions(self.denoiser(*args, **kwargs))]
 
     def _step_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Step:
         """Find out the step by the noise level, where the denoiser is called with one."""
@@ -256,18 +264,6 @@ class Guider:
         """
         # Numbers stay on the device until a schedule needs them.
         self._reported = {name: info[name] for name in ("i", "sigma", "sigma_hat", "n_accept") if name in info}
-
-    def _check(self, execution: Execution, conds: Sequence[Tensor], weaks: Sequence[Sequence[Tensor]]) -> None:
-        """Report a skip that did nothing; look at the first call only, because looking waits for the GPU."""
-        if self._is_checked:
-            return
-        self._is_checked = True
-        for switch, weak in zip(execution.switches, weaks, strict=True):
-            same = bool(weak) and all(torch.equal(w, c) for w, c in zip(weak, conds, strict=True))
-            complaint = switch.complaint(same)
-            if complaint:
-                text = f"stg.Guider: {complaint}. Choose other layers: stg.layers(model)."
-                warnings.warn(text, StgWarning, stacklevel=3)
 
 
 def _noise_levels(sigmas: Tensor | Sequence[float]) -> Tensor:
