@@ -154,6 +154,7 @@ class Recording:
         self._randomness: Randomness | None = None
         self._live: list[_Leaf] = []
         self._inside = False
+        self._with_grad = torch.is_grad_enabled()
 
     # --- the cond pass
 
@@ -216,6 +217,8 @@ class Recording:
 
     def _append(self, unit: nn.Module, given: Arguments, output: Any) -> None:
         values, spec = ([output], None) if isinstance(output, Tensor) else pytree.tree_flatten(output)
+        if self._with_grad and not torch.is_grad_enabled():
+            self.obstacle = "it computes without gradients inside, as reentrant checkpointing does"
         if given.are_changed():
             self.obstacle = f"{type(unit).__name__} writes into its arguments"
         sources = {id(leaf): i for i, leaf in enumerate(given.leaves)}

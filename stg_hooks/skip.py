@@ -10,10 +10,12 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from stg_hooks import activation
 from stg_hooks.attention import AttentionSeam
+from stg_hooks.checkpointing import checkpointed, skipped_in
 from stg_hooks.errors import CallError, StgWarning
 from stg_hooks.feed_forward import FeedForwards
 from stg_hooks.layers import Layer, LayerSpec, resolve
@@ -89,9 +91,14 @@ class Switch:
         """
         since = now() if since is None else since
         before: list[tuple[Action | None, int]] = []
+        outer = len(checkpointed()) if torch.is_grad_enabled() and not torch.compiler.is_compiling() else None
+        modules = {id(module): module for module in self.modules}
         try:
             for patch, (key, action) in zip(self._patches, self.actions.items(), strict=True):
-                before.append(patch.replace(instead(action), since))
+                action = instead(action)
+                before.append(
+                    patch.replace(action if outer is None else _checkpointed(action, modules[key], outer), since)
+                )
                 if before[-1][1] > since:  # another one answers for this layer
                     self._reached[key].yet = True
             yield
@@ -139,6 +146,16 @@ class Switch:
             f"skipping {names} changed nothing{where}: the weak prediction equals cond bit for bit. Most likely "
             f"{cause}, or a cache answers in its place"
         )
+
+
+def _checkpointed(action: Action, module: nn.Module, outer: int) -> Action:
+    """Do the same, so that gradients are right where the layer is checkpointed."""
+
+    def checked(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with skipped_in(module, outer):
+            return action(forward, args, kwargs)
+
+    return checked
 
 
 @dataclasses.dataclass

@@ -217,12 +217,15 @@ def test_a_nan_is_passed_on_and_reported_once_with_the_step(value: float, model:
     broken = Broken(model, 2, value)  # two calls of the model per guided call
     text = r"stg\.apply: the cond and weak prediction in step 6 of 10 \(counted from 0\) is not finite \(NaN or inf"
     outputs = []
-    applied = stg.apply(broken, ["blocks.2"], execution="full").__enter__()
-    with pytest.warns(stg.StgWarning, match=text) as log:
+    applied = stg.apply(broken, ["blocks.2"], execution="full")
+
+    def run() -> None:
         for index in (5, 6, 7):
             applied.step = stg.Step(index, 10)
             outputs.append(broken(**zoo.inputs()).isfinite())
-    applied.__exit__(None, None, None)
+
+    with pytest.warns(stg.StgWarning, match=text) as log, applied:
+        run()
     assert len(log) == 1
     assert [bool(finite.all()) for finite in outputs] == [True, False, False]
     assert all(finite[:, 1:].all() for finite in outputs)
