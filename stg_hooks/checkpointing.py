@@ -15,7 +15,7 @@ from stg_hooks.errors import CallError
 
 
 def checkpointed() -> list[tuple[Callable[..., Any], bool]]:
-    """List what `torch.utils.checkpoint` is running in this thread, the innermost first, and if in its reentrant form."""
+    """List what `torch.utils.checkpoint` runs in this thread, the innermost first, and whether it is reentrant."""
     return list(_frames())
 
 
