@@ -293,12 +293,14 @@ class skip:  # noqa: N801 - reads as the verb it is: `with stg.skip(model, layer
                 raise CallError(
                     "stg.skip was left without having been entered. Write: with stg.skip(model, layers=[...]):"
                 )
-            # Several threads may have entered this object: leave what was entered here.
-            here = [entry for entry in self._entries if activation.is_active(entry)]
-            entry = (here or self._entries)[-1]
-            complaint = None if kind else self._complaint(entry)
-            self._entries.remove(entry)
-        entry.stack.close()
+            entry, complaint = self._entries[-1], None
+            try:
+                # Several threads may have entered this object: leave what was entered here.
+                entry = next((one for one in reversed(self._entries) if activation.is_active(one)), entry)
+                complaint = None if kind else self._complaint(entry)
+            finally:
+                self._entries.remove(entry)
+                entry.stack.close()
         if complaint and self._strict:
             raise CallError(complaint)
         if complaint:
