@@ -14,18 +14,19 @@ from stg_hooks import activation
 from stg_hooks.combine import Scale, check_scale
 from stg_hooks.errors import CallError, SettingError, StgWarning
 from stg_hooks.execution import Stats
-from stg_hooks.guide import Guide
+from stg_hooks.guide import Guide, Session
 from stg_hooks.hosts import Host, ModuleHost, pipeline_host
 from stg_hooks.layers import LayerSpec
 from stg_hooks.perturb import Mode
 from stg_hooks.ranks import check_own_copy, ranks_from
 from stg_hooks.rules import Rule
-from stg_hooks.schedule import Schedule, check_every, plan_from
+from stg_hooks.schedule import Plan, Schedule, check_every, plan_from
 from stg_hooks.settings import Branch
 from stg_hooks.sites import Kind
 from stg_hooks.step import Step
 from stg_hooks.trace import Trace
 from stg_hooks.uncond import UncondGuide, check_on, check_settings
+from stg_hooks.watch import Watch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -63,6 +64,7 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         execution: str = "auto",
         group: ProcessGroup | None = None,
         timeout: float = 300.0,
+        strict: bool = False,
     ) -> None:
         """Choose what to guide and how; nothing is touched before the `with`.
 
@@ -101,6 +103,8 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
                 processes (FSDP, tensor or context parallelism) is refused. Gradients do not pass.
             timeout: seconds that a process waits for the others before it is an error on all of them. On GPUs, NCCL's
                 own timeout holds for predictions that are on their way.
+            strict: raise where there would be a warning that nothing, or less than asked for, was guided: in the first
+                call in which a skip changes nothing (this waits for the GPU once), or at the end of the `with`.
 
         Raises:
             LayerError: a layer that does not exist or cannot be skipped in this mode.
@@ -110,9 +114,9 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         Source: STG, arXiv 2411.18664, Eq. 13 and 20, Alg. 4.
         """
         check_on(on, scale)
-        self.host = _find_host(target, batched_cfg, guidance_scale)
-        denoisers = self.host.denoisers()
-        self.plan = plan_from(
+        host = _find_host(target, batched_cfg, guidance_scale)
+        denoisers = host.denoisers()
+        plan = plan_from(
             next(iter(denoisers.values())),
             layers=layers,
             scale=scale,
@@ -129,42 +133,58 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
             on=on,
         )
         check_every(every)
-        self.every = every
+        self._session = Session(host, plan, every, ranks_from(group, timeout, on), watch=Watch("stg.apply", strict))
         if on == "uncond":
             self._check_uncond(batched_cfg)
-        replacing = [
-            settings.why_replaces for settings in self.plan.known if settings.rescale or settings.rule != "cfg"
-        ]
-        if replacing and not self.host.knows_guidance_scale:
+        replacing = [settings.why_replaces for settings in plan.known if settings.rescale or settings.rule != "cfg"]
+        if replacing and not host.knows_guidance_scale:
             raise SettingError(
                 f"{replacing[0]} needs the final prediction, hence the CFG weight: pass guidance_scale=, the "
                 "value that the caller of this module applies (1.0 for none)."
             )
-        self.stats = Stats()
-        self.trace = Trace()
-        self.step: Step | None = None
-        """Set it before each call where the target is a module and a schedule needs to know the step."""
-        self.lost_steps = 0
-        self.ranks = ranks_from(group, timeout, on)
         unique = {id(module): module for module in denoisers.values()}
         self._guides = [
-            UncondGuide(self, module) if on == "uncond" else Guide(self, module, execution)
+            UncondGuide(self._session, module) if on == "uncond" else Guide(self._session, module, execution)
             for module in unique.values()
         ]
-        self.models = list(unique.values())
-        if self.ranks is not None:
-            for model in self.models:
-                check_own_copy(model, self.ranks)
+        self._models = list(unique.values())
+        if self._session.ranks is not None:
+            for model in self._models:
+                check_own_copy(model, self._session.ranks)
         self._entered: list[ExitStack] = []
+
+    @property
+    def stats(self) -> Stats:
+        """What has happened so far."""
+        return self._session.stats
+
+    @property
+    def trace(self) -> Trace:
+        """What guidance did, call by call."""
+        return self._session.trace
+
+    @property
+    def plan(self) -> Plan:
+        """Which settings hold when."""
+        return self._session.plan
+
+    @property
+    def step(self) -> Step | None:
+        """Set it before each call where the target is a module and a schedule needs to know the step."""
+        return self._session.step
+
+    @step.setter
+    def step(self, step: Step | None) -> None:
+        self._session.step = step
 
     def _check_uncond(self, batched_cfg: bool | None) -> None:
         for settings in self.plan.known:
             check_settings(settings)
             if settings.replaces:
                 raise SettingError(f"{settings.why_replaces} cannot be combined with on='uncond' here: use stg.Guider.")
-        if self.every > 1:
-            raise SettingError(f"every={self.every}: on='uncond' makes no extra pass that could be left out.")
-        if isinstance(self.host, ModuleHost) and not batched_cfg:
+        if self._session.every > 1:
+            raise SettingError(f"every={self._session.every}: on='uncond' makes no extra pass that could be left out.")
+        if isinstance(self._session.host, ModuleHost) and not batched_cfg:
             raise SettingError(
                 "on='uncond' needs to know which rows are unconditional: pass batched_cfg=True if the rows of this "
                 "module's calls are [uncond, cond], or use stg.Guider."
@@ -176,14 +196,14 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         Raises:
             RankError: they did not come, or hold another model.
         """
-        if self.ranks is not None:
-            for model in self.models:
-                self.ranks.enter(model)
+        if self._session.ranks is not None:
+            for model in self._models:
+                self._session.ranks.enter(model)
         with ExitStack() as stack:
             for guide in self._guides:
                 stack.enter_context(guide.installed())
-            activation.enter(self)
-            stack.callback(activation.leave, self)
+            activation.enter(self._session)
+            stack.callback(activation.leave, self._session)
             self._entered.append(stack.pop_all())
         return self
 
@@ -193,7 +213,8 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         """Restore the model, and report what was not guided after all.
 
         Raises:
-            CallError: `__enter__` was not called before.
+            CallError: `__enter__` was not called before; or, with `strict`, something was not guided.
+            LayerError: with `strict`, a skip changed nothing.
             RankError: with a group: another process is not leaving.
         """
         if not self._entered:
@@ -201,28 +222,34 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
                 "stg.apply was left without having been entered. Write: with stg.apply(pipe, layers=[...]):"
             )
         self._entered.pop().close()
-        if self.ranks is not None:
-            self.ranks.leave(error)
-        complaints = [complaint for guide in self._guides for complaint in guide.complaints()]
-        if kind is None and complaints:
-            text = f"stg.apply: {'; '.join(complaints)}. Choose other layers: stg.layers(model)."
-            warnings.warn(text, StgWarning, stacklevel=2)
-        lost, self.lost_steps = self.lost_steps, 0
-        if kind is None and lost:
-            warnings.warn(
-                f"stg.apply() did not guide {lost} of {self.stats.calls} calls: the uncond call that {self.host.name} "
-                "makes after them, and that rescale has to wait for, did not come (as in a run that was interrupted).",
-                StgWarning,
-                stacklevel=2,
-            )
-        if kind is None and self._expects_guidance and not self.stats.guided_calls:
-            seen = f"its denoiser was called {self.stats.calls} times, but none of the calls was to be guided"
-            warnings.warn(
-                f"stg.apply() guided nothing: {seen if self.stats.calls else f'{self.host.name} made no call'} inside "
-                "this `with`. Guidance follows the pipeline (or module) that was passed to apply, in this thread.",
-                StgWarning,
-                stacklevel=2,
-            )
+        session = self._session
+        if session.ranks is not None:
+            session.ranks.leave(error)
+        lost, session.lost_steps = session.lost_steps, 0
+        try:
+            if kind is not None:
+                return
+            session.watch.report(wait=True)
+            name, calls = session.host.name, session.stats.calls
+            if lost:
+                self._complain(
+                    f"stg.apply() did not guide {lost} of {calls} calls: the uncond call that {name} makes after them, "
+                    "and that rescale has to wait for, did not come (as in a run that was interrupted)."
+                )
+            if self._expects_guidance and not session.stats.guided_calls:
+                seen = f"its denoiser was called {calls} times, but none of the calls was to be guided"
+                self._complain(
+                    f"stg.apply() guided nothing: {seen if calls else f'{name} made no call'} inside this `with`. "
+                    "Guidance follows the pipeline (or module) that was passed to apply, in this thread."
+                )
+        finally:
+            if not self._entered:
+                session.watch.forget()
+
+    def _complain(self, text: str) -> None:
+        if self._session.watch.strict:
+            raise CallError(text)
+        warnings.warn(text, StgWarning, stacklevel=3)
 
     @property
     def _expects_guidance(self) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.calls import cut, is_positional, map_arguments, row_factor
+from stg_hooks.checkpointing import checkpointed
 from stg_hooks.patching import Action, Patch, pushed
 
 
@@ -90,6 +91,8 @@ class BatchedPass:
         def run(proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self._inside:
                 return proceed(*args, **kwargs)
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling() and checkpointed():
+                raise RowsError("gradient checkpointing would compute blocks again, with other rows")
             skips = [id(unit) in skipped for skipped in self._skipped]
             self._started = [started or skip for started, skip in zip(self._started, skips, strict=True)]
             for branch, not_run in enumerate(self.not_run):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from torch import nn
 
 from stg_hooks.execution import Execution, Stats
+from stg_hooks.layers import items_of
 from stg_hooks.schedule import Settings
 from stg_hooks.settings import Branch
 from stg_hooks.skip import Switch
@@ -30,6 +30,7 @@ class Executions:
         self._way = way
         self._stats = stats
         self._made: dict[Hashable, Execution] = {}
+        self._prepared: frozenset[Hashable] = frozenset()
         self._installed: list[ExitStack] = []
         self._lock = threading.Lock()
 
@@ -60,6 +61,7 @@ class Executions:
                 Switch(self._model, branch.layers, branch.mode, branch.kind)
             if settings.active:
                 self.make(settings.active)
+        self._prepared = frozenset(self._made)
 
     def of(self, branches: Sequence[Branch]) -> Execution:
         """Return an installed execution; a schedule may ask for layers that nobody knew of before the run."""
@@ -67,26 +69,27 @@ class Executions:
             known = len(self._made)
             execution = self.make(branches)
             if len(self._made) > known:
-                self._installed[-1].enter_context(execution.installed())
+                for stack in self._installed:  # other threads may leave before this one
+                    stack.enter_context(execution.installed())
             return execution
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Prepare the denoiser for all executions; restore it at the end."""
         with ExitStack() as stack:
-            before = dict(self._made)
-            for execution in before.values():
-                stack.enter_context(execution.installed())
-            self._installed.append(stack)
+            with self._lock:
+                for execution in self._made.values():
+                    stack.enter_context(execution.installed())
+                self._installed.append(stack)
             try:
                 yield
             finally:
-                self._installed.remove(stack)
-                self._made = before
+                with self._lock:
+                    self._installed = [other for other in self._installed if other is not stack]
+                    if not self._installed:
+                        self._made = {key: made for key, made in self._made.items() if key in self._prepared}
 
 
-def _key(layers: Any) -> Hashable:
+def _key(layers: object) -> Hashable:
     """Return something that is equal for equal choices of layers; modules count by identity."""
-    if isinstance(layers, Iterable) and not isinstance(layers, (str, nn.Module)):
-        return tuple(map(_key, layers))
-    return layers if isinstance(layers, (str, int)) else id(layers)
+    return tuple(item if isinstance(item, (str, int, range)) else id(item) for item in items_of(layers))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,27 +22,29 @@ from stg_hooks.executions import Executions
 from stg_hooks.hosts import Host, Role
 from stg_hooks.inspection import parameter_names
 from stg_hooks.parallel import Share, check_alone
-from stg_hooks.patching import patched, shared
+from stg_hooks.patching import Undo, patched, shared
 from stg_hooks.ranks import Ranks
 from stg_hooks.rules import at_step
 from stg_hooks.schedule import Plan, Settings, known
 from stg_hooks.settings import Branch
-from stg_hooks.skip import Switch
 from stg_hooks.step import Step, check_step
 from stg_hooks.trace import Trace
+from stg_hooks.watch import Watch
 
 
-class Session(Protocol):
-    """What the guides of one `apply` share."""
+@dataclasses.dataclass(eq=False)
+class Session:
+    """What the guides of one `apply` share; it knows none of them, so that nothing keeps itself alive."""
 
     host: Host
     plan: Plan
-    stats: Stats
-    trace: Trace
-    step: Step | None
-    every: int
-    lost_steps: int
-    ranks: Ranks | None
+    every: int = 1
+    ranks: Ranks | None = None
+    step: Step | None = None
+    stats: Stats = dataclasses.field(default_factory=Stats)
+    trace: Trace = dataclasses.field(default_factory=Trace)
+    watch: Watch = dataclasses.field(default_factory=lambda: Watch("stg.apply"))
+    lost_steps: int = 0
 
 
 @dataclasses.dataclass
@@ -169,29 +171,23 @@ class Guide:
         self._executions.prepare(session.plan.known)
         self._names = parameter_names(model)
         self._local = _OfThread()
-        self._looked_at: dict[int, list[tuple[Switch, Tensor]]] = {}
-
-    def complaints(self) -> list[str]:
-        """Say which branches did nothing in the first call that they guided, and forget it."""
-        looked_at, self._looked_at = self._looked_at, {}
-        return [
-            complaint
-            for found in looked_at.values()
-            for switch, same in found
-            if (complaint := switch.complaint(bool(same)))
-        ]
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Register the hooks; remove them at the end."""
+        """Register the hooks, once for all threads that are inside; remove them when the last one leaves."""
         with ExitStack() as stack:
-            stack.callback(self._local.__dict__.clear)
+            stack.callback(lambda: self._local.__dict__.clear())  # of the thread that leaves
+            stack.enter_context(shared(self, "guide", self._install))
+            yield
+
+    def _install(self) -> tuple[None, Undo]:
+        with ExitStack() as stack:
             self._of_model = stack.enter_context(shared(self._model, "guided", lambda: (_OfModel(), lambda: None)))
             stack.enter_context(self._executions.installed())
             stack.enter_context(stack.enter_context(patched(self._model)).everywhere(self._around))
             stack.enter_context(self._model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True))
             stack.enter_context(self._model.register_forward_hook(self._after, with_kwargs=True))
-            yield
+            return None, stack.pop_all().close
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """Find out what a call is for, and keep its arguments as they were made."""
@@ -301,7 +297,7 @@ class Guide:
         if both:
             pairs = [halves(tensor) for tensor in unguided]
             unconds, conds = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        weaks = self._weaks(call, conds)
+        weaks = self._weaks(call, conds, unconds)
         if role.channels is not None:
             of_mean = (slice(None), slice(role.channels))
             conds, output = [c[of_mean] for c in conds], [o[of_mean] for o in output]
@@ -325,8 +321,11 @@ class Guide:
             return [torch.cat([tensor, tensor]) for tensor in final] if both else final
         return [_add(o, torch.cat([t, t]) if both else t) for o, t in zip(output, terms, strict=True)]
 
-    def _weaks(self, call: _Call, conds: Sequence[Tensor]) -> list[list[Tensor]]:
+    def _weaks(self, call: _Call, conds: Sequence[Tensor], unconds: Sequence[Tensor | None]) -> list[list[Tensor]]:
         """Return, for each prediction, the weak ones of all branches."""
+        watch = self._session.watch
+        if not call.settings.active or call.kept is not None:
+            watch.look(call.step, conds, unconds)
         if not call.settings.active:
             return [[] for _ in conds]
         if call.kept is not None:
@@ -340,11 +339,8 @@ class Guide:
         call.guided.denoiser, call.guided.args, call.guided.kwargs = self._model, call.args, call.kwargs
         execution = self._executions.of(call.settings.active)
         by_branch = execution.weak_predictions(call.guided, conds)
-        if id(execution) not in self._looked_at:  # compared on the device; read at the end, where waiting costs nothing
-            same = [torch.stack([(w == c).all() for w, c in zip(b, conds, strict=True)]).all() for b in by_branch]
-            switches = execution.switches if call.share is None else call.share.switches
-            # What was computed on another rank is reported there.
-            self._looked_at[id(execution)] = [(s, b) for s, b in zip(switches, same, strict=True) if s is not None]
+        switches = execution.switches if call.share is None else call.share.switches
+        watch.look(call.step, conds, unconds, switches, by_branch)
         weaks = [list(weaks) for weaks in zip(*by_branch, strict=True)]
         if self._session.every > 1:
             known(call.step.index, f"every={self._session.every} counts steps", "index")
@@ -379,6 +375,8 @@ class Guide:
         guided, role = call.before, call.role
         if guided is not None and not guided.settings.changes:
             return None
+        if guided is not None and role.rows == "uncond":
+            self._session.watch.look(guided.step, (), output)
         if guided is None or [c.shape for c in guided.conds] != [o.shape for o in output]:
             if self._session.plan.is_constant and not self._session.plan.base.changes:
                 return None

@@ -6,7 +6,6 @@ import functools
 import inspect
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from torch.utils import _pytree as pytree
 from stg_hooks import activation
 from stg_hooks.calls import halves, own_predictions, predictions
 from stg_hooks.combine import Scale, check_scale, combine, correction, is_number
-from stg_hooks.errors import CallError, SettingError, StgWarning, TargetError
+from stg_hooks.errors import CallError, SettingError, TargetError
 from stg_hooks.execution import Stats, in_weak_pass
 from stg_hooks.executions import Executions
 from stg_hooks.guide import Kept
@@ -33,6 +32,7 @@ from stg_hooks.skip import Switch
 from stg_hooks.step import Step, check_step, is_new_run, noise_levels, step_at
 from stg_hooks.trace import Trace
 from stg_hooks.uncond import check_on, check_settings
+from stg_hooks.watch import Watch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -74,6 +74,7 @@ class Guider:
         execution: str = "auto",
         group: ProcessGroup | None = None,
         timeout: float = 300.0,
+        strict: bool = False,
     ) -> None:
         """Choose what to guide and how.
 
@@ -104,6 +105,7 @@ class Guider:
             execution: how the weak prediction is computed, as for `apply`.
             group: spread the cond, weak and uncond predictions over these processes, as for `apply`.
             timeout: as for `apply`.
+            strict: raise where a skip changes nothing, instead of a warning; its first call waits for the GPU.
 
         Raises:
             LayerError: a layer that does not exist or cannot be skipped in this mode.
@@ -163,12 +165,12 @@ class Guider:
         self._reported: dict[str, Any] | None = None
         self._executions = Executions(model, execution, self.stats)
         self._executions.prepare(self.plan.known)
-        self._is_checked = False
         self.models = [model]
         self.ranks = ranks_from(group, timeout, on)
         self._has_met = False
         if self.ranks is not None:
             check_own_copy(model, self.ranks)
+        self._watch = Watch("stg.Guider", strict)
 
     def __call__(
         self,
@@ -193,6 +195,7 @@ class Guider:
         Raises:
             CallError: the settings depend on something about the step that is not known, or the noise level is 0 (on
                 a GPU it is looked at only if settings change during the run).
+            LayerError: with `strict`, a skip changed nothing.
             TargetError: `cond` or `uncond` is no mapping.
             SettingError: an argument is given twice, or not for both predictions.
             RankError: with `group`: another rank has failed, died, or was given something else.
@@ -221,6 +224,9 @@ class Guider:
         kept = self._kept(step, active)
         fresh = active if self._on == "cond" and kept is None else ()
         by_branch: list[list[Tensor]] = []
+        conds: list[Tensor]
+        unconds: Sequence[Tensor | None]
+        switches: Sequence[Switch | None] = ()
         if self.ranks is not None and not in_weak_pass():
             said = {
                 "step": step if isinstance(step, Step) else None,
@@ -228,23 +234,29 @@ class Guider:
                 "rescale": settings.rescale,
                 "rule": settings.rule,
             }
-            conds, by_branch, unconds = self._shared(self.ranks, fresh, args, positive, negative if cfg else None, said)
+            negative_or_none = negative if cfg else None
+            share, by_branch = self._shared(self.ranks, fresh, args, positive, negative_or_none, said)
+            conds, switches = share.conds, share.switches
+            unconds = share.unconds or [None] * len(conds)
         elif fresh:
             with self._executions.installed(), activation.entered(self):
                 execution = self._executions.of(active)
+                switches = execution.switches
                 output, call = execution.cond_pass(self.denoiser, call_args, call_kwargs, joined is not None)
                 conds, unconds = _halved(own_predictions(output), joined is not None)
                 start = time.perf_counter()
                 by_branch = execution.weak_predictions(call, conds)
                 self.stats.seconds += time.perf_counter() - start
-                self._check(execution.switches, conds, by_branch)
         else:
             conds, unconds = _halved(own_predictions(self.denoiser(*call_args, **call_kwargs)), joined is not None)
         weaks = kept.weaks(conds) if kept else [[weak[i] for weak in by_branch] for i in range(len(conds))]
         if self.every > 1 and fresh and isinstance(step, Step):
             self._local.kept = Kept.after(conds, weaks, active, step)
         if cfg and joined is None and unconds[0] is None:
-            unconds = [*self._uncond(active, args, negative)]
+            switches, unconds = self._uncond(active, args, negative, switches)
+        if active:
+            self._watch.look(step if isinstance(step, Step) else Step(), conds, unconds, switches, by_branch)
+            self._watch.report(wait=False)
         scales = [branch.scale for branch in active] if self._on == "cond" else []
         rules = [settings.rule] * len(conds)
         if isinstance(step, Step):
@@ -276,7 +288,7 @@ class Guider:
         positive: dict[str, Any],
         negative: dict[str, Any] | None,
         said: Mapping[str, object],
-    ) -> tuple[list[Tensor], list[list[Tensor]], Sequence[Tensor | None]]:
+    ) -> tuple[Share, list[list[Tensor]]]:
         """Make the predictions of a step together with the other ranks."""
         if not self._has_met:
             ranks.enter(self.models[0])
@@ -292,21 +304,23 @@ class Guider:
             start = time.perf_counter()
             weaks = share.rest(self.denoiser, arguments, first, said).weaks
             self.stats.seconds += time.perf_counter() - start
-            assert weaks is not None
-            if active:
-                self._check(share.switches, share.conds, weaks)
-        return share.conds, weaks, share.unconds or [None] * len(share.conds)
+        return share, weaks or []
 
-    def _uncond(self, active: Sequence[Branch], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Tensor]:
+    def _uncond(
+        self,
+        active: Sequence[Branch],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        switches: Sequence[Switch | None],
+    ) -> tuple[Sequence[Switch | None], list[Tensor | None]]:
         """Make the uncond prediction in a call of its own, by the weak model if that is asked for."""
         if not active or self._on == "cond":
-            return predictions(self.denoiser(*args, **kwargs))
+            return switches, [*predictions(self.denoiser(*args, **kwargs))]
         with self._executions.installed():
-            execution = self._executions.of(active)
-            with execution.switches[0].switched_on():
-                found = predictions(self.denoiser(*args, **kwargs))
-            self._check(execution.switches, (), [()])
-        return found
+            switches = self._executions.of(active).switches
+            assert switches[0] is not None
+            with switches[0].switched_on():
+                return switches, [*predictions(self.denoiser(*args, **kwargs))]
 
     def _step_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Step | Callable[[], Step]:
         """Find out the step by the noise level, where the denoiser is called with one.
@@ -338,22 +352,6 @@ class Guider:
             raise CallError(f"the sampler reported {sorted(info)}: expected i and sigma among them.")
         # Numbers stay on the device until a schedule needs them.
         self._reported = {name: info[name] for name in ("i", "sigma", "sigma_hat", "n_accept") if name in info}
-
-    def _check(
-        self, switches: Sequence[Switch | None], conds: Sequence[Tensor], weaks: Sequence[Sequence[Tensor]]
-    ) -> None:
-        """Report a skip that did nothing; look at the first call only, because looking waits for the GPU."""
-        if self._is_checked:
-            return
-        self._is_checked = True
-        for switch, weak in zip(switches, weaks, strict=True):
-            if switch is None:
-                continue  # it was computed on another rank, which reports it
-            same = bool(weak) and all(torch.equal(w, c) for w, c in zip(weak, conds, strict=True))
-            complaint = switch.complaint(same)
-            if complaint:
-                text = f"stg.Guider: {complaint}. Choose other layers: stg.layers(model)."
-                warnings.warn(text, StgWarning, stacklevel=3)
 
 
 def _merged(kwargs: dict[str, Any], name: str, condition: Mapping[str, Any] | None) -> dict[str, Any]:

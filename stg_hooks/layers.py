@@ -28,6 +28,8 @@ _PROJECTIONS = (
     {"query_key_value"},
     {"in_proj_weight"},
 )
+_DEPTH = 20  # of lists in lists
+_SHOWN = 120  # characters of what a user typed, in messages
 # Stacks that prepare conditioning rather than denoise: they can be named, but are not numbered.
 _SIDE_WORDS = (
     "refiner",
@@ -175,24 +177,32 @@ def resolve(model: nn.Module, spec: object) -> list[Layer]:
         raise TargetError(f"expected a torch.nn.Module to find layers in, not {type(model).__name__}.")
     known = find_layers(model)
     chosen: dict[str, Layer] = {}
-    for item in _items(spec):
+    for item in items_of(spec):
         for layer in _resolve_one(model, known, item):
             chosen.setdefault(layer.name, layer)
     if not chosen:
-        raise LayerError(f"layers={spec!r} names no layer. {_what_exists(model, known)}")
+        raise LayerError(f"layers={_shown(spec)} names no layer. {_what_exists(model, known)}")
     order = {layer.name: position for position, layer in enumerate(known)}
     return sorted(chosen.values(), key=lambda layer: order.get(layer.name, len(order)))
 
 
-def _items(spec: object) -> list[object]:
-    if isinstance(spec, (str, int, nn.Module)) and not isinstance(spec, (nn.ModuleList, nn.Sequential)):
-        return [spec]
-    if isinstance(spec, (list, tuple, set, frozenset, range, nn.ModuleList, nn.Sequential)):
-        flat: list[object] = []
+def items_of(spec: object) -> Iterator[object]:
+    """Flatten what was passed as `layers`; ranges stay whole, however long they are.
+
+    Raises:
+        TargetError: lists in lists without end.
+    """
+    return _flat(spec, 0)
+
+
+def _flat(spec: object, depth: int) -> Iterator[object]:
+    if depth > _DEPTH:
+        raise TargetError(f"layers= is nested more than {_DEPTH} lists deep: give one list.")
+    if isinstance(spec, (list, tuple, set, frozenset, nn.ModuleList, nn.Sequential)):
         for item in spec:
-            flat.extend(_items(item))
-        return flat
-    return [spec]
+            yield from _flat(item, depth + 1)
+    else:
+        yield spec
 
 
 def _resolve_one(model: nn.Module, known: list[Layer], item: object) -> list[Layer]:
@@ -200,20 +210,32 @@ def _resolve_one(model: nn.Module, known: list[Layer], item: object) -> list[Lay
         raise TargetError(f"layers=[{item}]: expected an index, a name or a module, not a bool.")
     if isinstance(item, int):
         return [_by_index(model, known, item)]
+    if isinstance(item, range):
+        return [_by_index(model, known, index) for index in item]  # ends at the first one that does not exist
     if isinstance(item, str):
         return _by_name(model, known, item)
     if isinstance(item, nn.Module):
         return [_by_module(model, known, item)]
     raise TargetError(
-        f"layers=[{item!r}]: expected an index, a range, a dotted name, a glob or a module, not {type(item).__name__}."
+        f"layers=[{_shown(item)}]: expected an index, a range, a dotted name, a glob or a module, not "
+        f"{type(item).__name__}."
     )
+
+
+def _shown(value: object) -> str:
+    """Show what a user typed, as much of it as fits in a message."""
+    try:
+        text = repr(value)
+    except Exception:  # of an integer with thousands of digits, or of an object of theirs
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _by_index(model: nn.Module, known: list[Layer], index: int) -> Layer:
     numbered = [layer for layer in known if layer.index is not None]
     if not -len(numbered) <= index < len(numbered):
         hint = " Did you mean layers=[-1]?" if numbered and index > 0 else ""
-        raise LayerError(f"layers=[{index}]: {_what_exists(model, known)}{hint} See stg.layers(model).")
+        raise LayerError(f"layers=[{_shown(index)}]: {_what_exists(model, known)}{hint} See stg.layers(model).")
     return numbered[index]
 
 
@@ -221,7 +243,9 @@ def _by_name(model: nn.Module, known: list[Layer], name: str) -> list[Layer]:
     if any(character in name for character in "*?["):
         matches = [layer for layer in known if _glob_matches(name, layer.name)]
         if not matches:
-            raise LayerError(f"layers=[{name!r}] matches no layer. {_what_exists(model, known)} See stg.layers(model).")
+            raise LayerError(
+                f"layers=[{_shown(name)}] matches no layer. {_what_exists(model, known)} See stg.layers(model)."
+            )
         return matches
     matches = [layer for layer in known if _is_tail(name, layer.name)]
     if not matches:
@@ -238,15 +262,18 @@ def _by_name(model: nn.Module, known: list[Layer], name: str) -> list[Layer]:
     if matches:
         names = ", ".join(repr(layer.name) for layer in matches[:4])
         raise LayerError(
-            f"layers=[{name!r}] is ambiguous: {len(matches)} modules of {type(model).__name__} end in it ({names}"
+            f"layers=[{_shown(name)}] is ambiguous: {len(matches)} modules of {type(model).__name__} end in it ({names}"
             f"{', ...' if len(matches) > 4 else ''}). Write more of the name."
         )
-    if name.lstrip("-").isdecimal():
-        raise LayerError(f"layers=[{name!r}] is a name that no module has. For an index write layers=[{int(name)}].")
+    if name.removeprefix("-").isdecimal() and len(name) < 10:
+        raise LayerError(
+            f"layers=[{_shown(name)}] is a name that no module has. For an index write layers=[{int(name)}]."
+        )
+    asked = name[:_SHOWN]
     tails = [tail for layer in known for tail in (layer.name, layer.name.split(".", 1)[-1])]
     raise LayerError(
-        f"layers=[{name!r}]: {type(model).__name__} has no module of that name."
-        f"{closest(name, tails) or ' ' + _what_exists(model, known)} See stg.layers(model)."
+        f"layers=[{_shown(name)}]: {type(model).__name__} has no module of that name."
+        f"{closest(asked, tails) or ' ' + _what_exists(model, known)} See stg.layers(model)."
     )
 
 

@@ -14,11 +14,11 @@ from stg_hooks import activation, measures
 from stg_hooks.errors import LayerError, SettingError, StgWarning, TargetError
 from stg_hooks.execution import Stats
 from stg_hooks.executions import Executions
+from stg_hooks.guide import Session
 from stg_hooks.guider import Guider
 from stg_hooks.hosts import Host, ModuleHost, pipeline_host
 from stg_hooks.layers import Layer, LayerSpec, find_layers, resolve
 from stg_hooks.probe import Meter, NoiseLevels, Observation, Probe
-from stg_hooks.ranks import Ranks
 from stg_hooks.results import Profile, ProfileRow, mean
 from stg_hooks.sampling import Sample, generator_of, prompts_from, sampler_of
 from stg_hooks.schedule import Plan, Settings
@@ -26,6 +26,7 @@ from stg_hooks.settings import Branch
 from stg_hooks.skip import Switch
 from stg_hooks.step import Step
 from stg_hooks.trace import Trace
+from stg_hooks.watch import Watch
 
 PROMPTS = ("A dog runs along a beach, waves behind it.", "A woman pours tea at a window, steam rising from the cup.")
 """What a profile is made with where no prompts are given."""
@@ -162,14 +163,11 @@ def _possible(model: nn.Module, layers: list[Layer], modes: Sequence[str], all_l
     return pairs
 
 
-class _Session:
-    """What the probes of one profile share."""
+class _Unwatched(Watch):
+    """A profile shows which layers do nothing: nobody need be told."""
 
-    def __init__(self, host: Host, plan: Plan, stats: Stats) -> None:
-        self.host, self.plan, self.stats, self.trace = host, plan, stats, Trace()
-        self.step: Step | None = None
-        self.ranks: Ranks | None = None
-        self.every, self.lost_steps = 1, 0
+    def look(self, *_: object, **__: object) -> None:
+        """Look at nothing."""
 
 
 def _plan(branches: Sequence[Branch], levels: NoiseLevels, meter: Meter, **more: Any) -> Plan:
@@ -196,7 +194,7 @@ def _watched_host(
 ) -> Iterator[None]:
     size = layers_at_once or len(branches)
     groups = [branches[i : i + size] for i in range(0, len(branches), size)]
-    session = _Session(host, _plan(groups[0], levels, meter), stats)
+    session = Session(host, _plan(groups[0], levels, meter), stats=stats)
     unique = {id(module): module for module in host.denoisers().values()}
     with ExitStack() as stack:
         for module in unique.values():
@@ -240,7 +238,7 @@ def _watched_guider(
         guider.plan = _plan(branches, levels, meter, rule=rule)
         guider._executions = Executions(model, "sequential", stats)
         guider._executions.prepare(guider.plan.known)
-        guider._on, guider._is_checked = "cond", True
+        guider._on, guider._watch = "cond", _Unwatched("stg.profile")
         yield
     finally:
         vars(guider).clear()

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
@@ -53,6 +54,7 @@ class Recording(Prefix):
         super().__init__(starts, batch, rows)
         self._wanted = wanted
         self._thorough = thorough
+        self._with_grad = torch.is_grad_enabled()
         self._state = State(model) if thorough else None
         self._live: list[_LiveLeaf] = []
         self._last: list[_LiveLeaf] = []
@@ -85,6 +87,8 @@ class Recording(Prefix):
 
     def _append(self, unit: nn.Module, given: Arguments, output: Any) -> None:
         values, spec = ([output], None) if isinstance(output, Tensor) else pytree.tree_flatten(output)
+        if self._with_grad and not torch.is_grad_enabled():
+            self.obstacle = "it computes without gradients inside, as reentrant checkpointing does"
         if given.are_changed():
             self.obstacle = f"{type(unit).__name__} writes into its arguments"
         sources = {id(leaf): i for i, leaf in enumerate(given.leaves)}

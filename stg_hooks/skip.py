@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from stg_hooks import activation
 from stg_hooks.attention import AttentionSeam
+from stg_hooks.checkpointing import checkpointed, skipped_in
 from stg_hooks.errors import CallError, LayerError, StgWarning
 from stg_hooks.feed_forward import FeedForwards
 from stg_hooks.frames import FrameKinds, Kind, kinds_of
@@ -39,6 +41,7 @@ class Switch:
             kind: which attention of factorised layers, as for `skip`.
         """
         self.mode = find_mode(mode)
+        self._kind = kind
         self.layers: list[Layer] = resolve(model, layers)
         self._sites = find_sites(model, self.layers, self.mode, kind)
         self.modules = [site.module for site in self._sites]
@@ -105,9 +108,14 @@ class Switch:
         """
         since = now() if since is None else since
         before: list[tuple[Action | None, int]] = []
+        outer = len(checkpointed()) if torch.is_grad_enabled() and not torch.compiler.is_compiling() else None
+        modules = {id(module): module for module in self.modules}
         try:
             for patch, (key, action) in zip(self._patches, self.actions.items(), strict=True):
-                before.append(patch.replace(instead(action), since))
+                action = instead(action)
+                before.append(
+                    patch.replace(action if outer is None else _checkpointed(action, modules[key], outer), since)
+                )
                 if before[-1][1] > since:  # another one answers for this layer
                     self._reached[key].yet = True
             yield
@@ -124,13 +132,47 @@ class Switch:
         """List the layers that the model has not called since the last `forget`, while they were switched on."""
         return [layer for site in self._sites if not self._reached[id(site.module)].yet for layer in site.layers]
 
-    def complaint(self, changed_nothing: bool) -> str | None:
-        """Say that the layers were not called, or that skipping them changed nothing, if so."""
+    @property
+    def key(self) -> Hashable:
+        """What is equal for switches that do the same to the same layers."""
+        return self.mode, self._kind, tuple(layer.name for layer in self.layers)
+
+    def complaint(self, equal: int, calls: int) -> str | None:
+        """Say that the layers were not called, or that skipping them changed nothing, and why that may be.
+
+        Args:
+            equal: in how many guided calls the weak prediction was equal to cond, bit for bit.
+            calls: out of how many.
+        """
         unreached = self.unreached()
         names = ", ".join(repr(layer.name) for layer in unreached or self.layers)
         if unreached:
-            return f"the denoiser did not call {names}, so nothing was skipped there"
-        return f"skipping {names} changed nothing: the weak prediction equals cond" if changed_nothing else None
+            return (
+                f"the denoiser did not call {names}, so nothing was skipped there: most likely a part that it does not "
+                "use in these calls, or calls in another thread"
+            )
+        if not equal:
+            return None
+        if self.is_bypass:
+            cause = "the block adds nothing (untrained, or its gate is zero), or nothing uses what it returns"
+        else:
+            name = next((name for name, mode in MODES.items() if mode is self.mode), "a function of yours")
+            cause = f"what mode={name!r} changes adds nothing there (untrained, or its gate is zero)"
+        where = "" if equal == calls else f" in {equal} of {calls} guided calls"
+        return (
+            f"skipping {names} changed nothing{where}: the weak prediction equals cond bit for bit. Most likely "
+            f"{cause}, or a cache answers in its place"
+        )
+
+
+def _checkpointed(action: Action, module: nn.Module, outer: int) -> Action:
+    """Do the same, so that gradients are right where the layer is checkpointed."""
+
+    def checked(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with skipped_in(module, outer):
+            return action(forward, args, kwargs)
+
+    return checked
 
 
 @dataclasses.dataclass
@@ -208,7 +250,13 @@ class skip:  # noqa: N801 - reads as the verb it is: `with stg.skip(model, layer
     """
 
     def __init__(
-        self, model: nn.Module, layers: LayerSpec, mode: str | Mode = "residual", *, kind: Kind | None = None
+        self,
+        model: nn.Module,
+        layers: LayerSpec,
+        mode: str | Mode = "residual",
+        *,
+        kind: Kind | None = None,
+        strict: bool = False,
     ) -> None:
         """Choose what to skip; nothing is touched before the `with`.
 
@@ -220,6 +268,7 @@ class skip:  # noqa: N801 - reads as the verb it is: `with stg.skip(model, layer
                 with the identity as its map), another name among `perturb.MODES`, or a callable that takes a
                 `LayerCall` and returns what the layer should return.
             kind: in factorised models, only attention within frames (`"spatial"`) or across them (`"temporal"`).
+            strict: end the `with` in an error instead of that warning.
 
         Raises:
             LayerError: a layer that does not exist, is ambiguous, or cannot be skipped in this mode.
@@ -230,6 +279,7 @@ class skip:  # noqa: N801 - reads as the verb it is: `with stg.skip(model, layer
         """
         self._switch = Switch(model, layers, mode, kind)
         self._model = model
+        self._strict = strict
         self._entries: list[_Entry] = []
 
     @property
@@ -253,19 +303,23 @@ class skip:  # noqa: N801 - reads as the verb it is: `with stg.skip(model, layer
         """Restore the model, and report what was not skipped after all.
 
         Raises:
-            CallError: `__enter__` was not called before.
+            CallError: `__enter__` was not called before; or, with `strict`, something was not skipped.
         """
         with _LOCK:
             if not self._entries:
                 raise CallError(
                     "stg.skip was left without having been entered. Write: with stg.skip(model, layers=[...]):"
                 )
-            # Several threads may have entered this object: leave what was entered here.
-            here = [entry for entry in self._entries if activation.is_active(entry)]
-            entry = (here or self._entries)[-1]
-            complaint = None if kind else self._complaint(entry)
-            self._entries.remove(entry)
-        entry.stack.close()
+            entry, complaint = self._entries[-1], None
+            try:
+                # Several threads may have entered this object: leave what was entered here.
+                entry = next((one for one in reversed(self._entries) if activation.is_active(one)), entry)
+                complaint = None if kind else self._complaint(entry)
+            finally:
+                self._entries.remove(entry)
+                entry.stack.close()
+        if complaint and self._strict:
+            raise CallError(complaint)
         if complaint:
             warnings.warn(complaint, StgWarning, stacklevel=2)
 

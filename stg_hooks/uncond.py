@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks import activation
-from stg_hooks.calls import cut, first_batch, row_factor
+from stg_hooks.calls import cut, first_batch, predictions, row_factor
 from stg_hooks.errors import CallError, SettingError, closest
 from stg_hooks.execution import in_weak_pass
 from stg_hooks.executions import Executions
@@ -60,10 +60,6 @@ class UncondGuide:
         self._executions = Executions(model, "full", session.stats)
         self._executions.prepare(session.plan.known)
 
-    def complaints(self) -> list[str]:
-        """Nothing is compared: there is no other uncond prediction."""
-        return []
-
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Replace `forward` of the denoiser and of the layers; restore them at the end."""
@@ -78,11 +74,8 @@ class UncondGuide:
         if role is None:
             return proceed(*args, **kwargs)
         session.stats.calls += 1
-        settings = (
-            Settings(())
-            if role.rows in ("cond", "perturbed")
-            else session.plan.at(check_step(session.step) or session.host.step())
-        )
+        step = check_step(session.step) or session.host.step()
+        settings = Settings(()) if role.rows in ("cond", "perturbed") else session.plan.at(step)
         check_settings(settings)
         if settings.replaces:
             raise SettingError(f"{settings.why_replaces} cannot be combined with on='uncond' here: use stg.Guider.")
@@ -90,14 +83,17 @@ class UncondGuide:
             return proceed(*args, **kwargs)
         switch = self._executions.of(settings.active).switches[0]
         session.stats.guided_calls += 1
-        if role.rows == "uncond":
-            with switch.switched_on():
-                return proceed(*args, **kwargs)
         batch = first_batch(args, kwargs)
-        if batch is None or batch % 2:
+        if role.rows == "uncond":
+            on = switch.switched_on()
+        elif batch is None or batch % 2:
             raise CallError(f"a call with {batch or 'no'} rows cannot be [uncond, cond], which batched_cfg=True says.")
-        with switch.switched_on(instead=lambda action: _for_first_half(action, batch)):
-            return proceed(*args, **kwargs)
+        else:
+            on = switch.switched_on(instead=lambda action: _for_first_half(action, batch))
+        with on:
+            output = proceed(*args, **kwargs)
+        session.watch.look(step, (), predictions(output), [switch])  # there is nothing else to compare it with
+        return output
 
 
 def _for_first_half(action: Action, batch: int) -> Action:

@@ -605,7 +605,10 @@ def test_a_task_that_outlives_the_with(model: nn.Module) -> None:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("way", "times"), [("skip", 1000), ("apply", 200), ("guider", 200)])
+@pytest.mark.parametrize(
+    ("way", "times"),
+    [("skip", 1000), ("apply", 200), *[pytest.param(way, 1000, marks=pytest.mark.slow) for way in ("apply", "guider")]],
+)
 def test_many_times_leave_nothing_behind(way: str, times: int, model: nn.Module) -> None:
     def enter_and_leave(times: int) -> tuple[int, int]:
         for _ in range(times):
@@ -621,7 +624,7 @@ def test_many_times_leave_nothing_behind(way: str, times: int, model: nn.Module)
     assert patching._SHARED == {}
 
 
-@pytest.mark.parametrize("use", ["skip", "skip with an error", "guider", "deepcopy"])
+@pytest.mark.parametrize("use", ["skip", "skip with an error", "apply", "guider", "deepcopy"])
 def test_nothing_keeps_a_model_alive(use: str) -> None:
     """Not even until the next run of the garbage collector: there is no cycle."""
     model = zoo.build("plain")
