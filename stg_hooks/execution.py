@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from stg_hooks.absent import AbsentError, absent_in
 from stg_hooks.batched import BatchedPass, RowsError
 from stg_hooks.calls import first_batch, predictions, replace_predictions, take_rows
+from stg_hooks.compiled import compiled_among, is_compiled, surrounding
 from stg_hooks.errors import CallError, SettingError, StgWarning, closest
 from stg_hooks.inspection import parameter_names
 from stg_hooks.layers import Layer, find_layers
@@ -118,9 +119,11 @@ class Execution:
             names = ", ".join(map(repr, EXECUTIONS))
             raise SettingError(f"execution={execution!r}: there is {names}.{closest(str(execution), EXECUTIONS)}")
         self._streams = weights_are_streamed(model)
-        if execution == "auto":
+        is_auto = execution == "auto"
+        if is_auto:
             execution = "batched" if self._streams else "sequential"
         self.way = execution
+        self._is_chosen = not is_auto
         self._stats = stats
         self._model = model
         self._names = parameter_names(model)
@@ -137,6 +140,9 @@ class Execution:
         }
         # What surrounds the blocks may hold tables that have no rows.
         self._batched = [u for u in batched if self._blocks_in[id(u)] or any(u is module for module in skipped)]
+        self._units = {"full": [], "sequential": self._prefix, "batched": _unique(self._prefix, self._batched)}
+        self._surrounding = {way: surrounding(model, units) for way, units in self._units.items()}
+        self._uncompiled: list[nn.Module] = []
         self._patches: dict[int, Patch] = {}
         self._wanted: set[Place] = set()
         self._calls = 0
@@ -146,16 +152,30 @@ class Execution:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Prepare the model, without effect on plain calls; restore it at the end."""
-        units = {
-            "full": [],
-            "sequential": self._prefix,
-            "batched": list({id(unit): unit for unit in (*self._prefix, *self._batched)}.values()),
-        }
+        self._go_around_compiled()
         with ExitStack() as stack:
             for switch in self.switches:
                 stack.enter_context(switch.installed())
-            self._patches = {id(unit): stack.enter_context(patched(unit)) for unit in units[self.way]}
+            self._patches = {id(unit): stack.enter_context(patched(unit)) for unit in self._units[self.way]}
             yield
+
+    def _go_around_compiled(self) -> None:
+        """Take the next way where blocks would have to be followed into something that is compiled as a whole."""
+        asked, ways = self.way, ("batched", "sequential", "full")
+        for way in ways[ways.index(asked) :]:
+            compiled = compiled_among(self._surrounding[way])
+            if compiled is None:
+                break
+            culprit = compiled
+        self.way = way
+        self._uncompiled = [m for m in (*self._units[way], *self._surrounding[way]) if not is_compiled(m)]
+        if way != asked and self._is_chosen:
+            self._warn(
+                f"execution={asked!r} looks at blocks from outside, but {type(culprit).__name__} is compiled as a "
+                f"whole. Going on with execution={way!r}, which gives the same results; execution='auto' asks for "
+                "that without this warning. Compile the blocks instead, and the weak pass shares work: "
+                "for block in model.blocks: block.compile()."
+            )
 
     def _patches_of(self, units: Sequence[nn.Module]) -> list[Patch]:
         return [self._patches[id(unit)] for unit in units]
@@ -176,6 +196,8 @@ class Execution:
         """
         call = GuidedCall(denoiser, args, kwargs, batched_cfg)
         batch = first_batch(args, kwargs)
+        if any(map(is_compiled, self._uncompiled)):
+            self._stop_sharing("a part of it was compiled inside the `with`")
         if self.way == "full" or batch is None or (batched_cfg and batch % 2):
             return denoiser(*args, **kwargs), call
         cond = slice(batch // 2, None) if batched_cfg else slice(None)
@@ -332,7 +354,7 @@ class Execution:
         return weak, reason
 
     def _stop_sharing(self, reason: str) -> None:
-        self.way = "full"
+        self.way, self._uncompiled = "full", []
         self._warn(
             f"{type(self._model).__name__} does not let the weak pass share work with the cond pass ({reason}). "
             "Guidance stays exact, at the price of a full pass. execution='full' asks for that, without this warning."
@@ -354,6 +376,10 @@ class Execution:
 def _layout(call: GuidedCall, cond: slice) -> Layout:
     leaves = pytree.tree_leaves((call.args, call.kwargs))
     return cond.start, *(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def _unique(*units: Sequence[nn.Module]) -> list[nn.Module]:
+    return list({id(unit): unit for unit in itertools.chain(*units)}.values())
 
 
 def _block_of(module: nn.Module, layers: Sequence[Layer]) -> nn.Module:

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from stg_hooks.compiled import is_compiled
+
 Action = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """What to do instead of `forward`: called with what would have run otherwise, and the call's arguments."""
 
@@ -133,11 +135,6 @@ def pushed(patches: Sequence[Patch], actions: Sequence[Action]) -> Iterator[None
     finally:
         for patch, actions_before in zip(patches, before, strict=False):
             patch.restore(actions_before)
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Tell whether calls of a module are compiled, its hooks included (`module.compile()`)."""
-    return getattr(module, "_compiled_call_impl", None) is not None
 
 
 @contextmanager

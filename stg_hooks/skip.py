@@ -14,10 +14,11 @@ from torch import nn
 
 from stg_hooks import activation
 from stg_hooks.attention import AttentionSeam
+from stg_hooks.compiled import is_compiled
 from stg_hooks.errors import CallError, StgWarning
 from stg_hooks.feed_forward import FeedForwards
 from stg_hooks.layers import Layer, LayerSpec, resolve
-from stg_hooks.patching import Action, Patch, is_compiled, now, patched
+from stg_hooks.patching import Action, Patch, now, patched
 from stg_hooks.perturb import MODES, OF_BLOCKS, LayerCall, Mode, find_mode
 from stg_hooks.sites import Kind, find_sites
 from stg_hooks.streams import Streams
