@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from stg_hooks.absent import AbsentError, absent_in
 from stg_hooks.batched import BatchedPass, RowsError
+from stg_hooks.caches import Caches
 from stg_hooks.calls import first_batch, predictions, replace_predictions, take_rows
 from stg_hooks.compiled import compiled_among, is_compiled, surrounding
 from stg_hooks.errors import CallError, SettingError, StgWarning, closest
@@ -102,7 +103,9 @@ class Execution:
     batched, sequential, full.
     """
 
-    def __init__(self, model: nn.Module, branches: Sequence[Branch], execution: str, stats: Stats) -> None:
+    def __init__(
+        self, model: nn.Module, branches: Sequence[Branch], execution: str, stats: Stats, caches: Caches
+    ) -> None:
         """Resolve the layers of every branch; touch nothing.
 
         Args:
@@ -110,6 +113,7 @@ class Execution:
             branches: what to skip, one weak prediction each.
             execution: one of `EXECUTIONS`.
             stats: where to count weak passes and blocks.
+            caches: the model's step caches.
 
         Raises:
             LayerError: a layer that does not exist or cannot be skipped in its mode.
@@ -125,6 +129,7 @@ class Execution:
         self.way = execution
         self._is_chosen = not is_auto
         self._stats = stats
+        self._caches = caches
         self._model = model
         self._names = parameter_names(model)
         self.switches = [Switch(model, branch.layers, branch.mode, branch.kind) for branch in branches]
@@ -152,29 +157,32 @@ class Execution:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Prepare the model, without effect on plain calls; restore it at the end."""
-        self._go_around_compiled()
+        self._choose()
         with ExitStack() as stack:
             for switch in self.switches:
                 stack.enter_context(switch.installed())
             self._patches = {id(unit): stack.enter_context(patched(unit)) for unit in self._units[self.way]}
             yield
 
-    def _go_around_compiled(self) -> None:
-        """Take the next way where blocks would have to be followed into something that is compiled as a whole."""
+    def _choose(self) -> None:
+        """Take the next way where the model, as it is now, does not allow the one that was asked for."""
         asked, ways = self.way, ("batched", "sequential", "full")
+        obstacle = advice = ""
         for way in ways[ways.index(asked) :]:
             compiled = compiled_among(self._surrounding[way])
-            if compiled is None:
+            if self._caches.found is not None and way != "full":
+                obstacle = f"what a step cache keeps ({self._caches.found.name}) depends on who makes a pass"
+            elif compiled is not None:
+                obstacle = f"{type(compiled).__name__} is compiled as a whole, so its blocks are not seen from outside"
+                advice = " Compile the blocks instead, and it works: for block in model.blocks: block.compile()."
+            else:
                 break
-            culprit = compiled
         self.way = way
         self._uncompiled = [m for m in (*self._units[way], *self._surrounding[way]) if not is_compiled(m)]
         if way != asked and self._is_chosen:
             self._warn(
-                f"execution={asked!r} looks at blocks from outside, but {type(culprit).__name__} is compiled as a "
-                f"whole. Going on with execution={way!r}, which gives the same results; execution='auto' asks for "
-                "that without this warning. Compile the blocks instead, and the weak pass shares work: "
-                "for block in model.blocks: block.compile()."
+                f"execution={asked!r}: {obstacle}. Going on with execution={way!r}, which gives the same results; "
+                f"execution='auto' asks for that without this warning.{advice}"
             )
 
     def _patches_of(self, units: Sequence[nn.Module]) -> list[Patch]:
@@ -287,7 +295,8 @@ class Execution:
             weak, reason = self._shared_pass(branch, call, args, kwargs, cond)
             if weak is None:
                 is_shared = False
-                with _weak_pass(), switch.switched_on():
+                apart = self._caches.apart(id(switch), switch.modules, switch.is_bypass)
+                with _weak_pass(), apart, switch.switched_on():
                     weak = predictions(call.denoiser(*args, **kwargs))
                 self._count(branch, ())
             if [w.shape for w in weak] != [c.shape for c in cond]:

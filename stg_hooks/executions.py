@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from stg_hooks.caches import Caches
 from stg_hooks.execution import Execution, Stats
 from stg_hooks.schedule import Settings
 from stg_hooks.settings import Branch
@@ -29,6 +30,7 @@ class Executions:
         self._model = model
         self._way = way
         self._stats = stats
+        self.caches = Caches(model)
         self._made: dict[Hashable, Execution] = {}
         self._installed: list[ExitStack] = []
         self._lock = threading.Lock()
@@ -42,7 +44,7 @@ class Executions:
         """
         key = tuple((_key(branch.layers), branch.mode, branch.kind) for branch in branches)
         if key not in self._made:
-            self._made[key] = Execution(self._model, branches, self._way, self._stats)
+            self._made[key] = Execution(self._model, branches, self._way, self._stats, self.caches)
         return self._made[key]
 
     def prepare(self, known: Iterable[Settings]) -> None:
@@ -73,6 +75,7 @@ class Executions:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Prepare the denoiser for all executions; restore it at the end."""
+        self.caches.look()
         with ExitStack() as stack:
             before = dict(self._made)
             for execution in before.values():

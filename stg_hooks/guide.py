@@ -166,8 +166,8 @@ class Guide:
                 stack.enter_context(stack.enter_context(patched(self._model)).everywhere(self._around_compiled))
                 yield
                 return
-            before, around, after = map(untraced, (self._before, self._around, self._after))
-            stack.enter_context(stack.enter_context(patched(self._model)).everywhere(around))
+            before, after = untraced(self._before), untraced(self._after)
+            stack.enter_context(stack.enter_context(patched(self._model)).everywhere(untraced(self._around)))
             stack.enter_context(self._model.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
             stack.enter_context(self._model.register_forward_hook(after, with_kwargs=True))
             yield
@@ -182,6 +182,7 @@ class Guide:
         if role is None:
             return
         assert kwargs is not None
+        self._executions.caches.begin_pass()
         if role.rows in ("uncond", "perturbed"):
             before = self._local.last
             if role.rows == "uncond":

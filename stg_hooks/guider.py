@@ -184,6 +184,9 @@ class Guider:
         joined = _joined(args, positive, negative) if cfg and self._takes_sigma and self._on == "cond" else None
         call_args, call_kwargs = joined or (args, positive)
         weaks: list[list[Tensor]] = []
+        if not in_weak_pass():
+            self._executions.caches.look()
+            self._executions.caches.begin_pass()
         if active and self._on == "cond":
             with self._executions.installed():
                 execution = self._executions.of(active)
@@ -213,10 +216,13 @@ class Guider:
     def _uncond(self, active: Sequence[Branch], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Tensor]:
         """Make the uncond prediction in a call of its own, by the weak model if that is asked for."""
         if not active or self._on == "cond":
-            return predictions(self.denoiser(*args, **kwargs))
+            with self._executions.caches.apart("uncond"):
+                return predictions(self.denoiser(*args, **kwargs))
         with self._executions.installed():
             execution = self._executions.of(active)
-            with execution.switches[0].switched_on():
+            switch = execution.switches[0]
+            apart = self._executions.caches.apart(id(switch), switch.modules, switch.is_bypass)
+            with apart, switch.switched_on():
                 found = predictions(self.denoiser(*args, **kwargs))
             self._check(execution, (), [()])
         return found

@@ -14,6 +14,7 @@ from torch import nn
 
 from stg_hooks import activation
 from stg_hooks.attention import AttentionSeam
+from stg_hooks.caches import Caches
 from stg_hooks.compiled import is_compiled
 from stg_hooks.errors import CallError, StgWarning
 from stg_hooks.feed_forward import FeedForwards
@@ -132,8 +133,9 @@ class _OfThread(threading.local):
 class _Entry:
     """One `with`, and the calls of the model inside it."""
 
-    def __init__(self, switch: Switch, model: nn.Module) -> None:
+    def __init__(self, switch: Switch, model: nn.Module, caches: Caches) -> None:
         self._switch = switch
+        self._caches = caches
         self._since = now()
         self._model_name = type(model).__name__
         self._is_compiled = is_compiled(model)
@@ -144,6 +146,7 @@ class _Entry:
 
     @contextmanager
     def installed(self, model: nn.Module) -> Iterator[None]:
+        self._caches.look()
         with ExitStack() as stack:
             stack.enter_context(self._switch.installed())
             stack.enter_context(stack.enter_context(patched(model)).everywhere(self._around))
@@ -168,7 +171,8 @@ class _Entry:
         self.has_begun = True
         self._local.depth += 1
         try:
-            with self._switch.switched_on(self._since):
+            # Nobody tells which step it is, so nothing that was kept at another one is used.
+            with self._caches.apart(self), self._switch.switched_on(self._since):
                 output = proceed(*args, **kwargs)
         except Exception as error:
             if type(error).__module__ == "torch._dynamo.exc":
@@ -208,11 +212,13 @@ class skip:  # noqa: N801 - reads as the verb it is: `with stg.skip(model, layer
         Raises:
             LayerError: a layer that does not exist, is ambiguous, or cannot be skipped in this mode.
             SettingError: an unknown mode.
-            TargetError: `model` is no module, or `layers` holds something that names no layer.
+            TargetError: `model` is no module, `layers` holds something that names no layer, or the model has a step
+                cache that cannot be kept out of the calls.
 
         Source: STG, arXiv 2411.18664, sec. 4.
         """
         self._switch = Switch(model, layers, mode, kind)
+        self._caches = Caches(model)
         self._model = model
         self._entries: list[_Entry] = []
 
@@ -223,7 +229,7 @@ class skip:  # noqa: N801 - reads as the verb it is: `with stg.skip(model, layer
 
     def __enter__(self) -> skip:
         """Register the hooks."""
-        entry = _Entry(self._switch, self._model)
+        entry = _Entry(self._switch, self._model, self._caches)
         entry.stack.enter_context(entry.installed(self._model))
         with _LOCK:
             if not self._entries:
