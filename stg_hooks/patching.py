@@ -50,6 +50,8 @@ class Patch:
         """Start without effect."""
         self._local = _Local()
         self._everywhere: tuple[Action, ...] = ()
+        self.is_in_place: Callable[[], bool] = lambda: False
+        """Tells whether calls of the module still come here first."""
 
     def push(self, action: Action) -> tuple[Action, ...]:
         """Let calls from this thread do this first; return what to pass to `restore`."""
@@ -157,6 +159,7 @@ def patched(module: nn.Module) -> Iterator[Patch]:
         with ExitStack() as stack:
             stack.callback(set_attribute(module, "__getstate__", _plain_state(module, name, forward)))
             stack.callback(set_attribute(module, name, forward))
+            patch.is_in_place = lambda: module.__dict__.get(name) is forward
             return patch, stack.pop_all().close
 
     with shared(module, "forward", install) as patch:

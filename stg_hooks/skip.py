@@ -60,7 +60,7 @@ class Switch:
         memory: dict[str, Any] = {}
 
         def action(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            reached.yet = True
+            reached.yet = reached.now = True
             return mode(LayerCall(module, args, kwargs, streams, forward, seam, feed_forwards, memory))
 
         return action
@@ -87,18 +87,32 @@ class Switch:
         Args:
             since: when this was asked for; where a layer is skipped twice, the later wish counts. Now, if left out.
             instead: makes what a layer does out of what it would do.
+
+        Raises:
+            CallError: a layer's `forward` was set by somebody else since, and it was not skipped.
         """
         since = now() if since is None else since
         before: list[tuple[Action | None, int]] = []
         try:
             for patch, (key, action) in zip(self._patches, self.actions.items(), strict=True):
                 before.append(patch.replace(instead(action), since))
-                if before[-1][1] > since:  # another one answers for this layer
+                # Where another one answers for this layer, it is not up to us.
+                self._reached[key].now = before[-1][1] > since
+                if self._reached[key].now:
                     self._reached[key].yet = True
             yield
+            self._check_in_place()
         finally:
             for patch, previous in zip(self._patches, before, strict=False):
                 patch.put_back(previous)
+
+    def _check_in_place(self) -> None:
+        for module, patch in zip(self.modules, self._patches, strict=True):
+            if not self._reached[id(module)].now and not patch.is_in_place():
+                raise CallError(
+                    f"something else has set the forward of {type(module).__name__} inside the `with`, so it is not "
+                    "skipped any more. Add and remove hooks, caches and offloading before stg.apply() or stg.skip()."
+                )
 
     def forget(self) -> None:
         """Start afresh with what `unreached` tells."""
@@ -122,6 +136,7 @@ class Switch:
 class _Reached:
     # Only ever written in a call: what torch.compile reads, it guards, and would compile again when it changes.
     yet: bool = False
+    now: bool = False
 
 
 class _OfThread(threading.local):
