@@ -109,7 +109,7 @@ def is_used(model: nn.Module, cache: str, without: int | None = None) -> bool:
     return not all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("layer", [0, 2, 4])
+@pytest.mark.parametrize("layer", [2, *(pytest.param(end, marks=pytest.mark.slow) for end in (0, 4))])
 @pytest.mark.parametrize("cache", EVERY)
 def test_weak_passes_have_a_cache_of_their_own(cache: str, layer: int) -> None:
     plain = build()
@@ -167,7 +167,9 @@ def test_guidance_in_a_part_of_the_run_computes_weak_passes_in_full(cache: str) 
             assert_close(got, c + SCALE * (c - w) if NOW[0] else c)
 
 
-@pytest.mark.parametrize("mode", ["attention", "values", "feed-forward"])
+@pytest.mark.parametrize(
+    "mode", ["attention", *(pytest.param(m, marks=pytest.mark.slow) for m in ("values", "feed-forward"))]
+)
 @pytest.mark.parametrize("cache", EVERY)
 def test_perturbed_layers_are_computed(cache: str, mode: str) -> None:
     plain = build()
@@ -232,7 +234,7 @@ def test_guider(cache: str) -> None:
         assert_close(guider(**rest, cond=prompts[0], uncond=prompts[1]), u + 3.0 * (c - u) + SCALE * (c - w))
 
 
-@pytest.mark.parametrize("cache", ["first block", "taylor"])
+@pytest.mark.parametrize("cache", ["first block", pytest.param("taylor", marks=pytest.mark.slow)])
 def test_a_stock_pipeline_with_cond_and_uncond_calls(cache: str) -> None:
     pipe, inputs_of_call, case = pipelines.build("wan")
     layer = case.layers[0]

@@ -102,9 +102,9 @@ def way_of(handle: stg.apply) -> str:
     return str(execution.way)
 
 
-@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("fullgraph", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize("how", ["blocks", "blocks from outside"])
+@pytest.mark.parametrize("how", ["blocks", pytest.param("blocks from outside", marks=pytest.mark.slow)])
 def test_compiled_blocks(how: str, execution: str, fullgraph: bool) -> None:
     counts, handle = check_guided(how, execution, fullgraph=fullgraph)
     assert way_of(handle) == ("sequential" if execution == "auto" else execution)
@@ -114,7 +114,7 @@ def test_compiled_blocks(how: str, execution: str, fullgraph: bool) -> None:
 
 
 @pytest.mark.parametrize("how", ["blocks", *(pytest.param(how, marks=pytest.mark.slow) for how in AS_A_WHOLE)])
-@pytest.mark.parametrize("dynamic", [True, False, None])
+@pytest.mark.parametrize("dynamic", [True, *(pytest.param(d, marks=pytest.mark.slow) for d in (False, None))])
 def test_shapes_are_dynamic_or_not(how: str, dynamic: bool | None) -> None:
     """With [uncond, cond] rows, a weak pass has half as many as the call."""
     counts, _ = check_guided(how, "auto", batched_cfg=True, dynamic=dynamic, fullgraph=True)
@@ -133,7 +133,7 @@ def test_compiled_as_a_whole(how: str, fullgraph: bool) -> None:
 
 
 @pytest.mark.parametrize("how", [AS_A_WHOLE[0], pytest.param(AS_A_WHOLE[1], marks=pytest.mark.slow)])
-@pytest.mark.parametrize("execution", ["sequential", "batched"])
+@pytest.mark.parametrize("execution", ["sequential", pytest.param("batched", marks=pytest.mark.slow)])
 def test_a_way_that_a_compiled_whole_does_not_allow_is_told_once(how: str, execution: str) -> None:
     with pytest.warns(stg.StgWarning, match="compiled as a whole") as caught:
         _, handle = check_guided(how, execution, fullgraph=True)
@@ -145,7 +145,9 @@ def test_a_way_that_a_compiled_whole_does_not_allow_is_told_once(how: str, execu
     assert way_of(handle) == "full"
 
 
-@pytest.mark.parametrize("execution", ["sequential", "batched", "full"])
+@pytest.mark.parametrize(
+    "execution", ["sequential", *(pytest.param(e, marks=pytest.mark.slow) for e in EXECUTIONS[2:])]
+)
 def test_compiled_after_apply_was_made(execution: str) -> None:
     model = zoo.build("plain")
     expected, counter = textbook(model, ["blocks.2"]), CompileCounter()
@@ -200,6 +202,7 @@ def test_called_from_what_was_compiled_afterwards() -> None:
             torch.compile(model, backend="eager", fullgraph=True)(**zoo.inputs(2))
 
 
+@pytest.mark.slow
 def test_a_compiled_module_inside_a_wrapper() -> None:
     model = zoo.build("wrapped")
     expected, counter = textbook(model, ["inner_model.blocks.2"]), CompileCounter()
@@ -261,7 +264,8 @@ def test_modes_equal_those_of_the_plain_model(how: str, mode: str) -> None:
     assert_close(run(WAYS[how](model, backend="eager")), expected)
 
 
-@pytest.mark.parametrize("family", ["wan", *(pytest.param(f, marks=pytest.mark.slow) for f in ("mochi", "cogvideox"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["wan", "mochi", "cogvideox"])
 def test_repeated_blocks_of_a_stock_pipeline(family: str) -> None:
     pipe, call, case = pipelines.build(family)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
+from stg_hooks.execution import EXECUTIONS
 from tests import zoo
 
 accelerate = pytest.importorskip("accelerate")
@@ -25,7 +27,8 @@ LAYER = 1
 
 @pytest.fixture(autouse=True)
 def _inference() -> Iterator[None]:
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The following device_map keys do not match any submodules")
         yield
 
 
@@ -63,6 +66,8 @@ TOOLS = {
     tool.__name__: tool
     for tool in (offloaded, offloaded_to_disk, dispatched, offloaded_as_a_whole, in_groups, in_groups_from_disk, cast)
 }
+FAST = ("offloaded", "in_groups", "cast")
+EVERY = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in TOOLS]
 STREAMED = ("offloaded", "offloaded_to_disk", "dispatched", "in_groups", "in_groups_from_disk")
 
 
@@ -100,8 +105,8 @@ def forwards(model: nn.Module) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("execution", ["auto", "sequential", "batched", "full"])
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("execution", ["auto", *(pytest.param(e, marks=pytest.mark.slow) for e in EXECUTIONS[1:])])
+@pytest.mark.parametrize("tool", EVERY)
 @pytest.mark.filterwarnings("error::stg_hooks.StgWarning")
 def test_the_textbook(tool: str, execution: str, tmp_path: Path) -> None:
     expected = textbook(TOOLS[tool], tmp_path)
@@ -117,7 +122,7 @@ def test_the_textbook(tool: str, execution: str, tmp_path: Path) -> None:
     assert used.way == (auto if execution == "auto" else execution)
 
 
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("tool", EVERY)
 def test_set_up_after_apply_was_made(tool: str, tmp_path: Path) -> None:
     expected = textbook(TOOLS[tool], tmp_path)
     model = build()
@@ -130,7 +135,7 @@ def test_set_up_after_apply_was_made(tool: str, tmp_path: Path) -> None:
     assert forwards(model) == before
 
 
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("tool", EVERY)
 def test_set_up_inside_the_with(tool: str, tmp_path: Path) -> None:
     """What somebody put on top of ours stays when ours is gone, and works."""
     expected = textbook(TOOLS[tool], tmp_path)
