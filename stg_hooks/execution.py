@@ -100,7 +100,7 @@ class Execution:
 
     All give the same predictions, to rounding, for a denoiser that is a function of its arguments and treats rows
     separately. Where a model turns out not to allow a way, the next one is taken from then on, and a warning says so:
-    batched, sequential, full.
+    batched, sequential, full. A model that is compiled as a whole, or has step caches, allows `"full"` only.
     """
 
     def __init__(
