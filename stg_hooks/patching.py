@@ -50,8 +50,22 @@ class Patch:
         """Start without effect."""
         self._local = _Local()
         self._everywhere: tuple[Action, ...] = ()
-        self.is_in_place: Callable[[], bool] = lambda: False
-        """Tells whether calls of the module still come here first."""
+        self._place: tuple[nn.Module, str, Callable[..., Any]] | None = None
+
+    @contextmanager
+    def _placed(self, module: nn.Module, name: str, forward: Callable[..., Any]) -> Iterator[None]:
+        self._place = module, name, forward
+        try:
+            yield
+        finally:
+            self._place = None  # a cycle, which would keep the module alive
+
+    def is_in_place(self) -> bool:
+        """Tell whether calls of the module still come here first."""
+        if self._place is None:
+            return False
+        module, name, forward = self._place
+        return module.__dict__.get(name) is forward
 
     def push(self, action: Action) -> tuple[Action, ...]:
         """Let calls from this thread do this first; return what to pass to `restore`."""
@@ -159,7 +173,7 @@ def patched(module: nn.Module) -> Iterator[Patch]:
         with ExitStack() as stack:
             stack.callback(set_attribute(module, "__getstate__", _plain_state(module, name, forward)))
             stack.callback(set_attribute(module, name, forward))
-            patch.is_in_place = lambda: module.__dict__.get(name) is forward
+            stack.enter_context(patch._placed(module, name, forward))
             return patch, stack.pop_all().close
 
     with shared(module, "forward", install) as patch:
