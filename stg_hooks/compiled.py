@@ -17,17 +17,16 @@ def is_compiled(module: nn.Module) -> bool:
 
 def surrounding(model: nn.Module, units: Collection[nn.Module]) -> list[nn.Module]:
     """List the modules that call units from within, however deep."""
-    wanted, found = {id(unit) for unit in units}, []
-
-    def holds(module: nn.Module) -> bool:
-        children = [holds(child) for child in module.children()]  # all of them, so that each is looked at
-        inside = any(children)
-        if inside:
-            found.append(module)
-        return inside or id(module) in wanted
-
-    holds(model)
+    found: list[nn.Module] = []
+    _holds_one(model, {id(unit) for unit in units}, found)
     return found
+
+
+def _holds_one(module: nn.Module, wanted: set[int], found: list[nn.Module]) -> bool:
+    children = [_holds_one(child, wanted, found) for child in module.children()]  # each is looked at
+    if any(children):
+        found.append(module)
+    return any(children) or id(module) in wanted
 
 
 def compiled_among(modules: Collection[nn.Module]) -> nn.Module | None:
