@@ -109,7 +109,8 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         Raises:
             LayerError: a layer that does not exist or cannot be skipped in this mode.
             SettingError: a setting that cannot be used, or `layers` left out where nothing is published.
-            TargetError: a target that is neither a pipeline nor a module; or no process group.
+            TargetError: a target that is neither a pipeline nor a module, or whose model has a step cache that cannot
+                be kept apart for weak passes; or no process group.
 
         Source: STG, arXiv 2411.18664, Eq. 13 and 20, Alg. 4.
         """

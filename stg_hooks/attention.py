@@ -19,10 +19,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from stg_hooks.attention_calls import AttentionCall, HandMade, MultiHead, ScaledDotProduct
+from stg_hooks.compiled import is_compiled
 from stg_hooks.errors import BlockError, StgError
 from stg_hooks.hosts import plain_attention
 from stg_hooks.inspection import bound_arguments
-from stg_hooks.patching import Action, Patch, is_compiled, patched, pushed
+from stg_hooks.patching import Action, Patch, patched, pushed
 from stg_hooks.provenance import NOTHING, Provenance, Runs
 from stg_hooks.text_tokens import TextTokens
 

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from stg_hooks.absent import AbsentError, absent_in
 from stg_hooks.batched import BatchedPass, RowsError
+from stg_hooks.caches import Caches
 from stg_hooks.calls import agree, first_batch, halves, leaves_of, predictions, replace_predictions, take_rows
+from stg_hooks.compiled import compiled_among, eagerly, is_compiled, surrounding
 from stg_hooks.errors import SettingError, StgWarning, closest
 from stg_hooks.inspection import parameter_names
 from stg_hooks.layers import Layer, find_layers
@@ -123,10 +125,13 @@ class Execution:
     separately. Whether this one does is found out in the first call of each layout (its shapes, types and switches):
     there the weak pass is made once more with nothing skipped, and has to give cond again. Where a model turns out not
     to allow a way, the next one is taken from then on, and a warning says so: batched, sequential, full, and in the end
-    a full pass on all rows, of which nothing is assumed.
+    a full pass on all rows, of which nothing is assumed. A model that is compiled as a whole, or has step caches,
+    allows `"full"` only.
     """
 
-    def __init__(self, model: nn.Module, branches: Sequence[Branch], execution: str, stats: Stats) -> None:
+    def __init__(
+        self, model: nn.Module, branches: Sequence[Branch], execution: str, stats: Stats, caches: Caches
+    ) -> None:
         """Resolve the layers of every branch; touch nothing.
 
         Args:
@@ -134,6 +139,7 @@ class Execution:
             branches: what to skip, one weak prediction each.
             execution: one of `EXECUTIONS`.
             stats: where to count weak passes and blocks.
+            caches: the model's step caches.
 
         Raises:
             LayerError: a layer that does not exist or cannot be skipped in its mode.
@@ -143,10 +149,13 @@ class Execution:
             names = ", ".join(map(repr, EXECUTIONS))
             raise SettingError(f"execution={execution!r}: there is {names}.{closest(str(execution), EXECUTIONS)}")
         self._streams = weights_are_streamed(model)
-        if execution == "auto":
+        is_auto = execution == "auto"
+        if is_auto:
             execution = "batched" if self._streams else "sequential"
         self.way = execution
+        self._is_chosen = not is_auto
         self._stats = stats
+        self._caches = caches
         self._model = model
         self._names = parameter_names(model)
         self.switches = [Switch(model, branch.layers, branch.mode, branch.kind) for branch in branches]
@@ -163,6 +172,14 @@ class Execution:
         }
         # What surrounds the blocks may hold tables that have no rows.
         self._batched = [u for u in batched if self._blocks_in[id(u)] or any(u is module for module in skipped)]
+        self._units = {
+            "full": [],
+            "whole": [],
+            "sequential": self._prefix,
+            "batched": _unique(self._prefix, self._batched),
+        }
+        self._surrounding = {way: surrounding(model, units) for way, units in self._units.items()}
+        self._uncompiled: list[nn.Module] = []
         self._patches: dict[int, Patch] = {}
         self._wanted: set[Place] = set()
         self._known: dict[Hashable, _Known] = {}
@@ -172,16 +189,33 @@ class Execution:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Prepare the model, without effect on plain calls; restore it at the end."""
-        units = {
-            "full": [],
-            "sequential": self._prefix,
-            "batched": list({id(unit): unit for unit in (*self._prefix, *self._batched)}.values()),
-        }
+        self._choose()
         with ExitStack() as stack:
             for switch in self.switches:
                 stack.enter_context(switch.installed())
-            self._patches = {id(unit): stack.enter_context(patched(unit)) for unit in units[self.way]}
+            self._patches = {id(unit): stack.enter_context(patched(unit)) for unit in self._units[self.way]}
             yield
+
+    def _choose(self) -> None:
+        """Take the next way where the model, as it is now, does not allow the one that was asked for."""
+        asked, ways = self.way, list(self._units)
+        obstacle = advice = ""
+        for way in ways[ways.index(asked) :]:
+            compiled = compiled_among(self._surrounding[way])
+            if self._caches.found is not None and way in ("batched", "sequential"):
+                obstacle = f"what a step cache keeps ({self._caches.found.name}) depends on who makes a pass"
+            elif compiled is not None:
+                obstacle = f"{type(compiled).__name__} is compiled as a whole, so its blocks are not seen from outside"
+                advice = " Compile the blocks instead, and it works: for block in model.blocks: block.compile()."
+            else:
+                break
+        self.way = way
+        self._uncompiled = [m for m in (*self._units[way], *self._surrounding[way]) if not is_compiled(m)]
+        if way != asked and self._is_chosen:
+            self._warn(
+                f"execution={asked!r}: {obstacle}. Going on with execution={way!r}, which gives the same results; "
+                f"execution='auto' asks for that without this warning.{advice}"
+            )
 
     def _patches_of(self, units: Sequence[nn.Module]) -> list[Patch]:
         return [self._patches[id(unit)] for unit in units]
@@ -203,6 +237,8 @@ class Execution:
         call = GuidedCall(denoiser, args, kwargs, batched_cfg)
         batch = first_batch(args, kwargs)
         call.layout = _layout(call)
+        if any(map(is_compiled, self._uncompiled)):
+            self._stop_sharing("a part of it was compiled inside the `with`")
         if self.way in ("full", "whole") or batch is None or (batched_cfg and batch % 2):
             return denoiser(*args, **kwargs), call
         cond = slice(batch // 2, None) if batched_cfg else slice(None)
@@ -283,7 +319,8 @@ class Execution:
         call.cond = cond
         results = self._shared_passes(call)
         if results is None:
-            if self.way == "full" and call.batched_cfg and call.layout not in self._cut:
+            # What step caches keep makes a pass another one than it would be by itself.
+            if self.way == "full" and call.batched_cfg and not self._caches.found and call.layout not in self._cut:
                 self._check_rows(call)
             # Where sharing is only put off to the next call, nothing is known about cutting rows.
             is_cut = call.batched_cfg and self.way == "full"
@@ -379,7 +416,7 @@ class Execution:
                 raise NotSharedError("with nothing skipped, the cond rows alone do not give the cond prediction again")
 
     def _stop_sharing(self, reason: str) -> None:
-        self.way = "full"
+        self.way, self._uncompiled = "full", []
         self._warn(
             f"{type(self._model).__name__} does not let the weak pass share work with the cond pass ({reason}). "
             "Guidance stays exact, at the price of a full pass. execution='full' asks for that, without this warning."
@@ -391,7 +428,9 @@ class Execution:
         self, branch: int, denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Make a call with the layers of one branch bypassed, and return what the denoiser returns."""
-        with weak_pass(), self.switches[branch].switched_on():
+        switch = self.switches[branch]
+        apart = self._caches.apart(id(switch), switch.modules, switch.is_bypass)
+        with weak_pass(), apart, switch.switched_on():
             output = denoiser(*args, **kwargs)
         self._count(branch, ())
         return output
@@ -408,7 +447,7 @@ class Execution:
         """Make a pass on the cond rows with nothing skipped, once: it has to give what the cond pass gave."""
         try:
             args, kwargs = self._cond_rows(call)
-            with weak_pass():
+            with weak_pass(), eagerly():
                 again = predictions(call.denoiser(*args, **kwargs))
             if agree(again, call.cond):
                 self._cut.add(call.layout)
@@ -453,6 +492,10 @@ def _layout(call: GuidedCall) -> Hashable:
     positional = tuple(map(describe, leaves_of(call.args, {})))
     named = tuple((name, *map(describe, leaves_of((value,), {}))) for name, value in call.kwargs.items())
     return call.batched_cfg, positional, named
+
+
+def _unique(*units: Sequence[nn.Module]) -> list[nn.Module]:
+    return list({id(unit): unit for unit in itertools.chain(*units)}.values())
 
 
 def _block_of(module: nn.Module, layers: Sequence[Layer]) -> nn.Module:

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
+from stg_hooks.caches import Caches
 from stg_hooks.execution import Execution, Stats
 from stg_hooks.layers import items_of
 from stg_hooks.schedule import Settings
@@ -29,6 +30,7 @@ class Executions:
         self._model = model
         self._way = way
         self._stats = stats
+        self.caches = Caches(model)
         self._made: dict[Hashable, Execution] = {}
         self._prepared: frozenset[Hashable] = frozenset()
         self._installed: list[ExitStack] = []
@@ -43,7 +45,7 @@ class Executions:
         """
         key = tuple((_key(branch.layers), branch.mode, branch.kind) for branch in branches)
         if key not in self._made:
-            self._made[key] = Execution(self._model, branches, self._way, self._stats)
+            self._made[key] = Execution(self._model, branches, self._way, self._stats, self.caches)
         return self._made[key]
 
     def prepare(self, known: Iterable[Settings]) -> None:
@@ -76,6 +78,7 @@ class Executions:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Prepare the denoiser for all executions; restore it at the end."""
+        self.caches.look()
         with ExitStack() as stack:
             with self._lock:
                 for execution in self._made.values():

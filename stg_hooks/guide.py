@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stg_hooks import activation
 from stg_hooks.calls import first_batch, halves, own_predictions, replace_predictions, take_rows
 from stg_hooks.combine import Scale, combine, correction, fitted, is_number
+from stg_hooks.compiled import is_compiled, untraced
 from stg_hooks.errors import CallError
 from stg_hooks.execution import GuidedCall, Stats, in_weak_pass
 from stg_hooks.executions import Executions
@@ -184,9 +185,13 @@ class Guide:
         with ExitStack() as stack:
             self._of_model = stack.enter_context(shared(self._model, "guided", lambda: (_OfModel(), lambda: None)))
             stack.enter_context(self._executions.installed())
-            stack.enter_context(stack.enter_context(patched(self._model)).everywhere(self._around))
-            stack.enter_context(self._model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True))
-            stack.enter_context(self._model.register_forward_hook(self._after, with_kwargs=True))
+            if is_compiled(self._model):  # there, hooks are compiled as well, and what we wrap is the call itself
+                stack.enter_context(stack.enter_context(patched(self._model)).everywhere(self._around_compiled))
+                return None, stack.pop_all().close
+            before, after = untraced(self._before), untraced(self._after)
+            stack.enter_context(stack.enter_context(patched(self._model)).everywhere(untraced(self._around)))
+            stack.enter_context(self._model.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+            stack.enter_context(self._model.register_forward_hook(after, with_kwargs=True))
             return None, stack.pop_all().close
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -200,6 +205,7 @@ class Guide:
             return
         assert kwargs is not None
         check_alone(self._session, self._session.ranks, self._model)
+        self._executions.caches.begin_pass()
         if role.rows in ("uncond", "perturbed"):
             before = self._local.last
             if role.rows == "uncond":
@@ -227,6 +233,12 @@ class Guide:
         execution = self._executions.of(call.settings.active)
         output, call.guided = execution.cond_pass(proceed, args, kwargs, call.role.rows == "uncond+cond")
         return output
+
+    def _around_compiled(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._before(self._model, args, kwargs)
+        output = self._around(proceed, args, kwargs)
+        guided = self._after(self._model, args, kwargs, output)
+        return output if guided is None else guided
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], *kwargs_and_output: Any) -> Any:
         """Guide what a call has returned."""

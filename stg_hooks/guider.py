@@ -221,6 +221,9 @@ class Guider:
         joins = cfg and self._takes_sigma and self._on == "cond" and self.ranks is None
         joined = _joined(args, positive, negative) if joins else None
         call_args, call_kwargs = joined or (args, positive)
+        if not in_weak_pass():
+            self._executions.caches.look()
+            self._executions.caches.begin_pass()
         kept = self._kept(step, active)
         fresh = active if self._on == "cond" and kept is None else ()
         by_branch: list[list[Tensor]] = []
@@ -315,12 +318,13 @@ class Guider:
     ) -> tuple[Sequence[Switch | None], list[Tensor | None]]:
         """Make the uncond prediction in a call of its own, by the weak model if that is asked for."""
         if not active or self._on == "cond":
-            return switches, [*predictions(self.denoiser(*args, **kwargs))]
-        with self._executions.installed():
-            switches = self._executions.of(active).switches
-            assert switches[0] is not None
-            with switches[0].switched_on():
+            with self._executions.caches.apart("uncond"):
                 return switches, [*predictions(self.denoiser(*args, **kwargs))]
+        with self._executions.installed():
+            switch = self._executions.of(active).switches[0]
+            apart = self._executions.caches.apart(id(switch), switch.modules, switch.is_bypass)
+            with apart, switch.switched_on():
+                return [switch], [*predictions(self.denoiser(*args, **kwargs))]
 
     def _step_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Step | Callable[[], Step]:
         """Find out the step by the noise level, where the denoiser is called with one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, Protocol
 
@@ -14,6 +15,8 @@ from stg_hooks.step import Step
 
 # Top-level package of a target's class -> module with a `host(target)` function; imported when first needed.
 _INTEGRATIONS = {"diffusers": "stg_hooks.integrations.diffusers"}
+# What a host leaves on modules -> module with a `step_caches(modules)` function.
+_MARKS = {"_diffusers_hook": "stg_hooks.integrations.caches"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,24 @@ class Host(Protocol):
 
     def step(self) -> Step:
         """Say where in a run the call is made."""
+
+
+class StepCaches(Protocol):
+    """What a host has a model keep from one step to the next, so that less has to be computed."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages."""
+
+    @property
+    def hooks(self) -> Sequence[object]:
+        """What it consists of."""
+
+    def begin_pass(self) -> None:
+        """Take notice of a pass that is not a weak one, before it is made."""
+
+    def apart(self, who: object, perturbed: Collection[nn.Module], bypassed: bool) -> AbstractContextManager[object]:
+        """Keep calls of the model that `who` makes away from what the other passes keep."""
 
 
 class ModuleHost:
@@ -115,6 +136,23 @@ def plain_attention(attention: nn.Module) -> AbstractContextManager[object]:
             context: AbstractContextManager[object] = importlib.import_module(module).plain_attention(attention)
             return context
     return nullcontext()
+
+
+def step_caches(modules: Sequence[nn.Module]) -> StepCaches | None:
+    """Find the step caches of a model.
+
+    Args:
+        modules: the model and all modules in it.
+
+    Raises:
+        TargetError: one that cannot be used together with skip guidance.
+    """
+    for module in modules:
+        for mark, name in _MARKS.items():
+            if mark in module.__dict__:
+                found: StepCaches | None = importlib.import_module(name).step_caches(modules)
+                return found
+    return None
 
 
 def denoisers_of(target: object) -> dict[str, nn.Module]:

@@ -28,23 +28,32 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(forward)
 
 
-def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def signature_of(module: nn.Module) -> inspect.Signature:
+    """Return the signature of the `forward` that the module's class defines."""
+    return _signature(class_forward(module))
+
+
+def bound_arguments(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], signature: inspect.Signature | None = None
+) -> dict[str, Any]:
     """Map the arguments of a call to the parameter names of the module's `forward`, defaults left out.
 
     Args:
         module: the module that was called.
         args: its positional arguments, `self` not among them.
         kwargs: its keyword arguments.
+        signature: `signature_of` the module, for calls that torch.compile traces: it follows no cache.
 
     Returns:
         Name to value; members of `**kwargs` under their own names, `*args` as one tuple.
     """
+    signature = signature or signature_of(module)
     try:
-        bound = _signature(class_forward(module)).bind(module, *args, **kwargs).arguments
+        bound = signature.bind(module, *args, **kwargs).arguments
     except TypeError:  # a decorator takes more than the function below it: positions are all there is
         return {**{str(i): value for i, value in enumerate(args)}, **kwargs}
     named = dict(list(bound.items())[1:])
-    for name, parameter in _signature(class_forward(module)).parameters.items():
+    for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             named.update(named.pop(name, {}))
     return named

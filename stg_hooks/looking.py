@@ -6,10 +6,9 @@ hand their inputs through, so that it costs little and that tokens do not mix.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeGuard
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.calls import is_positional
+from stg_hooks.compiled import eagerly
 from stg_hooks.inspection import bound_arguments
 from stg_hooks.layers import find_layers
 from stg_hooks.patching import Action, now, patched, set_aside
@@ -84,7 +84,7 @@ class Looks:
         """
         assert self._local.call is not None
         proceed, args, kwargs = self._local.call
-        with torch.no_grad(), set_aside(self.model.modules()), _eagerly():
+        with torch.no_grad(), set_aside(self.model.modules()), eagerly():
             one = self._reach(module, proceed, args, kwargs)
             if change is None:
                 return [one]
@@ -141,11 +141,3 @@ def _bypass(streams: Streams) -> Action:
         return output
 
     return action
-
-
-def _eagerly() -> AbstractContextManager[object]:
-    """Have nothing compiled for a look."""
-    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-        stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-        return stance
-    return nullcontext()

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from stg_hooks.compiled import is_compiled
+
 Action = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """What to do instead of `forward`: called with what would have run otherwise, and the call's arguments."""
 
@@ -48,6 +50,22 @@ class Patch:
         """Start without effect."""
         self._local = _Local()
         self._everywhere: tuple[Action, ...] = ()
+        self._place: tuple[nn.Module, str, Callable[..., Any]] | None = None
+
+    @contextmanager
+    def _placed(self, module: nn.Module, name: str, forward: Callable[..., Any]) -> Iterator[None]:
+        self._place = module, name, forward
+        try:
+            yield
+        finally:
+            self._place = None  # a cycle, which would keep the module alive
+
+    def is_in_place(self) -> bool:
+        """Tell whether calls of the module still come here first."""
+        if self._place is None:
+            return False
+        module, name, forward = self._place
+        return module.__dict__.get(name) is forward
 
     def push(self, action: Action) -> tuple[Action, ...]:
         """Let calls from this thread do this first; return what to pass to `restore`."""
@@ -151,11 +169,6 @@ def set_aside(modules: Iterable[nn.Module]) -> Iterator[None]:
             patch._local.around, patch._local.instead, patch._local.since = state
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Tell whether calls of a module are compiled, its hooks included (`module.compile()`)."""
-    return getattr(module, "_compiled_call_impl", None) is not None
-
-
 @contextmanager
 def patched(module: nn.Module) -> Iterator[Patch]:
     """Replace `forward` on a module instance, or share the replacement that is there already.
@@ -176,6 +189,7 @@ def patched(module: nn.Module) -> Iterator[Patch]:
         with ExitStack() as stack:
             stack.callback(set_attribute(module, "__getstate__", _plain_state(module, name, forward)))
             stack.callback(set_attribute(module, name, forward))
+            stack.enter_context(patch._placed(module, name, forward))
             return patch, stack.pop_all().close
 
     with shared(module, "forward", install) as patch:

@@ -52,12 +52,17 @@ def prefix_units(model: nn.Module, starts: Collection[nn.Module]) -> list[nn.Mod
         for child in module.children():
             if id(child) in wanted:
                 yield child
-            elif type(child).forward is nn.Module.forward or any(id(inner) in wanted for inner in child.modules()):
+            elif _is_container(child) or any(id(inner) in wanted for inner in child.modules()):
                 yield from walk(child)
             elif is_list or is_attention(child) or attention_modules(child):
                 yield child
 
     return list({id(unit): unit for unit in walk(model)}.values())
+
+
+def _is_container(module: nn.Module) -> bool:
+    # A module from `torch.compile(block)` has its `forward` on the instance.
+    return type(module).forward is nn.Module.forward and "forward" not in module.__dict__
 
 
 @dataclasses.dataclass(eq=False)
@@ -145,6 +150,8 @@ class Prefix:
         """Return what a unit does during the cond pass: compute, and have its output recorded."""
 
         def record(proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if torch.compiler.is_compiling():  # what is traced cannot be recorded
+                return proceed(*args, **kwargs)
             if not self.is_complete:
                 self._note_ends(unit)  # also if another unit calls it, which is then not part of the prefix
             if self._inside or self.is_complete:

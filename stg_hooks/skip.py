@@ -15,13 +15,15 @@ from torch import nn
 
 from stg_hooks import activation
 from stg_hooks.attention import AttentionSeam
+from stg_hooks.caches import Caches
 from stg_hooks.checkpointing import checkpointed, skipped_in
+from stg_hooks.compiled import is_compiled
 from stg_hooks.errors import CallError, LayerError, StgWarning
 from stg_hooks.feed_forward import FeedForwards
 from stg_hooks.frames import FrameKinds, Kind, kinds_of
 from stg_hooks.layers import Layer, LayerSpec, resolve
 from stg_hooks.looking import Looks
-from stg_hooks.patching import Action, Patch, is_compiled, now, patched
+from stg_hooks.patching import Action, Patch, now, patched
 from stg_hooks.perturb import BLIND_TO_TEXT, MODES, OF_BLOCKS, LayerCall, Mode, find_mode
 from stg_hooks.sites import Site, find_sites
 from stg_hooks.streams import Streams
@@ -76,7 +78,7 @@ class Switch:
         memory: dict[str, Any] = {}
 
         def action(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            reached.yet = True
+            reached.yet = reached.now = True
             return mode(LayerCall(module, args, kwargs, streams, forward, seam, feed_forwards, memory))
 
         return action
@@ -105,6 +107,9 @@ class Switch:
         Args:
             since: when this was asked for; where a layer is skipped twice, the later wish counts. Now, if left out.
             instead: makes what a layer does out of what it would do.
+
+        Raises:
+            CallError: a layer's `forward` was set by somebody else since, and it was not skipped.
         """
         since = now() if since is None else since
         before: list[tuple[Action | None, int]] = []
@@ -116,12 +121,23 @@ class Switch:
                 before.append(
                     patch.replace(action if outer is None else _checkpointed(action, modules[key], outer), since)
                 )
-                if before[-1][1] > since:  # another one answers for this layer
+                # Where another one answers for this layer, it is not up to us.
+                self._reached[key].now = before[-1][1] > since
+                if self._reached[key].now:
                     self._reached[key].yet = True
             yield
+            self._check_in_place()
         finally:
             for patch, previous in zip(self._patches, before, strict=False):
                 patch.put_back(previous)
+
+    def _check_in_place(self) -> None:
+        for module, patch in zip(self.modules, self._patches, strict=True):
+            if not self._reached[id(module)].now and not patch.is_in_place():
+                raise CallError(
+                    f"something else has set the forward of {type(module).__name__} inside the `with`, so it is not "
+                    "skipped any more. Add and remove hooks, caches and offloading before stg.apply() or stg.skip()."
+                )
 
     def forget(self) -> None:
         """Start afresh with what `unreached` tells."""
@@ -179,6 +195,7 @@ def _checkpointed(action: Action, module: nn.Module, outer: int) -> Action:
 class _Reached:
     # Only ever written in a call: what torch.compile reads, it guards, and would compile again when it changes.
     yet: bool = False
+    now: bool = False
 
 
 class _OfThread(threading.local):
@@ -190,8 +207,9 @@ class _OfThread(threading.local):
 class _Entry:
     """One `with`, and the calls of the model inside it."""
 
-    def __init__(self, switch: Switch, model: nn.Module) -> None:
+    def __init__(self, switch: Switch, model: nn.Module, caches: Caches) -> None:
         self._switch = switch
+        self._caches = caches
         self._since = now()
         self._model_name = type(model).__name__
         self._is_compiled = is_compiled(model)
@@ -202,6 +220,7 @@ class _Entry:
 
     @contextmanager
     def installed(self, model: nn.Module) -> Iterator[None]:
+        self._caches.look()
         with ExitStack() as stack:
             stack.enter_context(self._switch.installed())
             stack.enter_context(stack.enter_context(patched(model)).everywhere(self._around))
@@ -226,7 +245,8 @@ class _Entry:
         self.has_begun = True
         self._local.depth += 1
         try:
-            with self._switch.switched_on(self._since):
+            # Nobody tells which step it is, so nothing that was kept at another one is used.
+            with self._caches.apart(self), self._switch.switched_on(self._since):
                 output = proceed(*args, **kwargs)
         except Exception as error:
             if type(error).__module__ == "torch._dynamo.exc":
@@ -273,11 +293,13 @@ class skip:  # noqa: N801 - reads as the verb it is: `with stg.skip(model, layer
         Raises:
             LayerError: a layer that does not exist, is ambiguous, or cannot be skipped in this mode.
             SettingError: an unknown mode.
-            TargetError: `model` is no module, or `layers` holds something that names no layer.
+            TargetError: `model` is no module, `layers` holds something that names no layer, or the model has a step
+                cache that cannot be kept out of the calls.
 
         Source: STG, arXiv 2411.18664, sec. 4.
         """
         self._switch = Switch(model, layers, mode, kind)
+        self._caches = Caches(model)
         self._model = model
         self._strict = strict
         self._entries: list[_Entry] = []
@@ -289,7 +311,7 @@ class skip:  # noqa: N801 - reads as the verb it is: `with stg.skip(model, layer
 
     def __enter__(self) -> skip:
         """Register the hooks."""
-        entry = _Entry(self._switch, self._model)
+        entry = _Entry(self._switch, self._model, self._caches)
         entry.stack.enter_context(entry.installed(self._model))
         with _LOCK:
             if not self._entries:

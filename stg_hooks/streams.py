@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import BlockError
-from stg_hooks.inspection import bound_arguments, class_forward, names_in_return, return_names, signature_text
+from stg_hooks.inspection import (
+    bound_arguments,
+    class_forward,
+    names_in_return,
+    return_names,
+    signature_of,
+    signature_text,
+)
 
 # A block adds to its stream, so its output resembles what it was given: by the cosine between them, over all elements.
 _MARGIN = 0.1  # by which the input chosen must resemble it more than any other of the same shape
@@ -44,6 +51,7 @@ class Streams:
             block: the module that is going to be bypassed.
         """
         self._block = block
+        self._signature = signature_of(block)
         self._names = return_names(class_forward(block))
         self._learned: list[_Learned] = []
 
@@ -57,7 +65,7 @@ class Streams:
         Returns:
             Whether it is known already, and the output: if not, run the block once and pass it to `learn`.
         """
-        given = bound_arguments(self._block, args, kwargs)
+        given = bound_arguments(self._block, args, kwargs, self._signature)
         if self._names is not None:
             wanted = (self._names,) if isinstance(self._names, str) else self._names
             if all(name is None or name in given for name in wanted):
@@ -83,7 +91,7 @@ class Streams:
         Raises:
             BlockError: a tensor in the output that no argument can stand in for, or several as well as each other.
         """
-        given = bound_arguments(self._block, args, kwargs)
+        given = bound_arguments(self._block, args, kwargs, self._signature)
         inputs, structure = _structure(given)
         leaves, spec = pytree.tree_flatten(output)
         owners = [name for name, value in given.items() for _ in pytree.tree_leaves(value)]
@@ -116,7 +124,7 @@ class Streams:
 
     def _explain(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, culprit: str, which: str) -> str:
         kind = type(self._block).__name__
-        given = bound_arguments(self._block, args, kwargs)
+        given = bound_arguments(self._block, args, kwargs, self._signature)
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor))
         found = f"{kind} returns {culprit} that {which} in shape and dtype (inputs: {shapes or 'none'})"
         return (

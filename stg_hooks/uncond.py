@@ -59,12 +59,22 @@ class UncondGuide:
         self._model = model
         self._executions = Executions(model, "full", session.stats)
         self._executions.prepare(session.plan.known)
+        self._check_caches()
+
+    def _check_caches(self) -> None:
+        found = self._executions.caches.found
+        if found is not None:
+            raise SettingError(
+                f"on='uncond' cannot be combined with {found.name}: what the cache keeps of cond and uncond rows is "
+                "one. Disable it (model.disable_cache()), or use on='cond', whose weak passes have caches of their own."
+            )
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Replace `forward` of the denoiser and of the layers; restore them at the end."""
         with ExitStack() as stack:
             stack.enter_context(self._executions.installed())
+            self._check_caches()
             stack.enter_context(stack.enter_context(patched(self._model)).everywhere(self._around))
             yield
 

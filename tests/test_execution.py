@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import stg_hooks as stg
+from stg_hooks.caches import Caches
 from stg_hooks.execution import EXECUTIONS, Execution, Stats, weights_are_streamed
 from tests import awkward, pipelines, zoo
 
@@ -270,7 +271,7 @@ def test_an_unknown_execution() -> None:
 
 
 def way(model: nn.Module, execution: str = "auto") -> str:
-    return Execution(model, [stg.Branch([2])], execution, Stats()).way
+    return Execution(model, [stg.Branch([2])], execution, Stats(), Caches(model)).way
 
 
 def test_auto_is_sequential_where_the_weights_stay() -> None:

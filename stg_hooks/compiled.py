@@ -1,0 +1,52 @@
+"""See what torch.compile has compiled: what we do at a module has to stay outside, where it is not traced."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether calls of a module are compiled, its hooks included (`module.compile()`)."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def surrounding(model: nn.Module, units: Collection[nn.Module]) -> list[nn.Module]:
+    """List the modules that call units from within, however deep."""
+    found: list[nn.Module] = []
+    _holds_one(model, {id(unit) for unit in units}, found)
+    return found
+
+
+def _holds_one(module: nn.Module, wanted: set[int], found: list[nn.Module]) -> bool:
+    children = [_holds_one(child, wanted, found) for child in module.children()]  # each is looked at
+    if any(children):
+        found.append(module)
+    return any(children) or id(module) in wanted
+
+
+def compiled_among(modules: Collection[nn.Module]) -> nn.Module | None:
+    """Find one that is compiled together with what is in it: in place, or by `torch.compile(module)`."""
+    return next((module for module in modules if is_compiled(module) or "_orig_mod" in module._modules), None)
+
+
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep torch.compile out of a function that is called from what was compiled after all."""
+    if "torch._dynamo" not in sys.modules:  # which takes a second to import
+        return function
+    reason = "stg_hooks guides this model from outside: compile it before stg.apply(), and pass what is compiled to it."
+    disabled: Callable[..., Any] = torch.compiler.disable(function, reason=reason)
+    return disabled
+
+
+def eagerly() -> AbstractContextManager[object]:
+    """Have nothing compiled within a `with`, for a call that is made once; needs torch 2.6."""
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+        return stance
+    return nullcontext()
