@@ -1,10 +1,21 @@
 """Skip guidance for any diffusion model: bypass layers, guide with the difference, change nothing else."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from stg_hooks.apply import apply
 from stg_hooks.combine import combine
-from stg_hooks.errors import BlockError, CallError, LayerError, SettingError, StgError, StgWarning, TargetError
+from stg_hooks.errors import (
+    BlockError,
+    CallError,
+    ExtraError,
+    LayerError,
+    ResultsError,
+    SettingError,
+    StgError,
+    StgWarning,
+    TargetError,
+)
 from stg_hooks.guider import Guider
 from stg_hooks.perturb import LayerCall
 from stg_hooks.settings import Branch
@@ -15,10 +26,16 @@ from stg_hooks.table import layers
 __version__ = "0.1.0"
 
 
+if TYPE_CHECKING:
+    from stg_hooks.integrations.sweep import sweep
+
+
 def __getattr__(name: str) -> object:
-    """Load `stg_hooks.k_diffusion` when it is first used."""
+    """Load `stg_hooks.k_diffusion` and `stg_hooks.sweep` when they are first used."""
     if name == "k_diffusion":
         return importlib.import_module("stg_hooks.integrations.k_diffusion")
+    if name == "sweep":
+        return importlib.import_module("stg_hooks.integrations.sweep").sweep
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -26,9 +43,11 @@ __all__ = [
     "BlockError",
     "Branch",
     "CallError",
+    "ExtraError",
     "Guider",
     "LayerCall",
     "LayerError",
+    "ResultsError",
     "SettingError",
     "Step",
     "StgError",
@@ -38,4 +57,5 @@ __all__ = [
     "combine",
     "layers",
     "skip",
+    "sweep",
 ]

@@ -30,6 +30,14 @@ class CallError(StgError, RuntimeError):
     """A call of the denoiser cannot be guided: its rows or its role (cond, uncond) are unknown."""
 
 
+class ResultsError(StgError, RuntimeError):
+    """A folder of results does not exist, or is not what was expected: another sweep's, or damaged."""
+
+
+class ExtraError(StgError, ImportError):
+    """A package is missing that only this part of stg_hooks needs; the message says which extra installs it."""
+
+
 class StgWarning(UserWarning):
     """Guidance did not do what its user most likely expects."""
 

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from stg_hooks.demo import clips
 
-__all__ = ["STEPS", "embed", "inputs", "labels", "load", "to_clips", "to_video"]
+__all__ = ["GUIDANCE_SCALE", "STEPS", "embed", "inputs", "labels", "load", "sample", "to_clips", "to_video"]
 
 STEPS = 12
+GUIDANCE_SCALE = 2.0
 _WORDS = (("shape", clips.SHAPES), ("colour", clips.COLOURS), ("motion", clips.MOTIONS))
 _NULL = sum(len(words) for _, words in _WORDS)  # the first of three tokens that mean "no condition"
 
@@ -48,7 +49,24 @@ def load() -> Any:
     scheduler = FlowMatchEulerDiscreteScheduler(**config["scheduler"])
     pipe: Any = WanPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
+    pipe.stg_sample = functools.partial(sample, pipe)  # how stg.profile and stg.sweep make samples with it
     return pipe
+
+
+def sample(pipe: Any, prompt: str, generator: torch.Generator, **settings: Any) -> Tensor:
+    """Make one clip.
+
+    Args:
+        pipe: the demo's pipeline.
+        prompt: one shape, one colour and one motion.
+        generator: source of the noise.
+        **settings: further arguments of the pipeline; `guidance_scale` is 2 unless given.
+
+    Returns:
+        Frames in 0..255, (6, 24, 24, 3), uint8.
+    """
+    call = {**inputs([prompt]), "guidance_scale": GUIDANCE_SCALE, **settings}
+    return to_video(pipe(generator=generator, **call).frames)[0]
 
 
 def labels(prompts: Sequence[str]) -> Tensor:

@@ -1,0 +1,149 @@
+"""What a sweep is asked for: checked, written down, compared, and as the code that makes one of its samples."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import torch
+
+from stg_hooks.errors import ResultsError, SettingError
+from stg_hooks.hosts import denoisers_of
+from stg_hooks.layers import Layer, LayerSpec, find_layers, resolve
+from stg_hooks.results import Place
+from stg_hooks.sampling import Sample, guidance_scale_of, prompts_from
+
+
+def asked_of(
+    pipe: Any,
+    prompts: str | Sequence[str],
+    layers: Iterable[LayerSpec] | None,
+    scales: Iterable[float],
+    modes: Iterable[str],
+    seeds: int | Iterable[int],
+    settings: Mapping[str, Any],
+    fps: int,
+    metrics: Iterable[str],
+) -> dict[str, Any]:
+    """Check what was asked for, and write it down in a form that can be compared and kept.
+
+    Args:
+        pipe: as for `sweep`; so are those that follow.
+        prompts: as for `sweep`.
+        layers: as for `sweep`.
+        scales: as for `sweep`.
+        modes: as for `sweep`.
+        seeds: as for `sweep`.
+        settings: as for `sweep`.
+        fps: as for `sweep`.
+        metrics: names of the user's own metrics.
+
+    Returns:
+        What `sweep.json` is to hold.
+
+    Raises:
+        LayerError: a layer that does not exist.
+        SettingError: a setting that cannot be used.
+    """
+    model = next(iter(denoisers_of(pipe).values()))
+    groups = [[layer.index] for layer in find_layers(model) if layer.index is not None] if layers is None else layers
+    chosen = [[_label(layer) for layer in resolve(model, group)] for group in _listed("layers", groups)]
+    scales = [float(scale) for scale in _listed("scales", scales)]
+    if 0.0 in scales:
+        raise SettingError(
+            "scales: 0.0 is the plain pipeline, which is a cell of its own in every sweep. Leave it out."
+        )
+    modes = _listed("modes", modes)
+    if not all(isinstance(mode, str) for mode in modes):
+        raise SettingError(f"modes={modes!r}: expected names, which tell the cells apart on disk.")
+    numbers = _listed("seeds", range(seeds) if isinstance(seeds, int) else seeds)
+    asked = {"layers": chosen, "modes": modes, "scales": scales, "seeds": [int(seed) for seed in numbers]}
+    for name, values in asked.items():
+        if any(value in values[:i] for i, value in enumerate(values)):
+            raise SettingError(f"{name}={values}: something is there twice.")
+    return {
+        "model": type(model).__name__,
+        "pipeline": None if pipe is model else type(pipe).__name__,
+        **asked,
+        "prompts": list(prompts_from(prompts)),
+        "guidance_scale": guidance_scale_of(pipe, settings),
+        "fps": fps,
+        "settings": {name: _text(value) for name, value in settings.items()},
+        "metrics": sorted(metrics),
+    }
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise SettingError(f"{name}={values!r}: expected a list.")
+    found = list(values)
+    if not found:
+        raise SettingError(f"{name}=[]: expected at least one.")
+    return found
+
+
+def _label(layer: Layer) -> int | str:
+    return layer.name if layer.index is None else layer.index
+
+
+def _text(value: Any) -> Any:
+    """Keep what JSON can hold; turn the rest into text that is the same for the same value in every process."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_text(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(name): _text(item) for name, item in value.items()}
+    if isinstance(value, torch.Tensor):
+        data = value.detach().cpu().contiguous().view(torch.uint8) if value.ndim else value.detach().cpu()
+        return f"tensor {tuple(value.shape)} {value.dtype} {_digest(str(data.tolist()).encode())}"
+    if hasattr(value, "tobytes"):  # arrays and pictures
+        shape = getattr(value, "shape", getattr(value, "size", ""))
+        return f"{type(value).__name__} {shape} {_digest(value.tobytes())}"
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def check_same(folder: Path, found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raise `ResultsError` unless a folder's settings are those that are asked for."""
+    differing = [
+        f"{name} is {found.get(name)!r} there and {asked.get(name)!r} here"
+        for name in dict.fromkeys([*found, *asked])
+        if found.get(name) != asked.get(name)
+    ]
+    if differing:
+        raise ResultsError(
+            f"{folder} holds a sweep with other settings: {'; '.join(differing)}. Use the same settings to go on with "
+            "it, or another folder."
+        )
+
+
+def call_text(pipe: Any, sample: Sample | None, settings: Mapping[str, Any]) -> str:
+    """Write the call that makes a sample."""
+    plain = (bool, int, float, str, NoneType)
+    given = [f"{name}={value!r}" if isinstance(value, plain) else f"{name}={name}" for name, value in settings.items()]
+    if sample is not None:
+        return f"{getattr(sample, '__name__', 'sample')}(prompt, generator)"
+    if hasattr(pipe, "stg_sample"):
+        return f"pipe.stg_sample({', '.join(['prompt', 'generator', *given])})"
+    return f"pipe({', '.join(['prompt', *given])})"
+
+
+def code_of(place: Place, call: str, is_video: bool) -> str:
+    """Write the lines that make such a sample."""
+    layers, mode, scale = place
+    what, where = ("video", ".frames[0]") if is_video else ("image", ".images[0]")
+    line = f"{what} = {call}{where if call.startswith('pipe(') else ''}"
+    if not layers:
+        return line
+    named = "" if mode == "residual" else f", mode={mode!r}"
+    return f"with stg.apply(pipe, layers={list(layers)}, scale={scale}{named}):\n    {line}"

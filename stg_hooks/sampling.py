@@ -1,0 +1,86 @@
+"""How to make one sample with a target: with its prompt and the noise of a generator, and nothing else changed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from stg_hooks.errors import SettingError, TargetError
+
+Sample: TypeAlias = Callable[[str, torch.Generator], Any]
+"""Makes one sample: takes a prompt and the generator of its noise, returns what was made."""
+
+
+def sampler_of(target: Any, sample: Sample | None, settings: Mapping[str, Any], output_type: str) -> Sample:
+    """Find out how to make one sample.
+
+    Args:
+        target: a pipeline; or anything else, with `sample`. A pipeline that is not called with a prompt can carry a
+            function of `(prompt, generator, **settings)` as `stg_sample`.
+        sample: the user's own way, which counts first.
+        settings: the pipeline's other arguments.
+        output_type: what to ask the pipeline for, if it can be asked and `settings` do not say.
+
+    Returns:
+        A function of (prompt, generator).
+
+    Raises:
+        SettingError: arguments for a pipeline that is not called, or that the pipeline does not take.
+        TargetError: something that cannot be called with a prompt.
+    """
+    if sample is not None:
+        if not callable(sample):
+            raise TargetError(f"sample={sample!r}: expected a function of (prompt, generator).")
+        if settings:
+            raise SettingError(
+                f"{', '.join(settings)}: arguments of the pipeline, but sample= makes the calls. Give them there."
+            )
+        return sample
+    own = getattr(target, "stg_sample", None)
+    if own is not None:
+        return lambda prompt, generator: own(prompt, generator, **settings)
+    parameters = _parameters(target)
+    if not {"prompt", "generator"} <= parameters.keys():
+        raise TargetError(
+            f"{type(target).__name__} is not called with a prompt and a generator. Say how to make one sample: "
+            "sample=function, which takes (prompt, generator)."
+        )
+    unknown = [] if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else sorted(settings.keys() - parameters)
+    if unknown:
+        raise SettingError(f"{', '.join(unknown)}: {type(target).__name__} has no such argument.")
+    taken = {"output_type": output_type} if "output_type" in parameters else {}
+    return lambda prompt, generator: target(prompt=prompt, generator=generator, **{**taken, **settings})
+
+
+def guidance_scale_of(target: object, settings: Mapping[str, Any]) -> float | None:
+    """Return the CFG weight that a pipeline is called with, its default where none is given."""
+    default = _parameters(target).get("guidance_scale")
+    found = settings.get("guidance_scale", None if default is None else default.default)
+    return float(found) if isinstance(found, (int, float)) else None
+
+
+def prompts_from(prompts: str | Sequence[str]) -> tuple[str, ...]:
+    """Check prompts; one string is one prompt.
+
+    Raises:
+        SettingError: there is none, or something that is no string.
+    """
+    found = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    if not found or not all(isinstance(prompt, str) for prompt in found):
+        raise SettingError(f"prompts={prompts!r}: expected a list of strings, at least one.")
+    return found
+
+
+def generator_of(seed: int) -> torch.Generator:
+    """Return a generator on the CPU, whose noise is the same on every device."""
+    return torch.Generator().manual_seed(seed)
+
+
+def _parameters(target: object) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(target).parameters if callable(target) else {}
+    except (TypeError, ValueError):
+        return {}
