@@ -102,7 +102,7 @@ def sweep(
         raise SettingError(f"stale_after={stale_after!r}: expected a number of seconds above 0.")
     make = sampler_of(pipe, sample, settings, "np")
     own = measures.own_metrics(metrics)
-    asked = asked_of(pipe, prompts, layers, scales, modes, seeds, settings, fps, own)
+    asked = asked_of(pipe, prompts, layers, scales, modes, seeds, settings, fps, own, sample)
     for place in grid(asked):
         if place[0]:
             _guidance(pipe, place)  # all of them can be made, or none is

@@ -28,6 +28,7 @@ def asked_of(
     settings: Mapping[str, Any],
     fps: int,
     metrics: Iterable[str],
+    sample: Sample | None,
 ) -> dict[str, Any]:
     """Check what was asked for, and write it down in a form that can be compared and kept.
 
@@ -41,6 +42,7 @@ def asked_of(
         settings: as for `sweep`.
         fps: as for `sweep`.
         metrics: names of the user's own metrics.
+        sample: as for `sweep`.
 
     Returns:
         What `sweep.json` is to hold.
@@ -70,7 +72,7 @@ def asked_of(
         "pipeline": None if pipe is model else type(pipe).__name__,
         **asked,
         "prompts": list(prompts_from(prompts)),
-        "guidance_scale": guidance_scale_of(pipe, settings),
+        "guidance_scale": guidance_scale_of(pipe, sample, settings),
         "fps": fps,
         "settings": {name: _text(value) for name, value in settings.items()},
         "metrics": sorted(metrics),

@@ -18,6 +18,7 @@ from stg_hooks.errors import (
 )
 from stg_hooks.guider import Guider
 from stg_hooks.perturb import LayerCall
+from stg_hooks.profile import profile
 from stg_hooks.settings import Branch
 from stg_hooks.skip import skip
 from stg_hooks.step import Step
@@ -56,6 +57,7 @@ __all__ = [
     "apply",
     "combine",
     "layers",
+    "profile",
     "skip",
     "sweep",
 ]

@@ -48,7 +48,7 @@ class CallCounter:
         Args:
             modules: the denoisers of one run.
         """
-        self._modules = [module for module in modules if not _is_compiled_anywhere(module)]
+        self._modules = [module for module in modules if not is_compiled_anywhere(module)]
         self.counts: list[int] = []
         """FLOPs, call by call."""
         self._depth = 0
@@ -89,5 +89,6 @@ class CallCounter:
             self.counts.append(int(self._counter.get_total_flops()))
 
 
-def _is_compiled_anywhere(module: nn.Module) -> bool:
+def is_compiled_anywhere(module: nn.Module) -> bool:
+    """Tell whether a part of a module is compiled, where counting would not see it."""
     return any(is_compiled(inner) or hasattr(inner, "_orig_mod") for inner in module.modules())

@@ -43,7 +43,8 @@ def in_weak_pass() -> bool:
 
 
 @contextmanager
-def _weak_pass() -> Iterator[None]:
+def weak_pass() -> Iterator[None]:
+    """Let nobody guide, or look at, the calls that this thread makes within a `with`."""
     before, _LOCAL.in_weak_pass = _LOCAL.in_weak_pass, True
     try:
         yield
@@ -218,7 +219,7 @@ class Execution:
         """Make a call once more in one pass, and compare: some models let rows influence each other."""
         stats = dataclasses.replace(self._stats)
         try:
-            with _weak_pass():
+            with weak_pass():
                 again = predictions(self._batched_pass(call, batch, cond))
             expected = [*own, *itertools.chain(*weaks)]
             got = [*again, *itertools.chain(*(call.weaks or []))]
@@ -265,7 +266,7 @@ class Execution:
             weak, reason = self._shared_pass(branch, call, args, kwargs, cond)
             if weak is None:
                 is_shared = False
-                with _weak_pass(), switch.switched_on():
+                with weak_pass(), switch.switched_on():
                     weak = predictions(call.denoiser(*args, **kwargs))
                 self._count(branch, ())
             if [w.shape for w in weak] != [c.shape for c in cond]:
@@ -305,7 +306,7 @@ class Execution:
         try:
             # The replay comes last, so that it is asked first: up to its end no layer is skipped.
             replayed = recording.replayed(branch, self._patches_of(self._prefix), self._prefix)
-            with _weak_pass(), self.switches[branch].switched_on(), replayed:
+            with weak_pass(), self.switches[branch].switched_on(), replayed:
                 weak = predictions(call.denoiser(*args, **kwargs))
         except (PrefixMismatchError, AbsentError):
             pass

@@ -125,6 +125,7 @@ class Guider:
             for settings in self.plan.known:
                 check_settings(settings)
         self.denoiser = denoiser
+        self.model = model
         self._on = on
         self.guidance_scale = guidance_scale
         self.stats = Stats()

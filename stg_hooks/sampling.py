@@ -55,9 +55,11 @@ def sampler_of(target: Any, sample: Sample | None, settings: Mapping[str, Any], 
     return lambda prompt, generator: target(prompt=prompt, generator=generator, **{**taken, **settings})
 
 
-def guidance_scale_of(target: object, settings: Mapping[str, Any]) -> float | None:
-    """Return the CFG weight that a pipeline is called with, its default where none is given."""
-    default = _parameters(target).get("guidance_scale")
+def guidance_scale_of(target: object, sample: Sample | None, settings: Mapping[str, Any]) -> float | None:
+    """Return the CFG weight that a pipeline is called with, its default where none is given; `None` if unknown."""
+    if sample is not None:
+        return None
+    default = _parameters(getattr(target, "stg_sample", target)).get("guidance_scale")
     found = settings.get("guidance_scale", None if default is None else default.default)
     return float(found) if isinstance(found, (int, float)) else None
 

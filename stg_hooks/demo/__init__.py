@@ -20,10 +20,11 @@ from torch import Tensor
 
 from stg_hooks.demo import clips
 
-__all__ = ["GUIDANCE_SCALE", "STEPS", "embed", "inputs", "labels", "load", "sample", "to_clips", "to_video"]
+__all__ = ["GUIDANCE_SCALE", "PROMPTS", "STEPS", "embed", "inputs", "labels", "load", "sample", "to_clips", "to_video"]
 
 STEPS = 12
 GUIDANCE_SCALE = 2.0
+PROMPTS = ("red circle left", "blue square up", "green triangle right", "yellow circle down")
 _WORDS = (("shape", clips.SHAPES), ("colour", clips.COLOURS), ("motion", clips.MOTIONS))
 _NULL = sum(len(words) for _, words in _WORDS)  # the first of three tokens that mean "no condition"
 
@@ -49,24 +50,29 @@ def load() -> Any:
     scheduler = FlowMatchEulerDiscreteScheduler(**config["scheduler"])
     pipe: Any = WanPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
-    pipe.stg_sample = functools.partial(sample, pipe)  # how stg.profile and stg.sweep make samples with it
+    # How stg.profile and stg.sweep make samples with it.
+    pipe.stg_sample = functools.partial(sample, pipe)
+    pipe.stg_sample.prompts = PROMPTS
     return pipe
 
 
-def sample(pipe: Any, prompt: str, generator: torch.Generator, **settings: Any) -> Tensor:
+def sample(
+    pipe: Any, prompt: str, generator: torch.Generator, guidance_scale: float = GUIDANCE_SCALE, **settings: Any
+) -> Tensor:
     """Make one clip.
 
     Args:
         pipe: the demo's pipeline.
         prompt: one shape, one colour and one motion.
         generator: source of the noise.
-        **settings: further arguments of the pipeline; `guidance_scale` is 2 unless given.
+        guidance_scale: CFG weight of the pipeline.
+        **settings: further arguments of the pipeline.
 
     Returns:
         Frames in 0..255, (6, 24, 24, 3), uint8.
     """
-    call = {**inputs([prompt]), "guidance_scale": GUIDANCE_SCALE, **settings}
-    return to_video(pipe(generator=generator, **call).frames)[0]
+    call = {**inputs([prompt]), **settings}
+    return to_video(pipe(generator=generator, guidance_scale=guidance_scale, **call).frames)[0]
 
 
 def labels(prompts: Sequence[str]) -> Tensor:

@@ -1,0 +1,275 @@
+"""Look at the calls of a denoiser without changing them: which steps, what guidance would do there, what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from stg_hooks.calls import halves, take_rows
+from stg_hooks.cost import counting, is_compiled_anywhere
+from stg_hooks.errors import CallError, SettingError, StgWarning
+from stg_hooks.execution import Stats, in_weak_pass, weak_pass
+from stg_hooks.guide import Guide, Session
+from stg_hooks.inspection import parameter_names
+from stg_hooks.settings import Branch
+from stg_hooks.step import Step
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """One step: its predictions, and `cond - weak` of every branch."""
+
+    step: Step
+    cond: Tensor
+    terms: list[Tensor]
+    uncond: Tensor | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    guidance_scale: float | None
+    costs: list[float] | None
+    """FLOPs of each branch's weak pass, as a part of the plain step's; `None` where they were not counted."""
+
+
+class NoiseLevels:
+    """Chooses the steps of a run that are looked at."""
+
+    def __init__(self, wanted: int | Sequence[float], steps: int | None) -> None:
+        """Check what is wanted.
+
+        Args:
+            wanted: how many, spread evenly over the run; or the levels themselves.
+            steps: how many steps a run has, where calls do not tell.
+
+        Raises:
+            SettingError: neither a number above 0 nor a list of numbers.
+        """
+        if isinstance(wanted, int):
+            if isinstance(wanted, bool) or wanted < 1:
+                raise SettingError(f"noise_levels={wanted!r}: expected how many, 1 or more, or a list of levels.")
+        elif not wanted or any(level < 0 for level in wanted):
+            raise SettingError(f"noise_levels={wanted!r}: expected numbers from 0 on, at least one.")
+        if steps is not None and steps < 1:
+            raise SettingError(f"steps={steps!r}: expected 1 or more.")
+        self._wanted, self._steps = wanted, steps
+        self.begin_run()
+
+    def begin_run(self) -> None:
+        """Forget the run before."""
+        self.step: Step | None = None
+        """The step that is being looked at."""
+        self._calls = 0
+        self._looked_at: set[int] = set()
+        self._left = [] if isinstance(self._wanted, int) else sorted(map(float, self._wanted), reverse=True)
+        self._lowest: float | None = None
+
+    def wants(self, step: Step) -> bool:
+        """Tell whether to look at a call with the prompt; to be asked once about each.
+
+        Raises:
+            CallError: the call does not tell where in the run it is.
+        """
+        index, count = step.index, step.count
+        if self._steps is not None and count is None:
+            index, count = self._calls if index is None else index, self._steps
+        step = dataclasses.replace(step, index=index, count=count)
+        self._calls += 1
+        self.step = None
+        if isinstance(self._wanted, int):
+            if index is None or count is None:
+                raise CallError("where in its run this call is made cannot be told: pass steps=, the calls of a run.")
+            chosen = {(2 * i + 1) * count // (2 * self._wanted) for i in range(self._wanted)}
+            wanted = index in chosen and index not in self._looked_at
+        else:
+            if step.sigma is None:
+                raise CallError(
+                    "noise_levels= is a list, but the noise level of this call is not known. Pass how many: "
+                    "noise_levels=5, and steps=, the calls of a run."
+                )
+            self._lowest = step.sigma
+            passed = [level for level in self._left if step.sigma <= level * (1 + 1e-6)]
+            self._left = self._left[len(passed) :]
+            wanted = bool(passed)
+        if wanted:
+            self.step = step
+            self._looked_at.add(-1 if index is None else index)
+        return wanted
+
+    def end_run(self) -> None:
+        """Report what was not reached.
+
+        Raises:
+            SettingError: no step was looked at.
+        """
+        if not self._looked_at:
+            raise SettingError(
+                f"noise_levels={self._wanted!r}: the run made {self._calls} calls with the prompt"
+                + (f", down to the level {self._lowest:.4g}" if self._lowest is not None else "")
+                + ", and none of them was to be looked at."
+            )
+        if self._left:
+            warnings.warn(
+                f"stg.profile: the run ends at the noise level {self._lowest:.4g}, above {self._left}.",
+                StgWarning,
+                stacklevel=3,
+            )
+
+
+class Meter:
+    """Counts what the plain calls of a step and its weak passes cost, for the first few steps that are looked at."""
+
+    STEPS = 2
+
+    def __init__(self, stats: Stats, model: nn.Module) -> None:
+        """Start with nothing counted.
+
+        Args:
+            stats: where weak passes are counted; tells which one is running.
+            model: the denoiser; of compiled ones nothing can be counted.
+        """
+        self._stats = stats
+        self._left = 0 if is_compiled_anywhere(model) else self.STEPS
+        self._plain: int | None = None
+        self._weak: dict[int, int] = {}
+        self._first = 0
+
+    def begin(self) -> None:
+        """Count from here on, if that has not been done often enough."""
+        self._plain = 0 if self._left else None
+        self._weak, self._first = {}, self._stats.weak_passes
+
+    def metered(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a call of the denoiser."""
+        if self._plain is None:
+            return call(*args, **kwargs)
+        with counting() as counter:
+            output = call(*args, **kwargs)
+        flops = int(counter.get_total_flops())
+        if in_weak_pass():
+            branch = self._stats.weak_passes - self._first
+            self._weak[branch] = self._weak.get(branch, 0) + flops
+        else:
+            self._plain += flops
+        return output
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing within a `with`."""
+        before, self._plain = self._plain, None
+        try:
+            yield
+        finally:
+            self._plain = before
+
+    def end(self) -> list[float] | None:
+        """Return the cost of each weak pass as a part of the plain calls', if they were counted."""
+        plain, self._plain = self._plain, None
+        if plain is None:
+            return None
+        self._left -= 1
+        return [flops / plain for _, flops in sorted(self._weak.items())] if plain else None
+
+
+class _OfThread(threading.local):
+    waiting: Observation | None = None  # of a cond call, until its uncond call comes
+
+
+class Probe(Guide):
+    """Computes weak predictions where a guide would, and hands them to an observer instead of guiding."""
+
+    def __init__(
+        self,
+        session: Session,
+        model: nn.Module,
+        more: Sequence[Sequence[Branch]],
+        levels: NoiseLevels,
+        meter: Meter,
+        observed: Callable[[Observation], None],
+    ) -> None:
+        """Resolve all layers; touch nothing.
+
+        Args:
+            session: what probes of the same pipeline share. Its plan asks for the first group of branches.
+            model: the denoiser.
+            more: further groups of branches; for each of them a cond pass is made once more.
+            levels: chooses the steps.
+            meter: counts what they cost.
+            observed: takes what was found.
+        """
+        super().__init__(session, model, "sequential")
+        self._more, self._levels, self._meter, self._observed = more, levels, meter, observed
+        for branches in more:
+            self._executions.make(branches)
+        self._names = parameter_names(model)
+        self._thread = _OfThread()
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        super()._before(model, args, kwargs)
+        call = self._local.call
+        if call is not None and call.is_cond and not in_weak_pass():
+            self._thread.waiting = None  # its uncond call did not come
+
+    def _around(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._local.call is None and not in_weak_pass():
+            return super()._around(proceed, args, kwargs)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self._meter.metered(proceed, args, kwargs)
+
+        return super()._around(call, args, kwargs)
+
+    def _guided(self, call: Any, unguided: Sequence[Tensor], output: Sequence[Tensor]) -> Any:
+        """Compute the weak predictions, and leave the output alone."""
+        both = call.role.rows == "uncond+cond"
+        unconds = [halves(tensor)[0] for tensor in output] if both else None
+        conds = [halves(tensor)[1] for tensor in output] if both else list(output)
+        weaks = self._all_weaks(call, conds)
+        g = call.role.guidance_scale
+        step = self._levels.step
+        assert step is not None
+        found = Observation(
+            step=step,
+            cond=conds[0],
+            terms=[conds[0].float() - weak[0].float() for weak in weaks],
+            uncond=None if unconds is None else unconds[0],
+            args=call.args,
+            kwargs=call.kwargs,
+            guidance_scale=float(g) if isinstance(g, (int, float)) else None,
+            costs=None,
+        )
+        self._thread.waiting = found
+        if not call.role.uncond_follows:
+            self._finish(found)
+        return None
+
+    def _moved_along(self, call: Any, output: Sequence[Tensor]) -> Any:
+        """Complete what the cond call found with the uncond prediction."""
+        waiting = self._thread.waiting
+        if call.role.rows == "uncond" and waiting is not None:
+            self._finish(dataclasses.replace(waiting, uncond=output[0]))
+        return None
+
+    def _finish(self, found: Observation) -> None:
+        self._thread.waiting = None
+        self._observed(dataclasses.replace(found, costs=self._meter.end()))
+
+    def _all_weaks(self, call: Any, conds: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Return the weak predictions of every branch."""
+        guided = call.guided
+        guided.denoiser, guided.args, guided.kwargs = self._model, call.args, call.kwargs
+        weaks = self._executions.of(call.settings.active).weak_predictions(guided, conds)
+        args, kwargs = call.args, call.kwargs
+        if call.role.rows == "uncond+cond" and self._more:
+            half = conds[0].shape[0]
+            args, kwargs = take_rows(args, kwargs, self._names, 2 * half, slice(half, None))
+        for branches in self._more:
+            execution = self._executions.of(branches)
+            with weak_pass(), self._meter.paused():
+                _, again = execution.cond_pass(self._model, args, kwargs, False)
+            weaks += execution.weak_predictions(again, conds)
+        return weaks
