@@ -28,15 +28,16 @@ __version__ = "0.1.0"
 
 
 if TYPE_CHECKING:
+    from stg_hooks.integrations.report import report
     from stg_hooks.integrations.sweep import sweep
 
 
 def __getattr__(name: str) -> object:
-    """Load `stg_hooks.k_diffusion` and `stg_hooks.sweep` when they are first used."""
+    """Load `stg_hooks.k_diffusion`, `stg_hooks.report` and `stg_hooks.sweep` when they are first used."""
     if name == "k_diffusion":
         return importlib.import_module("stg_hooks.integrations.k_diffusion")
-    if name == "sweep":
-        return importlib.import_module("stg_hooks.integrations.sweep").sweep
+    if name in ("report", "sweep"):
+        return getattr(importlib.import_module(f"stg_hooks.integrations.{name}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -58,6 +59,7 @@ __all__ = [
     "combine",
     "layers",
     "profile",
+    "report",
     "skip",
     "sweep",
 ]

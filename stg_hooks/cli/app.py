@@ -13,7 +13,16 @@ from rich.console import Console
 from rich.table import Table
 
 import stg_hooks as stg
-from stg_hooks.cli.calls import guidance_from, in_groups, numbers_from, prompt_for, sampler, settings_from
+from stg_hooks.cli.calls import (
+    guidance_from,
+    in_groups,
+    layers_from,
+    numbers_from,
+    prompt_for,
+    sampler,
+    settings_from,
+    words_from,
+)
 from stg_hooks.cli.failures import FailureError, note, reported
 from stg_hooks.cli.files import check_output, write_frames
 from stg_hooks.cli.models import Dtype, Offload, Source
@@ -135,6 +144,53 @@ def generate(
 
 
 @app.command()
+def profile(
+    model: Model,
+    out: Out,
+    layers: Annotated[str | None, typer.Option("--layers", help="Each by itself: `2,5`. Left out: all.")] = None,
+    modes: Annotated[str, typer.Option("--modes", help="What skipped layers do.")] = "residual",
+    levels: Annotated[int, typer.Option("--levels", min=1, help="How many noise levels.")] = 5,
+    prompt: Prompts = None,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    setting: Setting = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    offload: OffloadOption = Offload.none,
+) -> None:
+    """Measure what skipping each layer would do, along an ordinary run and without sampling any setting."""
+    with reported():
+        source = Source(model, dtype, device, offload)
+        chosen, kinds = layers and layers_from(layers), words_from("--modes", modes)
+        if chosen:
+            _check_all(source, [[layer] for layer in chosen], kinds)
+        given = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+        result = stg.profile(
+            source.pipeline(),
+            chosen,
+            kinds,
+            levels,
+            prompts=prompt,
+            seed=seed,
+            **settings_from(setting, given),
+        )
+        result.save(out)
+        typer.echo(str(result))
+        note(f"Look at it: stg-hooks report {out}")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where profile or sweep wrote.", show_default=False)],
+    plots: Annotated[bool, typer.Option("--plots", help="PNG files beside the page, too.")] = False,
+) -> None:
+    """Show a profile or a sweep on one page that needs no network; JSON and CSV beside it. Works while it is running."""
+    with reported():
+        typer.echo(str(stg.report(folder, plots=plots)))
+
+
+@app.command()
 def sweep(
     model: Model,
     out: Out,
@@ -156,11 +212,8 @@ def sweep(
         source = Source(model, dtype, device, offload)
         prompts = prompt or [prompt_for(source, None)]
         columns = None if layers is None else in_groups(layers)
-        weights, kinds = numbers_from("--scales", scales), [mode.strip() for mode in modes.split(",")]
-        for column in columns or [None]:
-            for kind in kinds:
-                if column is not None:
-                    _check(source, {"layers": column, "scale": weights[0], "mode": kind})
+        weights, kinds = numbers_from("--scales", scales), words_from("--modes", modes)
+        _check_all(source, columns or [], kinds)
         given = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
         result = stg.sweep(
             source.pipeline(),
@@ -252,6 +305,15 @@ def bench(
                 row.name, f"{1000 * row.median:.1f}", f"{low}-{high}", f"{row.median / plain.median:.3f}", peak
             )
         Console().print(table)
+
+
+def _check_all(source: Source, columns: list[list[int | str]], modes: list[str]) -> None:
+    """Check every combination, as `_check` does."""
+    models = source.denoisers().values()
+    for model in models:
+        for column in columns:
+            for mode in modes:
+                stg.apply(model, column, mode=mode)
 
 
 def _check(source: Source, guidance: dict[str, Any]) -> None:

@@ -37,6 +37,14 @@ def numbers_from(name: str, text: str) -> list[float]:
         raise FailureError(f"{name} {text!r}: expected numbers, such as 0.5,1.0.", USAGE) from None
 
 
+def words_from(name: str, text: str) -> list[str]:
+    """Read words with commas between them."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise FailureError(f"{name} {text!r}: expected words, such as residual,attention.", USAGE)
+    return words
+
+
 def guidance_from(layers: str | None, scale: float | None, mode: str | None) -> dict[str, Any]:
     """Return what `apply` takes; what was not typed is left out, so that the published setting counts."""
     given = {"layers": None if layers is None else layers_from(layers), "scale": scale, "mode": mode}

@@ -1,0 +1,54 @@
+// The chosen cell: one sample with and without guidance, the code that makes it, and its numbers beside the unguided ones.
+const narrow = matchMedia("(max-width: 64rem)");
+
+const showSample = (box, cell) => {
+  const sample = sampleAt(cell, state.sample);
+  const playable = sample !== null && sample.strip !== null;
+  if (!playable) {
+    dropFilms(box);
+    return box.replaceChildren(html("p", { class: "soft" }, "no picture"));
+  }
+  if (!box.querySelector("canvas")) box.replaceChildren(film());
+  showFilm(box.firstElementChild, sample, `${nameOf(cell)}: ${columnText(columns[state.sample])}`);
+};
+
+const valuesOf = (cell) => {
+  const rows = data.metrics.map((name) => [words(name), cell.metrics[name], plainCell?.metrics[name]]);
+  const head = html("tr", {}, ...["", "Unguided", "Guided", "Change"].map((title) => html("th", { scope: "col" }, title)));
+  const body = rows.map(([title, value, plain]) => {
+    const text = alike([value, plain]);
+    const both = Number.isFinite(value) && Number.isFinite(plain);
+    const delta = both ? `${value > plain ? "+" : ""}${text(value - plain)}` : NONE;
+    return html("tr", {}, html("th", { scope: "row" }, title), ...[text(plain), text(value), delta].map((cell) => html("td", {}, cell)));
+  });
+  const last = [["Extra compute", percent(isPlain(cell) ? 0 : cell.cost)], ["Seconds", number(cell.seconds)]].map(([title, text]) =>
+    html("tr", {}, html("th", { scope: "row" }, title), html("td"), html("td", {}, text), html("td")));
+  return [html("thead", {}, head), html("tbody", {}, ...body, ...last)];
+};
+
+const showChosen = () => {
+  const cell = state.cell;
+  byId("chosen-name").textContent = nameOf(cell);
+  byId("sample").value = state.sample;
+  showSample(byId("plain"), plainCell);
+  showSample(byId("guided"), cell);
+  byId("code").textContent = cell.code;
+  byId("values").replaceChildren(...valuesOf(cell));
+};
+
+if (sweep && cells.length) {
+  byId("sweep").hidden = false;
+  // Beside the rest where there is room, at the foot of the screen where there is none.
+  const fold = () => { byId("chosen").open = !narrow.matches; };
+  narrow.addEventListener("change", fold);
+  fold();
+  setOptions(byId("sample"), columns.map((column, index) => [index, columnText(column)]));
+  byId("samples").hidden = columns.length < 2;
+  byId("sample").addEventListener("change", (event) => change({ sample: Number(event.target.value) }));
+  copyOnClick(byId("copy"), byId("code"));
+  watch(showChosen);
+  const first = guided.find(isDone) ?? plainCell ?? cells[0];
+  const metric = data.metrics.find((name) => /differ/.test(name)) ?? data.metrics[0] ?? null;
+  change({ cell: first, scale: isPlain(first) ? (scales[0] ?? null) : first.scale, mode: first.mode && modes.includes(first.mode) ? first.mode : (modes[0] ?? "") });
+  if (metric) setMetric(metric);
+}
