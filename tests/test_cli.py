@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -307,6 +309,31 @@ def test_sweep(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_profile_and_report(tmp_path: Path) -> None:
+    result = run("profile", "demo", "--layers", "2,5", "--levels", "2", *SHORT, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    expected = stg.profile(demo.load(), [2, 5], ["residual"], 2, num_inference_steps=2)
+    assert result.stdout.strip() == str(expected)
+    assert json.loads((tmp_path / "profile.json").read_text())["kind"] == "profile"
+    assert run("report", tmp_path, "--plots").exit_code == 0
+    assert "</html>" in (tmp_path / "report.html").read_text()
+    assert list(tmp_path.glob("*.png"))
+
+
+def test_profile_checks_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.Source, "pipeline", lambda self: pytest.fail("loaded"))
+    fails(run("profile", "demo", "--layers", "2,77", "--out", tmp_path), 2, "layers=[77]")
+    fails(run("profile", "demo", "--layers", "2", "--modes", "residual,", "--out", tmp_path), 2, "--modes")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_of_nothing(tmp_path: Path) -> None:
+    result = run("report", tmp_path)
+    assert result.exit_code in (1, 2)
+    fails(result, result.exit_code, str(tmp_path))
+
+
+@pytest.mark.slow
 def test_bench() -> None:
     result = run("bench", "demo", "--layers", "6", "--steps", "3", "--rounds", "2", "--json")
     assert result.exit_code == 0, result.output
@@ -323,7 +350,37 @@ def test_demo_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert given == [["--out", str(tmp_path), "--clips", "2", "--seed", "0"]]
 
 
-@pytest.mark.parametrize("command", ["", "layers", "generate", "sweep", "bench", "demo"])
+# --- the pages that show it -------------------------------------------------------------------------------------------
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHOWN = [
+    (page.name, shlex.split(line, comments=True)[1:])
+    for page in PAGES
+    for line in page.read_text(encoding="utf-8").splitlines()
+    if line.strip().startswith("stg-hooks ")
+]
+
+
+def test_every_command_that_pages_show_is_understood() -> None:
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    assert {words[0] for _, words in SHOWN} == set(commands)
+    for _, (name, *arguments) in SHOWN:
+        commands[name].make_context(name, list(arguments))
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for page, words in SHOWN:
+        if page == "command-line.md" and ("demo" in words[1:] or words[0] == "report"):
+            result = run(*words)
+            assert result.exit_code == 0, (words, result.output)
+    assert (tmp_path / "circle.mp4").stat().st_size
+    assert "</html>" in (tmp_path / "results" / "report.html").read_text()
+    assert len(list(tmp_path.glob("results/cells/*/cell.json"))) == 7
+
+
+@pytest.mark.parametrize("command", ["", "layers", "generate", "profile", "sweep", "report", "bench", "demo"])
 def test_help(command: str) -> None:
     result = run(*command.split(), "--help")
     assert result.exit_code == 0

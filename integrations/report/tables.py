@@ -17,7 +17,7 @@ def write(results: Results) -> dict[str, str]:
         results: what to tabulate.
 
     Returns:
-        Texts by the name of their file: report.json has everything, report.csv the cells, or the profile if there are none.
+        Texts by the name of their file: report.json has everything, report.csv the cells or, without any, the profile.
     """
     cells = [_flat(cell, results.metrics) for cell in results.cells]
     rows = results.profile["rows"] if results.profile is not None else []

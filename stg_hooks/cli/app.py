@@ -185,7 +185,7 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where profile or sweep wrote.", show_default=False)],
     plots: Annotated[bool, typer.Option("--plots", help="PNG files beside the page, too.")] = False,
 ) -> None:
-    """Show a profile or a sweep on one page that needs no network; JSON and CSV beside it. Works while it is running."""
+    """Show a profile or a sweep on a page that needs no network, with JSON and CSV beside it."""
     with reported():
         typer.echo(str(stg.report(folder, plots=plots)))
 

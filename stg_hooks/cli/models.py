@@ -113,7 +113,7 @@ class Source:
     def numbers(self) -> str:
         """The dtype: bfloat16 on an accelerator and float32 on a CPU, and for the embedded model, unless named."""
         if self.dtype is not Dtype.auto:
-            return self.dtype.value
+            return str(self.dtype.value)
         return "float32" if self.name == DEMO or self.where == "cpu" else "bfloat16"
 
 
