@@ -81,6 +81,8 @@ class Source:
         """
         device = torch.device(self.where)
         if self.name == DEMO:
+            if self.offload is not Offload.none:
+                raise FailureError(f"--offload {self.offload.value}: the embedded model is not offloaded.", 2)
             pipe = demo.load().to(device)
             return pipe if self.numbers == "float32" else pipe.to(getattr(torch, self.numbers))
         diffusers = _diffusers()
