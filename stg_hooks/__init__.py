@@ -36,8 +36,10 @@ def __getattr__(name: str) -> object:
     """Load `stg_hooks.k_diffusion`, `stg_hooks.report` and `stg_hooks.sweep` when they are first used."""
     if name == "k_diffusion":
         return importlib.import_module("stg_hooks.integrations.k_diffusion")
-    if name in ("report", "sweep"):
-        return getattr(importlib.import_module(f"stg_hooks.integrations.{name}"), name)
+    if name == "report":
+        return importlib.import_module("stg_hooks.integrations.report").report
+    if name == "sweep":
+        return importlib.import_module("stg_hooks.integrations.sweep").sweep
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

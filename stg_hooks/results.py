@@ -216,11 +216,16 @@ def write_json(path: Path, data: Any) -> Path:
     Returns:
         The path.
     """
+    text = json.dumps(_finite(data), ensure_ascii=False, indent=1, allow_nan=False)
+    return write_whole(path, (text + "\n").encode())
+
+
+def write_whole(path: Path, data: bytes) -> Path:
+    """Write a file whole or not at all, in a folder that is made if it does not exist; return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        text = json.dumps(_finite(data), ensure_ascii=False, indent=1, allow_nan=False)
-        partial.write_text(text + "\n", encoding="utf-8")
+        partial.write_bytes(data)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

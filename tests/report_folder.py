@@ -2,57 +2,45 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from PIL import Image
 
+from stg_hooks import results
 from stg_hooks.demo import clips
+from stg_hooks.integrations import media
 
 PROMPTS = ("red circle left", "blue square up")
+LEVELS = (0.95, 0.8, 0.6, 0.4, 0.2)
 
 
 def write_profile(folder: Path, layers: int = 8, modes: Sequence[str] = ("residual", "attention")) -> None:
     """Write profile.json: smooth curves over the layers, with one value missing."""
-    levels = (0.95, 0.8, 0.6, 0.4, 0.2)
-    rows: list[dict[str, Any]] = []
+    rows = []
     for number, mode in enumerate(modes):
         for layer in range(layers):
-            for step, level in enumerate(levels):
+            for step, level in enumerate(LEVELS):
                 depth = layer / max(1, layers - 1)
                 bump = math.exp(-(((depth - 0.3 - 0.4 * level) / 0.3) ** 2))
                 rows.append(
-                    {
-                        "layer": layer,
-                        "mode": mode,
-                        "noise_level": level,
-                        "step": step,
-                        "norm": 0.02 + 0.3 * bump / (1 + number),
-                        "cosine": None if (layer, step) == (0, 0) else 0.8 * bump - 0.3 * depth,
-                        "high_frequency": 0.1 + 0.6 * depth * (1 - level),
-                        "temporal": 0.2 + 0.5 * bump * depth,
-                        "std_ratio": 1 + 0.1 * bump - 0.05 * level,
-                        "cost": 0.5 - 0.45 * depth,
-                    }
+                    results.ProfileRow(
+                        layer,
+                        mode,
+                        level,
+                        step,
+                        norm=0.02 + 0.3 * bump / (1 + number),
+                        cosine=None if (layer, step) == (0, 0) else 0.8 * bump - 0.3 * depth,
+                        high_frequency=0.1 + 0.6 * depth * (1 - level),
+                        temporal=0.2 + 0.5 * bump * depth,
+                        std_ratio=1 + 0.1 * bump - 0.05 * level,
+                        cost=0.5 - 0.45 * depth,
+                    )
                 )
-    content = {
-        "kind": "profile",
-        "version": 1,
-        "model": "WanTransformer3DModel",
-        "layers": [
-            {"index": index, "name": f"blocks.{index}", "type": "WanTransformerBlock"} for index in range(layers)
-        ],
-        "modes": list(modes),
-        "noise_levels": list(levels),
-        "prompts": list(PROMPTS),
-        "guidance_scale": 2.0,
-        "rows": rows,
-    }
-    (folder / "profile.json").write_text(json.dumps(content), encoding="utf-8")
+    table = tuple({"index": index, "name": f"blocks.{index}", "type": "Block"} for index in range(layers))
+    results.Profile("WanTransformer3DModel", table, tuple(modes), LEVELS, PROMPTS, 2.0, tuple(rows)).save(folder)
 
 
 def write_sweep(
@@ -61,89 +49,73 @@ def write_sweep(
     modes: Sequence[str] = ("residual", "attention"),
     scales: Sequence[float] = (0.5, 1.0, 2.0),
     prompts: Sequence[str] = PROMPTS,
-    seeds: Sequence[int] = (0, 1),
+    seeds: Sequence[int] = (7, 8),
     failed: Sequence[str] = (),
-    zoom: int = 1,
 ) -> None:
     """Write sweep.json and its cells; the clips grow brighter with the scale."""
-    content = {
+    settings = {
         "kind": "sweep",
-        "version": 1,
+        "version": results.VERSION,
         "model": "WanTransformer3DModel",
         "pipeline": "WanPipeline",
-        "layers": [list(group) for group in layers],
-        "modes": list(modes),
-        "scales": list(scales),
-        "prompts": list(prompts),
-        "seeds": list(seeds),
+        "layers": layers,
+        "modes": modes,
+        "scales": scales,
+        "prompts": prompts,
+        "seeds": seeds,
         "guidance_scale": 2.0,
         "fps": 8,
         "settings": {"num_inference_steps": 12},
     }
-    (folder / "sweep.json").write_text(json.dumps(content), encoding="utf-8")
-    _cell(folder, content, [], "residual", 0.0, None, zoom)
-    for group in layers:
-        for mode in modes:
-            for scale in scales:
-                name = f"{mode}-L{'+'.join(map(str, group))}-s{scale}"
-                _cell(folder, content, list(group), mode, scale, "out of memory" if name in failed else None, zoom)
+    results.write_json(folder / results.SWEEP_FILE, settings)
+    for place in results.grid(settings):
+        name = results.cell_id(*place)
+        home = folder / results.CELLS / name
+        home.mkdir(parents=True)
+        error = "OutOfMemoryError: <none> left" if name in failed else None
+        pairs = [(p, s) for p in range(len(prompts)) for s in range(len(seeds))] if error is None else []
+        cell = _cell(name, place, error, [_sample(home, place, *pair) for pair in pairs])
+        results.write_json(home / results.CELL_FILE, dataclasses.asdict(cell))
 
 
-def _cell(
-    folder: Path, sweep: dict[str, Any], layers: list[int], mode: str, scale: float, error: str | None, zoom: int
-) -> None:
-    name = f"{mode}-L{'+'.join(map(str, layers))}-s{scale}" if layers else "baseline"
-    place = folder / "cells" / name
-    place.mkdir(parents=True)
-    samples = []
-    for prompt in range(len(sweep["prompts"])):
-        for seed in range(len(sweep["seeds"])) if error is None else ():
-            video = _video(prompt, seed, layers, scale, zoom)
-            strip = f"p{prompt}-s{seed}.strip.webp"
-            Image.fromarray(video.permute(1, 0, 2, 3).flatten(1, 2).numpy()).save(place / strip, quality=80)
-            samples.append(
-                {
-                    "prompt": prompt,
-                    "seed": seed,
-                    "file": f"p{prompt}-s{seed}.mp4",
-                    "strip": strip,
-                    "frames": video.shape[0],
-                    "width": video.shape[2],
-                    "height": video.shape[1],
-                    "metrics": {
-                        "sharpness": float(video.float().std() / 255),
-                        "flicker": 0.01 + 0.002 * seed + 0.01 * scale,
-                        "difference": scale * (0.1 + 0.01 * sum(layers)) * (0.6 if mode == "attention" else 1),
-                    },
-                }
-            )
+def _sample(home: Path, place: results.Place, prompt: int, seed: int) -> results.Sample:
+    layers, mode, scale = place
+    video = _video(prompt, seed, layers, scale)
+    strip, frames, width, height = media.write_strip(home, f"p{prompt}-s{seed}", video.numpy())
     metrics = {
-        key: sum(sample["metrics"][key] for sample in samples) / len(samples)
-        for key in (samples[0]["metrics"] if samples else ())
+        "sharpness": float(video.float().std() / 255),
+        "flicker": 0.01 + 0.002 * seed + 0.01 * scale,
+        "difference": scale * (0.1 + 0.01 * sum(layers)) * (0.6 if mode == "attention" else 1),
     }
-    setting = "" if mode == "residual" else f', mode="{mode}"'
+    return results.Sample(prompt, seed, f"p{prompt}-s{seed}.webp", strip, frames, width, height, metrics)
+
+
+def _cell(name: str, place: results.Place, error: str | None, samples: Sequence[results.Sample]) -> results.Cell:
+    layers, mode, scale = place
+    names = samples[0].metrics if samples else ()
     code = "video = pipe(prompt).frames[0]"
-    cell = {
-        "id": name,
-        "layers": layers,
-        "mode": mode if layers else None,
-        "scale": scale,
-        "status": "done" if error is None else "failed",
-        "error": error,
-        "seconds": 4.0 + 0.5 * len(layers),
-        "cost": (0.5 - 0.05 * min(layers)) * (0.9 if mode == "attention" else 1) if layers else 0.0,
-        "metrics": metrics,
-        "code": f"with stg.apply(pipe, layers={layers}, scale={scale}{setting}):\n    {code}" if layers else code,
-        "samples": samples,
-    }
-    (place / "cell.json").write_text(json.dumps(cell), encoding="utf-8")
+    if layers:
+        setting = "" if mode == "residual" else f', mode="{mode}"'
+        code = f"with stg.apply(pipe, layers={list(layers)}, scale={scale}{setting}):\n    {code}"
+    return results.Cell(
+        id=name,
+        layers=layers,
+        mode=mode,
+        scale=scale,
+        status="done" if error is None else "failed",
+        error=error,
+        seconds=4.0 + 0.5 * len(layers),
+        cost=0.6 / (1 + min(layers)) * (0.9 if mode == "attention" else 1) if layers else 0.0,
+        metrics={key: results.mean(sample.metrics[key] for sample in samples) for key in names},
+        code=code,
+        samples=tuple(samples),
+    )
 
 
-def _video(prompt: int, seed: int, layers: Sequence[int], scale: float, zoom: int) -> torch.Tensor:
+def _video(prompt: int, seed: int, layers: Sequence[int], scale: float) -> torch.Tensor:
     """Draw a moving shape, the brighter the larger the scale, (F, H, W, 3), uint8."""
     source = torch.Generator().manual_seed(100 * prompt + seed)
     label = [torch.tensor([number]) for number in ((prompt + sum(layers)) % 3, prompt % 4, (prompt + seed) % 4)]
     video = clips.render(*label, source)[0].permute(1, 2, 3, 0)
     video = (0.6 + 0.2 * scale) * (video - clips.BACKGROUND) + clips.BACKGROUND
-    pixels = ((video.clamp(-1, 1) + 1) * 127.5).to(torch.uint8)
-    return pixels.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+    return ((video.clamp(-1, 1) + 1) * 127.5).to(torch.uint8)

@@ -100,7 +100,7 @@ def test_everything_is_drawn(visit: Callable[..., Any], written: Path) -> None:
     assert page.locator("#table tbody tr").count() == 18
     assert page.locator("#sheet tbody tr").count() == 3
     assert page.locator("#sheet thead .tile").count() == 4
-    assert page.inner_text("#failures") == "Layer 5, residual, scale 2\nout of memory"
+    assert page.inner_text("#failures") == "Layer 5, residual, scale 2\nOutOfMemoryError: <none> left"
     show_sheet(page)
     # A drawn canvas shows a picture, not one colour.
     colours = page.evaluate(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from os import PathLike
 from pathlib import Path
 
-from stg_hooks.integrations.report import files, page, tables
+from stg_hooks.errors import ResultsError
+from stg_hooks.integrations.report import page, tables
+from stg_hooks.results import PROFILE_FILE, SWEEP_FILE, Profile, Sweep, write_whole
 
 __all__ = ["report"]
 
@@ -21,16 +23,23 @@ def report(folder: str | PathLike[str], *, plots: bool = False) -> Path:
         The page, which needs no other file and no network.
 
     Raises:
-        SettingError: the folder holds no results, or a file in it that cannot be read.
+        ResultsError: the folder holds no results, or a file that cannot be read.
     """
-    results = files.read(Path(folder))
-    for name, text in tables.write(results).items():
-        files.save(results.folder / name, text.encode())
+    folder = Path(folder)
+    profile = Profile.load(folder) if (folder / PROFILE_FILE).exists() else None
+    sweep = Sweep.load(folder) if (folder / SWEEP_FILE).exists() else None
+    if profile is None and sweep is None:
+        reason = f"it has neither {PROFILE_FILE} nor {SWEEP_FILE}" if folder.is_dir() else "there is no such folder"
+        raise ResultsError(
+            f"report({str(folder)!r}): {reason}. Write results there first: stg.profile(pipe, ...).save(folder) or "
+            "stg.sweep(pipe, ..., out=folder)."
+        )
+    files = {name: text.encode() for name, text in tables.write(profile, sweep).items()}
     if plots:
         from stg_hooks.integrations.report.plots import draw
 
-        for name, picture in draw(results).items():
-            files.save(results.folder / name, picture)
-    path = results.folder / "report.html"
-    files.save(path, page.render(results).encode())
-    return path
+        files |= draw(profile, sweep)
+    files["report.html"] = page.render(profile, sweep).encode()
+    for name, data in files.items():
+        write_whole(folder / name, data)
+    return folder / "report.html"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
 from html import escape
@@ -10,7 +11,8 @@ from importlib import resources
 from string import Template
 from typing import Any
 
-from stg_hooks.integrations.report.files import Results
+from stg_hooks.integrations.report.tables import metrics_of
+from stg_hooks.results import CELLS, Cell, Profile, Sweep, grid
 
 _SCRIPTS = ("core", "copy", "heat", "player", "sheet", "scatter", "table", "chosen")
 _TYPES = {".webp": "image/webp", ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".gif": "image/gif"}
@@ -21,11 +23,12 @@ def part(name: str) -> str:
     return (resources.files("stg_hooks.integrations.report") / "page" / name).read_text(encoding="utf-8")
 
 
-def render(results: Results) -> str:
+def render(profile: Profile | None, sweep: Sweep | None) -> str:
     """Write the page.
 
     Args:
-        results: what it shows.
+        profile: what `profile` measured, if it has run.
+        sweep: what `sweep` has made, if it has run.
 
     Returns:
         HTML that loads nothing from anywhere. Its policy lets the browser run this script and no other, whatever a
@@ -33,9 +36,25 @@ def render(results: Results) -> str:
     """
     style = part("base.css") + part("report.css")
     script = '"use strict";\n' + "".join(part(f"{name}.js") for name in _SCRIPTS)
-    data, strips = _data(results)
+    strips: list[str] = []
+    data: dict[str, Any] = {"metrics": [], "profile": None, "sweep": None}
+    facts: dict[str, Any] = {}
+    model = ""
+    if profile is not None:
+        data["profile"] = {"layers": profile.layers, "rows": [dataclasses.asdict(row) for row in profile.rows]}
+        model = profile.model
+        facts = {"Guidance scale": profile.guidance_scale, "Prompts": len(profile.prompts)}
+    if sweep is not None:
+        settings = sweep.settings
+        model = str(settings["model"])
+        data["metrics"] = metrics_of(sweep)
+        data["sweep"] = {name: settings[name] for name in ("prompts", "seeds", "fps")} | {
+            "cells": [_cell(sweep, cell, strips) for cell in sweep.cells]
+        }
+        facts = _facts(sweep)
+    data["facts"] = [[name, _short(value)] for name, value in facts.items() if value is not None]
     return Template(part("page.html")).substitute(
-        title=escape(_model(results)),
+        title=escape(model),
         style=style,
         style_hash=_hash(style),
         script=script,
@@ -46,52 +65,32 @@ def render(results: Results) -> str:
     )
 
 
-def _model(results: Results) -> str:
-    return str((results.sweep or results.profile or {})["model"])
+def _cell(sweep: Sweep, cell: Cell, strips: list[str]) -> dict[str, Any]:
+    """Describe a cell to the page's script, and add its strips of frames as elements that stay text until looked at."""
+    samples = []
+    for sample in cell.samples:
+        path = sweep.folder / CELLS / cell.id / sample.strip
+        number = None
+        if path.is_file() and (kind := _TYPES.get(path.suffix.lower())):
+            number = len(strips)
+            encoded = base64.b64encode(path.read_bytes()).decode()
+            strips.append(f'<script type="{kind}" id="strip-{number}">{encoded}</script>')
+        samples.append(dataclasses.asdict(sample) | {"strip": number})
+    return dataclasses.asdict(cell) | {"samples": samples}
 
 
-def _data(results: Results) -> tuple[dict[str, Any], list[str]]:
-    """Choose what the page needs.
-
-    Returns:
-        The data for its script, and one element per strip of frames, which stays plain text until it is looked at.
-    """
-    strips: list[str] = []
-    cells = []
-    for cell in results.cells:
-        samples = []
-        for sample in cell["samples"]:
-            strip = results.folder / "cells" / cell["id"] / (sample.get("strip") or "")
-            number = None
-            if strip.is_file() and (kind := _TYPES.get(strip.suffix.lower())):
-                number = len(strips)
-                encoded = base64.b64encode(strip.read_bytes()).decode()
-                strips.append(f'<script type="{kind}" id="strip-{number}">{encoded}</script>')
-            samples.append(sample | {"strip": number})
-        cells.append(cell | {"samples": samples})
-    sweep = None
-    if results.sweep is not None:
-        sweep = {name: results.sweep[name] for name in ("prompts", "seeds", "fps")} | {"cells": cells}
-    profile = None
-    if results.profile is not None:
-        profile = {name: results.profile[name] for name in ("layers", "rows")}
-    return {"facts": _facts(results), "metrics": results.metrics, "profile": profile, "sweep": sweep}, strips
-
-
-def _facts(results: Results) -> list[list[str]]:
+def _facts(sweep: Sweep) -> dict[str, Any]:
     """List what holds for all cells."""
-    sweep, source = results.sweep, results.sweep or results.profile or {}
-    facts = {"Pipeline": source.get("pipeline"), "Guidance scale": source["guidance_scale"]}
-    if sweep is not None:
-        planned = 1 + len(sweep["layers"]) * len(sweep["modes"]) * len(sweep["scales"])
-        done = sum(cell["status"] == "done" for cell in results.cells)
-        failed = len(results.cells) - done
-        facts["Cells"] = f"{done} of {planned} done" + (f", {failed} failed" if failed else "")
-        facts["Samples per cell"] = len(sweep["prompts"]) * len(sweep["seeds"])
-        facts |= {name.replace("_", " ").capitalize(): value for name, value in sweep["settings"].items()}
-    else:
-        facts["Prompts"] = len(source["prompts"])
-    return [[name, _short(value)] for name, value in facts.items() if value is not None]
+    settings = sweep.settings
+    failed = len(sweep.failed)
+    done = f"{len(sweep.cells) - failed} of {len(grid(settings))} done"
+    more = {name.replace("_", " ").capitalize(): value for name, value in settings["settings"].items()}
+    return {
+        "Pipeline": settings["pipeline"],
+        "Guidance scale": settings["guidance_scale"],
+        "Cells": f"{done}, {failed} failed" if failed else done,
+        "Samples per cell": len(settings["prompts"]) * len(settings["seeds"]),
+    } | more
 
 
 def _short(value: Any, limit: int = 60) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
-from stg_hooks.integrations.report.files import Results
+from stg_hooks.errors import ExtraError
+from stg_hooks.integrations.report.tables import metrics_of
+from stg_hooks.results import Cell, Profile, ProfileRow, Sweep
 
 _MEASURES = {
     "norm": "strength, ‖d‖ / ‖cond‖",
@@ -19,23 +22,25 @@ _MIDDLE = {"cosine": 0.0, "std_ratio": 1.0}
 _MARKERS = "osD^v<>PX"
 
 
-def draw(results: Results) -> dict[str, bytes]:
+def draw(profile: Profile | None, sweep: Sweep | None) -> dict[str, bytes]:
     """Draw everything there is to draw.
 
     Args:
-        results: what to draw.
+        profile: what `profile` measured, if it has run.
+        sweep: what `sweep` has made, if it has run.
 
     Returns:
         PNG files by name: report-heat-MODE.png, and report-cost.png with one panel per metric.
     """
     pictures = {}
-    if results.profile is not None:
-        for mode in results.profile["modes"]:
-            rows = [row for row in results.profile["rows"] if row["mode"] == mode]
-            pictures[f"report-heat-{mode}.png"] = _heat_maps(results.profile["model"], mode, rows)
-    done = [cell for cell in results.cells if cell["status"] == "done" and cell["cost"] is not None]
-    if done and results.metrics:
-        pictures["report-cost.png"] = _scatters(results, done)
+    if profile is not None:
+        for mode in profile.modes:
+            if rows := [row for row in profile.rows if row.mode == mode]:
+                pictures[f"report-heat-{mode}.png"] = _heat_maps(f"{profile.model}, {mode}", rows)
+    if sweep is not None:
+        done = [cell for cell in sweep.cells if cell.status == "done" and cell.cost is not None]
+        if done and (names := metrics_of(sweep)):
+            pictures["report-cost.png"] = _scatters(names, done)
     return pictures
 
 
@@ -44,7 +49,7 @@ def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('Plots are drawn by matplotlib. Install it with: pip install "stg-hooks[report]"') from error
+        raise ExtraError('Plots are drawn by matplotlib. Install it with: pip install "stg-hooks[report]"') from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -54,16 +59,16 @@ def _png(figure: Any) -> bytes:
     return file.getvalue()
 
 
-def _heat_maps(model: str, mode: str, rows: list[dict[str, Any]]) -> bytes:
+def _heat_maps(title: str, rows: Sequence[ProfileRow]) -> bytes:
     """Draw one map per measure, layers to the right and noise levels downwards."""
-    layers = sorted({row["layer"] for row in rows})
-    levels = sorted({row["noise_level"] for row in rows}, reverse=True)
-    measures = [name for name in _MEASURES if any(row[name] is not None for row in rows)]
+    layers = sorted({row.layer for row in rows})
+    levels = sorted({row.noise_level for row in rows}, reverse=True)
+    measures = [name for name in _MEASURES if any(getattr(row, name) is not None for row in rows)]
     figure = _figure(max(6.0, 0.16 * len(layers) + 3), 0.7 + len(measures) * (0.8 + 0.16 * len(levels)))
-    figure.suptitle(f"{model}, {mode}")
+    figure.suptitle(title)
     axes = figure.subplots(len(measures), 1, sharex=True, squeeze=False)[:, 0]
     for panel, name in zip(axes, measures, strict=True):
-        values = {(row["noise_level"], row["layer"]): row[name] for row in rows}
+        values = {(row.noise_level, row.layer): getattr(row, name) for row in rows}
         grid = [[_or_nan(values.get((level, layer))) for layer in layers] for level in levels]
         scale: dict[str, Any] = {"cmap": "cividis"}
         if name in _MIDDLE:
@@ -81,19 +86,18 @@ def _heat_maps(model: str, mode: str, rows: list[dict[str, Any]]) -> bytes:
     return _png(figure)
 
 
-def _scatters(results: Results, done: list[dict[str, Any]]) -> bytes:
+def _scatters(names: Sequence[str], done: Sequence[Cell]) -> bytes:
     """Draw every metric against the extra compute, one marker per mode."""
-    names = results.metrics
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     figure = _figure(4.2 * columns, 3.2 * rows + 0.5)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    modes = sorted({cell["mode"] for cell in done if cell["layers"]})
+    modes = sorted({cell.mode for cell in done if cell.layers})
     for panel, name in zip(panels, names, strict=False):
         for index, mode in enumerate(modes):
-            chosen = [cell for cell in done if cell["layers"] and cell["mode"] == mode]
+            chosen = [cell for cell in done if cell.layers and cell.mode == mode]
             _points(panel, chosen, name, label=mode, marker=_MARKERS[index % len(_MARKERS)])
-        plain = [cell for cell in done if not cell["layers"]]
+        plain = [cell for cell in done if not cell.layers]
         _points(panel, plain, name, label="unguided", marker="*", color="black", s=80)
         panel.set_title(name.replace("_", " "), fontsize=10)
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -108,9 +112,9 @@ def _scatters(results: Results, done: list[dict[str, Any]]) -> bytes:
     return _png(figure)
 
 
-def _points(panel: Any, cells: list[dict[str, Any]], metric: str, **style: Any) -> None:
-    values = [_or_nan(cell["metrics"].get(metric)) for cell in cells]
-    panel.scatter([cell["cost"] for cell in cells], values, **({"s": 26, "alpha": 0.8} | style))
+def _points(panel: Any, cells: Sequence[Cell], metric: str, **style: Any) -> None:
+    values = [_or_nan(cell.metrics.get(metric)) for cell in cells]
+    panel.scatter([_or_nan(cell.cost) for cell in cells], values, **({"s": 26, "alpha": 0.8} | style))
 
 
 def _or_nan(value: float | None) -> float:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from stg_hooks.integrations.report.page import part
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -150,6 +152,8 @@ def render(clips: Sequence[Clip], settings: Settings, report: dict[str, Any] | N
     }
     differing = sum(clip.plain_seen != clip.guided_seen for clip in clips)
     return Template(_PAGE).substitute(
+        base=part("base.css"),
+        copy=part("copy.js"),
         facts="".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items()),
         table=_table(summary(clips, report)),
         verdict=escape(verdict(report, settings)),
@@ -272,44 +276,14 @@ _PAGE = """\
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy"
   content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>stg_hooks: with and without skip guidance</title>
 <style>
-:root { --bg: #f7f7f8; --card: #fff; --ink: #1b1c1f; --soft: #5d626b; --line: #dfe1e6; --ok: #15703a; --no: #b3261e;
-  --accent: #2f5fd0; --frames: running }
-@media (prefers-color-scheme: dark) {
-  :root { --bg: #121316; --card: #1b1d21; --ink: #e9eaed; --soft: #a2a8b3; --line: #32353c; --ok: #63cf8e;
-    --no: #ff8f86; --accent: #8fb0ff }
-}
-* { box-sizing: border-box }
-[hidden] { display: none !important }
-body { margin: 0; background: var(--bg); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
-main { max-width: 76rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: .5rem 0 }
-h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem }
-p { max-width: 46rem; margin: .4rem 0 }
-.soft, small { color: var(--soft) }
-dl { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 1.2rem 0 0 }
-dt { color: var(--soft); font-size: .82rem }
-dd { margin: 0; font-weight: 600 }
-.scroll { overflow-x: auto; margin: .8rem 0 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem }
-th, td { text-align: right; padding: .35rem .9rem; border-bottom: 1px solid var(--line); white-space: nowrap }
-th:first-child { text-align: left; padding-left: 0 }
-thead th { white-space: normal; color: var(--soft); font-weight: 500; font-size: .82rem; vertical-align: bottom }
-tbody th { font-weight: 500; white-space: normal }
+$base
+:root { --frames: running }
 .wide th:first-child { min-width: 13rem }
 .wide th, .wide td { padding: .35rem .55rem }
-@media (max-width: 40rem) { th, td { padding: .35rem .55rem } }
-.bar { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .5rem .8rem; align-items: center;
-  background: var(--bg); padding: .6rem 0 }
-button { font: inherit; font-size: .92rem; color: var(--ink); background: var(--card); border: 1px solid var(--line);
-  border-radius: .5rem; padding: .35rem .8rem; cursor: pointer }
-button:hover { border-color: var(--accent) }
-button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
-.bar label { font-size: .92rem; display: flex; gap: .4rem; align-items: center }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1rem }
 article { background: var(--card); border: 1px solid var(--line); border-radius: .7rem; padding: .7rem .8rem .8rem }
 .only article.same { display: none }
@@ -328,8 +302,6 @@ figcaption { font-size: .82rem; color: var(--soft); margin-bottom: .2rem }
 figure ul { list-style: none; margin: .4rem 0 0; padding: 0; font-size: .86rem; line-height: 1.35 }
 .ok b { color: var(--ok) }
 .no, .no b { color: var(--no) }
-pre { background: var(--card); border: 1px solid var(--line); border-radius: .7rem; padding: 1rem; overflow-x: auto;
-  font: .86rem/1.5 ui-monospace, monospace; margin: .6rem 0 }
 </style>
 </head>
 <body>
@@ -363,6 +335,7 @@ $evaluation
 <p class="soft">Method: Spatiotemporal Skip Guidance for Enhanced Video Diffusion Sampling, arXiv 2411.18664.</p>
 </main>
 <script>
+$copy
 const id = (name) => document.getElementById(name);
 const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
 let playing = true;
@@ -376,18 +349,7 @@ id("copy").hidden = false;
 id("play").onclick = () => play(!playing);
 if (still) play(false);
 id("only").onchange = (event) => document.querySelector(".grid").classList.toggle("only", event.target.checked);
-id("copy").onclick = async () => {
-  const range = document.createRange();
-  range.selectNodeContents(id("code"));
-  getSelection().removeAllRanges();
-  getSelection().addRange(range);
-  try {
-    await navigator.clipboard.writeText(id("code").textContent);
-    id("copy").textContent = "Copied";
-  } catch {
-    id("copy").textContent = "Selected: press Ctrl+C";
-  }
-};
+copyOnClick(id("copy"), id("code"));
 </script>
 </body>
 </html>

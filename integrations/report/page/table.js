@@ -1,10 +1,12 @@
 // All cells in one table. A heading sorts; a row chooses its cell.
+// Layers by number, then those that are named.
+const layersOrder = (cell) => cell.layers.map((layer) => (Number.isInteger(layer) ? String(layer).padStart(6, "0") : layer)).join("+");
 const numeric = (title, order, factor, unit) => {
   const text = alike(cells.filter(isDone).map(order), factor, unit);
   return { title, order, value: (cell) => text(order(cell)) };
 };
 const COLUMNS = [
-  { title: "Layers", value: (cell) => cell.layers.join("+"), order: (cell) => cell.layers.reduce((sum, layer) => sum * 1000 + layer + 1, 0) },
+  { title: "Layers", value: (cell) => cell.layers.join("+"), order: layersOrder },
   { title: "Mode", kind: "text", value: (cell) => (isPlain(cell) ? NONE : cell.mode), order: (cell) => (isPlain(cell) ? "" : cell.mode) },
   { title: "Scale", value: (cell) => number(cell.scale), order: (cell) => cell.scale },
   numeric("Extra compute", (cell) => (isPlain(cell) ? 0 : cell.cost), 100, " %"),
