@@ -169,4 +169,17 @@ PUBLISHED: tuple[Published, ...] = (
         source=f"{_LIGHTRICKS}; also built into diffusers' LTX2Pipeline",
         note="Video and audio self-attention of the block; CFG 7 for audio.",
     ),
+    Published(
+        name="Stable Diffusion 3.5 medium",
+        model="SD3Transformer2DModel",
+        where={"num_layers": 24, "qk_norm": "rms_norm"},
+        layers=(7, 8, 9),
+        mode="residual",
+        scale=2.8,
+        guidance_scale=4.5,
+        source="Stability AI's skip-layer guidance; also built into diffusers' StableDiffusion3Pipeline",
+        note="From 1 % to 20 % of the steps; CFG 4.5 to 7. qk_norm tells it from Stable Diffusion 3 medium.",
+        start=0.01,
+        stop=0.2,
+    ),
 )

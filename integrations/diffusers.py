@@ -48,6 +48,8 @@ class PipelineHost:
                 "Pass the module that denoises instead: stg.apply(module, ...)."
             )
         self._sites = self._read()
+        self._sums: dict[int, float] = {}
+        self._read_already: dict[str, tuple[Tensor, list[float]]] = {}
 
     def _read(self) -> dict[CodeType, tuple[Site, ...]]:
         from diffusers import DiffusionPipeline
@@ -104,7 +106,32 @@ class PipelineHost:
         index, count = names.get("i"), None if timesteps is None else len(timesteps)
         if not isinstance(index, int) or count is None:
             return Step()
-        return Step(index, count, *_noise_level(scheduler, index, names.get("t")))
+        return Step(index, count, *self._noise_level(scheduler, index, names))
+
+    def _noise_level(self, scheduler: Any, index: int, names: Mapping[str, Any]) -> tuple[float | None, str | None]:
+        """Return the noise level of a step, and in which units: see `Step`."""
+        config = getattr(scheduler, "config", {})
+        sigmas = getattr(scheduler, "sigmas", None)
+        index += getattr(scheduler, "begin_index", None) or 0
+        flow = "FlowMatch" in type(scheduler).__name__ or config.get("prediction_type") == "flow_prediction"
+        if isinstance(sigmas, Tensor) and index < len(sigmas):
+            sigma = self._values("sigmas", sigmas)[index]
+            return (1.0 - sigma if flow and config.get("invert_sigmas") else sigma), "flow" if flow else "karras"
+        alphas, timestep = getattr(scheduler, "alphas_cumprod", None), names.get("t")
+        if flow or alphas is None or timestep is None:
+            return None, None
+        timesteps = names.get("timesteps")
+        if isinstance(timesteps, Tensor):
+            timestep = self._values("timesteps", timesteps)[names["i"]]
+        alpha = self._values("alphas_cumprod", alphas)[int(timestep)]
+        return math.sqrt((1.0 - alpha) / alpha) if alpha > 0 else math.inf, "ddpm"
+
+    def _values(self, name: str, values: Tensor) -> list[float]:
+        """Read a tensor of the scheduler, once in a run: it may lie on the GPU, for which each reading waits."""
+        known = self._read_already.get(name)
+        if known is None or known[0] is not values:
+            self._read_already[name] = known = values, values.tolist()
+        return known[1]
 
     def _frame(self) -> FrameType | None:
         """Find the innermost method that is calling a denoiser, if it belongs to our pipeline."""
@@ -122,16 +149,20 @@ class PipelineHost:
         if kind == "perturbed":
             return Role("perturbed")
         if kind == "uncond":
-            return Role("uncond", _scale(site, names))
+            return Role("uncond", self._weight(site, names))
         if kind == "cond":
             follows = site.context is not None or (site.guards is not None and holds(guards, names))
-            return Role("cond", _scale(site, names) if follows else None, uncond_follows=follows)
+            return Role("cond", self._weight(site, names) if follows else None, uncond_follows=follows)
         if holds(guards, names):
-            return Role("uncond+cond", _scale(site, names))
+            return Role("uncond+cond", self._weight(site, names))
         # Where an `else` takes a prediction in halves, the other branch has other rows.
         if not holds(tuple(guard for guard in guards if _is_else(guard)), names):
             raise UnreadableError(f"it adds perturbed rows of its own, as {ast.unparse(guards[0])} is false")
         return Role("cond")
+
+    def _weight(self, site: Site, names: Mapping[str, Any]) -> float | Tensor | None:
+        value = None if site.combination is None else site.combination.weight(names, self._sums)
+        return value if value is None or isinstance(value, Tensor) else float(value)
 
 
 def host(target: Any) -> PipelineHost:
@@ -153,27 +184,3 @@ def plain_attention(attention: nn.Module) -> AbstractContextManager[object]:
 
 def _is_else(guard: ast.expr) -> bool:
     return isinstance(guard, ast.UnaryOp) and isinstance(guard.op, ast.Not)
-
-
-def _scale(site: Site, names: Mapping[str, Any]) -> float | Tensor | None:
-    value = None if site.combination is None else site.combination.weight(names)
-    return value if value is None or isinstance(value, Tensor) else float(value)
-
-
-def _noise_level(scheduler: Any, index: int, timestep: Any) -> tuple[float | None, str | None]:
-    """Return the noise level of a step, and in which units: see `Step`."""
-    config = getattr(scheduler, "config", {})
-    sigmas = getattr(scheduler, "sigmas", None)
-    begin = getattr(scheduler, "begin_index", None) or 0
-    if "FlowMatch" in type(scheduler).__name__ or config.get("prediction_type") == "flow_prediction":
-        if sigmas is None or index + begin >= len(sigmas):
-            return None, None
-        sigma = float(sigmas[index + begin])  # schedulers keep them on the CPU
-        return 1.0 - sigma if config.get("invert_sigmas") else sigma, "flow"
-    if sigmas is not None and index + begin < len(sigmas):
-        return float(sigmas[index + begin]), "karras"
-    alphas = getattr(scheduler, "alphas_cumprod", None)
-    if alphas is None or timestep is None:
-        return None, None
-    alpha = float(alphas[int(timestep)])
-    return math.sqrt((1.0 - alpha) / alpha), "ddpm"

@@ -22,7 +22,15 @@ def callback(guider: Guider, then: Callable[[dict[str, Any]], object]) -> Callab
 
     Returns:
         What to pass to a sampler as `callback=`.
+
+    Raises:
+        TargetError: something else than a guider, or than a function.
     """
+    given: tuple[object, object] = guider, then
+    if not isinstance(given[0], Guider) or not callable(given[1]):
+        raise TargetError(
+            f"callback({type(guider).__name__}, {type(then).__name__}): expected a stg.Guider and a function of a dict."
+        )
 
     def both(info: dict[str, Any]) -> None:
         guider.callback(info)

@@ -76,8 +76,13 @@ class _Combination:
     guards: Guards
     changes: tuple[Guards, ...]
 
-    def weight(self, names: Mapping[str, Any]) -> Any:
+    def weight(self, names: Mapping[str, Any], sums: dict[int, float]) -> Any:
         """Return `g` of `uncond + g * (cond - uncond)`, or `None` if it is not known yet.
+
+        Args:
+            names: the variables of the running function.
+            sums: keeps what the weights sum to. Of tensors that is looked at once only, as it waits for the GPU; what
+                they sum to is a matter of the expression.
 
         Raises:
             UnreadableError: the running function combines them in another way.
@@ -92,11 +97,13 @@ class _Combination:
             total = g + evaluate(self.expression, {**names, self.cond: 0.0, self.uncond: 1.0})
         except (LookupError, TypeError):
             return None
-        if _is_near(total, 1.0):
-            return g
-        if _is_near(total, 0.0):  # a difference, which is added to something
-            return None
-        raise UnreadableError(f"the weights in {ast.unparse(self.expression)} do not sum to one")
+        found = sums.get(id(self)) if hasattr(total, "max") else None
+        if found is None:
+            found = next((value for value in (1.0, 0.0) if _is_near(total, value)), None)
+            if found is None:
+                raise UnreadableError(f"the weights in {ast.unparse(self.expression)} do not sum to one")
+            sums[id(self)] = found
+        return g if found else None  # 0: a difference, which is added to something
 
 
 def _is_near(value: Any, wanted: float) -> bool:

@@ -18,7 +18,7 @@ from stg_hooks.hosts import Host, ModuleHost, pipeline_host
 from stg_hooks.layers import LayerSpec
 from stg_hooks.perturb import Mode
 from stg_hooks.rules import Rule
-from stg_hooks.schedule import Schedule, plan_from
+from stg_hooks.schedule import Schedule, check_every, plan_from
 from stg_hooks.settings import Branch
 from stg_hooks.sites import Kind
 from stg_hooks.step import Step
@@ -46,8 +46,8 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         kind: Kind | None = None,
         branches: Sequence[Branch] | None = None,
         preset: str | None = None,
-        start: float = 0.0,
-        stop: float = 1.0,
+        start: float | None = None,
+        stop: float | None = None,
         sigma_range: tuple[float, float] | None = None,
         schedule: Schedule | None = None,
         rule: str | Rule = "cfg",
@@ -69,8 +69,8 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
             kind: in factorised models, only attention within frames (`"spatial"`) or across them (`"temporal"`).
             branches: several perturbed predictions, instead of `layers`, `scale`, `mode` and `kind`.
             preset: name of a published setting, instead of the one that fits the model first.
-            start: part of the run from which on there is guidance, from 0 to 1; 0 includes the first step.
-            stop: part of the run from which on there is none; 1 includes the last step.
+            start: part of the run from which on there is guidance; 0, the default, includes the first step.
+            stop: part of the run from which on there is none; 1, the default, includes the last step.
             sigma_range: lowest and highest noise level with guidance, both included; see `Step`.
             schedule: what changes during the run: a function that takes a `Step` and returns a dict of `layers`,
                 `scale`, `mode`, `branches`, `rescale`, `rule` or `guidance_scale` (which replaces the caller's), or
@@ -80,7 +80,8 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
             on: `"uncond"` lets the weak model make the *uncond* prediction instead, `w(u) + g * (c - w(u))`: no extra
                 pass is made, and `scale` has no meaning. For modules with `batched_cfg`, and pipelines that do CFG.
             every: compute weak predictions in every so many steps only and use `cond - weak` again in between. An
-                approximation; 1, the default, is exact.
+                approximation; 1, the default, is exact. For the demo's model in 24 steps, 2 is off by 15 % of what
+                guidance changes, and 4 by 32 % (benchmarks/results/every.md).
             batched_cfg: for a module: its rows are `[uncond, cond]`. Left out, every row counts as conditional.
             guidance_scale: for a module with `batched_cfg` and `rescale`: the CFG weight that its caller applies.
             execution: how the weak prediction is computed: `"sequential"` (a second pass that starts at the first
@@ -112,12 +113,13 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
             rule=rule,
             on=on,
         )
-        if type(every) is not int or every < 1:
-            raise SettingError(f"every={every!r}: expected a number of steps, 1 or more.")
+        check_every(every)
         self.every = every
         if on == "uncond":
             self._check_uncond(batched_cfg)
-        replacing = [settings.replaces for settings in self.plan.known if settings.rescale or settings.rule != "cfg"]
+        replacing = [
+            settings.why_replaces for settings in self.plan.known if settings.rescale or settings.rule != "cfg"
+        ]
         if replacing and not self.host.knows_guidance_scale:
             raise SettingError(
                 f"{replacing[0]} needs the final prediction, hence the CFG weight: pass guidance_scale=, the "
@@ -139,7 +141,7 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         for settings in self.plan.known:
             check_settings(settings)
             if settings.replaces:
-                raise SettingError(f"{settings.replaces} cannot be combined with on='uncond' here: use stg.Guider.")
+                raise SettingError(f"{settings.why_replaces} cannot be combined with on='uncond' here: use stg.Guider.")
         if self.every > 1:
             raise SettingError(f"every={self.every}: on='uncond' makes no extra pass that could be left out.")
         if isinstance(self.host, ModuleHost) and not batched_cfg:

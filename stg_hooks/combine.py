@@ -67,7 +67,7 @@ def combine(
         if tensor.shape != cond.shape:
             raise TargetError(f"{name} has shape {tuple(tensor.shape)}, but cond has {tuple(cond.shape)}.")
 
-    c, g = cond.float(), _fitted("guidance_scale", guidance_scale, cond)
+    c, g = cond.float(), fitted("guidance_scale", guidance_scale, cond)
     u = None if uncond is None or is_number(guidance_scale, 1) else uncond.float()
     out = find_rule(rule)(c, u, terms(c, weaks, scales), g)
     if rescale:
@@ -94,7 +94,7 @@ def terms(cond: Tensor, weaks: Sequence[Tensor], scales: Sequence[Scale]) -> lis
     for scale, weak in zip(scales, weaks, strict=True):
         if is_number(scale, 0):  # not even NaN counts
             continue
-        s = _fitted("scale", scale, c)
+        s = fitted("scale", scale, c)
         term = s * (c - weak.float())
         found.append(torch.where(s == 0, 0.0, term) if isinstance(s, Tensor) else term)
     return found
@@ -122,7 +122,8 @@ def is_number(scale: Scale | None, value: float) -> bool:
     return not isinstance(scale, Tensor) and scale == value
 
 
-def _fitted(name: str, scale: Scale, cond: Tensor) -> Scale:
+def fitted(name: str, scale: Scale, cond: Tensor) -> Scale:
+    """Give a weight of one value per sample the dimensions of a prediction, in float32; numbers stay as they are."""
     if not isinstance(scale, Tensor):
         return scale
     shape = tuple(scale.shape)
@@ -152,7 +153,8 @@ def check_scale(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise SettingError(f"{name}={value!r}: expected a number, not {type(value).__name__}.")
     if not math.isfinite(value):
-        raise SettingError(f"{name}={value!r}: expected a finite number. Use {name}=0.0 to switch it off.")
+        off = 1.0 if name == "guidance_scale" else 0.0
+        raise SettingError(f"{name}={value!r}: expected a finite number. Use {name}={off} to switch it off.")
 
 
 def check_rescale(value: object) -> None:

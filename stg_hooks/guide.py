@@ -14,16 +14,17 @@ from torch import Tensor, nn
 
 from stg_hooks import activation
 from stg_hooks.calls import halves, own_predictions, replace_predictions
-from stg_hooks.combine import Scale, combine, correction, is_number
+from stg_hooks.combine import Scale, combine, correction, fitted, is_number
 from stg_hooks.errors import CallError
 from stg_hooks.execution import GuidedCall, Stats, in_weak_pass
 from stg_hooks.executions import Executions
 from stg_hooks.hosts import Host, Role
 from stg_hooks.patching import patched, shared
-from stg_hooks.schedule import Plan, Settings
+from stg_hooks.rules import at_step
+from stg_hooks.schedule import Plan, Settings, known
 from stg_hooks.settings import Branch
 from stg_hooks.skip import Switch
-from stg_hooks.step import Step
+from stg_hooks.step import Step, check_step
 from stg_hooks.trace import Trace
 
 
@@ -55,7 +56,7 @@ class _Guided:
     @property
     def replaces(self) -> bool:
         """Whether the final prediction is returned, instead of a term added."""
-        return bool(self.settings.replaces)
+        return self.settings.replaces
 
     def terms(self) -> list[Tensor]:
         """What skip guidance adds to each prediction."""
@@ -72,14 +73,14 @@ class _Guided:
                 scale=self.scales,
                 guidance_scale=1.0 if g is None else g,
                 rescale=self.settings.rescale,
-                rule=self.settings.rule,
+                rule=at_step(self.settings.rule, self.step, i),
             )
-            for c, weaks, u in zip(self.conds, self.weaks, unconds, strict=True)
+            for i, (c, weaks, u) in enumerate(zip(self.conds, self.weaks, unconds, strict=True))
         ]
 
 
 @dataclasses.dataclass
-class _Kept:
+class Kept:
     """What an evaluation leaves for the steps that use it again (`every`)."""
 
     differences: list[list[Tensor]]
@@ -87,7 +88,21 @@ class _Kept:
     index: int | None
     used: int = 1
 
+    @classmethod
+    def after(
+        cls, conds: Sequence[Tensor], weaks: Sequence[Sequence[Tensor]], branches: tuple[Branch, ...], step: Step
+    ) -> Kept:
+        """Keep the differences of an evaluation."""
+        found = [[c - weak for weak in of_one] for c, of_one in zip(conds, weaks, strict=True)]
+        return cls(found, branches, step.index)
+
+    def weaks(self, conds: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Return, for each prediction, weak ones that differ from it as they did then."""
+        self.used += 1
+        return [[c - difference for difference in found] for c, found in zip(conds, self.differences, strict=True)]
+
     def serves(self, call_of: Step, branches: tuple[Branch, ...], every: int) -> bool:
+        """Tell whether it may be used again in a call."""
         again = self.index is None or call_of.index is None or call_of.index > self.index
         same = [(b.layers, b.mode, b.kind) for b in branches] == [(b.layers, b.mode, b.kind) for b in self.branches]
         return self.used < every and again and same
@@ -104,7 +119,7 @@ class _Call:
     kwargs: dict[str, Any]
     guided: GuidedCall | None = None
     before: _Guided | None = None  # for an uncond or perturbed call: the cond call before it
-    kept: _Kept | None = None
+    kept: Kept | None = None
 
     @property
     def is_cond(self) -> bool:
@@ -117,7 +132,7 @@ class _OfThread(threading.local):
     call: _Call | None = None
     guided: _Guided | None = None
     last: _Guided | None = None  # the same for perturbed calls, of which there may be several
-    kept: _Kept | None = None
+    kept: Kept | None = None
 
 
 class _OfModel(threading.local):
@@ -183,7 +198,7 @@ class Guide:
             settings = Settings(()) if before is None else before.settings
             self._local.call = _Call(role, Step(), settings, args, kwargs, before=before)
             return
-        step = self._session.step or self._session.host.step()
+        step = check_step(self._session.step) or self._session.host.step()
         self._local.call = call = _Call(role, step, self._session.plan.at(step), args, kwargs)
         kept = self._local.kept
         if kept is not None and kept.serves(step, call.settings.active, self._session.every):
@@ -254,8 +269,7 @@ class Guide:
         if not call.settings.active:
             return [[] for _ in conds]
         if call.kept is not None:
-            call.kept.used += 1
-            return [[c - d for d in found] for c, found in zip(conds, call.kept.differences, strict=True)]
+            return call.kept.weaks(conds)
         if call.guided is None:
             raise CallError(
                 f"a call of {type(self._model).__name__} that is to be guided did not reach its forward: "
@@ -270,19 +284,19 @@ class Guide:
             self._looked_at[id(execution)] = list(zip(execution.switches, same, strict=True))
         weaks = [list(weaks) for weaks in zip(*by_branch, strict=True)]
         if self._session.every > 1:
-            differences = [[c - weak for weak in found] for c, found in zip(conds, weaks, strict=True)]
-            self._local.kept = _Kept(differences, call.settings.active, call.step.index)
+            known(call.step.index, f"every={self._session.every} counts steps", "index")
+            self._local.kept = Kept.after(conds, weaks, call.settings.active, call.step)
         return weaks
 
     def _check_replaceable(self, guided: _Guided, role: Role, first: bool) -> None:
-        settings, what, name = guided.settings, guided.settings.replaces, self._session.host.name
+        settings, what, name = guided.settings, guided.settings.why_replaces, self._session.host.name
         if not first:
             raise CallError(
                 f"another stg.apply() has guided this call of {type(self._model).__name__} already, so {what} cannot "
                 "give the final prediction. Use one stg.apply(branches=[...])."
             )
         cfg = role.rows == "uncond+cond" or role.uncond_follows
-        if not cfg and not is_number(settings.guidance_scale or 1.0, 1):
+        if not cfg and settings.guidance_scale is not None and not is_number(settings.guidance_scale, 1):
             raise CallError(
                 f"guidance_scale={settings.guidance_scale}: {name} makes no uncond prediction in this step. "
                 "Call it with guidance_scale > 1, so that it does; its own value is not used then."
@@ -323,10 +337,12 @@ class Guide:
         if is_number(role.guidance_scale, 1):
             return None  # it has no weight, and cond is the final prediction already
         # The caller has cond already and will compute u' + g * (c - u'): choose u' so that this is the final one.
-        g = role.guidance_scale
-        assert g is not None
-        final = guided.final(role, output)
-        return [((f.float() - g * c.float()) / (1.0 - g)).to(c.dtype) for f, c in zip(final, guided.conds, strict=True)]
+        assert role.guidance_scale is not None
+        moved = []
+        for final, c in zip(guided.final(role, output), guided.conds, strict=True):
+            g = fitted("guidance_scale", role.guidance_scale, c)
+            moved.append(((final.float() - g * c.float()) / (1.0 - g)).to(c.dtype))
+        return moved
 
 
 def _add(prediction: Tensor, term: Tensor) -> Tensor:

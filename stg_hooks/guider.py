@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -17,15 +19,20 @@ from stg_hooks.combine import Scale, check_scale, combine, correction, is_number
 from stg_hooks.errors import CallError, SettingError, StgWarning, TargetError
 from stg_hooks.execution import Execution, Stats, in_weak_pass
 from stg_hooks.executions import Executions
+from stg_hooks.guide import Kept
 from stg_hooks.layers import LayerSpec
 from stg_hooks.perturb import Mode
-from stg_hooks.rules import Rule
-from stg_hooks.schedule import Schedule, plan_from
+from stg_hooks.rules import AveragedApg, Rule, at_step
+from stg_hooks.schedule import Schedule, check_every, known, plan_from
 from stg_hooks.settings import Branch
 from stg_hooks.sites import Kind
-from stg_hooks.step import Step
+from stg_hooks.step import Step, check_step, is_new_run, noise_levels, step_at
 from stg_hooks.trace import Trace
 from stg_hooks.uncond import check_on, check_settings
+
+
+class _OfThread(threading.local):
+    kept: Kept | None = None
 
 
 class Guider:
@@ -48,12 +55,13 @@ class Guider:
         kind: Kind | None = None,
         branches: Sequence[Branch] | None = None,
         preset: str | None = None,
-        start: float = 0.0,
-        stop: float = 1.0,
+        start: float | None = None,
+        stop: float | None = None,
         sigma_range: tuple[float, float] | None = None,
         schedule: Schedule | None = None,
         rule: str | Rule = "cfg",
         on: str = "cond",
+        every: int = 1,
         sigmas: Tensor | Sequence[float] | None = None,
         model: nn.Module | None = None,
         execution: str = "auto",
@@ -80,6 +88,7 @@ class Guider:
             rule: as for `combine`.
             on: `"uncond"` lets the weak model make the *uncond* prediction instead, so that `uncond` in the formula is
                 what it predicts: no extra pass is made, and `scale` has no meaning.
+            every: as for `apply`, counted in guided calls; the step must be known, as for `start`.
             sigmas: the noise levels that the sampler goes through, from high to low, `(N + 1,)`; the step of a call is
                 the first one whose noise level is not above the call's `sigma`.
             model: the module that holds the layers, where `denoiser` is not itself a module.
@@ -121,19 +130,25 @@ class Guider:
             rule=rule,
             on=on,
         )
+        check_every(every)
         if on == "uncond":
+            if every > 1:
+                raise SettingError(f"every={every}: on='uncond' makes no extra pass that could be left out.")
             for settings in self.plan.known:
                 check_settings(settings)
         self.denoiser = denoiser
         self.model = model
         self._on = on
+        self.every = every
+        self._local = _OfThread()
         self.guidance_scale = guidance_scale
         self.stats = Stats()
         self.trace = Trace()
         self.step: Step | None = None
         """Where in the run the next calls are made; set it in a loop of your own if settings change during the run."""
-        self.sigmas = None if sigmas is None else _noise_levels(sigmas)
+        self.sigmas = None if sigmas is None else noise_levels(sigmas)
         self._takes_sigma = _second_parameter(denoiser) == "sigma"
+        self._needs_step = not self.plan.is_constant or every > 1 or isinstance(rule, AveragedApg)
         self._reported: dict[str, Any] | None = None
         self._executions = Executions(model, execution, self.stats)
         self._executions.prepare(self.plan.known)
@@ -160,7 +175,8 @@ class Guider:
             A new tensor in the shape and dtype of the denoiser's prediction; a tuple of them where it makes several.
 
         Raises:
-            CallError: the settings depend on something about the step that is not known, or the noise level is 0.
+            CallError: the settings depend on something about the step that is not known, or the noise level is 0 (on
+                a GPU it is looked at only if settings change during the run).
             TargetError: `cond` or `uncond` is no mapping.
             SettingError: an argument is given twice, or not for both predictions.
         """
@@ -169,8 +185,8 @@ class Guider:
             raise SettingError(
                 f"cond has {sorted(cond or ())}, but uncond has {sorted(uncond)}: give the same arguments for both."
             )
-        step = self.step or self._step_of(args, kwargs)
-        settings = self.plan.at(step)
+        step = check_step(self.step) or self._step_of(args, kwargs)
+        settings = self.plan.at(step) if isinstance(step, Step) else self.plan.base
         g = self.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
         active = () if in_weak_pass() else settings.active
         cfg = uncond is not None and not is_number(g, 1)
@@ -184,32 +200,46 @@ class Guider:
         # Only this kind of denoiser promises that dimension 0 is the sample, in all that it is given.
         joined = _joined(args, positive, negative) if cfg and self._takes_sigma and self._on == "cond" else None
         call_args, call_kwargs = joined or (args, positive)
-        weaks: list[list[Tensor]] = []
-        if active and self._on == "cond":
+        kept = self._kept(step, active)
+        if active and self._on == "cond" and kept is None:
             with self._executions.installed():
                 execution = self._executions.of(active)
                 output, call = execution.cond_pass(self.denoiser, call_args, call_kwargs, joined is not None)
                 conds, unconds = _halved(own_predictions(output), joined is not None)
                 start = time.perf_counter()
-                weaks = execution.weak_predictions(call, conds)
+                by_branch = execution.weak_predictions(call, conds)
                 self.stats.seconds += time.perf_counter() - start
-                self._check(execution, conds, weaks)
+                self._check(execution, conds, by_branch)
+            weaks = [list(weaks) for weaks in zip(*by_branch, strict=True)]
+            if self.every > 1 and isinstance(step, Step):
+                self._local.kept = Kept.after(conds, weaks, active, step)
         else:
             conds, unconds = _halved(own_predictions(self.denoiser(*call_args, **call_kwargs)), joined is not None)
+            weaks = [[] for _ in conds] if kept is None else kept.weaks(conds)
         if cfg and joined is None:
             unconds = [*self._uncond(active, args, negative)]
-        scales = [branch.scale for branch in active] if weaks else []
-        by_output = [[weak[i] for weak in weaks] for i in range(len(conds))]
+        scales = [branch.scale for branch in active] if self._on == "cond" else []
+        rules = [settings.rule] * len(conds)
+        if isinstance(step, Step):
+            rules = [at_step(rule, step, i) for i, rule in enumerate(rules)]
         results = [
-            combine(c, w, u, scale=scales, guidance_scale=g, rescale=settings.rescale, rule=settings.rule)
-            for c, w, u in zip(conds, by_output, unconds, strict=True)
+            combine(c, w, u, scale=scales, guidance_scale=g, rescale=settings.rescale, rule=rule)
+            for c, w, u, rule in zip(conds, weaks, unconds, rules, strict=True)
         ]
-        if weaks:
-            terms = [correction(c, w, scales) for c, w in zip(conds, by_output, strict=True)]
+        if scales:
+            terms = [correction(c, w, scales) for c, w in zip(conds, weaks, strict=True)]
             self.trace.add(step, scales, terms, conds, unconds)
         self.stats.calls += 1
         self.stats.guided_calls += bool(active)
         return results[0] if len(results) == 1 else tuple(results)
+
+    def _kept(self, step: Step | Callable[[], Step], active: tuple[Branch, ...]) -> Kept | None:
+        """Return the differences to use again in this call, if any."""
+        if self.every == 1 or not active or not isinstance(step, Step):
+            return None
+        known(step.index, f"every={self.every} counts steps", "index")
+        found = self._local.kept
+        return found if found is not None and found.serves(step, active, self.every) else None
 
     def _uncond(self, active: Sequence[Branch], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Tensor]:
         """Make the uncond prediction in a call of its own, by the weak model if that is asked for."""
@@ -222,32 +252,25 @@ class Guider:
             self._check(execution, (), [()])
         return found
 
-    def _step_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Step:
-        """Find out the step by the noise level, where the denoiser is called with one."""
-        sigma = (args[1] if len(args) > 1 else kwargs.get("sigma")) if self._takes_sigma else None
-        if not isinstance(sigma, Tensor) or (self.plan.is_constant and sigma.device.type != "cpu"):
-            return Step()  # looking would wait for the GPU
-        level = float(sigma.reshape(-1)[0])
-        if level <= 0:
-            raise CallError(f"called with sigma={level}: there is nothing to denoise. Samplers stop before.")
-        if self.sigmas is not None:
-            index = int((self.sigmas > level * (1 + 1e-5)).sum())
-            return Step(min(index, len(self.sigmas) - 2), len(self.sigmas) - 1, level, "karras")
-        return Step(self._index_of(level), None, level, "karras")
+    def _step_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Step | Callable[[], Step]:
+        """Find out the step by the noise level, where the denoiser is called with one.
 
-    def _index_of(self, level: float) -> int:
-        """Find out the step by what the sampler has reported last."""
-        if self._reported is None:
-            return 0
-        reported = float(self._reported.get("sigma_hat", self._reported["sigma"]))
-        # Churn raises a sampler's noise level by sqrt(2) at most: what lies higher is another run.
-        if level > 1.5 * reported:
+        Looking waits for the GPU: where only the trace wants to know, it is for those who read the trace.
+        """
+        sigma = (args[1] if len(args) > 1 else kwargs.get("sigma")) if self._takes_sigma else None
+        if isinstance(sigma, (int, float)):
+            sigma = torch.tensor(float(sigma))
+        if not isinstance(sigma, Tensor):
+            return Step()
+        first = sigma.detach().reshape(-1)[:1].clone()
+        if not self._needs_step and first.device.type != "cpu":
+            return functools.partial(step_at, first, self.sigmas, self._reported)
+        level = first.item()
+        if not level > 0:
+            raise CallError(f"called with sigma={level}: there is nothing to denoise. Samplers stop before.")
+        if self._reported is not None and is_new_run(level, self._reported):
             self._reported = None
-            return 0
-        # The adaptive solver reports at the end of a step, and says there how many it has accepted.
-        if "n_accept" in self._reported:
-            return int(self._reported["i"]) + 1
-        return int(self._reported["i"]) + (abs(level - reported) > 1e-5 * reported)
+        return step_at(first, self.sigmas, self._reported)
 
     def callback(self, info: Mapping[str, Any]) -> None:
         """Follow a k-diffusion sampler: pass it as `callback=`.
@@ -255,6 +278,8 @@ class Guider:
         Args:
             info: what the sampler reports once in each step; `i`, `sigma`, `sigma_hat` and `n_accept` are used.
         """
+        if not {"i", "sigma"} <= info.keys():
+            raise CallError(f"the sampler reported {sorted(info)}: expected i and sigma among them.")
         # Numbers stay on the device until a schedule needs them.
         self._reported = {name: info[name] for name in ("i", "sigma", "sigma_hat", "n_accept") if name in info}
 
@@ -269,16 +294,6 @@ class Guider:
             if complaint:
                 text = f"stg.Guider: {complaint}. Choose other layers: stg.layers(model)."
                 warnings.warn(text, StgWarning, stacklevel=3)
-
-
-def _noise_levels(sigmas: Tensor | Sequence[float]) -> Tensor:
-    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
-    if levels.ndim != 1 or len(levels) < 2 or not bool((levels.diff() < 0).all()):
-        raise SettingError(
-            f"sigmas= has shape {tuple(levels.shape)}: expected the noise levels that are passed to the sampler, from "
-            "high to low, (N + 1,)."
-        )
-    return levels
 
 
 def _merged(kwargs: dict[str, Any], name: str, condition: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable, Sequence
 from functools import reduce
 
 import torch
 from torch import Tensor
 
-from stg_hooks.errors import SettingError, closest
+from stg_hooks.errors import CallError, SettingError, closest
+from stg_hooks.step import Step
 
 Rule = Callable[[Tensor, Tensor | None, Sequence[Tensor], "float | Tensor"], Tensor]
 """Takes cond, uncond (`None`: no CFG), the terms `scale_i * (cond - weak_i)` and guidance_scale, all in float32."""
@@ -76,11 +79,99 @@ def apg(
     Returns:
         The guided prediction.
 
-    Source: APG, arXiv 2410.02416, Alg. 1, without its momentum, on top of u as diffusers has it (the paper: c, g - 1).
+    Source: APG, arXiv 2410.02416, Alg. 1, without its momentum (see `AveragedApg`), on top of u as diffusers has it
+    (the paper: c, g - 1).
     """
     if uncond is None:
         return _sum(cond, terms)
-    direction = cond - uncond
+    return _apg(cond, uncond, cond - uncond, terms, guidance_scale, eta, norm)
+
+
+class AveragedApg:
+    """`apg` with the paper's momentum: the direction is a running average, `d <- (c - u) + momentum * d_before`.
+
+    It remembers d from step to step, which a function cannot do: pass an object of this class as `rule=` to `apply` or
+    `Guider`, one for each of them. The average starts with a run: at step 0, or where steps start again.
+    """
+
+    def __init__(self, momentum: float = -0.5, eta: float = 0.0, norm: float | None = None) -> None:
+        """Choose the weights.
+
+        Args:
+            momentum: how much of the average before is added; below 0 takes it away, as the paper recommends.
+            eta: as for `apg`.
+            norm: as for `apg`.
+
+        Raises:
+            SettingError: a momentum that is no number between -1 and 1.
+
+        Source: APG, arXiv 2410.02416, Alg. 1.
+        """
+        if type(momentum) not in (int, float) or not -1 < momentum < 1:
+            raise SettingError(f"momentum={momentum!r}: expected a number between -1 and 1.")
+        self.momentum, self.eta, self.norm = momentum, eta, norm
+        self._before = threading.local()
+
+    def __call__(
+        self, cond: Tensor, uncond: Tensor | None, terms: Sequence[Tensor], guidance_scale: float | Tensor
+    ) -> Tensor:
+        """Refuse: a call alone belongs to no run."""
+        raise SettingError(
+            "AveragedApg remembers the steps of a run, of which stg.combine knows nothing. Use rule='apg', or pass the "
+            "rule to stg.apply or stg.Guider."
+        )
+
+    def at(self, step: Step, output: int) -> Rule:
+        """Return the rule of one call.
+
+        Args:
+            step: where in the run it is made.
+            output: which of the model's predictions is combined.
+
+        Raises:
+            CallError: the index of the step is not known.
+        """
+        if step.index is None:
+            raise CallError(
+                "AveragedApg starts with a run, but the step's index is not known here. In a loop of your own, set it "
+                "before each step: guider.step = stg.Step(index=i, count=n). For a sampler that calls "
+                "denoiser(x, sigma): stg.Guider(..., sigmas=sigmas), or its callback."
+            )
+        return functools.partial(self._combine, step.index, output)
+
+    def _combine(
+        self,
+        index: int,
+        output: int,
+        cond: Tensor,
+        uncond: Tensor | None,
+        terms: Sequence[Tensor],
+        guidance_scale: float | Tensor,
+    ) -> Tensor:
+        if uncond is None:
+            return _sum(cond, terms)
+        last, before = self._before.__dict__.get(str(output), (-1, None))
+        direction = cond - uncond
+        if before is not None and 0 < index >= last and before.shape == direction.shape:
+            direction = direction + self.momentum * before.to(direction.device)
+        self._before.__dict__[str(output)] = index, direction.detach()
+        return _apg(cond, uncond, direction, terms, guidance_scale, self.eta, self.norm)
+
+
+def at_step(rule: str | Rule, step: Step, output: int) -> str | Rule:
+    """Return the rule of one call; most are the same in all."""
+    return rule.at(step, output) if isinstance(rule, AveragedApg) else rule
+
+
+def _apg(
+    cond: Tensor,
+    uncond: Tensor,
+    direction: Tensor,
+    terms: Sequence[Tensor],
+    guidance_scale: float | Tensor,
+    eta: float,
+    norm: float | None,
+) -> Tensor:
     if norm is not None:
         length = _dot(direction, direction).sqrt()
         direction = direction * torch.where(length > norm, norm / length, 1.0)
@@ -124,6 +215,8 @@ def find_rule(rule: str | Rule) -> Rule:
             return RULES[rule]
         names = ", ".join(map(repr, RULES))
         raise SettingError(f"rule={rule!r} does not exist. There is {names}, or pass a callable.{closest(rule, RULES)}")
+    if isinstance(rule, type):
+        raise SettingError(f"rule={rule.__name__} is a class: pass an object, {rule.__name__}(...).")
     if not callable(rule):
         raise SettingError(f"rule={rule!r}: expected a name or a callable, not {type(rule).__name__}.")
     return rule

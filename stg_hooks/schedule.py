@@ -47,13 +47,16 @@ class Settings:
         return bool(self.active) or self.guidance_scale is not None or self.rule != "cfg"
 
     @property
-    def replaces(self) -> str:
-        """What calls for the final prediction to be returned, instead of a term added; empty if nothing does."""
+    def replaces(self) -> bool:
+        """Whether the final prediction is returned, instead of a term added."""
+        return self.rule != "cfg" or bool(self.rescale) or self.guidance_scale is not None
+
+    @property
+    def why_replaces(self) -> str:
+        """What calls for that, in the words of a message."""
         if self.rule != "cfg":
             return f"rule={self.rule!r}"
-        if self.rescale:
-            return f"rescale={self.rescale}"
-        return f"guidance_scale={self.guidance_scale}" if self.guidance_scale is not None else ""
+        return f"rescale={self.rescale}" if self.rescale else f"guidance_scale={self.guidance_scale}"
 
     def changed(self, values: Mapping[str, Any] | None) -> Settings:
         """Return these settings with some values changed; without guidance for `None`.
@@ -81,7 +84,12 @@ class Settings:
                 raise SettingError(f"a schedule gave {name!r}: there is {', '.join(names)}.{closest(str(name), names)}")
         whole = {name: values[name] for name in ("rescale", "guidance_scale", "rule") if name in values}
         one = {name: values[name] for name in ("layers", "scale", "mode", "kind") if name in values}
-        branches = tuple(values.get("branches", self.branches))
+        given = values.get("branches", self.branches)
+        if not isinstance(given, (list, tuple)) or not all(isinstance(branch, Branch) for branch in given):
+            raise SettingError(
+                f"a schedule gave branches={given!r}: expected a list of stg.Branch(layers, scale, mode)."
+            )
+        branches = tuple(given)
         if one and ("branches" in values or len(branches) != 1):
             raise SettingError(
                 f"a schedule gave {', '.join(one)} for {len(branches)} branches: give branches=[stg.Branch(...), ...]."
@@ -91,6 +99,11 @@ class Settings:
             branches = () if none else (dataclasses.replace(branches[0], **one),)
         return dataclasses.replace(self, branches=branches, **whole)
 
+
+_HOW_TO_TELL = (
+    "In a loop of your own, set it before each step: guider.step = stg.Step(index=i, count=n, sigma=...). For a "
+    "sampler that calls denoiser(x, sigma): stg.Guider(..., sigmas=sigmas)."
+)
 
 Levels: TypeAlias = Sequence[tuple[float, Mapping[str, Any] | None]]
 Schedule: TypeAlias = Callable[[Step], Mapping[str, Any] | None] | Levels
@@ -155,19 +168,25 @@ class Plan:
             SettingError: a schedule gave something that cannot be used.
         """
         if (self._start, self._stop) != (0.0, 1.0):
-            fraction = _known(step.fraction, "start= and stop= are parts of the run", "index and count")
+            fraction = known(step.fraction, "start= and stop= are parts of the run", "index and count")
             if not self._start <= fraction < self._stop:
                 return Settings(())
         if self._range is not None:
-            sigma = _known(step.sigma, "sigma_range= is about the noise level", "sigma")
+            sigma = known(step.sigma, "sigma_range= is about the noise level", "sigma")
             if not self._range[0] <= sigma <= self._range[1]:
                 return Settings(())
         if self._function is not None:
-            return self.base.changed(self._function(step))
+            return self.base.changed(_called(self._function, step))
         if self._levels:
-            sigma = _known(step.sigma, "the schedule is a list of noise levels", "sigma")
+            sigma = known(step.sigma, "the schedule is a list of noise levels", "sigma")
             return next((found for level, found in self._levels if level <= sigma), self._levels[-1][1])
         return self.base
+
+
+def check_every(every: object) -> None:
+    """Raise unless `every` is a number of steps."""
+    if type(every) is not int or every < 1:
+        raise SettingError(f"every={every!r}: expected a number of steps, 1 or more.")
 
 
 def _levels(base: Settings, schedule: Any) -> list[tuple[float, Settings]]:
@@ -180,7 +199,8 @@ def _levels(base: Settings, schedule: Any) -> list[tuple[float, Settings]]:
             f"schedule={schedule!r}: expected a function of the step, or a list of (noise level, values) such as "
             "[(0.9, None), (0.3, {'scale': 1.0}), (0.0, {'scale': 0.5})]."
         ) from error
-    if not levels or any(not low < high for (high, _), (low, _) in itertools.pairwise(levels)):
+    bounds = [math.inf, *(level for level, _ in levels)]
+    if not levels or any(not low <= high or low == high < math.inf for high, low in itertools.pairwise(bounds)):
         raise SettingError("schedule=: expected noise levels from high to low, each once.")
     return levels
 
@@ -195,13 +215,23 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
 
 
-def _known(value: float | None, what: str, missing: str) -> float:
-    if value is None:
+def _called(function: Callable[[Step], Mapping[str, Any] | None], step: Step) -> Mapping[str, Any] | None:
+    try:
+        return function(step)
+    except TypeError as error:
+        missing = [name for name in ("index", "count", "sigma", "fraction") if getattr(step, name) is None]
+        if not missing or "None" not in str(error):
+            raise
         raise CallError(
-            f"{what}, but the step's {missing} is not known here. In a loop of your own, set it before each step: "
-            "guider.step = stg.Step(index=i, count=n, sigma=...). For a sampler that calls denoiser(x, sigma): "
-            "stg.Guider(..., sigmas=sigmas)."
-        )
+            f"a function of the step failed ({error}); the step's {', '.join(missing)} is not known here, hence None. "
+            + _HOW_TO_TELL
+        ) from error
+
+
+def known(value: float | None, what: str, missing: str) -> float:
+    """Return something about the step, or raise where it is not known."""
+    if value is None:
+        raise CallError(f"{what}, but the step's {missing} is not known here. {_HOW_TO_TELL}")
     return value
 
 
@@ -215,8 +245,8 @@ def plan_from(
     rescale: float | None,
     branches: Sequence[Branch] | None,
     preset: str | None,
-    start: float,
-    stop: float,
+    start: float | None,
+    stop: float | None,
     sigma_range: tuple[float, float] | None,
     schedule: Schedule | None,
     rule: str | Rule,
@@ -255,6 +285,8 @@ def plan_from(
         if layers is not None or branches is not None:
             raise SettingError("give either preset=, or layers or branches, not both.")
         published = recommended(model) if preset is None else preset_for(model, preset)
+        if all(when is None for when in (start, stop, sigma_range, schedule)):
+            start, stop = published.start, published.stop
         if published.schedule and schedule is None:
             schedule = published.schedule
         branches = published.branches
@@ -269,4 +301,5 @@ def plan_from(
             rescale = published.rescale
     found, factor = branches_from(layers, scale, mode, kind, rescale, branches)
     base = Settings(tuple(found), factor, rule=rule)
+    start, stop = 0.0 if start is None else start, 1.0 if stop is None else stop
     return Plan(base, start=start, stop=stop, sigma_range=sigma_range, schedule=schedule)

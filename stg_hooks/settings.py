@@ -56,14 +56,21 @@ class Published:
     note: str = ""
     schedule: tuple[tuple[float, Mapping[str, Any] | None], ...] = ()
     """Where it changes with the noise level: as for `apply`."""
+    start: float = 0.0
+    """Part of the run from which on there is guidance, and `stop`, from which on there is none."""
+    stop: float = 1.0
 
     def fits(self, module: nn.Module) -> bool:
         """Tell whether a module is of this class and configuration."""
         if self.model not in {cls.__name__ for cls in type(module).__mro__}:
             return False
+        return self.found_in(module) == dict(self.where)
+
+    def found_in(self, module: nn.Module) -> dict[str, object]:
+        """Return what a module's configuration says where `where` asks."""
         config = getattr(module, "config", {})
-        values = config if isinstance(config, Mapping) else vars(config)
-        return all(values.get(key) == value for key, value in self.where.items())
+        values = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+        return {key: values.get(key) for key in self.where}
 
     @property
     def branches(self) -> list[Branch]:
@@ -124,11 +131,11 @@ def preset_for(module: nn.Module, name: str) -> Published:
             + (f" For this model: {', '.join(map(repr, fitting))}." if fitting else "")
         )
     if not found[0].fits(module):
-        config = getattr(module, "config", {})
-        here = {key: config.get(key) for key in found[0].where} if isinstance(config, Mapping) else {}
+        here = type(module).__name__
+        if here == found[0].model:
+            here += f" with {found[0].found_in(module)}"
         raise SettingError(
-            f"preset={name!r} is for a {found[0].model} with {dict(found[0].where)}, but this is a "
-            f"{type(module).__name__} with {here}."
+            f"preset={name!r} is for a {found[0].model} with {dict(found[0].where)}, but this is a {here}."
         )
     return found[0]
 

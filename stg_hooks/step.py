@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stg_hooks.errors import SettingError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,3 +31,60 @@ class Step:
     def fraction(self) -> float | None:
         """How much of the run lies behind: 0 at the first step, below 1 at the last one."""
         return None if self.index is None or not self.count else self.index / self.count
+
+
+def check_step(step: Step | None) -> Step | None:
+    """Raise unless what somebody set as the step is one, or `None`."""
+    if step is None:
+        return None
+    if not isinstance(step, Step):
+        raise SettingError(f"step={step!r}: expected stg.Step(index=i, count=n, sigma=...).")
+    if step.index is not None and (step.index < 0 or (step.count is not None and step.index >= step.count)):
+        raise SettingError(f"step={step!r}: steps count from 0 to count - 1.")
+    return step
+
+
+def noise_levels(sigmas: Tensor | Sequence[float]) -> Tensor:
+    """Return the noise levels of a run in float64 on the CPU; raise unless they go from high to low."""
+    try:
+        levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SettingError(f"sigmas={sigmas!r}: expected noise levels from high to low, (N + 1,).") from error
+    if levels.ndim != 1 or len(levels) < 2 or not bool((levels.diff() < 0).all()):
+        raise SettingError(
+            f"sigmas= has shape {tuple(levels.shape)}: expected the noise levels that are passed to the sampler, from "
+            "high to low, (N + 1,)."
+        )
+    return levels
+
+
+def step_at(sigma: Tensor, sigmas: Tensor | None, reported: Mapping[str, Any] | None) -> Step:
+    """Find out the step of a call of `denoiser(x, sigma)`.
+
+    Args:
+        sigma: its noise level, one value.
+        sigmas: all noise levels of the run, from high to low, `(N + 1,)`, if they are known.
+        reported: what the sampler has told its callback last, if anything.
+
+    Returns:
+        The step; without its count where `sigmas` are not known.
+    """
+    level = sigma.item()
+    if sigmas is not None:
+        index = int((sigmas > level * (1 + 1e-5)).sum())
+        return Step(min(index, len(sigmas) - 2), len(sigmas) - 1, level, "karras")
+    if reported is None or is_new_run(level, reported):
+        return Step(0, None, level, "karras")
+    # The adaptive solver reports at the end of a step, and says there how many it has accepted.
+    moved = "n_accept" in reported or abs(level - _level(reported)) > 1e-5 * _level(reported)
+    return Step(int(reported["i"]) + moved, None, level, "karras")
+
+
+def is_new_run(level: float, reported: Mapping[str, Any]) -> bool:
+    """Tell whether a noise level lies before what a sampler has reported last."""
+    # Churn raises a sampler's noise level by sqrt(2) at most: what lies higher is another run.
+    return level > 1.5 * _level(reported)
+
+
+def _level(reported: Mapping[str, Any]) -> float:
+    return float(reported.get("sigma_hat", reported["sigma"]))

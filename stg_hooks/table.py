@@ -103,9 +103,11 @@ def _row(layer: Layer, recommended: bool, kinds: Mapping[str, str]) -> tuple[str
 
 
 def _describe(setting: Published) -> str:
+    when = f", start={setting.start}, stop={setting.stop}" if (setting.start, setting.stop) != (0, 1) else ""
+    when += ", other values by noise level" if setting.schedule else ""
     return (
         f"published for {setting.name}: {' and '.join(map(_describe_branch, setting.branches))}, "
-        f"rescale={setting.rescale} ({setting.source})"
+        f"rescale={setting.rescale}{when} ({setting.source})"
     )
 
 

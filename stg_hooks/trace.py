@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import overload
 
 import torch
@@ -16,12 +16,17 @@ from stg_hooks.step import Step
 
 @dataclasses.dataclass(frozen=True)
 class TraceRow:
-    """One guided call. The two measures stay on the device until somebody reads them."""
+    """One guided call. What is on the device stays there until somebody reads it."""
 
-    step: Step
+    _step: Step | Callable[[], Step]
     scales: tuple[Scale, ...]
     _size: Tensor
     _cosine: Tensor | None
+
+    @property
+    def step(self) -> Step:
+        """Where in the run it was made."""
+        return self._step if isinstance(self._step, Step) else self._step()
 
     @property
     def size(self) -> float:
@@ -57,7 +62,7 @@ class Trace(Sequence[TraceRow]):
 
     def add(
         self,
-        step: Step,
+        step: Step | Callable[[], Step],
         scales: Sequence[Scale],
         terms: Sequence[Tensor],
         conds: Sequence[Tensor],
@@ -66,7 +71,7 @@ class Trace(Sequence[TraceRow]):
         """Measure a guided call; nothing is brought to the CPU yet.
 
         Args:
-            step: where in the run it was made.
+            step: where in the run it was made, or a function that finds out.
             scales: one per branch.
             terms: what skip guidance adds, one per prediction.
             conds: the predictions with the prompt.

@@ -18,6 +18,7 @@ from stg_hooks.executions import Executions
 from stg_hooks.guide import Session
 from stg_hooks.patching import Action, patched
 from stg_hooks.schedule import Settings
+from stg_hooks.step import check_step
 
 PREDICTIONS = ("cond", "uncond")
 
@@ -78,11 +79,13 @@ class UncondGuide:
             return proceed(*args, **kwargs)
         session.stats.calls += 1
         settings = (
-            Settings(()) if role.rows in ("cond", "perturbed") else session.plan.at(session.step or session.host.step())
+            Settings(())
+            if role.rows in ("cond", "perturbed")
+            else session.plan.at(check_step(session.step) or session.host.step())
         )
         check_settings(settings)
         if settings.replaces:
-            raise SettingError(f"{settings.replaces} cannot be combined with on='uncond' here: use stg.Guider.")
+            raise SettingError(f"{settings.why_replaces} cannot be combined with on='uncond' here: use stg.Guider.")
         if not settings.active:
             return proceed(*args, **kwargs)
         switch = self._executions.of(settings.active).switches[0]

@@ -20,6 +20,7 @@ PIPELINES = {
     "WanTransformer3DModel": "WanPipeline",
     "UNetSpatioTemporalConditionModel": "StableVideoDiffusionPipeline",
     "LTX2VideoTransformer3DModel": "LTX2Pipeline",
+    "SD3Transformer2DModel": "StableDiffusion3Pipeline",
 }
 CHECKPOINTS = {
     "Mochi 1": "genmo/mochi-1-preview",
@@ -32,8 +33,10 @@ CHECKPOINTS = {
     "Wan 2.1 14B": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
     "Stable Video Diffusion": "stabilityai/stable-video-diffusion-img2vid-xt",
     "LTX-2": "Lightricks/LTX-2",
+    "Stable Diffusion 3.5 medium": "stabilityai/stable-diffusion-3.5-medium",
 }
 """Names on the hub; for the rest the reader's own folder."""
+OF_IMAGES = ("SD3Transformer2DModel",)
 LTX_2 = "LTX2VideoTransformer3DModel"
 LTX_2_NOTE = """\
 LTX2Pipeline has this guidance built in and switched on by default; the code switches it off, so that it is not applied
@@ -62,7 +65,7 @@ def page() -> str:
 
 def code(setting: Published) -> str:
     """Return the code of one recipe."""
-    pipeline = PIPELINES[setting.model]
+    pipeline, still = PIPELINES[setting.model], setting.model in OF_IMAGES
     weights = CHECKPOINTS.get(setting.name, f"path/to/{setting.name.replace(' ', '-')}")
     return f"""\
 import torch
@@ -74,7 +77,7 @@ name = "{weights}"
 pipe = {pipeline}.from_pretrained(name, torch_dtype=torch.bfloat16)
 
 with stg.apply(pipe, {_arguments(setting)}):
-    video = pipe({_lines(_call(setting))}).frames[0]
+    {"image" if still else "video"} = pipe({_lines(_call(setting))}).{"images" if still else "frames"}[0]
 """
 
 
@@ -94,6 +97,8 @@ def _section(setting: Published) -> str:
         ("steps", setting.steps or "not given"),
         ("source", setting.source),
     ]
+    if (setting.start, setting.stop) != (0.0, 1.0):
+        rows.insert(2, ("part of the run", f"from {setting.start:g} to {setting.stop:g}"))
     if setting.schedule:
         rows[1:4] = [("skipped, rescale, CFG", "change with the noise level, see the second table")]
     cells = [f"| {name} | {value} |" for name, value in rows]
@@ -127,6 +132,8 @@ def _arguments(setting: Published) -> str:
         return f'preset="{setting.name}"'
     more = "" if setting.mode == "residual" else f', mode="{setting.mode}"'
     more += f", rescale={setting.rescale:g}" if setting.rescale and setting.model != LTX_2 else ""
+    more += f", start={setting.start:g}" if setting.start else ""
+    more += f", stop={setting.stop:g}" if setting.stop != 1 else ""
     return f"layers={list(setting.layers)}, scale={setting.scale}{more}"
 
 

@@ -17,6 +17,11 @@ _GOLDEN = {
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
     "WanTransformer3DModel": "wan",
 }
+_STOCK = {
+    "UNetSpatioTemporalConditionModel": "StableVideoDiffusionPipeline",
+    "LTX2VideoTransformer3DModel": "LTX2Pipeline",
+    "SD3Transformer2DModel": "StableDiffusion3Pipeline",
+}
 
 
 def build(setting: Published) -> tuple[Any, dict[str, Any]]:
@@ -46,17 +51,17 @@ def _golden(setting: Published) -> tuple[Any, dict[str, Any]]:
 
 
 def _stock(setting: Published) -> tuple[Any, dict[str, Any]]:
-    names = {"UNetSpatioTemporalConditionModel": "StableVideoDiffusionPipeline"}
-    stock = stock_pipelines.STOCK[names.get(setting.model, "LTX2Pipeline")]
+    stock = stock_pipelines.STOCK[_STOCK[setting.model]]
     pipe, call = stock.build(), stock.call()
     torch.manual_seed(0)
-    if setting.model in names:
+    if setting.model == "UNetSpatioTemporalConditionModel":
         config = {**zoo.FAMILIES["svd"].config, "cross_attention_dim": 8}
         pipe.unet = getattr(diffusers, setting.model)(**config).eval()
         pipe.unet.register_to_config(**setting.where)  # their width of 1024 only tells it from other models
         return pipe, {name: value for name, value in call.items() if "guidance" not in name}
-    # cross_attn_mod would need more of the prompt's modules; it only tells two versions apart.
-    pipe.transformer = getattr(diffusers, setting.model)(**stock.config | {"num_layers": 48}).eval()
+    # The rest, such as cross_attn_mod and qk_norm, only tells versions apart.
+    config = stock.config | {"num_layers": setting.where["num_layers"]}
+    pipe.transformer = getattr(diffusers, setting.model)(**config).eval()
     pipe.transformer.register_to_config(**setting.where)
     kept = {name: value for name, value in call.items() if "guidance" not in name and "stg" not in name}
     return pipe, kept

@@ -469,6 +469,22 @@ def test_noise_levels_that_are_none(bad: Any, denoiser: nn.Module) -> None:
         stg.Guider(denoiser, [2], sigmas=bad)
 
 
+def test_callbacks_that_are_none(denoiser: nn.Module) -> None:
+    guider = stg.Guider(denoiser, [2])
+    with pytest.raises(stg.CallError, match=r"the sampler reported \['x'\]: expected i and sigma"):
+        guider.callback({"x": image()})
+    for given in ((guider, None), (denoiser, print)):
+        with pytest.raises(stg.TargetError, match=r"expected a stg\.Guider and a function of a dict"):
+            stg.k_diffusion.callback(*given)
+
+
+def test_a_noise_level_that_is_no_number(denoiser: nn.Module) -> None:
+    with pytest.raises(stg.CallError, match=r"^called with sigma=nan"):
+        stg.Guider(denoiser, [2])(image(), torch.full((2,), torch.nan), cond=classes()["cond"])
+    with pytest.raises(stg.SettingError, match=r"sigmas='karras': expected noise levels from high to low"):
+        stg.Guider(denoiser, [2], sigmas="karras")  # type: ignore[arg-type]
+
+
 def test_layers_that_do_not_exist(denoiser: nn.Module) -> None:
     with pytest.raises(stg.LayerError, match=r"Denoiser has 4 layers \(0\.\.\.3\)"):
         stg.Guider(denoiser, [4])
@@ -488,3 +504,36 @@ def test_nothing_of_ours_imports_k_diffusion() -> None:
     c, w = x - sigma[0] * model(x, text), x - sigma[0] * weak_of(text)
     assert_close(guider(x, sigma, cond={"text": text}), c + SCALE * (c - w), **close)
     assert guider.trace[0].step == stg.Step(1, 5, SIGMAS[1].item(), "karras")
+
+
+# --- weights of one value per sample ---
+
+
+@pytest.mark.parametrize("rule", ["cfg", "zero_star", "apg"])
+@pytest.mark.parametrize("together", [True, False])
+def test_weights_for_each_image(together: bool, rule: str, denoiser: nn.Module) -> None:
+    """One value per sample for scale and CFG weight, in one call for both predictions and in two."""
+    args = classes()
+    if not together:  # an object that both conditions have of their own is in the way of one call
+
+        class Tagged(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner_model = denoiser
+
+            def forward(self, x: Tensor, sigma: Tensor, class_cond: Tensor, tag: object) -> Tensor:
+                return self.inner_model(x, sigma, class_cond=class_cond)
+
+        model: nn.Module = Tagged()
+        args = {which: {**condition, "tag": object()} for which, condition in args.items()}
+    else:
+        model = denoiser
+    scale, g = torch.tensor([0.5, 2.0]), torch.tensor([1.5, 4.0])
+    x, sigma = image(), torch.full((2,), 2.0)
+    got = stg.Guider(model, ["blocks.2"], scale, guidance_scale=g, rescale=0.5, rule=rule)(x, sigma, **args)
+    for i in range(2):
+        guider = stg.Guider(model, ["blocks.2"], scale[i].item(), guidance_scale=g[i].item(), rescale=0.5, rule=rule)
+        one = {
+            which: {k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in args[which].items()} for which in args
+        }
+        assert_close(got[i : i + 1], guider(x[i : i + 1], sigma[:1], **one), **close)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from typing import Any
 
 import diffusers
@@ -11,6 +13,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import stg_hooks as stg
+from stg_hooks.adapters import PUBLISHED
+from stg_hooks.settings import Published
+from tests import stock_pipelines
 from tests.pipelines import build, build_pipeline, load_case, run, scheduler_inputs
 
 LTX_13B = "LTX-Video 13B 0.9.8-dev"
@@ -105,3 +110,54 @@ def test_a_distilled_model_says_that_there_is_no_cfg() -> None:
     pipe, call = ltx_13b()
     with pytest.raises(stg.CallError, match="makes no uncond prediction in this step"), stg.apply(pipe, preset=LTX_13B):
         run(pipe, call, guidance_scale=1.0)
+
+
+def sd35() -> tuple[Any, dict[str, Any]]:
+    """Build the pipeline of Stable Diffusion 3.5 medium, as deep as the published model and narrow."""
+    stock = stock_pipelines.STOCK["StableDiffusion3Pipeline"]
+    pipe = dataclasses.replace(stock, config={**stock.config, "num_layers": 24, "qk_norm": "rms_norm"}).build()
+    return pipe, stock.call() | {"num_inference_steps": 10, "guidance_scale": 4.5}
+
+
+def test_stable_diffusion_35_is_what_its_own_pipeline_does() -> None:
+    """That pipeline can skip layers itself, with the published layers, scale and steps as its defaults."""
+    pipe, call = sd35()
+    plain = stock_pipelines.run(pipe, call)
+    expected = stock_pipelines.run(pipe, call | {"skip_guidance_layers": [7, 8, 9]})
+    with stg.apply(pipe) as applied:
+        got = stock_pipelines.run(pipe, call)
+    assert [row.step.index for row in applied.trace] == [1]  # step 0 lies before 1 %, step 2 is 20 %
+    assert applied.plan.base.active == (stg.Branch([7, 8, 9], 2.8),)
+    assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(got, plain, rtol=1e-2, atol=1e-2)
+
+
+def test_a_window_of_ones_own_replaces_the_published_one() -> None:
+    pipe, _ = sd35()
+    assert "start=0.01, stop=0.2" in repr(stg.layers(pipe))
+    for own, steps in (
+        ({}, [1]),
+        ({"stop": 0.5}, [0, 1, 2, 3, 4]),
+        ({"start": 0.9}, [9]),
+        ({"schedule": [(0, {})]}, None),
+    ):
+        plan = stg.apply(pipe, preset="Stable Diffusion 3.5 medium", **own).plan
+        guided = [index for index in range(10) if plan.at(stg.Step(index, 10, 0.5)).active]
+        assert guided == steps
+    pipe = dataclasses.replace(stock_pipelines.STOCK["StableDiffusion3Pipeline"]).build()
+    with pytest.raises(stg.SettingError, match=r"is for a SD3Transformer2DModel with \{'num_layers': 24, 'qk_norm'"):
+        stg.apply(pipe, preset="Stable Diffusion 3.5 medium")
+
+
+def test_a_window_of_ones_own_keeps_what_changes_with_the_noise_level() -> None:
+    pipe, _ = ltx_13b()
+    plan = stg.apply(pipe, preset=LTX_13B, stop=0.5).plan
+    assert plan.at(stg.Step(0, 10, 0.985)).guidance_scale == 8
+    assert plan.at(stg.Step(5, 10, 0.985)).guidance_scale is None
+
+
+@pytest.mark.parametrize("setting", PUBLISHED, ids=lambda setting: setting.name)
+def test_every_published_setting_is_for_a_class_and_a_configuration_that_exist(setting: Published) -> None:
+    cls = getattr(diffusers, setting.model)
+    assert set(setting.where) <= set(inspect.signature(cls.__init__).parameters)
+    assert setting.source

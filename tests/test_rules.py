@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.guiders.adaptive_projected_guidance import normalized_guidance
+from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -153,6 +153,7 @@ def test_a_rule_of_ones_own() -> None:
     ("rule", "message"),
     [
         ("zero-star", r"rule='zero-star' does not exist\. There is 'cfg'.*Did you mean 'zero_star'\?"),
+        (rules.AveragedApg, r"rule=AveragedApg is a class: pass an object"),
         (3, r"rule=3: expected a name or a callable, not int"),
     ],
 )
@@ -238,3 +239,83 @@ def test_a_rule_may_change_during_the_run() -> None:
 def test_a_module_has_to_be_told_the_cfg_weight() -> None:
     with pytest.raises(stg.SettingError, match=r"rule='apg' needs the final prediction, hence the CFG weight"):
         stg.apply(zoo.DiT(), [2], batched_cfg=True, rule="apg")
+
+
+# --- a rule that remembers ---
+
+
+def averaged(predictions: Sequence[tuple[Tensor, Tensor, Tensor]], scale: float, g: float) -> list[Tensor]:
+    """Guide the steps of one run by diffusers' guider."""
+    buffer = MomentumBuffer(-0.5)
+    return [
+        normalized_guidance(c, u, g, buffer, eta=0.3, norm_threshold=9.0) + scale * (c - w) for c, w, u in predictions
+    ]
+
+
+def test_the_momentum_of_apg_in_a_loop() -> None:
+    model: nn.Module = zoo.build("plain")
+    weak_model = zoo.without(model, ["blocks.2"])
+    text, other = zoo.inputs()["text"], zoo.inputs(seed=7)["text"]
+    xs = [zoo.inputs(seed=seed)["x"] for seed in range(4)]
+    expected = averaged([(model(x, text), weak_model(x, text), model(x, other)) for x in xs], 0.5, G)
+    rule = rules.AveragedApg(momentum=-0.5, eta=0.3, norm=9.0)
+    guider = stg.Guider(model, [2], 0.5, guidance_scale=G, rule=rule)
+    plain = stg.Guider(model, [2], 0.5, guidance_scale=G, rule=functools.partial(rules.apg, eta=0.3, norm=9.0))
+    for _ in range(2):  # the second run starts again
+        got = []
+        for index, x in enumerate(xs):
+            guider.step = stg.Step(index, 4)
+            got.append(guider(x, cond={"text": text}, uncond={"text": other}))
+        assert_close(got, expected, **close)
+    assert_close(plain(xs[0], cond={"text": text}, uncond={"text": other}), expected[0], **close)
+    assert not torch.allclose(plain(xs[1], cond={"text": text}, uncond={"text": other}), expected[1], rtol=1e-2)
+
+
+@pytest.mark.parametrize("family", ["ltx", "wan"])
+def test_the_momentum_of_apg_in_a_pipeline(family: str) -> None:
+    """The scheduler's inputs of two runs, from the predictions that the pipeline's own denoiser makes in them."""
+    pipe, call, case = build(family)
+    call |= {"num_inference_steps": 3}
+    calls: list[tuple[dict[str, Any], Tensor]] = []
+    handle = pipe.transformer.register_forward_hook(
+        lambda module, args, kwargs, output: calls.append((kwargs, output[0].clone())), with_kwargs=True
+    )
+    rule = rules.AveragedApg(momentum=-0.5, eta=0.3, norm=9.0)
+    with scheduler_inputs(pipe) as received, stg.apply(pipe, case.layers, 1.5, rule=rule):
+        run(pipe, call)
+        run(pipe, call)
+    handle.remove()
+    assert_close(received[3:], received[:3], **exact)
+    made = []
+    wanted = 2 if family == "ltx" else 1
+    whole = [kwargs for kwargs, output in calls[: len(calls) // 2] if output.shape[0] == wanted]
+    with torch.no_grad():
+        if family == "ltx":
+            for kwargs in whole:
+                u, c = pipe.transformer(**kwargs)[0].chunk(2)
+                with stg.skip(pipe.transformer, case.layers):
+                    made.append((c, pipe.transformer(**kwargs)[0].chunk(2)[1], u))
+        else:
+            # A weak pass in between shows the same arguments as its cond call.
+            unlike = [k for i, k in enumerate(whole) if i % 3 != 1]
+            assert len(unlike) == 6
+            for cond, uncond in zip(unlike[::2], unlike[1::2], strict=True):
+                with stg.skip(pipe.transformer, case.layers):
+                    weak = pipe.transformer(**cond)[0]
+                made.append((pipe.transformer(**cond)[0], weak, pipe.transformer(**uncond)[0]))
+    for got, expected in zip(received[:3], averaged(made, 1.5, call["guidance_scale"]), strict=True):
+        assert_close(got.reshape(expected.shape), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_rule_that_remembers_needs_a_run() -> None:
+    rule = rules.AveragedApg()
+    with pytest.raises(stg.SettingError, match=r"remembers the steps of a run, of which stg\.combine knows nothing"):
+        stg.combine(C, W, U, guidance_scale=G, rule=rule)
+    model: nn.Module = zoo.build("plain")
+    text = zoo.inputs()["text"]
+    guider = stg.Guider(model, [2], guidance_scale=G, rule=rule)
+    with pytest.raises(stg.CallError, match=r"the step's index is not known here.*guider\.step = stg\.Step"):
+        guider(zoo.inputs()["x"], cond={"text": text}, uncond={"text": text})
+    for bad in (1.0, -1, True, "0.5", float("nan")):
+        with pytest.raises(stg.SettingError, match=r"momentum=.*expected a number between -1 and 1"):
+            rules.AveragedApg(momentum=bad)  # type: ignore[arg-type]

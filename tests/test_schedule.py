@@ -61,6 +61,11 @@ def test_what_holds_when(when: dict[str, Any], expected: list[float]) -> None:
         ({"sigma_range": 0.5}, r"sigma_range=0\.5: expected \(lowest, highest\)"),
         ({"schedule": []}, "expected noise levels from high to low"),
         ({"schedule": [(0.1, {}), (0.9, {})]}, "expected noise levels from high to low"),
+        ({"schedule": [(float("nan"), {})]}, "expected noise levels from high to low"),
+        ({"schedule": [(0.5, {}), (0.5, {})]}, "expected noise levels from high to low, each once"),
+        ({"schedule": [(0.9, {"branches": [{"layers": [1]}]})]}, r"gave branches=.*expected a list of stg\.Branch"),
+        ({"schedule": [(0.9, {"branches": 3})]}, r"gave branches=3: expected a list of stg\.Branch"),
+        ({"schedule": [(0.9, {"guidance_scale": float("nan")})]}, r"guidance_scale=1\.0 to switch it off"),
         ({"schedule": [0.1, 0.9]}, "expected a function of the step, or a list of"),
         ({"schedule": [(0.9, {"scal": 1.0})]}, r"gave 'scal': there is layers, scale.* Did you mean 'scale'"),
         ({"schedule": [(0.9, 1.0)]}, r"gave 1\.0: expected a dict"),
@@ -88,6 +93,34 @@ def test_what_is_not_known_of_a_step_is_asked_for(when: dict[str, Any], missing:
     with pytest.raises(stg.CallError, match=rf"the step's {missing} is not known.*guider\.step = stg\.Step\("):
         guider(*x)
     with pytest.raises(stg.CallError, match="is not known"), stg.apply(model, [2], **when):
+        model(*x)
+
+
+def test_a_function_that_needs_what_is_not_known_of_a_step(model: nn.Module) -> None:
+    x = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    with pytest.raises(stg.CallError, match=r"function of the step failed .*'NoneType'.*count, sigma, fraction is not"):
+        stg.Guider(model, [2], scale=lambda step: 1.0 - step.fraction)(*x)
+
+    def nothing() -> dict[str, Any]:
+        return {}
+
+    with pytest.raises(TypeError, match="argument"):  # a mistake of its own stays one
+        stg.Guider(model, [2], schedule=nothing)(*x)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("on", ["cond", "uncond"])
+@pytest.mark.parametrize("bad", [3, (0, 4), stg.Step(4, 4), stg.Step(-1, 4)])
+def test_steps_that_are_none(bad: Any, on: str, model: nn.Module) -> None:
+    x = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    guider = stg.Guider(model, [2], on=on, guidance_scale=2.0)
+    guider.step = bad
+    with pytest.raises(stg.SettingError, match=r"^step=.*(expected stg\.Step\(index|count from 0 to count - 1)"):
+        guider(x[0], cond={"text": x[1]}, uncond={"text": x[1]})
+    with stg.apply(model, [2], on=on, batched_cfg=True) as applied:
+        applied.step = bad
+        with pytest.raises(stg.SettingError, match=r"^step="):
+            model(*x)
+        applied.step = None
         model(*x)
 
 
@@ -221,10 +254,33 @@ def test_differences_are_used_again() -> None:
     assert not torch.allclose(received[1], exact[1])
 
 
+def test_a_guider_uses_differences_again(model: nn.Module) -> None:
+    """What is added in a step is `scale * (cond - weak)` of the step that was evaluated; a new run evaluates."""
+    inputs = [torch.randn(2, 2, 5, 8).unbind(0) for _ in range(5)]
+    weak_model = zoo.without(model, ["blocks.2"])
+    guider = stg.Guider(model, [2], scale=lambda step: 1.0 + step.index, every=2)
+    for run_of in (inputs, inputs[:1], inputs[:3]):  # the second one ends right after an evaluation
+        for index, x in enumerate(run_of):
+            guider.step = stg.Step(index, 5)
+            evaluated = inputs[index - index % 2]
+            difference = model(*evaluated) - weak_model(*evaluated)
+            assert_close(guider(*x), model(*x) + (1.0 + index) * difference, rtol=1e-4, atol=1e-4)
+    assert guider.stats.weak_passes == 3 + 1 + 2
+    assert guider.stats.guided_calls == len(guider.trace) == 9
+    guider.step = None
+    with pytest.raises(stg.CallError, match=r"every=2 counts steps, but the step's index is not known here"):
+        stg.Guider(model, [2], every=2)(*inputs[0])
+    with pytest.raises(stg.CallError, match="every=2 counts steps"), stg.apply(model, [2], every=2):
+        model(*inputs[0])
+
+
 @pytest.mark.parametrize("every", [0, -1, 1.5, "2"])
-def test_every_is_a_number_of_steps(every: Any) -> None:
+@pytest.mark.parametrize("make", [stg.apply, stg.Guider])
+def test_every_is_a_number_of_steps(every: Any, make: Any) -> None:
     with pytest.raises(stg.SettingError, match=r"every=.*expected a number of steps, 1 or more"):
-        stg.apply(zoo.DiT(), [2], every=every)
+        make(zoo.DiT(), [2], every=every)
+    with pytest.raises(stg.SettingError, match="every=2: on='uncond' makes no extra pass"):
+        make(zoo.DiT(), [2], every=2, on="uncond")
 
 
 # --- trace ---
@@ -284,3 +340,47 @@ def test_the_step_is_set_in_a_loop_of_ones_own(make: Callable[..., Any], model: 
                     guided = model(*x)
             assert torch.equal(guided, plain) == (index >= 2)
     assert session.stats.weak_passes == 2
+
+
+# --- weights that are tensors ---
+
+
+@pytest.mark.parametrize("family", ["ltx", "wan"])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_pipeline_may_be_called_with_a_weight_in_a_tensor(family: str, shape: tuple[int, ...]) -> None:
+    pipe, call, case = build(family)
+    received = []
+    for g in (3.0, torch.full(shape, 3.0)):
+        with scheduler_inputs(pipe) as inputs, stg.apply(pipe, case.layers, 1.5, rescale=0.7) as applied:
+            run(pipe, call, guidance_scale=g)
+        assert applied.stats.weak_passes == case.steps
+        received.append(inputs)
+    assert_close(received[1], received[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["ltx", "wan"])
+def test_a_weight_for_each_video(family: str) -> None:
+    """Scale and CFG weight of a schedule, one value per video: as if each had been sampled alone."""
+    pipe, call, case = build(family)
+    call |= {"num_inference_steps": 2}
+    both = {name: torch.cat([value, value]) for name, value in call.items() if isinstance(value, Tensor)}
+    scale, g = torch.tensor([0.5, 2.0]), torch.tensor([2.0, 5.0])
+    values = {"scale": scale, "guidance_scale": g, "rescale": 0.5}
+    latents = torch.randn(2, *case.expected["base"].shape[1:], generator=torch.Generator().manual_seed(0))
+    with stg.apply(pipe, case.layers, schedule=lambda step: values):
+        together = run(pipe, call | both, latents=latents)
+    for i in range(2):
+        one = {"scale": scale[i].item(), "guidance_scale": g[i].item(), "rescale": 0.5}
+        with stg.apply(pipe, case.layers, schedule=lambda step, one=one: one):
+            alone = run(pipe, call, latents=latents[i : i + 1])
+        assert_close(together[i : i + 1], alone, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("g", [0.0, torch.tensor([2.5]), torch.tensor([2.5, 1.0])])
+def test_any_weight_without_an_uncond_prediction_is_refused(g: Any) -> None:
+    pipe, call, case = build("ltx")
+    with (
+        pytest.raises(stg.CallError, match="LTXPipeline makes no uncond prediction"),
+        stg.apply(pipe, case.layers, schedule=lambda step: {"guidance_scale": g}),
+    ):
+        run(pipe, call, guidance_scale=1.0)

@@ -197,3 +197,36 @@ def test_two_branches_are_refused() -> None:
         stg.Guider(zoo.DiT(), branches=[stg.Branch([1]), stg.Branch([2])], on="uncond")
     with pytest.raises(stg.SettingError, match="scale= has no meaning"):
         stg.Guider(zoo.DiT(), branches=[stg.Branch([1], 2.0)], on="uncond")
+
+
+# --- what skipped layers do instead ---
+
+MODES = ["attention", "values", "feed-forward", "smoothed"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["ltx", "cogvideox", "mochi"])
+def test_modes_on_rows(family: str, mode: str) -> None:
+    model, inputs = zoo.FAMILIES[family].build(), zoo.FAMILIES[family].inputs(4)
+    plain = model(**inputs)[0]
+    with stg.skip(model, [1], mode=mode):
+        weak = model(**inputs)[0]
+    with stg.apply(model, [1], mode=mode, on="uncond", batched_cfg=True) as applied:
+        got = model(**inputs)[0]
+    assert_close(got, torch.cat([weak[:2], plain[2:]]), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(plain[:2], weak[:2], rtol=1e-3, atol=1e-3)
+    assert applied.stats.guided_calls == 1
+    assert_close(model(**inputs)[0], plain, **exact)
+
+
+@pytest.mark.parametrize("mode", ["attention", "values"])
+def test_modes_of_a_guider(mode: str) -> None:
+    family = zoo.FAMILIES["wan"]
+    model, inputs = family.build(), family.inputs(2)
+    text = inputs.pop("encoder_hidden_states")
+    cond, uncond = {"encoder_hidden_states": text}, {"encoder_hidden_states": text.flip(-1)}
+    c = model(**inputs, **cond)[0]
+    with stg.skip(model, [1], mode=mode):
+        wu = model(**inputs, **uncond)[0]
+    guider = stg.Guider(model, [1], mode=mode, on="uncond", guidance_scale=G)
+    assert_close(guider(**inputs, cond=cond, uncond=uncond), wu + G * (c - wu), rtol=1e-4, atol=1e-4)
