@@ -14,7 +14,7 @@ PYTEST  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --d
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench test test-slow slow lint format typecheck build clean
+.PHONY: help demo bench docs test test-slow slow lint format typecheck build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -24,6 +24,9 @@ demo: $(VENV)/.demo ## make videos with and without guidance in demo/, on a CPU
 
 bench: $(VENV)/.test ## what a guided step costs: tables, JSON and plots in benchmarks/results/ (BENCH="--quick" to try it)
 	$(PY) -m benchmarks.cost $(BENCH)
+
+docs: $(VENV)/.test ## the documentation in site/; needs no network
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 
 test: lint typecheck ## lint, types, and every test that is not slow
 	$(PYTEST) -m "not slow"
@@ -52,7 +55,7 @@ build: $(VENV)/.test ## sdist and wheel in dist/, looked into and imported
 	STG_HOOKS_WHEEL="$$(ls $(CURDIR)/dist/*.whl)" $(PY) -m pytest -q tests/test_packaging.py
 
 clean: ## remove what the targets made, .venv included
-	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is newer than everything it was made from; a failed step leaves none. torch goes first and by its exact version:

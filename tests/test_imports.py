@@ -92,7 +92,7 @@ def imports(tree: ast.AST, *, nested: bool) -> Iterator[str]:
 
 
 # Which parts of the house each part may import; torch and the standard library are everybody's.
-PARTS = ("adapters", "integrations", "demo")
+PARTS = ("adapters", "integrations", "demo", "cli")
 MAY_USE = {"stg_hooks": set(), "adapters": {"adapters"}, "integrations": {"integrations"}}
 # An adapter is data, so it has no business with a host even inside a function. An integration loads its host there.
 ANYWHERE = {"adapters"}

@@ -1,0 +1,22 @@
+"""The command `stg-hooks`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+
+def main() -> None:
+    """Run the command line.
+
+    Raises:
+        SystemExit: with status 0 (done), 1 (failed) or 2 (what was asked for cannot be done).
+    """
+    try:
+        app = importlib.import_module("stg_hooks.cli.app").app
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("typer", "rich"):
+            raise
+        sys.exit(f'stg-hooks: {package} is not installed: pip install "stg-hooks[cli]"')
+    app()

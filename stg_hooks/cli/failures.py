@@ -1,0 +1,79 @@
+"""Report what went wrong in one line, with the exit status that tells whose fault it was."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import warnings
+from collections.abc import Iterator
+
+import torch
+import typer
+from rich.console import Console
+
+from stg_hooks.errors import LayerError, SettingError, StgError
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+
+class FailureError(Exception):
+    """What the user is to read, and the exit status."""
+
+    def __init__(self, message: str, status: int = FAILED) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Turn errors into one line on stderr; `STG_HOOKS_DEBUG=1` lets them through with their traceback.
+
+    Raises:
+        typer.Exit: with status 1, or 2 where the user has to ask for something else.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            yield
+    except (KeyboardInterrupt, Exception) as error:
+        if isinstance(error, typer.Exit) or type(error).__module__.startswith(("click", "typer")):
+            raise
+        if os.environ.get("STG_HOOKS_DEBUG"):
+            raise
+        line, status = _explain(error)
+        note(f"stg-hooks: {line}")
+        raise typer.Exit(status) from None
+
+
+def note(text: str) -> None:
+    """Print to stderr; stdout is for results."""
+    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+def _warn(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    if not issubclass(category, (DeprecationWarning, FutureWarning)):  # those are for programmers
+        note(f"warning: {message}")
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    text = " ".join(str(error).split())
+    if isinstance(error, FailureError):
+        return text, error.status
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted.", INTERRUPTED
+    if isinstance(error, StgError):
+        return text, USAGE if isinstance(error, (LayerError, SettingError)) else FAILED
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "out of memory on the accelerator. Try --offload model, or --offload sequential, or fewer frames.",
+            FAILED,
+        )
+    if isinstance(error, ImportError):
+        return f'{text}. For everything that stg-hooks may need: pip install "stg-hooks[cli]"', FAILED
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f": {error.filename}" if error.filename else ""
+        return f"no space left on the device{where}. Nothing half-written was kept.", FAILED
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}", FAILED
+    return f"{type(error).__name__}: {text} (STG_HOOKS_DEBUG=1 shows where)", FAILED

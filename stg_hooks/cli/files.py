@@ -1,0 +1,80 @@
+"""Write pictures and videos whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stg_hooks.cli.failures import USAGE, FailureError
+from stg_hooks.integrations.media import needs
+
+ENDINGS = (".mp4", ".webp", ".gif", ".png")
+_SMALL = 128  # pixels; a smaller picture is enlarged by whole pixels, to be seen at all
+
+
+def check_output(path: Path, force: bool) -> None:
+    """Make sure that the result can be written, before it is computed.
+
+    Raises:
+        FailureError: it exists, has an ending that is not known, or needs a package.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in ENDINGS:
+        raise FailureError(f"{path}: end it in {', '.join(ENDINGS)}.", USAGE)
+    if suffix == ".mp4" and not importlib.util.find_spec("imageio_ffmpeg"):
+        raise FailureError(f'{path}: mp4 needs imageio-ffmpeg: pip install "stg-hooks[cli]", or end it in .webp.')
+    if path.is_dir():
+        raise FailureError(f"{path}: is a folder. Name a file.", USAGE)
+    if path.exists() and not force:
+        raise FailureError(f"{path}: exists already. Choose another name, or pass --force to replace it.", USAGE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def write_frames(path: Path, frames: Any, fps: float) -> None:
+    """Write an image or a video in the format that the path's ending names.
+
+    Args:
+        path: where; a file there is replaced once the new one is whole.
+        frames: `(F, H, W, 3)`, uint8.
+        fps: frames per second.
+    """
+    times = max(1, -(-_SMALL // max(frames.shape[1:3])))
+    frames = frames.repeat(times, axis=1).repeat(times, axis=2)
+    with whole(path) as partial:
+        if path.suffix.lower() == ".mp4":
+            _write_mp4(partial, frames, fps)
+        else:
+            (image,) = needs("PIL.Image")
+            first, *rest = [image.fromarray(frame) for frame in frames]
+            moving = {"save_all": True, "append_images": rest, "duration": round(1000 / fps), "loop": 0} if rest else {}
+            first.save(partial, quality=90, **moving)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a path beside the real one to write to, and move it there if nothing fails."""
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_mp4(path: Path, frames: Any, fps: float) -> None:
+    imageio, ffmpeg = needs("imageio.v2", "imageio_ffmpeg")
+    odd = [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)]  # the codec wants even sides
+    (np,) = needs("numpy")
+    frames = np.pad(frames, odd, mode="edge")
+    options = {"codec": "libx264", "quality": 8, "macro_block_size": 1, "pixelformat": "yuv420p"}
+    with imageio.get_writer(path, format="FFMPEG", fps=fps, **options) as writer:
+        for frame in frames:
+            writer.append_data(frame)
+    # ffmpeg is a process of its own: what it could not write, it does not tell.
+    written = ffmpeg.count_frames_and_secs(str(path))[0] if path.exists() else 0
+    if written != len(frames):
+        raise FailureError(f"{path.parent}: only {written} of {len(frames)} frames could be written. Is the disk full?")

@@ -1,0 +1,405 @@
+"""The command line: what it writes and prints, and how it fails: in one line, with a status, leaving nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+import stg_hooks as stg
+from stg_hooks import demo
+from stg_hooks.cli import app as cli
+from stg_hooks.cli import calls, files, models
+from tests import pipelines
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT = ("--steps", "2")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def fails(result: Result, status: int, *words: str) -> None:
+    """Check for one line on stderr that holds all the words, and no traceback."""
+    assert result.exit_code == status, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("stg-hooks: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.output
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a tiny random Wan pipeline, with a VAE and without a text encoder."""
+    pipe, _, _ = pipelines.build("wan")
+    path = tmp_path_factory.mktemp("model") / "wan"
+    pipe.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encode every prompt as the same random numbers."""
+    inputs = pipelines.load_case("wan").inputs
+    optional = [*diffusers.WanPipeline._optional_components, "text_encoder", "tokenizer"]
+    monkeypatch.setattr(diffusers.WanPipeline, "_optional_components", optional)
+    encoded = inputs["prompt_embeds"], inputs["negative_prompt_embeds"]
+    monkeypatch.setattr(diffusers.WanPipeline, "encode_prompt", lambda *_, **__: encoded)
+
+
+@pytest.fixture(autouse=True)
+def _plain_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+def test_layers_prints_the_table() -> None:
+    result = run("layers", "demo")
+    assert result.exit_code == 0
+    assert result.stdout.strip() == str(stg.layers(demo.load()))
+
+
+def test_layers_for_machines() -> None:
+    result = run("layers", "demo", "--json")
+    assert json.loads(result.stdout) == json.loads(json.dumps(stg.layers(demo.load()).to_dict()))
+
+
+@pytest.mark.usefixtures("prompts")
+def test_layers_of_a_folder_without_its_weights(folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    for name in ("model_index.json", "transformer/config.json"):
+        (bare / name).parent.mkdir(parents=True, exist_ok=True)
+        (bare / name).write_bytes((folder / name).read_bytes())
+    expected = str(stg.layers(diffusers.WanPipeline.from_pretrained(folder)))
+    assert run("layers", bare).stdout.strip() == expected
+    assert run("layers", bare / "transformer").stdout.strip() == expected.replace("transformer (", "", 1).replace(
+        ")", "", 1
+    )
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+
+def guided(scale: float, seed: int = 0) -> np.ndarray:
+    pipe = demo.load()
+    with stg.apply(pipe, [2], scale):
+        frames = demo.sample(pipe, "blue square up", torch.Generator().manual_seed(seed), num_inference_steps=2)
+    return frames.numpy()
+
+
+@pytest.mark.parametrize(("scale", "seed"), [(1.0, 0), (0.0, 3)])
+def test_generate_makes_what_the_library_makes(tmp_path: Path, scale: float, seed: int) -> None:
+    out = tmp_path / "new" / "out.png"  # lossless
+    result = run(
+        "generate", "demo", "-p", "blue square up", "--layers", "2", "--scale", scale, "--seed", seed, *SHORT, "-o", out
+    )
+    assert result.exit_code == 0, result.output
+    with Image.open(out) as picture:
+        frames = []
+        for i in range(picture.n_frames):
+            picture.seek(i)
+            frames.append(np.asarray(picture.convert("RGB"))[::6, ::6])
+    assert np.array_equal(np.stack(frames), guided(scale, seed))
+    assert [file.name for file in out.parent.iterdir()] == ["out.png"]
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".webp", ".gif"])
+def test_generate_writes_videos(tmp_path: Path, ending: str) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (5, 33, 47, 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2)
+    files.write_frames(tmp_path / f"out{ending}", frames, 8)
+    assert len(imageio.mimread(tmp_path / f"out{ending}", memtest=False)) == 5
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.usefixtures("prompts")
+def test_generate_with_a_model_from_a_folder(folder: Path, tmp_path: Path) -> None:
+    size = ("--width", 16, "--height", 16, "--frames", 5)
+    out = tmp_path / "out.png"
+    result = run(
+        "generate", folder, "-p", "anything", "--layers", "blocks.3", *size, *SHORT, "--device", "cpu", "-o", out
+    )
+    assert result.exit_code == 0, result.output
+    pipe = diffusers.WanPipeline.from_pretrained(folder)
+    with stg.apply(pipe, [3], 1.0):
+        generator = torch.Generator().manual_seed(0)
+        video = pipe("", width=16, height=16, num_frames=5, num_inference_steps=2, generator=generator).frames[0]
+    with Image.open(out) as picture:
+        assert picture.n_frames == len(video)
+        assert np.array_equal(np.asarray(picture.convert("RGB"))[::8, ::8], (video[0] * 255).round().astype(np.uint8))
+
+
+def test_a_setting_without_an_option_of_its_own() -> None:
+    assert calls.settings_from(["height=480", "text=a b=c", "flag=true"], {"fps": 8, "image": None}) == {
+        "fps": 8, "height": 480, "text": "a b=c", "flag": True,
+    }  # fmt: skip
+    fails(run("generate", "demo", "--layers", "2", "--set", "height", "-o", "x.png"), 2, "--set 'height'", "name=value")
+
+
+# --- what cannot work -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--layers", "99"], ["layers=[99]", "8 layers"]),
+        (["--layers", "2,,3"], ["--layers '2,,3'"]),
+        (["--layers", "2", "--mode", "residuals"], ["'residuals'", "residual"]),
+        (["--layers", "2", "--rescale", "7"], ["rescale"]),
+        ([], ["no layers given", "stg.layers"]),
+    ],
+)
+def test_bad_settings_fail_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: list[str]
+) -> None:
+    monkeypatch.setattr(cli.Source, "pipeline", lambda self: pytest.fail("loaded"))
+    fails(run("generate", "demo", *arguments, "-o", tmp_path / "out.webp"), 2, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_option_is_a_usage_error() -> None:
+    assert run("generate", "demo", "--steps", "many", "-o", "x.png").exit_code == 2
+    assert run("generate", "demo").exit_code == 2
+    assert run("no-such-command").exit_code == 2
+
+
+def test_an_existing_file_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out.webp"
+    out.write_text("mine")
+    fails(run("generate", "demo", "--layers", "2", "-o", out), 2, "exists already", "--force")
+    assert out.read_text() == "mine"
+    assert run("generate", "demo", "--layers", "2", *SHORT, "--force", "-o", out).exit_code == 0
+    assert out.read_bytes()[:4] == b"RIFF"
+
+
+@pytest.mark.parametrize("name", ["out", "out.avi", "folder"])
+def test_an_output_that_cannot_be_written(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    fails(run("generate", "demo", "--layers", "2", "-o", tmp_path / name), 2)
+
+
+def test_a_folder_that_does_not_exist() -> None:
+    fails(run("layers", "./nothing"), 1, "./nothing: no such folder")
+    fails(run("layers", "nothing"), 1, "nothing: no such folder")
+
+
+def test_a_folder_without_a_pipeline(tmp_path: Path) -> None:
+    fails(run("layers", tmp_path), 1, "no pipeline that diffusers can load")
+    (tmp_path / "config.json").write_text("{}")
+    fails(run("layers", tmp_path), 1, "names no diffusers class")
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_model_of_the_hub_without_a_network() -> None:
+    fails(run("layers", "nobody/nothing"), 1, "nobody/nothing: not on this machine", "HF_HUB_OFFLINE")
+
+
+@pytest.mark.parametrize(
+    ("raised", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), ["no space left"]),
+        (ConnectionError("no route"), ["the hub cannot be reached"]),
+        (OSError("RepositoryNotFoundError"), ["the hub"]),
+    ],
+)
+def test_the_hub_fails(monkeypatch: pytest.MonkeyPatch, raised: OSError, words: list[str]) -> None:
+    def load_config(*_: Any, **__: Any) -> None:
+        raise OSError("cannot load") from raised
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", load_config)
+    fails(run("layers", "somebody/something"), 1, *words)
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".webp"])
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        next(tmp_path.glob(".out*"), tmp_path / ".out.partial").write_text("half of it")
+        raise OSError(errno.ENOSPC, "No space left on device", "out")
+
+    old = tmp_path / f"out{ending}"
+    old.write_text("the old one")
+    monkeypatch.setattr("PIL.Image.Image.save", lambda self, path, *_, **__: (Path(path).touch(), full()))
+    monkeypatch.setattr("imageio.v2.get_writer", lambda path, *_, **__: (Path(path).touch(), full()))
+    fails(run("generate", "demo", "--layers", "2", *SHORT, "--force", "-o", old), 1, "no space left on the device")
+    assert old.read_text() == "the old one"
+    assert list(tmp_path.iterdir()) == [old]
+
+
+def test_a_video_that_the_encoder_cut_short_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imageio_ffmpeg.count_frames_and_secs", lambda _: (3, 0.4))
+    fails(run("generate", "demo", "--layers", "2", *SHORT, "-o", tmp_path / "out.mp4"), 1, "only 3 of 6 frames")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "_write_mp4", interrupted)
+    fails(run("generate", "demo", "--layers", "2", *SHORT, "-o", tmp_path / "out.mp4"), 130, "interrupted")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mp4_without_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    fails(run("generate", "demo", "--layers", "2", "-o", tmp_path / "out.mp4"), 1, 'pip install "stg-hooks[cli]"')
+
+
+@pytest.mark.parametrize(
+    ("hidden", "extra"),
+    [
+        ("typer", "cli"),
+        pytest.param("rich", "cli", marks=pytest.mark.slow),
+        pytest.param("diffusers", "demo", marks=pytest.mark.slow),
+    ],
+)
+def test_a_missing_extra_says_what_to_install(hidden: str, extra: str) -> None:
+    """In a process of its own: here the package has been imported already."""
+    code = f"import sys; sys.modules[{hidden!r}] = None; sys.argv[1:] = ['layers', 'demo']; "
+    code += "from stg_hooks.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert f'pip install "stg-hooks[{extra}]"' in done.stderr.splitlines()[-1]
+
+
+def test_a_device_that_is_not_there() -> None:
+    fails(run("generate", "demo", "--layers", "2", "--device", "toaster", "-o", "x.png"), 2, "toaster")
+    if not torch.cuda.is_available():
+        fails(run("generate", "demo", "--layers", "2", "--device", "cuda", "-o", "x.png"), 1, "finds no cuda device")
+
+
+@pytest.mark.usefixtures("prompts")
+def test_offloading_is_the_pipelines_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    for name in ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload", "to"):
+        monkeypatch.setattr(diffusers.WanPipeline, name, lambda *_, name=name, **__: seen.append(name))
+    for offload in models.Offload:
+        models.Source(str(folder), device="cpu", offload=offload).pipeline()
+    assert seen == ["to", "enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"]
+    fails(run("generate", "demo", "--layers", "2", "--offload", "model", "-o", "x.png"), 2, "--offload model")
+
+
+@pytest.mark.usefixtures("prompts")
+def test_the_dtype_of_the_weights(folder: Path) -> None:
+    assert models.Source(str(folder), device="cpu").pipeline().transformer.dtype == torch.float32
+    half = models.Source(str(folder), models.Dtype.bfloat16, "cpu").pipeline()
+    assert half.transformer.patch_embedding.weight.dtype == torch.bfloat16
+
+
+# --- sweep, bench, demo -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_sweep(tmp_path: Path) -> None:
+    arguments = ("sweep", "demo", "--layers", "2,2+5", "--scales", "0.5", "--seeds", "1", *SHORT, "--out", tmp_path)
+    assert run(*arguments).exit_code == 0
+    names = {file.parent.name for file in tmp_path.glob("cells/*/cell.json")}
+    assert names == {"baseline", "residual-L2-s0.5", "residual-L2+5-s0.5"}
+    fails(run("sweep", "demo", "--layers", "2", "--scales", "x", "--out", tmp_path), 2, "--scales 'x'")
+    fails(run("sweep", "demo", "--layers", "2,88", "--out", tmp_path), 2, "layers=[88]")
+    fails(run("sweep", "demo", "--layers", "3", *SHORT, "--out", tmp_path), 1, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_profile_and_report(tmp_path: Path) -> None:
+    result = run("profile", "demo", "--layers", "2,5", "--levels", "2", *SHORT, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    expected = stg.profile(demo.load(), [2, 5], ["residual"], 2, num_inference_steps=2)
+    assert result.stdout.strip() == str(expected)
+    assert json.loads((tmp_path / "profile.json").read_text())["kind"] == "profile"
+    assert run("report", tmp_path, "--plots").exit_code == 0
+    assert "</html>" in (tmp_path / "report.html").read_text()
+    assert list(tmp_path.glob("*.png"))
+
+
+def test_profile_checks_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.Source, "pipeline", lambda self: pytest.fail("loaded"))
+    fails(run("profile", "demo", "--layers", "2,77", "--out", tmp_path), 2, "layers=[77]")
+    fails(run("profile", "demo", "--layers", "2", "--modes", "residual,", "--out", tmp_path), 2, "--modes")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_of_nothing(tmp_path: Path) -> None:
+    result = run("report", tmp_path)
+    assert result.exit_code in (1, 2)
+    fails(result, result.exit_code, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_bench() -> None:
+    result = run("bench", "demo", "--layers", "6", "--steps", "3", "--rounds", "2", "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    assert [row["execution"] for row in rows] == ["plain", "full", "sequential", "batched"]
+    assert all(row["steps"] == 4 and row["seconds"] > 0 for row in rows)
+    assert rows[0]["relative"] == 1
+
+
+def test_demo_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+    monkeypatch.setattr("stg_hooks.demo.__main__.main", lambda argv: given.append(argv) or 1)
+    assert run("demo", "--out", tmp_path, "--clips", "2").exit_code == 1
+    assert given == [["--out", str(tmp_path), "--clips", "2", "--seed", "0"]]
+
+
+# --- the pages that show it -------------------------------------------------------------------------------------------
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHOWN = [
+    (page.name, shlex.split(line, comments=True)[1:])
+    for page in PAGES
+    for line in page.read_text(encoding="utf-8").splitlines()
+    if line.strip().startswith("stg-hooks ")
+]
+
+
+def test_every_command_that_pages_show_is_understood() -> None:
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    assert {words[0] for _, words in SHOWN} == set(commands)
+    for _, (name, *arguments) in SHOWN:
+        commands[name].make_context(name, list(arguments))
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for page, words in SHOWN:
+        if page == "command-line.md" and ("demo" in words[1:] or words[0] == "report") and words[0] != "bench":
+            result = run(*words)
+            assert result.exit_code == 0, (words, result.output)
+    assert (tmp_path / "circle.mp4").stat().st_size
+    assert "</html>" in (tmp_path / "results" / "report.html").read_text()
+    assert len(list(tmp_path.glob("results/cells/*/cell.json"))) == 7
+
+
+@pytest.mark.parametrize("command", ["", "layers", "generate", "profile", "sweep", "report", "bench", "demo"])
+def test_help(command: str) -> None:
+    result = run(*command.split(), "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.stdout
