@@ -13,8 +13,8 @@ from torch import nn
 from stg_hooks import activation
 from stg_hooks.combine import Scale, check_scale
 from stg_hooks.errors import CallError, SettingError, StgWarning
-from stg_hooks.execution import Stats
 from stg_hooks.guide import Guide, Session
+from stg_hooks.guided_call import Stats
 from stg_hooks.hosts import Host, ModuleHost, pipeline_host
 from stg_hooks.layers import LayerSpec
 from stg_hooks.perturb import Mode

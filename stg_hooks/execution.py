@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -16,9 +15,10 @@ from torch import Tensor, nn
 from stg_hooks.absent import AbsentError, absent_in
 from stg_hooks.batched import BatchedPass, RowsError
 from stg_hooks.caches import Caches
-from stg_hooks.calls import agree, first_batch, halves, leaves_of, predictions, replace_predictions, take_rows
+from stg_hooks.calls import agree, first_batch, halves, predictions, replace_predictions, take_rows
 from stg_hooks.compiled import compiled_among, eagerly, is_compiled, surrounding
 from stg_hooks.errors import SettingError, StgWarning, closest
+from stg_hooks.guided_call import GuidedCall, Stats, layout_of, weak_pass
 from stg_hooks.inspection import parameter_names
 from stg_hooks.layers import Layer, find_layers
 from stg_hooks.patching import Patch, patched, pushed
@@ -26,74 +26,12 @@ from stg_hooks.prefix import Place, Prefix, PrefixMismatchError, prefix_units
 from stg_hooks.recording import Layout, Recording, Repetition
 from stg_hooks.settings import Branch
 from stg_hooks.skip import Switch
+from stg_hooks.streaming import weights_are_streamed
 
 EXECUTIONS = ("auto", "sequential", "batched", "full")
 
 _LAYOUTS = 64
 _SUSPECTS = (RuntimeError, IndexError, TypeError, ValueError)  # themselves, not what derives from them
-
-
-class _Local(threading.local):
-    in_weak_pass = False
-
-
-_LOCAL = _Local()
-
-
-def in_weak_pass() -> bool:
-    """Tell whether this thread is computing a weak prediction, which nobody is to guide again."""
-    return _LOCAL.in_weak_pass
-
-
-@contextmanager
-def weak_pass() -> Iterator[None]:
-    """Mark the calls of this thread as not to be guided, within a `with`."""
-    before, _LOCAL.in_weak_pass = _LOCAL.in_weak_pass, True
-    try:
-        yield
-    finally:
-        _LOCAL.in_weak_pass = before
-
-
-@dataclasses.dataclass
-class Stats:
-    """What has happened so far to calls that are guided."""
-
-    calls: int = 0
-    """Calls of the denoiser that the target made."""
-    guided_calls: int = 0
-    """Those to which a guidance term was added."""
-    weak_passes: int = 0
-    """Weak predictions that were computed, one per guided call and branch."""
-    blocks_run: int = 0
-    """Numbered layers that were computed for weak predictions."""
-    blocks_saved: int = 0
-    """Numbered layers that were not: skipped, or shared with the cond pass."""
-    seconds: float = 0.0
-    """Time spent on guidance after the cond pass has returned; on a GPU, the time to launch it."""
-
-
-@dataclasses.dataclass
-class GuidedCall:
-    """One call that is being guided, between its cond pass and its weak passes."""
-
-    denoiser: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    batched_cfg: bool
-    layout: Hashable = None
-    prefix: Prefix | None = None
-    cond: Sequence[Tensor] = ()
-    """Its own predictions on its cond rows."""
-    weaks: list[list[Tensor]] | None = None
-    """The weak predictions, where they came with the cond pass."""
-    check: Callable[[list[list[Tensor]]], None] | None = None
-    """What remains to be done with the weak predictions once they are known."""
-
-    @property
-    def rows(self) -> int:
-        """Number of its cond rows."""
-        return self.cond[0].shape[0]
 
 
 class NotSharedError(Exception):
@@ -236,7 +174,7 @@ class Execution:
         """
         call = GuidedCall(denoiser, args, kwargs, batched_cfg)
         batch = first_batch(args, kwargs)
-        call.layout = _layout(call)
+        call.layout = layout_of(call)
         if any(map(is_compiled, self._uncompiled)):
             self._stop_sharing("a part of it was compiled inside the `with`")
         if self.way in ("full", "whole") or batch is None or (batched_cfg and batch % 2):
@@ -481,19 +419,6 @@ class Execution:
         self._stats.blocks_run += len(self._blocks) - saved
 
 
-def _layout(call: GuidedCall) -> Hashable:
-    """What two calls have in common that cut, keep and replay the same; numbers (timesteps) do not count."""
-
-    def describe(leaf: Any) -> object:
-        if isinstance(leaf, Tensor):
-            return leaf.shape, leaf.dtype, leaf.device
-        return leaf if isinstance(leaf, (bool, str)) else type(leaf)
-
-    positional = tuple(map(describe, leaves_of(call.args, {})))
-    named = tuple((name, *map(describe, leaves_of((value,), {}))) for name, value in call.kwargs.items())
-    return call.batched_cfg, positional, named
-
-
 def _unique(*units: Sequence[nn.Module]) -> list[nn.Module]:
     return list({id(unit): unit for unit in itertools.chain(*units)}.values())
 
@@ -519,28 +444,3 @@ def _check_different(switches: Sequence[Switch], branches: Sequence[Branch]) -> 
                 f"scale{both or ' the sum of both'}."
             )
         seen[what] = i
-
-
-def weights_are_streamed(model: nn.Module) -> bool:
-    """Tell whether a model's weights are brought to the device piece by piece in each pass: the rule of `"auto"`.
-
-    With L blocks and k the first skipped one, a sequential step brings `(2 * L - k - 1) / L` times the weights that a
-    batched one brings (1.27 for Mochi), for the same arithmetic. Where weights stay, batched only saves launches, and
-    costs memory and copies. `python -m benchmarks.cost`, with and without `--offload`, measures both.
-
-    Args:
-        model: the denoiser, as it is when guidance is set up.
-
-    Returns:
-        Whether accelerate (CPU or disk offload), diffusers (group offload) or FSDP2 (`fully_shard`, which gathers
-        weights from other devices) has left its mark on a submodule.
-    """
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        if any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook])):
-            return True
-        if "group_offloading" in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}):
-            return True
-        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
-            return True
-    return False

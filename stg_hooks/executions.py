@@ -9,7 +9,8 @@ from contextlib import ExitStack, contextmanager
 from torch import nn
 
 from stg_hooks.caches import Caches
-from stg_hooks.execution import Execution, Stats
+from stg_hooks.execution import Execution
+from stg_hooks.guided_call import Stats
 from stg_hooks.layers import items_of
 from stg_hooks.schedule import Settings
 from stg_hooks.settings import Branch

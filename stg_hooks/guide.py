@@ -18,8 +18,8 @@ from stg_hooks.calls import first_batch, halves, own_predictions, replace_predic
 from stg_hooks.combine import Scale, combine, correction, fitted, is_number
 from stg_hooks.compiled import is_compiled, untraced
 from stg_hooks.errors import CallError
-from stg_hooks.execution import GuidedCall, Stats, in_weak_pass
 from stg_hooks.executions import Executions
+from stg_hooks.guided_call import GuidedCall, Stats, in_weak_pass
 from stg_hooks.hosts import Host, Role
 from stg_hooks.inspection import parameter_names
 from stg_hooks.parallel import Share, check_alone

@@ -11,8 +11,9 @@ from torch.utils import _pytree as pytree
 from stg_hooks import activation
 from stg_hooks.calls import own_predictions
 from stg_hooks.errors import CallError
-from stg_hooks.execution import Execution, GuidedCall, weak_pass
+from stg_hooks.execution import Execution
 from stg_hooks.executions import Executions
+from stg_hooks.guided_call import GuidedCall, weak_pass
 from stg_hooks.ranks import Ranks, samples_of
 from stg_hooks.settings import Branch
 from stg_hooks.skip import Switch

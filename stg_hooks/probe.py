@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from stg_hooks.calls import halves, take_rows
 from stg_hooks.cost import Flops, is_compiled_anywhere
 from stg_hooks.errors import CallError, SettingError, StgWarning
-from stg_hooks.execution import Stats, in_weak_pass, weak_pass
 from stg_hooks.guide import Guide, Session
+from stg_hooks.guided_call import Stats, in_weak_pass, weak_pass
 from stg_hooks.inspection import parameter_names
 from stg_hooks.settings import Branch
 from stg_hooks.step import Step

@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 from stg_hooks import activation
 from stg_hooks.calls import cut, first_batch, predictions, row_factor
 from stg_hooks.errors import CallError, SettingError, closest
-from stg_hooks.execution import in_weak_pass
 from stg_hooks.executions import Executions
 from stg_hooks.guide import Session
+from stg_hooks.guided_call import in_weak_pass
 from stg_hooks.patching import Action, patched
 from stg_hooks.schedule import Settings
 from stg_hooks.step import check_step

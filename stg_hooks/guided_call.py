@@ -1,0 +1,90 @@
+"""One call that is being guided, and what is counted of all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from stg_hooks.calls import leaves_of
+from stg_hooks.prefix import Prefix
+
+
+class _Local(threading.local):
+    in_weak_pass = False
+
+
+_LOCAL = _Local()
+
+
+def in_weak_pass() -> bool:
+    """Tell whether this thread is computing a weak prediction, which nobody is to guide again."""
+    return _LOCAL.in_weak_pass
+
+
+@contextmanager
+def weak_pass() -> Iterator[None]:
+    """Mark the calls of this thread as not to be guided, within a `with`."""
+    before, _LOCAL.in_weak_pass = _LOCAL.in_weak_pass, True
+    try:
+        yield
+    finally:
+        _LOCAL.in_weak_pass = before
+
+
+@dataclasses.dataclass
+class Stats:
+    """What has happened so far to calls that are guided."""
+
+    calls: int = 0
+    """Calls of the denoiser that the target made."""
+    guided_calls: int = 0
+    """Those to which a guidance term was added."""
+    weak_passes: int = 0
+    """Weak predictions that were computed, one per guided call and branch."""
+    blocks_run: int = 0
+    """Numbered layers that were computed for weak predictions."""
+    blocks_saved: int = 0
+    """Numbered layers that were not: skipped, or shared with the cond pass."""
+    seconds: float = 0.0
+    """Time spent on guidance after the cond pass has returned; on a GPU, the time to launch it."""
+
+
+@dataclasses.dataclass
+class GuidedCall:
+    """One call that is being guided, between its cond pass and its weak passes."""
+
+    denoiser: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    batched_cfg: bool
+    layout: Hashable = None
+    prefix: Prefix | None = None
+    cond: Sequence[Tensor] = ()
+    """Its own predictions on its cond rows."""
+    weaks: list[list[Tensor]] | None = None
+    """The weak predictions, where they came with the cond pass."""
+    check: Callable[[list[list[Tensor]]], None] | None = None
+    """What remains to be done with the weak predictions once they are known."""
+
+    @property
+    def rows(self) -> int:
+        """Number of its cond rows."""
+        return self.cond[0].shape[0]
+
+
+def layout_of(call: GuidedCall) -> Hashable:
+    """What two calls have in common that cut, keep and replay the same; numbers (timesteps) do not count."""
+
+    def describe(leaf: Any) -> object:
+        if isinstance(leaf, Tensor):
+            return leaf.shape, leaf.dtype, leaf.device
+        return leaf if isinstance(leaf, (bool, str)) else type(leaf)
+
+    positional = tuple(map(describe, leaves_of(call.args, {})))
+    named = tuple((name, *map(describe, leaves_of((value,), {}))) for name, value in call.kwargs.items())
+    return call.batched_cfg, positional, named
