@@ -22,6 +22,7 @@ from stg_hooks.executions import Executions
 from stg_hooks.guided_call import GuidedCall, Stats, in_weak_pass
 from stg_hooks.hosts import Host, Role
 from stg_hooks.inspection import parameter_names
+from stg_hooks.kept import Kept
 from stg_hooks.parallel import Share, check_alone
 from stg_hooks.patching import Undo, patched, shared
 from stg_hooks.ranks import Ranks
@@ -85,35 +86,6 @@ class _Guided:
             )
             for i, (c, weaks, u) in enumerate(zip(self.conds, self.weaks, unconds, strict=True))
         ]
-
-
-@dataclasses.dataclass
-class Kept:
-    """What an evaluation leaves for the steps that use it again (`every`)."""
-
-    differences: list[list[Tensor]]
-    branches: tuple[Branch, ...]
-    index: int | None
-    used: int = 1
-
-    @classmethod
-    def after(
-        cls, conds: Sequence[Tensor], weaks: Sequence[Sequence[Tensor]], branches: tuple[Branch, ...], step: Step
-    ) -> Kept:
-        """Keep the differences of an evaluation."""
-        found = [[c - weak for weak in of_one] for c, of_one in zip(conds, weaks, strict=True)]
-        return cls(found, branches, step.index)
-
-    def weaks(self, conds: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Return, for each prediction, weak ones that differ from it as they did then."""
-        self.used += 1
-        return [[c - difference for difference in found] for c, found in zip(conds, self.differences, strict=True)]
-
-    def serves(self, call_of: Step, branches: tuple[Branch, ...], every: int) -> bool:
-        """Tell whether it may be used again in a call."""
-        again = self.index is None or call_of.index is None or call_of.index > self.index
-        same = [(b.layers, b.mode, b.kind) for b in branches] == [(b.layers, b.mode, b.kind) for b in self.branches]
-        return self.used < every and again and same
 
 
 @dataclasses.dataclass

@@ -18,8 +18,8 @@ from stg_hooks.calls import halves, own_predictions, predictions
 from stg_hooks.combine import Scale, check_scale, combine, correction, is_number
 from stg_hooks.errors import CallError, SettingError, TargetError
 from stg_hooks.executions import Executions
-from stg_hooks.guide import Kept
 from stg_hooks.guided_call import Stats, in_weak_pass
+from stg_hooks.kept import Kept
 from stg_hooks.layers import LayerSpec
 from stg_hooks.parallel import Share, check_alone
 from stg_hooks.perturb import Mode
