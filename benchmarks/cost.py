@@ -58,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     started = time.perf_counter()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        results["hooks"] = overhead.hooks(options.contestants, device, 20 if options.quick else 300)
+        results["hooks"] = overhead.hooks(
+            options.contestants, device, 20 if options.quick else 300, measure.CLOCKS[options.clock]
+        )
         report.show(*report.hooks_table(results["hooks"]), report.HOOKS)
         for name in options.models:
             result = with_less_if_needed(SHAPES[name], options)

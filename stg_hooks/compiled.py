@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
@@ -41,7 +42,13 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
     reason = "stg_hooks guides this model from outside: compile it before stg.apply(), and pass what is compiled to it."
     disabled: Callable[..., Any] = torch.compiler.disable(function, reason=reason)
-    return disabled
+
+    @functools.wraps(function)
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        # Outside of what is compiled, torch.compiler.disable would make all Python code inside several times slower.
+        return disabled(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
+
+    return chosen
 
 
 def eagerly() -> AbstractContextManager[object]:
