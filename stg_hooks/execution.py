@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stg_hooks.absent import AbsentError, absent_in
@@ -17,12 +18,13 @@ from stg_hooks.batched import BatchedPass, RowsError
 from stg_hooks.caches import Caches
 from stg_hooks.calls import agree, first_batch, halves, predictions, replace_predictions, take_rows
 from stg_hooks.compiled import compiled_among, eagerly, is_compiled, surrounding
+from stg_hooks.effects import State
 from stg_hooks.errors import SettingError, StgWarning, closest
-from stg_hooks.guided_call import GuidedCall, Stats, layout_of, weak_pass
+from stg_hooks.guided_call import GuidedCall, Stats, checking, layout_of, weak_pass
 from stg_hooks.inspection import parameter_names
 from stg_hooks.layers import Layer, find_layers
 from stg_hooks.patching import Patch, patched, pushed
-from stg_hooks.prefix import Place, Prefix, PrefixMismatchError, prefix_units
+from stg_hooks.prefix import DRAWS_RANDOM_NUMBERS, Place, Prefix, PrefixMismatchError, prefix_units
 from stg_hooks.recording import Layout, Recording, Repetition
 from stg_hooks.settings import Branch
 from stg_hooks.skip import Switch
@@ -60,8 +62,9 @@ class Execution:
     second sweep over them is what costs there; otherwise `"sequential"`, which computes the same.
 
     All give the same predictions, to rounding, for a denoiser that is a function of its arguments and treats rows
-    separately. Whether this one does is found out in the first call of each layout (its shapes, types and switches):
-    there the weak pass is made once more with nothing skipped, and has to give cond again. Where a model turns out not
+    separately. Where rows `[uncond, cond]` have to be cut, whether this one does is found out in the first call of each
+    layout (its shapes, types and switches): there the weak pass is made once more with nothing skipped, and has to give
+    cond again. Where a model turns out not
     to allow a way, the next one is taken from then on, and a warning says so: batched, sequential, full, and in the end
     a full pass on all rows, of which nothing is assumed. A model that is compiled as a whole, or has step caches,
     allows `"full"` only.
@@ -177,6 +180,12 @@ class Execution:
         call.layout = layout_of(call)
         if any(map(is_compiled, self._uncompiled)):
             self._stop_sharing("a part of it was compiled inside the `with`")
+        # Who moves weights about may move buffers, too.
+        if self.way == "full" and self._is_to_be_checked(call) and not self._streams:
+            state = State(self._model)
+            output = denoiser(*args, **kwargs)
+            call.changes_state = state.is_changed()
+            return output, call
         if self.way in ("full", "whole") or batch is None or (batched_cfg and batch % 2):
             return denoiser(*args, **kwargs), call
         cond = slice(batch // 2, None) if batched_cfg else slice(None)
@@ -189,7 +198,6 @@ class Execution:
                 self._stop_batching(error)
         if known is None or known.prefix is None:
             self._seen[call.layout] += 1
-            # Who moves weights about may move buffers, too.
             prefix: Prefix = Recording(self._model, self._starts, batch, cond, self._wanted, not self._streams)
         else:
             prefix = Repetition(known.prefix, self._starts, batch, cond)
@@ -197,7 +205,7 @@ class Execution:
             output = denoiser(*args, **kwargs)
         prefix.finish()
         if isinstance(prefix, Repetition) and prefix.differs:
-            del self._known[call.layout]
+            self._known.pop(call.layout, None)
         else:
             call.prefix = prefix
         if self.way == "batched":
@@ -257,11 +265,10 @@ class Execution:
         call.cond = cond
         results = self._shared_passes(call)
         if results is None:
-            # What step caches keep makes a pass another one than it would be by itself.
-            if self.way == "full" and call.batched_cfg and not self._caches.found and call.layout not in self._cut:
+            if self.way == "full" and self._is_to_be_checked(call) and not call.changes_state:
                 self._check_rows(call)
-            # Where sharing is only put off to the next call, nothing is known about cutting rows.
-            is_cut = call.batched_cfg and self.way == "full"
+            # Where a check is only put off to the next call, nothing is known about cutting rows.
+            is_cut = call.batched_cfg and self.way == "full" and not call.changes_state
             results = [self._full_pass(call, branch, is_cut) for branch in range(len(self.switches))]
         elif call.check is not None:
             call.check(results)
@@ -277,14 +284,14 @@ class Execution:
         if call.batched_cfg and prefix.batch != 2 * call.rows:
             return None
         if prefix.obstacle:
-            self._stop_sharing(prefix.obstacle)
+            self._stop_sharing(prefix.obstacle, "whole" if prefix.obstacle == DRAWS_RANDOM_NUMBERS else "full")
             return None
         if prefix.has_new_state:  # the first time that may be a cache
             if self._seen[call.layout] > 1:
-                self._stop_sharing("it keeps something from one call to the next")
+                self._stop_sharing("it keeps something from one call to the next", "whole")
             return None
-        is_new = isinstance(prefix, Recording)
-        prefix.is_reused = prefix.is_reused or is_new
+        is_to_be_checked = call.batched_cfg and isinstance(prefix, Recording)
+        prefix.is_reused = prefix.is_reused or is_to_be_checked
         stats = dataclasses.replace(self._stats)
         results = []
         try:
@@ -292,12 +299,11 @@ class Execution:
                 with switch.switched_on():
                     results.append([tensor.clone() for tensor in self._shared_pass(call, prefix, branch)])
                 self._count(branch, prefix.answered(branch))
-            if is_new:
+            if is_to_be_checked:
                 self._check_shared(call, prefix)
         except (NotSharedError, PrefixMismatchError, AbsentError) as error:
             vars(self._stats).update(vars(stats))
-            if call.layout in self._known:
-                del self._known[call.layout]
+            self._known.pop(call.layout, None)
             if prefix.asked():
                 self._wanted |= prefix.asked()  # kept from the next call on
             elif prefix.is_broken:
@@ -350,11 +356,13 @@ class Execution:
         """
         by_length = sorted(range(len(self.switches)), key=lambda branch: prefix.ends[branch] or 0)
         for branch in {by_length[0], by_length[-1]}:
-            if not agree(self._shared_pass(call, prefix, branch), call.cond):
+            with torch.no_grad(), checking():
+                again = self._shared_pass(call, prefix, branch)
+            if not agree(again, call.cond):
                 raise NotSharedError("with nothing skipped, the cond rows alone do not give the cond prediction again")
 
-    def _stop_sharing(self, reason: str) -> None:
-        self.way, self._uncompiled = "full", []
+    def _stop_sharing(self, reason: str, way: str = "full") -> None:
+        self.way, self._uncompiled = way, []
         self._warn(
             f"{type(self._model).__name__} does not let the weak pass share work with the cond pass ({reason}). "
             "Guidance stays exact, at the price of a full pass. execution='full' asks for that, without this warning."
@@ -381,11 +389,15 @@ class Execution:
             weak = [halves(tensor)[1] for tensor in weak]
         return [tensor.clone() for tensor in weak]  # the next call may use their memory
 
+    def _is_to_be_checked(self, call: GuidedCall) -> bool:
+        # What step caches keep makes a pass another one than it would be by itself.
+        return call.batched_cfg and call.layout not in self._cut and self._caches.found is None
+
     def _check_rows(self, call: GuidedCall) -> None:
         """Make a pass on the cond rows with nothing skipped, once: it has to give what the cond pass gave."""
         try:
             args, kwargs = self._cond_rows(call)
-            with weak_pass(), eagerly():
+            with torch.no_grad(), checking(), weak_pass(), eagerly():
                 again = predictions(call.denoiser(*args, **kwargs))
             if agree(again, call.cond):
                 self._cut.add(call.layout)

@@ -16,6 +16,7 @@ from stg_hooks.prefix import Prefix
 
 class _Local(threading.local):
     in_weak_pass = False
+    is_checking = False
 
 
 _LOCAL = _Local()
@@ -34,6 +35,21 @@ def weak_pass() -> Iterator[None]:
         yield
     finally:
         _LOCAL.in_weak_pass = before
+
+
+def is_checking() -> bool:
+    """Tell whether this thread's pass is made once only, to find out whether rows are cut rightly."""
+    return _LOCAL.is_checking
+
+
+@contextmanager
+def checking() -> Iterator[None]:
+    """Mark a pass that belongs to no branch, within a `with`."""
+    before, _LOCAL.is_checking = _LOCAL.is_checking, True
+    try:
+        yield
+    finally:
+        _LOCAL.is_checking = before
 
 
 @dataclasses.dataclass
@@ -66,6 +82,8 @@ class GuidedCall:
     prefix: Prefix | None = None
     cond: Sequence[Tensor] = ()
     """Its own predictions on its cond rows."""
+    changes_state: bool = False
+    """The model keeps something from it; the first time that may be a cache."""
     weaks: list[list[Tensor]] | None = None
     """The weak predictions, where they came with the cond pass."""
     check: Callable[[list[list[Tensor]]], None] | None = None

@@ -26,6 +26,8 @@ from stg_hooks.effects import Randomness
 from stg_hooks.layers import attention_modules, is_attention
 from stg_hooks.patching import Action, Patch, pushed
 
+DRAWS_RANDOM_NUMBERS = "it draws random numbers"
+
 Place = tuple[int, int]
 """An output of a unit: the unit's `id`, and which of its outputs."""
 
@@ -191,7 +193,7 @@ class Prefix:
     def finish(self) -> None:
         """Conclude what can be shared, at the end of the prefixes or of the pass."""
         if self._randomness is not None and self._randomness.is_used():
-            self.obstacle = "it draws random numbers"
+            self.obstacle = DRAWS_RANDOM_NUMBERS
         self._randomness = None
 
     # --- the weak passes
