@@ -81,6 +81,12 @@ class Randomness:
         self._device = device
         self._states = self._look()
 
+    @classmethod
+    def for_call(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Randomness:
+        """Look at the generators that a call with these arguments would use."""
+        tensors = [leaf for leaf in leaves_of(args, kwargs) if isinstance(leaf, Tensor)]
+        return cls(tensors[0].device if tensors else torch.device("cpu"))
+
     def is_used(self) -> bool:
         """Tell whether random numbers were drawn since."""
         return any(not torch.equal(a, b) for a, b in zip(self._states, self._look(), strict=True))

@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from stg_hooks.batched import BatchedPass, RowsError
 from stg_hooks.caches import Caches
 from stg_hooks.calls import agree, first_batch, halves, predictions, replace_predictions, take_rows
 from stg_hooks.compiled import compiled_among, eagerly, is_compiled, surrounding
-from stg_hooks.effects import State
+from stg_hooks.effects import Randomness, State
 from stg_hooks.errors import SettingError, StgWarning, closest
 from stg_hooks.guided_call import GuidedCall, Stats, checking, layout_of, weak_pass
 from stg_hooks.inspection import parameter_names
@@ -113,11 +114,12 @@ class Execution:
         }
         # What surrounds the blocks may hold tables that have no rows.
         self._batched = [u for u in batched if self._blocks_in[id(u)] or any(u is module for module in skipped)]
+        # Each way, and what it sees of the model: the next one is taken where a model does not allow one.
         self._units = {
+            "batched": _unique(self._prefix, self._batched),
+            "sequential": self._prefix,
             "full": [],
             "whole": [],
-            "sequential": self._prefix,
-            "batched": _unique(self._prefix, self._batched),
         }
         self._surrounding = {way: surrounding(model, units) for way, units in self._units.items()}
         self._uncompiled: list[nn.Module] = []
@@ -182,9 +184,9 @@ class Execution:
             self._stop_sharing("a part of it was compiled inside the `with`")
         # Who moves weights about may move buffers, too.
         if self.way == "full" and self._is_to_be_checked(call) and not self._streams:
-            state = State(self._model)
+            state, randomness = State(self._model), Randomness.for_call(args, kwargs)
             output = denoiser(*args, **kwargs)
-            call.changes_state = state.is_changed()
+            call.changes_state = state.is_changed() or randomness.is_used()
             return output, call
         if self.way in ("full", "whole") or batch is None or (batched_cfg and batch % 2):
             return denoiser(*args, **kwargs), call
@@ -265,11 +267,13 @@ class Execution:
         call.cond = cond
         results = self._shared_passes(call)
         if results is None:
-            if self.way == "full" and self._is_to_be_checked(call) and not call.changes_state:
-                self._check_rows(call)
+            is_cut = self.way == "full" and call.batched_cfg and not call.changes_state
+            if is_cut and self._is_to_be_checked(call):
+                is_cut = self._check_rows(call)
             # Where a check is only put off to the next call, nothing is known about cutting rows.
-            is_cut = call.batched_cfg and self.way == "full" and not call.changes_state
             results = [self._full_pass(call, branch, is_cut) for branch in range(len(self.switches))]
+            if call.conclude is not None:  # an error that has nothing to do with sharing has been raised again
+                call.conclude()
         elif call.check is not None:
             call.check(results)
         return results
@@ -309,7 +313,7 @@ class Execution:
             elif prefix.is_broken:
                 self._stop_sharing("it calls other blocks in the weak pass than in the cond pass")
             elif not isinstance(error, AbsentError):
-                self._stop_sharing(str(error))
+                call.conclude = partial(self._stop_sharing, str(error))
             return None
         if isinstance(prefix, Recording):
             if len(self._known) >= _LAYOUTS:
@@ -393,20 +397,28 @@ class Execution:
         # What step caches keep makes a pass another one than it would be by itself.
         return call.batched_cfg and call.layout not in self._cut and self._caches.found is None
 
-    def _check_rows(self, call: GuidedCall) -> None:
-        """Make a pass on the cond rows with nothing skipped, once: it has to give what the cond pass gave."""
+    def _check_rows(self, call: GuidedCall) -> bool:
+        """Make a pass on the cond rows with nothing skipped, once: it has to give what the cond pass gave.
+
+        Returns:
+            Whether it does.
+        """
         try:
             args, kwargs = self._cond_rows(call)
             with torch.no_grad(), checking(), weak_pass(), eagerly():
                 again = predictions(call.denoiser(*args, **kwargs))
             if agree(again, call.cond):
                 self._cut.add(call.layout)
-                return
+                return True
             reason = "the cond rows alone do not give the cond prediction again"
         except _SUSPECTS as error:
             if type(error) not in _SUSPECTS:
                 raise
             reason = f"{type(error).__name__}: {error}"
+        call.conclude = partial(self._stop_cutting, reason)
+        return False
+
+    def _stop_cutting(self, reason: str) -> None:
         self.way = "whole"
         self._warn(
             f"the calls of {type(self._model).__name__} cannot be cut down to their cond rows ({reason}). Guidance "

@@ -88,6 +88,8 @@ class GuidedCall:
     """The weak predictions, where they came with the cond pass."""
     check: Callable[[list[list[Tensor]]], None] | None = None
     """What remains to be done with the weak predictions once they are known."""
+    conclude: Callable[[], None] | None = None
+    """What remains to be done once weak predictions could be computed in another way than tried first."""
 
     @property
     def rows(self) -> int:

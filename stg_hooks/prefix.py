@@ -159,8 +159,7 @@ class Prefix:
             if self._inside or self.is_complete:
                 return proceed(*args, **kwargs)
             if self._randomness is None:
-                tensors = [leaf for leaf in leaves_of(args, kwargs) if isinstance(leaf, Tensor)]
-                self._randomness = Randomness(tensors[0].device if tensors else torch.device("cpu"))
+                self._randomness = Randomness.for_call(args, kwargs)
             conclude = self._begin(unit, args, kwargs)
             self._inside = True
             try:

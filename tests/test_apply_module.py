@@ -215,6 +215,9 @@ def test_arguments_are_cut_to_the_cond_rows() -> None:
     model.seen.clear()
     with stg.apply(model, ["blocks.2"], 1.0, batched_cfg=True):
         got = model(*args, **kwargs)
+        assert len(model.seen) == 3  # the first time, cut rows are tried with nothing skipped
+        model.seen.clear()
+        model(*args, **kwargs)
     term = (plain - weak)[2:]
     assert_close(got, plain + torch.cat([term, term]), **close)
 
