@@ -47,7 +47,7 @@ def temporal_lines(model: nn.Module, names: Sequence[str]) -> str:
     """
     part = f".{names[0].rpartition('.')[2]}" if names else "..."
     return (
-        "Leave kind out, or, if attention here works across frames alone, state a part of its name before:\n"
+        "Leave kind out, or, if attention here works across frames alone, first state a part of its name:\n"
         "  from stg_hooks.adapters import TEMPORAL\n"
         f'  TEMPORAL["{type(model).__name__}"] = ("{part}",)'
     )

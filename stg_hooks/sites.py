@@ -151,7 +151,7 @@ def _attention_lines(module: nn.Module) -> str:
     for candidate in (*inner, module):
         if not type(candidate).__module__.startswith("torch.") and next(candidate.children(), None) is not None:
             return (
-                "If attention is computed there, state by which class, before:\n"
+                "If attention is computed there, first state by which class:\n"
                 "  from stg_hooks.adapters import ATTENTION\n"
                 f'  ATTENTION.add("{type(candidate).__name__}")'
             )

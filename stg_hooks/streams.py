@@ -163,7 +163,7 @@ class Streams:
             wanted = sum(isinstance(leaf, Tensor) for leaf in leaves)
             stand_ins = tuple(names[:wanted])
             return (
-                "state, before, which arguments stand in for the tensors that it gave, in their order:\n"
+                "first state which arguments stand in for the tensors that it gave, in their order:\n"
                 "  from stg_hooks.adapters import STREAMS\n"
                 f'  STREAMS["{type(self._block).__name__}"] = {stand_ins}'.replace("'", '"')
             )

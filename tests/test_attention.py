@@ -445,7 +445,7 @@ def test_the_lines_of_adapter_that_name_an_attention_work(monkeypatch: pytest.Mo
         "layers=['blocks.1']: MixerBlock has no attention for mode='values'. It can have 'residual', 'shuffled'.",
         "  it is:    MixerBlock.forward(x, text)",
         "  it holds: norm (LayerNorm), mixer (Mixer)",
-        "If attention is computed there, state by which class, before:",
+        "If attention is computed there, first state by which class:",
         "  from stg_hooks.adapters import ATTENTION",
         '  ATTENTION.add("Mixer")',
     ]

@@ -120,7 +120,7 @@ def test_a_close_race_is_refused_with_what_to_type() -> None:
         "  it is:    Mixing.forward(one, other)",
         "  it got:   one=(2, 7, 8), other=(2, 7, 8)",
         "  it gave:  tuple((2, 7, 8), 1.0)",
-        "Skip another layer, or state, before, which arguments stand in for the tensors that it gave, in their order:",
+        "Skip another layer, or first state which arguments stand in for the tensors that it gave, in their order:",
         "  from stg_hooks.adapters import STREAMS",
         '  STREAMS["Mixing"] = ("one",)',
     ]
