@@ -1,6 +1,7 @@
 """Facts about model families that looking at a model cannot tell. Data only."""
 
+from stg_hooks.adapters.blocks import ATTENTION, STREAMS
 from stg_hooks.adapters.factorised import TEMPORAL
 from stg_hooks.adapters.published import PUBLISHED
 
-__all__ = ["PUBLISHED", "TEMPORAL"]
+__all__ = ["ATTENTION", "PUBLISHED", "STREAMS", "TEMPORAL"]

@@ -147,6 +147,9 @@ class PipelineHost:
         kind, guards = site.kind_now(names), site.guards or ()
         if site.unless is not None and evaluate(site.unless, names):
             raise UnreadableError(f"it guides its predictions by itself, as {ast.unparse(site.unless)} is true")
+        if kind == "samples":
+            both = holds(guards, names)
+            return Role("cond+uncond" if both else "cond", self._weight(site, names) if both else None, samples=True)
         if kind == "unused":
             return None
         if kind == "perturbed":

@@ -49,6 +49,7 @@ class Site:
     """A call of a denoiser in a function's code.
 
     `kind` says what it is for: `"cond"`, `"uncond"`, `"both"` (rows `[uncond, cond]`, while `guards` hold),
+    `"samples"` (a list of samples, the first half of them cond and the second half uncond, while `guards` hold),
     `"perturbed"` (a weak prediction of the pipeline's own), or `"unused"`. Where the code names it at run time,
     `context` is that name. For a cond call, `guards` are the conditions under which the uncond call follows; `None` if
     none does. While `unless` holds, the prediction is guided in some way that is not understood. `channels` is how many
@@ -226,6 +227,10 @@ def _classified(calls: Sequence[tuple[_Found, ast.Call]], statements: Sequence[_
     kinds = [_kind(found, call) for found, call in calls]
     splits = _splits(statements)
     unless = None
+    sliced = None if splits or len(calls) != 1 or kinds != ["cond"] else _sliced(calls[0][0], statements)
+    if sliced is not None:
+        yield sliced
+        return
     if not splits and "uncond" not in kinds and "named" not in kinds:
         unless = _switch_of_guidance([found for found, _ in calls], statements)
     unnamed = [kind for kind, (found, _) in zip(kinds, calls, strict=True) if found.context is None]
@@ -237,7 +242,7 @@ def _classified(calls: Sequence[tuple[_Found, ast.Call]], statements: Sequence[_
         kinds = ["both" if kind == "cond" else kind for kind in kinds]
     boths = [found for kind, (found, _) in zip(kinds, calls, strict=True) if kind == "both"]
     for kind, (found, _) in zip(kinds, calls, strict=True):
-        lines = range(found.statement.lineno, (found.statement.end_lineno or found.statement.lineno) + 1)
+        lines = _lines(found)
         if kind == "named":
             yield Site(lines, "perturbed", found.context)
         elif kind == "both":
@@ -252,6 +257,10 @@ def _classified(calls: Sequence[tuple[_Found, ast.Call]], statements: Sequence[_
             yield Site(lines, kind, None, None, _combination(found, _target(cond), _target(found), statements))
         else:
             yield Site(lines, kind, unless=unless)
+
+
+def _lines(found: _Found) -> range:
+    return range(found.statement.lineno, (found.statement.end_lineno or found.statement.lineno) + 1)
 
 
 def _kind(found: _Found, call: ast.Call) -> str:
@@ -342,6 +351,30 @@ def _split_of(call: _Found, calls: Sequence[_Found], splits: Sequence[_Split]) -
         if line < split[0].statement.lineno < min(following, default=sys.maxsize):
             return split
     raise UnreadableError("it makes a call for cond and uncond, and does not say which half is which")
+
+
+def _sliced(call: _Found, statements: Sequence[_Found]) -> Site | None:
+    """Understand `cond, uncond = outputs[:n], outputs[n:]`, combined sample by sample; `None` if it is not so."""
+    parts, whole = {}, _target(call)
+    for found in statements:
+        value = found.statement.value if isinstance(found.statement, ast.Assign) else None
+        if isinstance(value, ast.Subscript) and isinstance(value.slice, ast.Slice) and _tail(value.value) == whole:
+            parts[_target(found)] = (found.guards, value.slice)
+    if len(parts) != 2:
+        return None
+    (cond, uncond), ((guards, first), (others, second)) = parts, parts.values()
+    is_cut = first.upper is not None and second.lower is not None and ast.dump(first.upper) == ast.dump(second.lower)
+    if not is_cut or first.lower or second.upper or first.step or second.step or guards != others:
+        return None
+    if _UNCOND.search(cond) or not _UNCOND.search(uncond):
+        return None
+    assigned = (found.statement.value for found in statements if isinstance(found.statement, ast.Assign))
+    if not any(_tail(node.func) == "stack" and whole in _names(node) for node in _inner_calls(list(assigned))):
+        return None  # it may be a tensor
+    made_of = [(_target(found), set(_names(found.statement))) for found in statements]
+    one, other = (next((x for x, names in made_of if x not in ("", name) and name in names), "") for name in parts)
+    combination = _combination(call, one, other, statements)
+    return None if combination is None else Site(_lines(call), "samples", None, guards, combination)
 
 
 def _channels(statements: Sequence[_Found]) -> ast.expr | None:

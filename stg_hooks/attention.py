@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -22,7 +22,7 @@ from stg_hooks.attention_calls import AttentionCall, HandMade, MultiHead, Scaled
 from stg_hooks.compiled import is_compiled
 from stg_hooks.errors import BlockError, StgError
 from stg_hooks.hosts import plain_attention
-from stg_hooks.inspection import bound_arguments
+from stg_hooks.inspection import bound_arguments, signature_text
 from stg_hooks.patching import Action, Patch, patched, pushed
 from stg_hooks.provenance import NOTHING, Provenance, Runs
 from stg_hooks.text_tokens import TextTokens
@@ -40,6 +40,7 @@ class AttentionSeam:
         targets: Sequence[tuple[str, nn.Module]],
         text: TextTokens | None = None,
         choose: Callable[[Sequence[tuple[str, nn.Module]]], Sequence[tuple[str, nn.Module]]] = tuple,
+        named: Collection[str] = (),
     ) -> None:
         """Prepare for one layer; touch nothing.
 
@@ -49,10 +50,12 @@ class AttentionSeam:
                 itself may be one of them.
             text: finds the text in what the layer is given as one stream; leave it out where text makes no difference.
             choose: chooses among the targets, in a call of the layer.
+            named: those among the targets that were asked for by name, each of which has to be perturbed.
         """
         self._layer = layer
         self._text = text
         self._choose = choose
+        self._named = named
         self._targets = targets
         self._opaque = [module for module in layer.modules() if _is_opaque(module)]
         self._patches: dict[int, Patch] = {}
@@ -102,18 +105,20 @@ class AttentionSeam:
             else:
                 with mode.provenance.call(bound_arguments(self._layer, args, kwargs), known):
                     output = forward(*args, **kwargs)
-        if not mode.replaced:
-            raise BlockError(self._explain(mode))
+        missed = [(name, module) for name, module in targets if name in self._named and name not in mode.perturbed]
+        if missed or not mode.replaced:
+            raise BlockError(self._explain(mode, missed or self._targets))
         return output
 
-    def _explain(self, mode: _Interception) -> str:
+    def _explain(self, mode: _Interception, targets: Sequence[tuple[str, nn.Module]]) -> str:
         kind = type(self._layer).__name__
-        names = ", ".join(repr(name) for name, _ in self._targets)
+        names = ", ".join(repr(name) for name, _ in targets)
         if mode.crossed:
+            signatures = {f"{type(m).__name__}.forward{signature_text(m)}": None for _, m in targets}
             return (
                 f"the attention in {names} of {kind} is cross-attention: its keys come from other tokens than its "
                 "queries. Attention modes replace self-attention only; skip another layer, or use mode='residual' on "
-                "the block."
+                f"the block.\n  it is:    {', '.join(signatures)}"
             )
         return f"a perturbed layer, {kind}, did not call its attention ({names}), so nothing was perturbed."
 
@@ -126,6 +131,7 @@ class _Interception(TorchFunctionMode):
         self.provenance = Provenance()
         self.replaced = 0
         self.crossed = 0
+        self.perturbed: set[str] = set()
         self._change = change
         self._inside: tuple[str, nn.Module] | None = None
 
@@ -134,7 +140,7 @@ class _Interception(TorchFunctionMode):
 
         def action(proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             before, self._inside = self._inside, (name, module)
-            seen = self.replaced + self.crossed
+            replaced, crossed = self.replaced, self.crossed
             given, plain = bound_arguments(module, args, kwargs), plain_attention(module)
             try:
                 with self.provenance.call(given, known) as outputs, plain:
@@ -151,7 +157,9 @@ class _Interception(TorchFunctionMode):
                 ) from error
             finally:
                 self._inside = before
-            if self.replaced + self.crossed == seen:
+            if self.replaced > replaced:
+                self.perturbed.add(name)
+            elif self.crossed == crossed:
                 raise BlockError(
                     f"{name!r} ({type(module).__name__}) computes its attention neither with torch's "
                     "scaled_dot_product_attention nor with a softmax, so it cannot be replaced, and nothing would be "

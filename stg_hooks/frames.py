@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from stg_hooks.errors import BlockError
+from stg_hooks.facts import stated
 from stg_hooks.inspection import folds_into_batch
 from stg_hooks.layers import attention_modules, is_attention
 from stg_hooks.looking import Looks, latents_among
@@ -36,6 +36,21 @@ def may_be_factorised(model: nn.Module) -> bool:
     """Tell whether attention may see frames alone: whether the code of a model folds anything into the batch."""
     classes: set[Any] = {type(module) for module in model.modules() if not is_attention(module)}
     return any(folds_into_batch(cls) for cls in classes if not cls.__module__.startswith("torch."))
+
+
+def temporal_lines(model: nn.Module, names: Sequence[str]) -> str:
+    """Write, as the end of an error, how to state which attention works across frames.
+
+    Args:
+        model: the model.
+        names: attention modules of it, one of which may be meant.
+    """
+    part = f".{names[0].rpartition('.')[2]}" if names else "..."
+    return (
+        "Leave kind out, or, if attention here works across frames alone, first state a part of its name:\n"
+        "  from stg_hooks.adapters import TEMPORAL\n"
+        f'  TEMPORAL["{type(model).__name__}"] = ("{part}",)'
+    )
 
 
 class FrameKinds:
@@ -68,8 +83,8 @@ class FrameKinds:
             model = type(self._looks.model).__name__
             seen = ", ".join(f"{name!r} {_WHAT[what]}" for name, what in found.items())
             raise BlockError(
-                f"kind={kind!r}: {model} has no such attention in this layer: {seen}. Leave kind out, or tell which it "
-                f'is: from stg_hooks.adapters import TEMPORAL; TEMPORAL["{model}"] = ("part of its name",)'
+                f"kind={kind!r}: {model} has no such attention in this layer: {seen}. "
+                + temporal_lines(self._looks.model, list(found))
             )
         return [(name, module) for name, module in targets if found[name] == kind]
 
@@ -112,8 +127,7 @@ _WHAT: dict[Kind | None, str] = {
 
 
 def _kind(model: nn.Module, name: str) -> Kind:
-    facts: Mapping[str, Sequence[str]] = importlib.import_module("stg_hooks.adapters").TEMPORAL
-    words = [word for cls in type(model).__mro__ for word in facts.get(cls.__name__, ())]
+    words = [word for of_class in stated("TEMPORAL", model) for word in of_class]
     parts = name.split(".")
     inner = [".".join(parts[: i + 1]) for i in range(len(parts))]
     classes = [type(module).__name__ for module in (model, *map(model.get_submodule, inner))]

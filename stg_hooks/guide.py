@@ -18,9 +18,10 @@ from stg_hooks.calls import first_batch, halves, own_predictions, replace_predic
 from stg_hooks.combine import Scale, combine, correction, fitted, is_number
 from stg_hooks.compiled import is_compiled, untraced
 from stg_hooks.errors import CallError
+from stg_hooks.execution import Execution
 from stg_hooks.executions import Executions
 from stg_hooks.guided_call import GuidedCall, Stats, in_weak_pass
-from stg_hooks.hosts import Host, Role
+from stg_hooks.hosts import Host, Role, check_rows_apart
 from stg_hooks.inspection import parameter_names
 from stg_hooks.kept import Kept
 from stg_hooks.parallel import Share, check_alone
@@ -104,7 +105,7 @@ class _Call:
 
     @property
     def is_cond(self) -> bool:
-        return self.role.rows in ("cond", "uncond+cond")
+        return self.role.rows in ("cond", "uncond+cond", "cond+uncond")
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -197,6 +198,7 @@ class Guide:
         if call is None or in_weak_pass():
             return proceed(*args, **kwargs)
         if self._session.ranks is not None:
+            check_rows_apart(call.role, "group=")
             both = call.role.rows == "uncond+cond"
             call.share = Share(self._session.ranks, self._executions, call.branches, both)
             return call.share.first(proceed, partial(self._arguments, both, args, kwargs))
@@ -232,6 +234,9 @@ class Guide:
         before = self._of_model.unguided
         if before is None:
             self._of_model.unguided = before = now
+        if call.role.samples:
+            batches = [tensor[None] for tensor in now]
+            before, now = (batches if before is now else [tensor[None] for tensor in before]), batches
         new = self._guided(call, before, now) if call.is_cond else self._moved_along(call, now)
         if new is not None and call.is_cond and call.role.channels is not None:  # the others are not guided
             rest = slice(call.role.channels, None)
@@ -240,6 +245,8 @@ class Guide:
             return unchanged
         session.stats.guided_calls += 1
         session.stats.seconds += time.perf_counter() - start
+        if call.role.samples:
+            new = [tensor[0] for tensor in new]
         return replace_predictions(output, new)
 
     def _arguments(
@@ -281,6 +288,11 @@ class Guide:
         if both:
             pairs = [halves(tensor) for tensor in unguided]
             unconds, conds = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        elif role.rows == "cond+uncond":
+            conds, unconds = conds[: len(conds) // 2], [*conds[len(conds) // 2 :]]
+            if [c.shape for c in conds] != [u.shape for u in unconds if u is not None]:
+                shapes = [tuple(tensor.shape[1:]) for tensor in unguided]
+                raise CallError(f"a list of predictions of the shapes {shapes} cannot be [cond, uncond] samples.")
         weaks = self._weaks(call, conds, unconds)
         if role.channels is not None:
             of_mean = (slice(None), slice(role.channels))
@@ -302,7 +314,11 @@ class Guide:
             self._session.trace.add(guided.step, guided.scales, terms, conds, unconds)
         if guided.replaces:
             final = guided.final(role, unconds)
+            if role.rows == "cond+uncond":
+                return final + final
             return [torch.cat([tensor, tensor]) for tensor in final] if both else final
+        if role.rows == "cond+uncond":
+            terms = terms + terms
         return [_add(o, torch.cat([t, t]) if both else t) for o, t in zip(output, terms, strict=True)]
 
     def _weaks(self, call: _Call, conds: Sequence[Tensor], unconds: Sequence[Tensor | None]) -> list[list[Tensor]]:
@@ -322,7 +338,7 @@ class Guide:
         # Weak passes go the whole way, so that other people's hooks see them as they saw the cond pass.
         call.guided.denoiser, call.guided.args, call.guided.kwargs = self._model, call.args, call.kwargs
         execution = self._executions.of(call.settings.active)
-        by_branch = execution.weak_predictions(call.guided, conds)
+        by_branch = self._by_branch(execution, call, call.guided, conds, unconds)
         switches = execution.switches if call.share is None else call.share.switches
         watch.look(call.step, conds, unconds, switches, by_branch)
         weaks = [list(weaks) for weaks in zip(*by_branch, strict=True)]
@@ -331,6 +347,22 @@ class Guide:
             self._local.kept = Kept.after(conds, weaks, call.settings.active, call.step)
         return weaks
 
+    def _by_branch(
+        self,
+        execution: Execution,
+        call: _Call,
+        guided: GuidedCall,
+        conds: Sequence[Tensor],
+        unconds: Sequence[Tensor | None],
+    ) -> list[list[Tensor]]:
+        """Return the weak predictions of each branch."""
+        if not call.role.samples:
+            return execution.weak_predictions(guided, conds)
+        # A list of samples is not cut: the weak pass predicts all of them.
+        samples = [tensor[0] for tensor in (*conds, *unconds) if tensor is not None]
+        found = execution.weak_predictions(guided, samples)
+        return [[weak[None] for weak in weaks[: len(conds)]] for weaks in found]
+
     def _check_replaceable(self, guided: _Guided, role: Role, first: bool) -> None:
         settings, what, name = guided.settings, guided.settings.why_replaces, self._session.host.name
         if not first:
@@ -338,7 +370,7 @@ class Guide:
                 f"another stg.apply() has guided this call of {type(self._model).__name__} already, so {what} cannot "
                 "give the final prediction. Use one stg.apply(branches=[...])."
             )
-        cfg = role.rows == "uncond+cond" or role.uncond_follows
+        cfg = role.rows in ("uncond+cond", "cond+uncond") or role.uncond_follows
         if not cfg and settings.guidance_scale is not None and not is_number(settings.guidance_scale, 1):
             raise CallError(
                 f"guidance_scale={settings.guidance_scale}: {name} makes no uncond prediction in this step. "

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
-from stg_hooks.errors import TargetError
+from stg_hooks.errors import CallError, TargetError
 from stg_hooks.step import Step
 
 # Top-level package of a target's class -> module with a `host(target)` function; imported when first needed.
@@ -27,13 +27,25 @@ class Role:
     weak prediction of the caller's own, which follows those that it is compared with. `guidance_scale` is the CFG
     weight that the caller is going to apply, where it is known. `uncond_follows` marks a cond call whose uncond
     prediction comes from a call of its own, later in the same step. `channels` says how many channels (dimension 1) of
-    a prediction are guided, where the others predict something else, a variance; all, if left out.
+    a prediction are guided, where the others predict something else, a variance; all, if left out. With `samples`, the
+    denoiser returns its predictions as a list of single samples, without a dimension for the batch; then rows may also
+    be `"cond+uncond"`: the first half of the list is conditional.
     """
 
-    rows: Literal["cond", "uncond", "uncond+cond", "perturbed"]
+    rows: Literal["cond", "uncond", "uncond+cond", "cond+uncond", "perturbed"]
     guidance_scale: float | Tensor | None = None
     uncond_follows: bool = False
     channels: int | None = None
+    samples: bool = False
+
+
+def check_rows_apart(role: Role, what: str) -> None:
+    """Raise where a call holds cond and uncond samples in one list, which is never cut, and `what` needs them apart."""
+    if role.rows == "cond+uncond":
+        raise CallError(
+            f"{what} cannot be used with a pipeline that has cond and uncond predicted in one list of samples. Leave "
+            "it out, or use stg.Guider in a loop of your own."
+        )
 
 
 class Host(Protocol):

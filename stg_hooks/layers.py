@@ -10,6 +10,7 @@ from itertools import zip_longest
 from torch import nn
 
 from stg_hooks.errors import LayerError, TargetError, closest
+from stg_hooks.facts import stated
 from stg_hooks.inspection import running_order
 
 LayerSpec = int | str | range | nn.Module | Iterable["int | str | range | nn.Module"]
@@ -66,12 +67,14 @@ class Layer:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Tell whether a module computes attention itself, going by its projections, else by its class name."""
+    """Tell whether a module computes attention itself, by its projections, its class name, or an adapter."""
     names = {*module._modules, *module._parameters}
     if any(wanted <= names for wanted in _PROJECTIONS):
         return True
     kind = type(module).__name__
-    return "Attention" in kind and not any(word in kind for word in ("Block", "Layer", "Norm", "Transformer", "Pool"))
+    if "Attention" in kind and not any(word in kind for word in ("Block", "Layer", "Norm", "Transformer", "Pool")):
+        return True
+    return bool(stated("ATTENTION", module))
 
 
 def attention_modules(module: nn.Module) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from stg_hooks.cost import Flops, is_compiled_anywhere
 from stg_hooks.errors import CallError, SettingError, StgWarning
 from stg_hooks.guide import Guide, Session
 from stg_hooks.guided_call import Stats, in_weak_pass, is_checking, weak_pass
+from stg_hooks.hosts import check_rows_apart
 from stg_hooks.inspection import parameter_names
 from stg_hooks.settings import Branch
 from stg_hooks.step import Step
@@ -225,7 +226,10 @@ class Probe(Guide):
 
     def _guided(self, call: Any, unguided: Sequence[Tensor], output: Sequence[Tensor]) -> Any:
         """Compute the weak predictions, and leave the output alone."""
+        check_rows_apart(call.role, "profile")
         both = call.role.rows == "uncond+cond"
+        if call.role.samples:
+            output = [tensor[0] for tensor in output]
         unconds = [halves(tensor)[0] for tensor in output] if both else None
         conds = [halves(tensor)[1] for tensor in output] if both else list(output)
         weaks = self._all_weaks(call, conds)

@@ -11,8 +11,9 @@ from torch import nn
 from stg_hooks.errors import LayerError, SettingError, closest
 from stg_hooks.feed_forward import feed_forwards
 from stg_hooks.frames import Kind as Kind
-from stg_hooks.frames import kinds_of, may_be_factorised
-from stg_hooks.layers import Layer, find_layers, is_attention
+from stg_hooks.frames import kinds_of, may_be_factorised, temporal_lines
+from stg_hooks.inspection import signature_text
+from stg_hooks.layers import Layer, attention_modules, find_layers, is_attention
 from stg_hooks.perturb import MODES, OF_ATTENTION, OF_BLOCKS, Mode
 
 
@@ -70,7 +71,7 @@ def find_sites(model: nn.Module, layers: Sequence[Layer], mode: Mode, kind: Kind
     sites: dict[int, Site] = {}
     for layer in layers:
         targets = _targets(model, layer, kind)
-        _check_mode(layer, targets, mode, kind)
+        _check_mode(model, layer, targets, mode, kind)
         module = _enclosing(blocks, layer).module if mode in OF_ATTENTION else layer.module
         site = sites.get(id(module), Site(module, (), ()))
         sites[id(module)] = Site(module, (*site.layers, layer), (*site.targets, *targets))
@@ -102,11 +103,13 @@ def _check_factorised(model: nn.Module, kind: Kind) -> None:
     if not kinds_of(model) and not may_be_factorised(model):
         raise LayerError(
             f"kind={kind!r}: {type(model).__name__} has no attention of its own across frames: every attention sees "
-            "whatever its layer is given. Leave kind out."
+            f"whatever its layer is given. {temporal_lines(model, attention_modules(model))}"
         )
 
 
-def _check_mode(layer: Layer, targets: Sequence[tuple[str, nn.Module]], mode: Mode, kind: Kind | None) -> None:
+def _check_mode(
+    model: nn.Module, layer: Layer, targets: Sequence[tuple[str, nn.Module]], mode: Mode, kind: Kind | None
+) -> None:
     asked, name = f"layers=[{layer.name!r}]", _mode_name(mode)
     if mode in OF_BLOCKS and layer.index is None and is_attention(layer.module):
         block = layer.name.rpartition(".")[0]
@@ -122,12 +125,37 @@ def _check_mode(layer: Layer, targets: Sequence[tuple[str, nn.Module]], mode: Mo
         return
     if not targets:
         what = "attention" if kind is None else f"{kind} attention"
-        raise LayerError(f"{asked}: {layer.block} has no {what} for mode={name!r}. It can have {_possible(layer)}.")
+        inside = [f"{layer.name}.{name}" for name in layer.attention]
+        settle = _attention_lines(layer.module) if kind is None else temporal_lines(model, inside)
+        raise LayerError(
+            f"{asked}: {layer.block} has no {what} for mode={name!r}. It can have {_possible(layer)}.\n"
+            f"  it is:    {layer.block}.forward{signature_text(layer.module)}\n"
+            f"  it holds: {_children(layer.module)}\n{settle}".rstrip()
+        )
     if is_attention(layer.module) and getattr(layer.module, "is_cross_attention", False):
         raise LayerError(
             f"{asked} is cross-attention: its keys come from other tokens than its queries, and mode={name!r} replaces "
-            f"self-attention only. Name the self-attention, or the block around it."
+            f"self-attention only. Name the self-attention, or the block around it.\n"
+            f"  it is:    {layer.block}.forward{signature_text(layer.module)}"
         )
+
+
+def _children(module: nn.Module) -> str:
+    return ", ".join(f"{name} ({type(child).__name__})" for name, child in module.named_children()) or "no modules"
+
+
+def _attention_lines(module: nn.Module) -> str:
+    """Write how to state which class inside a module computes attention; nothing where none may."""
+    networks = feed_forwards(module)
+    inner = [child for child in module.children() if not any(child is network for network in networks)]
+    for candidate in (*inner, module):
+        if not type(candidate).__module__.startswith("torch.") and next(candidate.children(), None) is not None:
+            return (
+                "If attention is computed there, first state by which class:\n"
+                "  from stg_hooks.adapters import ATTENTION\n"
+                f'  ATTENTION.add("{type(candidate).__name__}")'
+            )
+    return ""
 
 
 def _possible(layer: Layer) -> str:

@@ -67,11 +67,12 @@ class Switch:
         looks = self._looks
         if looks is None:
             return AttentionSeam(site.module, site.targets)
+        named = {layer.name for layer in site.layers}
         text = None if self.mode in BLIND_TO_TEXT else TextTokens(looks)
         if kind is None or kinds_of(looks.model):
-            return AttentionSeam(site.module, site.targets, text)
+            return AttentionSeam(site.module, site.targets, text, named=named)
         frames = FrameKinds(looks)
-        return AttentionSeam(site.module, site.targets, text, lambda targets: frames.chosen(targets, kind))
+        return AttentionSeam(site.module, site.targets, text, lambda targets: frames.chosen(targets, kind), named)
 
     def _action(self, module: nn.Module, seam: AttentionSeam, feed_forwards: FeedForwards) -> Action:
         streams, mode, reached = Streams(module), self.mode, self._reached[id(module)]

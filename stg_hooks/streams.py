@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import BlockError
+from stg_hooks.facts import stated
 from stg_hooks.inspection import (
     bound_arguments,
     class_forward,
@@ -42,6 +43,7 @@ class Streams:
 
     The names in the block's `return` statement settle it for most blocks, without running anything. Where they do not
     (an expression, an output object, several forms), one real output is matched by shape and dtype and remembered.
+    An adapter, `STREAMS`, comes before both.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -52,7 +54,8 @@ class Streams:
         """
         self._block = block
         self._signature = signature_of(block)
-        self._names = return_names(class_forward(block))
+        self._stated: tuple[str, ...] | None = next(iter(stated("STREAMS", block)), None)
+        self._names = return_names(class_forward(block)) if self._stated is None else None
         self._learned: list[_Learned] = []
 
     def bypass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
@@ -89,13 +92,16 @@ class Streams:
             output: what the block returned.
 
         Raises:
-            BlockError: a tensor in the output that no argument can stand in for, or several as well as each other.
+            BlockError: a tensor in the output that no argument can stand in for, or several as well as each other; or
+                an adapter that does not fit.
         """
         given = bound_arguments(self._block, args, kwargs, self._signature)
         inputs, structure = _structure(given)
         leaves, spec = pytree.tree_flatten(output)
+        constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         owners = [name for name, value in given.items() for _ in pytree.tree_leaves(value)]
         free = [i for i, leaf in enumerate(inputs) if isinstance(leaf, Tensor)]
+        stated = None if self._stated is None else self._stand_ins(self._stated, [(i, owners[i]) for i in free], output)
         sources: list[int | None] = []
         for position, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor):
@@ -104,6 +110,9 @@ class Streams:
                         self._explain(args, kwargs, output, f"a {type(leaf).__name__}", "none of its inputs matches")
                     )
                 sources.append(None)
+                continue
+            if stated is not None:
+                sources.append(stated.pop(0))
                 continue
             fits = [i for i in free if inputs[i].shape == leaf.shape and inputs[i].dtype == leaf.dtype]
             named = names_in_return(class_forward(self._block), position, len(leaves))
@@ -119,8 +128,20 @@ class Streams:
                 raise BlockError(self._explain(args, kwargs, output, culprit, which[min(len(fits), 2)]))
             free.remove(source)
             sources.append(source)
-        constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._learned.append(_Learned(structure, sources, constants, spec))
+
+    def _stand_ins(self, stated: tuple[str, ...], owned: list[tuple[int, str]], output: Any) -> list[int]:
+        """Find what an adapter names, among the numbers of the tensors given and the arguments that they belong to."""
+        found = [[i for i, owner in owned if owner == name] for name in stated]
+        numbers = [i for numbers in found for i in numbers]
+        count = sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(output))
+        if not all(found) or len(numbers) != count:
+            kind, names = type(self._block).__name__, ", ".join(dict.fromkeys(owner for _, owner in owned))
+            raise BlockError(
+                f"STREAMS[{kind!r}] = {stated!r} does not fit a call that was given tensors as {names or 'nothing'} "
+                f"and returned {count}: {_describe(output)}. Name one for each that it returns, in their order."
+            )
+        return numbers
 
     def _explain(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, culprit: str, which: str) -> str:
         kind = type(self._block).__name__
@@ -132,7 +153,22 @@ class Streams:
             f"  it is:    {kind}.forward{signature_text(self._block)}\n"
             f"  it got:   {', '.join(f'{name}={_describe(value)}' for name, value in given.items())}\n"
             f"  it gave:  {_describe(output)}\n"
-            "Skip another layer, or say what it hands through, in the form that it gave:\n"
+            f"Skip another layer, or {self._advice(given, args, kwargs, output)}"
+        )
+
+    def _advice(self, given: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> str:
+        names = [name for name, value in given.items() if any(isinstance(t, Tensor) for t in pytree.tree_leaves(value))]
+        leaves = [leaf for leaf in pytree.tree_leaves(output) if leaf is not None]
+        if all(isinstance(leaf, (Tensor, bool, int, float, str)) for leaf in leaves):
+            wanted = sum(isinstance(leaf, Tensor) for leaf in leaves)
+            stand_ins = tuple(names[:wanted])
+            return (
+                "first state which arguments stand in for the tensors that it gave, in their order:\n"
+                "  from stg_hooks.adapters import STREAMS\n"
+                f'  STREAMS["{type(self._block).__name__}"] = {stand_ins}'.replace("'", '"')
+            )
+        return (
+            "say what it hands through, in the form that it gave:\n"
             f"  def hand_through(call): return {_suggestion(args, kwargs, output)}\n"
             "  stg.skip(model, layers, mode=hand_through)   # stg.apply and stg.Guider take mode= as well"
         )

@@ -16,6 +16,7 @@ from stg_hooks.errors import CallError, SettingError, closest
 from stg_hooks.executions import Executions
 from stg_hooks.guide import Session
 from stg_hooks.guided_call import in_weak_pass
+from stg_hooks.hosts import check_rows_apart
 from stg_hooks.patching import Action, patched
 from stg_hooks.schedule import Settings
 from stg_hooks.step import check_step
@@ -84,6 +85,7 @@ class UncondGuide:
         if role is None:
             return proceed(*args, **kwargs)
         session.stats.calls += 1
+        check_rows_apart(role, "on='uncond'")
         step = check_step(session.step) or session.host.step()
         settings = Settings(()) if role.rows in ("cond", "perturbed") else session.plan.at(step)
         check_settings(settings)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,11 @@ def classes() -> dict[str, type]:
     return found
 
 
+def unclassified(page: str) -> set[str]:
+    """Name the pipeline classes that a page does not tell about."""
+    return set(classes()) - set(re.findall(r"^\| (\w+) \|", page, flags=re.MULTILINE))
+
+
 def denoisers(cls: type) -> tuple[str, ...]:
     """Return the denoisers that a pipeline class is made of."""
     parameters = inspect.signature(cls.__init__).parameters
@@ -54,6 +60,8 @@ def _words(sites: list[Site]) -> Iterator[str]:
             yield "calls named at run time"
         elif site.kind == "both":
             yield "[uncond, cond] in one call"
+        elif site.kind == "samples":
+            yield "cond and uncond samples in one list"
         elif site.kind == "cond":
             yield "cond call" if site.guards is None else "cond call, uncond call"
             if site.unless is not None:
@@ -77,10 +85,11 @@ What `stg.apply` reads in the code of the {len(rows)} pipeline classes of diffus
 touched. Those marked as tested are run by `tests/test_pipelines.py` or `tests/test_stock_pipelines.py`. A refused
 pipeline can be guided through its denoiser, `stg.apply(pipe.transformer, ...)`, or in a loop of your own.
 
-A pipeline that normalises its combined prediction to the cond one (QwenImage, Lumina2, LongCat, JoyImageEdit,
-`guidance_rescale`) normalises the guided prediction to the guided cond one; `rescale=` gives the published rescaling
-instead. Where calls are named at run time, by a guider, guidance has its weight if the weights of that guider's formula
-sum to one, as those of CFG, APG and skip-layer guidance do; CFG-Zero* and tangential CFG change it by a few percent.
+A pipeline that normalises its combined prediction to the cond one (QwenImage, Lumina2, LongCat, JoyImageEdit, Z-Image's
+`cfg_normalization`, `guidance_rescale`) normalises the guided prediction to the guided cond one; `rescale=` gives the
+published rescaling instead. Where calls are named at run time, by a guider, guidance has its weight if the weights of
+that guider's formula sum to one, as those of CFG, APG and skip-layer guidance do; CFG-Zero* and tangential CFG change
+it by a few percent. Where cond and uncond samples come in one list, the weak pass predicts them all.
 
 Written by `python -m tests.pipeline_table`.
 

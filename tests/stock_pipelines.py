@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tests import zoo
 from tests.pipelines import VAES
 
-Rows = Literal["uncond+cond", "cond, uncond", "cond"]
+Rows = Literal["uncond+cond", "cond+uncond", "cond, uncond", "cond"]
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -35,8 +35,9 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 class Stock:
     """One pipeline class.
 
-    `rows` says what the first step's calls of the denoiser are while CFG is on: one call on `[uncond, cond]`, a cond
-    call and then an uncond call, or one cond call. `off` is what switches CFG off: then there is one cond call.
+    `rows` says what the first step's calls of the denoiser are while CFG is on: one call on `[uncond, cond]`, one on a
+    list of cond and then uncond samples, a cond call and then an uncond call, or one cond call. `off` is what switches
+    CFG off: then there is one cond call.
     """
 
     pipeline: str
@@ -691,8 +692,9 @@ _TABLE = [
         {"in_channels": 4, "dim": 32, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
             "cap_feat_dim": 8, "axes_dims": [8, 4, 4], "axes_lens": [64, 32, 32]},
         lambda: {"vae": None, "scheduler": euler()},
-        lambda: {"prompt_embeds": [noise(3, 8, seed=1)], "guidance_scale": 0.0, "height": 64, "width": 64},
-        "cond", None, "layers.1", zoo.KeepHiddenStates, variant="without CFG",
+        lambda: {"prompt_embeds": [noise(3, 8, seed=1), noise(3, 8, seed=3)], "negative_prompt_embeds": [noise(3, 8,
+            seed=2), noise(3, 8, seed=4)], "guidance_scale": 3.0, "height": 64, "width": 64},
+        "cond+uncond", {"guidance_scale": 0.0}, "layers.1", zoo.KeepHiddenStates,
     ),
 ]
 _WITH_OWN = [
@@ -727,6 +729,7 @@ GOLDEN: dict[str, Rows] = {
 
 _WAYS = {
     "uncond+cond": "one call on rows [uncond, cond]",
+    "cond+uncond": "one call on a list of samples, cond and then uncond",
     "cond, uncond": "a cond call, then an uncond call",
     "cond": "cond only (no CFG, or guidance as an input)",
 }

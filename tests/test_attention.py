@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import stg_hooks as stg
 from benchmarks import measure
+from stg_hooks import adapters
 from tests import zoo
 from tests.test_modes import CASES, Case, assert_close_in_std, by_hand
 
@@ -314,7 +315,7 @@ def test_work_before_the_perturbed_block_is_shared() -> None:
     plain = measure.flops(lambda: model(**inputs))
     around = (measure.flops(lambda: model.embed(inputs["x"])) + measure.flops(lambda: model.out(inputs["x"]))) // 2
     with stg.apply(model, layers="blocks.8.attn", mode="values", batched_cfg=True, execution="sequential") as session:
-        model(**inputs)
+        model(**inputs)  # the first call of a layout is checked
         guided = measure.flops(lambda: model(**inputs))
     tokens, rows = inputs["x"].shape[1], 1
     assert guided - plain == 4 * block + around - 2 * (2 * rows * tokens * tokens * DIM)
@@ -394,6 +395,13 @@ REFUSED_LATER: list[tuple[str, Callable[[], nn.Module], Any, str, str]] = [
         "attention",
         "is cross-attention: its keys come from other",
     ),
+    (
+        "cross beside self",
+        lambda: zoo.build("plain"),
+        ["blocks.1.attn", "blocks.1.cross"],
+        "values",
+        r"the attention in 'blocks.1.cross' of Block is cross-attention: (.|\n)*Attention.forward\(x, context=None\)$",
+    ),
     ("shuffled", lambda: zoo.build("plain"), 1, "shuffled", "changes nothing in Block, which does not know where"),
 ]
 
@@ -406,6 +414,46 @@ def test_what_cannot_be_perturbed_is_an_error_and_not_silence(
 ) -> None:
     with pytest.raises(stg.BlockError, match=text):
         weak(build().eval(), zoo.inputs(), layers=layers, mode=mode)
+
+
+class Mixer(nn.Module):
+    """Attention that no name gives away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asks, self.answers, self.says = (nn.Linear(DIM, DIM) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(self.asks(x), self.answers(x), self.says(x))
+
+
+class MixerBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mixer = nn.LayerNorm(DIM), Mixer()
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        return x + self.mixer(self.norm(x)) + text.mean(1, keepdim=True)
+
+
+def test_the_lines_of_adapter_that_name_an_attention_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "ATTENTION", set())
+    model, inputs = zoo.DiT(MixerBlock).eval(), zoo.inputs()  # type: ignore[arg-type]
+    with pytest.raises(stg.LayerError) as error:
+        stg.skip(model, "blocks.1", "values")
+    assert str(error.value).splitlines() == [
+        "layers=['blocks.1']: MixerBlock has no attention for mode='values'. It can have 'residual', 'shuffled'.",
+        "  it is:    MixerBlock.forward(x, text)",
+        "  it holds: norm (LayerNorm), mixer (Mixer)",
+        "If attention is computed there, first state by which class:",
+        "  from stg_hooks.adapters import ATTENTION",
+        '  ATTENTION.add("Mixer")',
+    ]
+    exec("\n".join(line.strip() for line in str(error.value).splitlines()[-2:]), {})
+    by_hand = copy.deepcopy(model)
+    by_hand.blocks[1].mixer = by_hand.blocks[1].mixer.says
+    for layers in ("blocks.1", 1, "blocks.1.mixer"):
+        assert_close_in_std(weak(model, inputs, layers=layers, mode="values"), by_hand(**inputs))
 
 
 def wan() -> nn.Module:

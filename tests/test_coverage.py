@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import stg_hooks as stg
+from stg_hooks.feed_forward import feed_forwards
 from stg_hooks.layers import find_layers
 from tests import model_table, tiny_models, zoo
 from tests.tiny_models import MODELS, HandThrough, expand
@@ -158,6 +159,17 @@ def test_a_skip_equals_its_oracle(name: str, block: str, mode: str) -> None:
     assert any(float((a - p).abs().max()) > 1e-3 * float(p.std()) for a, p in zip(actual, plain, strict=True))
     if expected is not None:
         close(actual, expected)
+
+
+@pytest.mark.parametrize(("name", "block"), BLOCKS)
+def test_silenced_feed_forward_networks_change_the_prediction_or_are_not_there(name: str, block: str) -> None:
+    if not feed_forwards(model_of(name).get_submodule(block)):
+        with pytest.raises(stg.LayerError, match="has no feed-forward network to silence"):
+            stg.skip(model_of(name), [block], mode="feed-forward")
+        return
+    with stg.skip(model_of(name), [block], mode="feed-forward"):
+        actual = run(name)
+    assert any(float((a - p).abs().max()) > 1e-3 * float(p.std()) for a, p in zip(actual, base(name), strict=True))
 
 
 def told(caught: list[warnings.WarningMessage]) -> list[str]:

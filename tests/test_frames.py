@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import stg_hooks as stg
+from stg_hooks import adapters
 from stg_hooks.adapters import TEMPORAL
 from stg_hooks.frames import FrameKinds, kinds_of
 from stg_hooks.layers import find_layers
@@ -109,7 +110,7 @@ class Whole(Both):
 def test_a_kind_that_a_layer_does_not_have_is_an_error() -> None:
     model, x = video(temporal_first=False)
     model.blocks[1] = Whole(False).eval()
-    told = r"'blocks.1.two' does not see frames alone.*TEMPORAL\[\"Video\"\]"
+    told = r"'blocks.1.two' does not see frames alone(.|\n)*TEMPORAL\[\"Video\"\] = \(\".one\",\)$"
     with pytest.raises(stg.BlockError, match=told), stg.skip(model, 1, "values", kind="temporal"):
         model(x)
 
@@ -148,6 +149,28 @@ def test_looking_agrees_with_the_names_that_tell(name: str) -> None:
         handle.remove()
     assert len(found) >= 4
     assert found == {attention: named[attention] for attention in found}
+
+
+class Alone(zoo.Attention):
+    """Takes frames out of the batch itself, where nobody looks."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        frames = x.unflatten(0, (-1, 2)).transpose(1, 2).flatten(0, 1)
+        return super().forward(frames).unflatten(0, (-1, x.shape[1])).transpose(1, 2).flatten(0, 1)
+
+
+def test_the_lines_of_adapter_that_name_temporal_attention_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = zoo.build("plain"), zoo.inputs()
+    for block in model.blocks:
+        block.attn = Alone().eval()
+    with pytest.raises(stg.LayerError, match="DiT has no attention of its own across frames") as error:
+        stg.skip(model, 1, "values", kind="temporal")
+    lines = [line.strip() for line in str(error.value).splitlines()[-2:]]
+    assert lines == ["from stg_hooks.adapters import TEMPORAL", 'TEMPORAL["DiT"] = (".attn",)']
+    monkeypatch.setattr(adapters, "TEMPORAL", {})
+    exec("\n".join(lines), {})
+    with stg.skip(model, 1, "values", kind="temporal"):
+        assert_close_in_std(model(**inputs), by_hand(model, ["blocks.1.attn"], "values")(**inputs))
 
 
 @pytest.mark.parametrize("name", ["WanTransformer3DModel", "LTXVideoTransformer3DModel", "FluxTransformer2DModel"])

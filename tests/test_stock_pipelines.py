@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import stg_hooks as stg
 from tests import pipeline_table, zoo
-from tests.stock_pipelines import STOCK, Stock, StopHereError, noise, received, run
+from tests.stock_pipelines import STOCK, Stock, StopHereError, received, run
 from tests.test_pipelines import assert_far, assert_same
 
 pytestmark = [
@@ -77,6 +77,8 @@ class Run:
         terms = [cond - weak for cond, weak in zip(calls[0].output, weaks, strict=True)]
         if self.cfg and self.stock.rows == "uncond+cond":
             terms = [term.chunk(2)[1] for term in terms]
+        if self.cfg and self.stock.rows == "cond+uncond":
+            terms = terms[: len(terms) // 2]
         if self.stock.channels is not None:
             for term in terms:
                 term[:, self.stock.channels :] = 0.0
@@ -128,6 +130,8 @@ def test_pipeline_is_guided_as_by_hand(name: str) -> None:
     assert len(calls_off) == 1
     if stock.rows == "uncond+cond":
         assert calls[0].output[0].shape[0] == 2 * calls_off[0].output[0].shape[0]
+    if stock.rows == "cond+uncond":
+        assert len(calls[0].output) == 2 * len(calls_off[0].output)
     assert_same(off.guided(1.0, off.prediction), off.with_added(off.term(calls_off, weak)))
 
     if stock.normalised is not None:
@@ -161,9 +165,27 @@ def test_pipeline_whose_rows_are_others_is_refused(name: str) -> None:
         stg.apply(pipe, layers=[1])
 
 
-def test_cfg_on_lists_of_samples_is_an_error() -> None:
-    stock = STOCK["ZImagePipeline without CFG"]
-    pipe = stock.build()
-    call = {**stock.call(), "negative_prompt_embeds": [noise(3, 8, seed=2)], "guidance_scale": 3.0}
-    with pytest.raises(stg.CallError, match="as apply_cfg is true"), stg.apply(pipe, layers=["layers.1"]):
-        run(pipe, call)
+@pytest.mark.parametrize("cfg", [True, False])
+def test_lists_of_samples_are_rescaled_each_by_itself(cfg: bool) -> None:
+    stock = STOCK["ZImagePipeline"]
+    one = Run(stock, stock.build(), cfg)
+    _, calls = one.observed()
+    terms = one.term(calls, zoo.without(one.denoiser, [stock.layer], stock.identity))
+    conds, unconds = calls[0].output[: len(terms)], calls[0].output[len(terms) :]
+    expected = []
+    for i, (cond, term) in enumerate(zip(conds, terms, strict=True)):
+        # Z-Image's weight counts from cond: cond + 3 * (cond - uncond).
+        out = cond + term + (3.0 * (cond - unconds[i]) if cfg else 0.0)
+        expected.append(-out * (0.7 * cond.std() / out.std() + 0.3))
+    with stg.apply(one.pipe, layers=[stock.layer], rescale=0.7):
+        assert_same(one.prediction(), torch.stack(expected).squeeze(2))
+
+
+def test_lists_of_samples_are_not_cut_for_uncond_alone() -> None:
+    stock = STOCK["ZImagePipeline"]
+    one = Run(stock, stock.build(), cfg=True)
+    with (
+        pytest.raises(stg.CallError, match="on='uncond' cannot be used with a pipeline that has cond and uncond"),
+        stg.apply(one.pipe, layers=[stock.layer], on="uncond"),
+    ):
+        one.whole()

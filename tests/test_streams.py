@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 import stg_hooks as stg
+from stg_hooks import adapters
 from stg_hooks.streams import Streams
 from tests import zoo
 
@@ -117,10 +120,78 @@ def test_a_close_race_is_refused_with_what_to_type() -> None:
         "  it is:    Mixing.forward(one, other)",
         "  it got:   one=(2, 7, 8), other=(2, 7, 8)",
         "  it gave:  tuple((2, 7, 8), 1.0)",
-        "Skip another layer, or say what it hands through, in the form that it gave:",
-        "  def hand_through(call): return (call.args[0], 1.0)",
-        "  stg.skip(model, layers, mode=hand_through)   # stg.apply and stg.Guider take mode= as well",
+        "Skip another layer, or first state which arguments stand in for the tensors that it gave, in their order:",
+        "  from stg_hooks.adapters import STREAMS",
+        '  STREAMS["Mixing"] = ("one",)',
     ]
+
+
+class HeadsBlock(zoo.Block):
+    """What it returns looks as much like the one as like the other of its streams, which are of one shape."""
+
+    def forward(self, x: Tensor, text: Tensor) -> tuple[Tensor, float, Tensor]:
+        return F.normalize(x, dim=-1) + F.normalize(text, dim=-1), 1.0, text + self.ff(x)
+
+
+class KeepHeads(nn.Module):
+    def forward(self, x: Tensor, text: Tensor) -> tuple[Tensor, float, Tensor]:
+        return x, 1.0, text
+
+
+def of_one_shape() -> dict[str, Tensor]:
+    return {"x": torch.randn(2, 5, zoo.DIM), "text": torch.randn(2, 5, zoo.DIM)}
+
+
+class HeadsDiT(zoo.DiT):
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x, one, text = block(x, text)
+            x = one * x
+        return self.out(x) + text.mean()
+
+
+class DerivedHeadsBlock(HeadsBlock):
+    """An adapter for a class holds for those that derive from it."""
+
+
+@pytest.mark.parametrize("block", [HeadsBlock, DerivedHeadsBlock])
+def test_the_lines_of_adapter_that_the_error_says_to_type_work(
+    block: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters, "STREAMS", {})
+    torch.manual_seed(0)
+    model, inputs = HeadsDiT(block).eval().requires_grad_(False), of_one_shape()
+    with pytest.raises(stg.BlockError, match="that several inputs match") as error, stg.skip(model, [1]):
+        model(**inputs)
+    lines = [line.strip() for line in str(error.value).splitlines()[-2:]]
+    assert lines == ["from stg_hooks.adapters import STREAMS", f'STREAMS["{block.__name__}"] = ("x", "text")']
+    exec("\n".join(lines).replace("Derived", ""), {})
+    expected = zoo.without(model, ["blocks.1"], KeepHeads)(**inputs)
+    assert float((expected - model(**inputs)).abs().max()) > 1e-3
+    with stg.skip(model, [1]):
+        for _ in range(2):
+            assert_close(model(**inputs), expected, **exact)
+
+
+def test_an_adapter_comes_before_what_the_source_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Swapped(nn.Module):
+        def forward(self, samples: list[Tensor], text: Tensor) -> tuple[list[Tensor], Tensor]:
+            return samples, text
+
+    monkeypatch.setitem(adapters.STREAMS, "Swapped", ("text", "samples"))
+    samples, text = [torch.randn(2), torch.randn(3)], torch.randn(4)
+    (first, second), last = learnt(Swapped(), samples, text)
+    assert first is text
+    assert (second is samples[0], last is samples[1]) == (True, True)
+
+
+@pytest.mark.parametrize("names", [("y",), ("x", "text"), ()])
+def test_an_adapter_that_does_not_fit_is_an_error(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(adapters.STREAMS, "ExpressionBlock", names)
+    told = f"STREAMS['ExpressionBlock'] = {names} does not fit a call that was given tensors as x, text and returned 1"
+    with pytest.raises(stg.BlockError, match=re.escape(told)):
+        learnt(zoo.ExpressionBlock(), **zoo.inputs())
 
 
 def test_what_the_error_says_to_type_works() -> None:

@@ -275,7 +275,7 @@ MODELS: dict[str, Tiny] = {
         {"joint_transformer_blocks.1": TX, "single_transformer_blocks.0": X},
     ),
     "BriaFibo2Transformer2DModel": Tiny(
-        {"in_channels": 4, "dim": 16, "n_layers": 3, "n_refiner_layers": 2, "n_heads": 2, "cap_feat_dim": 8,
+        {"in_channels": 4, "dim": 24, "n_layers": 3, "n_refiner_layers": 2, "n_heads": 3, "cap_feat_dim": 8,
          "injection_layer_ids": (1,), "perceiver_num_layers": 2, "min_num_gist_tokens": 2, "max_num_gist_tokens": 4,
          "gist_step": 1, "gist_min_text_len": 2, "gist_max_text_len": 8, "axes_dims": (2, 2, 4),
          "axes_lens": (32, 32, 32)},
