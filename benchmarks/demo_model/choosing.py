@@ -1,7 +1,9 @@
 """Ask which cheap measure finds the good layers of the demo's model: profile it, sample a grid, correlate.
 
-python -m benchmarks.demo_model.choosing             # 49 cells of 96 clips: 40 minutes on a core, resumable
-python -m benchmarks.demo_model.choosing --report    # no sampling: report the modes of which all layers are done
+    python -m benchmarks.demo_model.choosing             # 49 cells of 96 clips: 40 minutes on a core
+    python -m benchmarks.demo_model.choosing --report    # no sampling: report the modes of which all layers are done
+
+Finished cells are kept in --work: interrupt and repeat at will.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import stg_hooks as stg
+from benchmarks.demo_model import choosing_report
 from benchmarks.demo_model.sweep import RESULTS, ROOT, Bench, Cell, compute_all, write
 from stg_hooks.demo import judge
 from stg_hooks.integrations.metrics import BUILT_IN, DIFFERENCE, difference
 
 OUTCOMES = ("all", "frechet_distance")
 """All three words right, and the Fréchet distance: names as in the rows of `sweep.py`."""
-THIRDS = ("early", "middle", "late")
 MEASURES = ("norm", "cosine", "high_frequency", "temporal", "std_ratio")
-DEPTH = "cost"
-"""A profile's measure that only says where the layer lies: what the others have to beat."""
+DEPTH = "cost"  # says only where the layer lies: what the other measures have to beat
 RESAMPLES = 1000
 CLIP_RESAMPLES = 300
 
@@ -62,7 +62,7 @@ def profiled(pipe: Any, layers: Sequence[int], modes: Sequence[str], steps: int,
     for mode, layer in itertools.product(modes, layers):
         rows = [row for row in found.rows if (row.mode, row.layer) == (mode, layer)]
         values = {name: float(np.mean([getattr(row, name) for row in rows])) for name in MEASURES}
-        for index, part in enumerate(THIRDS):
+        for index, part in enumerate(("early", "middle", "late")):
             within = [row for row in rows if 3 * row.step // steps == index]
             values |= {f"{name}, {part}": float(np.mean([getattr(r, name) for r in within])) for name in MEASURES}
         table[mode, layer] = values | {DEPTH: rows[0].cost}
@@ -155,9 +155,8 @@ def examine(study: Study, scale: float, modes: Sequence[str], options: argparse.
         result, chance = correlate(measures[at], outcomes[at], drawn[:, at], [pairs[index] for index in at])
         for k, outcome in enumerate(OUTCOMES):
             values = {key: value[:, k].round(3).tolist() for key, value in result.items()}
-            median, rare = chance[:, k].round(3).tolist()
             entry = {"scale": scale, "modes": list(some), "pairs": len(at), "outcome": outcome}
-            entry["largest_by_chance"] = {"median": median, "95 %": rare}
+            entry["largest_by_chance"] = dict(zip(("median", "95 %"), chance[:, k].round(3).tolist(), strict=True))
             entry["measures"] = {
                 name: {key: value[i] for key, value in values.items()} | {"sampled": name in rows[0]["metrics"]}
                 for i, name in enumerate(names)
@@ -166,8 +165,8 @@ def examine(study: Study, scale: float, modes: Sequence[str], options: argparse.
     return [rows, found]
 
 
-def repeated(rows: Sequence[dict[str, Any]], weights: str) -> list[dict[str, Any]]:
-    """Correlate the outcomes with those of the demo's own sweep: the same layers, other noise and conditions."""
+def repeated(rows: Sequence[dict[str, Any]], first: Any, weights: str) -> list[dict[str, Any]]:
+    """Correlate outcomes and profile with the outcomes of the demo's own sweep: other noise and conditions."""
     sweep = json.loads((RESULTS / "demo_model.json").read_text())["sweep"]
     theirs = {(r.get("mode"), r.get("layer"), r.get("scale")): r.get("against_plain") for r in sweep["rows"]}
     found = []
@@ -175,9 +174,11 @@ def repeated(rows: Sequence[dict[str, Any]], weights: str) -> list[dict[str, Any
         ours = [row for row in rows if (row["scale"], row["mode"]) == (scale, mode)]
         other = [theirs.get((mode, row["layer"], scale)) for row in ours]
         if sweep["weights"] == weights and None not in other:
-            values = (np.array([[row[name][0] for name in OUTCOMES] for row in some]) for some in (ours, other))
-            rho = np.diag(spearman(*values)).round(3)
-            found.append({"scale": scale, "mode": mode, **dict(zip(OUTCOMES, rho.tolist(), strict=True))})
+            a, b = (np.array([[row[name][0] for name in OUTCOMES] for row in some]) for some in (ours, other))
+            measures = [list(first[mode, row["layer"]].values()) for row in ours]
+            rho = [*spearman(measures, b).round(3).tolist(), np.diag(spearman(a, b)).round(3).tolist()]
+            names = [*first[mode, ours[0]["layer"]], "outcome"]
+            found.append({"scale": scale, "mode": mode, "rho": dict(zip(names, rho, strict=True))})
     return found
 
 
@@ -203,13 +204,12 @@ def study_all(study: Study, options: argparse.Namespace) -> dict[str, Any]:
         "seed": study.seed,
         "weights": study.weights,
         "torch": torch.__version__,
-        "machine": platform.machine(),
         "plain": done[Cell(options.guidance, options.steps)],
         "real": study.floor(),
         "cells": cells,
         "profile": [{"mode": mode, "layer": layer, **values} for (mode, layer), values in first.items()],
         "profile_again": again,
-        "outcome_again": repeated(cells, study.weights),
+        "outcome_again": repeated(cells, first, study.weights),
         "correlations": correlations,
     }
 
@@ -231,19 +231,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--modes", nargs="+", default=["residual", "attention", "feed-forward"])
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 0.5])
     parser.add_argument("--seed", type=int, default=2, help="the demo's sweep and its final used 0 and 1")
-    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "choosing", help="where cells are kept")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--images", type=Path, default=ROOT / "docs" / "images")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    study = Study(options.work, "choosing", options.clips, options.seed, options.batch)
+    study = Study(options.work, "choosing", options.clips, options.seed, batch=16)
     if not options.report:
         compute_all(study, [Cell(options.guidance, options.steps)], (0, 1))
         compute_all(study, grid(options), (0, 1))
     results = study_all(study, options)
-    from benchmarks.demo_model import choosing_report
-
     write(options.results / "choosing_layers.json", json.dumps(results, indent=1) + "\n")
     write(options.results / "choosing_layers.md", choosing_report.document(results))
     choosing_report.draw(results, options.images)

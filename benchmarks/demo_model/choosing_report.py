@@ -117,16 +117,15 @@ def _again(results: dict[str, Any]) -> str:
     lines = ["ρ of the profile with a second one, from other noise:", ""]
     lines += ["| measure | ρ |", "| --- | --- |"]
     lines += [f"| {name} | {rho:+.2f} |" for name, rho in results["profile_again"].items()]
-    if results["outcome_again"]:
+    again = results["outcome_again"]
+    if again:
+        lines += ["", "ρ with the outcomes of the demo's own sweep, from other noise and conditions, first that of the"]
+        lines += ["outcomes above, then that of the profile (words right / Fréchet distance):", ""]
+        lines += [f"| | {' | '.join('{mode}, scale {scale:g}'.format(**row) for row in again)} |"]
+        lines += ["| --- |" + " --- |" * len(again)]
         lines += [
-            "",
-            "ρ of the outcomes with those of the demo's own sweep, whose noise and conditions are others:",
-            "",
-        ]
-        lines += ["| scale | mode | words right | Fréchet distance |", "| --- | --- | --- | --- |"]
-        lines += [
-            f"| {row['scale']:g} | {row['mode']} | {row['all']:+.2f} | {row['frechet_distance']:+.2f} |"
-            for row in results["outcome_again"]
+            f"| {name} | {' | '.join('{:+.2f} / {:+.2f}'.format(*row['rho'][name]) for row in again)} |"
+            for name in sorted(again[0]["rho"], key=lambda name: name != "outcome")
         ]
     return "\n".join(lines)
 
