@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks.demo_model import choosing, sweep
+from benchmarks.demo_model import choosing, choosing_report, sweep
 
 PAIRS = [(mode, layer) for mode in ("residual", "attention") for layer in range(6)]
 
@@ -60,6 +60,12 @@ def test_a_measure_that_knows_the_outcome_is_told_from_chance() -> None:
     assert (middle > 0).all()
     assert (middle < rare).all()
     assert (rare < 1).all()
+
+
+def test_the_published_page_is_that_of_the_numbers_and_of_the_shipped_weights() -> None:
+    results = json.loads((sweep.RESULTS / "choosing_layers.json").read_text(encoding="utf-8"))
+    assert results["weights"] == sweep._fingerprint(), "run python -m benchmarks.demo_model.choosing again"
+    assert (sweep.RESULTS / "choosing_layers.md").read_text(encoding="utf-8") == choosing_report.document(results)
 
 
 @pytest.mark.slow
