@@ -63,6 +63,7 @@ NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "index.md": dict,
     "how-it-works.md": lambda: own_loop() | {"transformer": TimedDiT(), "weak": torch.randn(2, 4, 8)},
     "any-loop.md": own_loop,
+    "choosing-layers.md": dict,
     "coming-from.md": mochi,
 }
 """What a page takes for granted. Recipes have a test of their own; a page without code needs no entry."""
@@ -85,10 +86,10 @@ def test_the_other_snippets_run() -> None:
 
 
 @pytest.mark.parametrize("page", [name for name, file in PAGES.items() if snippets(file.read_text(encoding="utf-8"))])
-def test_the_code_of_a_page_runs(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if page == "recipes.md":
         pytest.skip("each recipe has a test of its own")
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)  # what a page writes
     names = NAMES[page]()
     with warnings.catch_warnings():
         warnings.simplefilter("error", stg.StgWarning)
