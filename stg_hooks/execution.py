@@ -110,11 +110,12 @@ class Execution:
         }
         # What surrounds the blocks may hold tables that have no rows.
         self._batched = [u for u in batched if self._blocks_in[id(u)] or any(u is module for module in skipped)]
+        # In the order in which one follows where the one before is not possible.
         self._units = {
+            "batched": _unique(self._prefix, self._batched),
+            "sequential": self._prefix,
             "full": [],
             "whole": [],
-            "sequential": self._prefix,
-            "batched": _unique(self._prefix, self._batched),
         }
         self._surrounding = {way: surrounding(model, units) for way, units in self._units.items()}
         self._uncompiled: list[nn.Module] = []
