@@ -27,7 +27,9 @@ def _skip(model: nn.Module) -> Any:
 
 
 def _apply(model: nn.Module, **settings: Any) -> Any:
-    return stg.apply(model, [LAYER], **{"batched_cfg": True, **settings})
+    session = stg.apply(model, [LAYER], **{"batched_cfg": True, **settings})
+    session.step = stg.Step(0, 4)
+    return session
 
 
 SESSIONS: dict[str, Callable[[nn.Module], Any]] = {
