@@ -45,6 +45,7 @@ class Session:
     stats: Stats = dataclasses.field(default_factory=Stats)
     trace: Trace = dataclasses.field(default_factory=Trace)
     watch: Watch = dataclasses.field(default_factory=lambda: Watch("stg.apply"))
+    models: tuple[nn.Module, ...] = ()
     lost_steps: int = 0
 
 
@@ -205,6 +206,7 @@ class Guide:
             return
         assert kwargs is not None
         check_alone(self._session, self._session.ranks, self._model)
+        self._executions.caches.check_same()
         self._executions.caches.begin_pass()
         if role.rows in ("uncond", "perturbed"):
             before = self._local.last

@@ -242,6 +242,7 @@ class _Entry:
         """Bypass the layers as long as the model runs; hooks alone would not end that after an interrupt."""
         if not (activation.is_active(self) if self._is_compiled else self._local.is_called):
             return proceed(*args, **kwargs)
+        self._caches.check_same()
         self.has_begun = True
         self._local.depth += 1
         try:

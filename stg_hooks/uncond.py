@@ -83,6 +83,7 @@ class UncondGuide:
         role = session.host.role() if activation.is_active(session) and not in_weak_pass() else None
         if role is None:
             return proceed(*args, **kwargs)
+        self._executions.caches.check_same()
         session.stats.calls += 1
         step = check_step(session.step) or session.host.step()
         settings = Settings(()) if role.rows in ("cond", "perturbed") else session.plan.at(step)

@@ -315,6 +315,30 @@ def test_a_cache_enabled_after_apply_was_made() -> None:
             assert_close(call(model, inputs(NOW[0])), wanted)
 
 
+@pytest.mark.parametrize("use", ["apply", "on uncond", "skip"])
+def test_a_cache_enabled_or_disabled_inside_the_with(use: str) -> None:
+    model = build()
+
+    def session() -> Any:
+        if use == "skip":
+            return stg.skip(model, [2])
+        return stg.apply(model, [2], **({"on": "uncond", "batched_cfg": True} if use == "on uncond" else {}))
+
+    with session():
+        call(model, inputs(0))
+        model.enable_cache(CACHES["pyramid"]())
+        with pytest.raises(
+            stg.CallError, match=r"PyramidAttentionBroadcast on Wan.*was enabled inside the `with`.*before stg\.apply"
+        ):
+            call(model, inputs(1))
+    if use != "on uncond":
+        with session():
+            call(model, inputs(0))
+            model.disable_cache()
+            with pytest.raises(stg.CallError, match="was disabled inside the `with`"):
+                call(model, inputs(1))
+
+
 def test_the_weak_model_makes_the_uncond_prediction() -> None:
     model = cached(build(), "first block")
     with pytest.raises(

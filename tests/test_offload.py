@@ -165,18 +165,6 @@ def test_taken_off_inside_the_with(all_of_it: bool, tmp_path: Path) -> None:
         assert_close(call(model, 0), plain)
 
 
-def test_a_cache_disabled_inside_the_with() -> None:
-    model = build()
-    model.enable_cache(hooks.PyramidAttentionBroadcastConfig(2, current_timestep_callback=lambda: 500))
-    model.disable_cache()
-    model.enable_cache(hooks.FirstBlockCacheConfig(0.1))
-    with stg.apply(model, [LAYER], SCALE), model.cache_context("cond"):
-        call(model, 0)
-        model.disable_cache()
-        with pytest.raises(stg.CallError, match="has set the forward of WanTransformerBlock"):
-            call(model, 1)
-
-
 @pytest.mark.parametrize("tool", ["offloaded", "in_groups"])
 def test_weights_are_brought_once(tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a guided step; a second sweep over the weights would bring those of the later blocks again."""
