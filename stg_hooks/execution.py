@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stg_hooks.absent import AbsentError, absent_in
@@ -351,7 +352,9 @@ class Execution:
         """
         by_length = sorted(range(len(self.switches)), key=lambda branch: prefix.ends[branch] or 0)
         for branch in {by_length[0], by_length[-1]}:
-            if not agree(self._shared_pass(call, prefix, branch), call.cond):
+            with torch.no_grad():  # the one who computes this call again, for its gradients, makes no such pass
+                again = self._shared_pass(call, prefix, branch)
+            if not agree(again, call.cond):
                 raise NotSharedError("with nothing skipped, the cond rows alone do not give the cond prediction again")
 
     def _stop_sharing(self, reason: str) -> None:
@@ -386,7 +389,7 @@ class Execution:
         """Make a pass on the cond rows with nothing skipped, once: it has to give what the cond pass gave."""
         try:
             args, kwargs = self._cond_rows(call)
-            with weak_pass(), eagerly():
+            with weak_pass(), eagerly(), torch.no_grad():
                 again = predictions(call.denoiser(*args, **kwargs))
             if agree(again, call.cond):
                 self._cut.add(call.layout)
