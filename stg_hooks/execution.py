@@ -259,8 +259,7 @@ class Execution:
         call.cond = cond
         results = self._shared_passes(call)
         if results is None:
-            # What step caches keep makes a pass another one than it would be by itself.
-            if self.way == "full" and call.batched_cfg and not self._caches.found and call.layout not in self._cut:
+            if self.way == "full" and call.batched_cfg and call.layout not in self._cut:
                 self._check_rows(call)
             # Where sharing is only put off to the next call, nothing is known about cutting rows.
             is_cut = call.batched_cfg and self.way == "full"
@@ -389,9 +388,12 @@ class Execution:
         """Make a pass on the cond rows with nothing skipped, once: it has to give what the cond pass gave."""
         try:
             args, kwargs = self._cond_rows(call)
-            with weak_pass(), eagerly(), torch.no_grad():
-                again = predictions(call.denoiser(*args, **kwargs))
-            if agree(again, call.cond):
+            no_caches = self._caches.apart(self, [self._model], bypassed=False)
+            with weak_pass(), eagerly(), torch.no_grad(), no_caches:
+                again, cond = predictions(call.denoiser(*args, **kwargs)), call.cond
+                if self._caches.found is not None:  # which have made the cond pass another one than it is by itself
+                    cond = [halves(t)[1] for t in predictions(call.denoiser(*call.args, **call.kwargs))]
+            if agree(again, cond):
                 self._cut.add(call.layout)
                 return
             reason = "the cond rows alone do not give the cond prediction again"

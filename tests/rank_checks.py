@@ -224,6 +224,15 @@ def check_a_failure_is_told(rank: int, size: int) -> None:
             hook.remove()
         assert_close(guided(), combined())
 
+    no_skip = stg.Branch(["blocks.2"], mode=lambda call: call.compute())
+    strict = stg.Guider(model, branches=[no_skip], group=group, timeout=30, strict=True)
+    culprit = size // 2  # makes the weak prediction, and sees that it equals cond
+    if rank == culprit:
+        told(lambda: strict(X, POSITIVE), "changed nothing", stg.LayerError)
+    else:
+        strict(X, POSITIVE)
+        told(lambda: strict(X, POSITIVE), f"rank {culprit} failed .* LayerError: .* changed nothing")
+
     def applied(culprit: int, inside: bool) -> None:
         with stg.apply(model, ["blocks.2"], 1.0, batched_cfg=True, group=group, timeout=30):
             model(**ROWS)

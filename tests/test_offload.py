@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 import stg_hooks as stg
 from stg_hooks.execution import EXECUTIONS
-from tests import zoo
+from tests import pipelines, zoo
 
 accelerate = pytest.importorskip("accelerate")
 hooks = pytest.importorskip("diffusers.hooks")
@@ -195,6 +195,32 @@ def test_weights_are_brought_once(tool: str, tmp_path: Path, monkeypatch: pytest
     assert loads("auto") == [1, 1, 1]
     assert loads("sequential") == [1, 1, 2]
     assert loads("full") == [2, 1, 2]
+
+
+@pytest.mark.slow
+def test_model_offload_and_tiling_of_a_pipeline() -> None:
+    def run(prepare: Callable[[Any], None]) -> tuple[Any, Tensor]:
+        pipe, inputs, case = pipelines.build("wan")
+        prepare(pipe)
+        with stg.apply(pipe, case.layers, case.scale):
+            pipelines.run(pipe, inputs)  # whose end sets offloading up afresh
+            return pipe, pipelines.run(pipe, inputs)
+
+    def prepare(pipe: Any) -> None:
+        pipe.vae.enable_tiling()
+        pipe.enable_model_cpu_offload(device="cpu")
+        snapshots.append(zoo.snapshot(pipe.vae))
+
+    snapshots: list[Any] = []
+    _, expected = run(lambda pipe: None)
+    # The device cpu:0 is not the device cpu, so that its buffers are new in every call, as they are never on a GPU.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*keeps something from one call to the next")
+        pipe, got = run(prepare)
+    assert torch.equal(got, expected)
+    assert hasattr(pipe.transformer, "_hf_hook")
+    assert pipe.vae.use_tiling
+    assert zoo.snapshot(pipe.vae) == snapshots[0]
 
 
 def test_deep_copies_and_states_of_a_streamed_model_are_as_they_are(tmp_path: Path) -> None:

@@ -79,7 +79,6 @@ def test_weights_are_safetensors_only() -> None:
 
 PROBE = """
 import importlib, sys
-import torch
 def watch(event, args):
     if event.startswith(("socket.connect", "socket.getaddrinfo", "socket.gethostby", "socket.sendto", "urllib.")):
         print(event)
@@ -91,9 +90,9 @@ for name in sys.argv[1:]:
 """
 
 
-def events(*modules: str, path: Path = ROOT) -> list[str]:
+def events(*modules: str, path: Path = ROOT, before: str = "import torch") -> list[str]:
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, *modules],
+        [sys.executable, "-c", before + PROBE, *modules],
         env=os.environ | {"PYTHONPATH": str(path)},
         cwd=path,
         stdin=subprocess.DEVNULL,
@@ -120,7 +119,7 @@ def test_the_probe_sees_a_connection(tmp_path: Path) -> None:
     (tmp_path / "chatty.py").write_text(
         "import socket\ntry:\n    socket.create_connection(('127.0.0.1', 9), 0.1)\nexcept OSError:\n    pass\n"
     )
-    assert "socket.connect" in events("chatty", path=tmp_path)
+    assert "socket.connect" in events("chatty", path=tmp_path, before="")
 
 
 # --- what users type as layers ----------------------------------------------------------------------------------------
@@ -173,7 +172,7 @@ specs = st.recursive(
 @example("a" * 20_000)
 @example("\ud800")
 @example("blocks.0\n")
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(specs)
 @pytest.mark.timeout(60)
 def test_layers_are_resolved_or_refused(spec: Any) -> None:
