@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
+from stg_hooks import patching
 from stg_hooks.execution import EXECUTIONS
 from tests import pipelines, zoo
 
@@ -197,30 +198,33 @@ def test_weights_are_brought_once(tool: str, tmp_path: Path, monkeypatch: pytest
     assert loads("full") == [2, 1, 2]
 
 
+def offload_of_models(pipe: Any) -> None:
+    # The device cpu:0 is not the device cpu, so that its buffers are new in every call, as they are never on a GPU.
+    warnings.filterwarnings("ignore", message=".*keeps something from one call to the next")
+    pipe.enable_model_cpu_offload(device="cpu")
+    pipe.vae.enable_tiling()
+
+
 @pytest.mark.slow
 def test_model_offload_and_tiling_of_a_pipeline() -> None:
-    def run(prepare: Callable[[Any], None]) -> tuple[Any, Tensor]:
-        pipe, inputs, case = pipelines.build("wan")
-        prepare(pipe)
-        with stg.apply(pipe, case.layers, case.scale):
-            pipelines.run(pipe, inputs)  # whose end sets offloading up afresh
-            return pipe, pipelines.run(pipe, inputs)
-
-    def prepare(pipe: Any) -> None:
-        pipe.vae.enable_tiling()
-        pipe.enable_model_cpu_offload(device="cpu")
-        snapshots.append(zoo.snapshot(pipe.vae))
-
-    snapshots: list[Any] = []
-    _, expected = run(lambda pipe: None)
-    # The device cpu:0 is not the device cpu, so that its buffers are new in every call, as they are never on a GPU.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*keeps something from one call to the next")
-        pipe, got = run(prepare)
-    assert torch.equal(got, expected)
-    assert hasattr(pipe.transformer, "_hf_hook")
+    """At the end of each run, the pipeline takes the hooks of its models off and sets up new ones."""
+    plain, inputs, case = pipelines.build("wan")
+    with stg.apply(plain, case.layers, case.scale):
+        expected = pipelines.run(plain, inputs)
+    pipe, *_ = pipelines.build("wan")
+    offload_of_models(pipe)
+    with stg.apply(pipe, case.layers, case.scale):
+        for _ in range(3):
+            assert torch.equal(pipelines.run(pipe, inputs), expected)
+        assert not any(patching._is_ours(value) for m in pipe.vae.modules() for value in vars(m).values())
     assert pipe.vae.use_tiling
-    assert zoo.snapshot(pipe.vae) == snapshots[0]
+    assert torch.equal(pipelines.run(pipe, inputs), pipelines.run(plain, inputs))
+    assert not any(patching._is_ours(value) for m in pipe.transformer.modules() for value in vars(m).values())
+    for session in (stg.skip(pipe.transformer, case.layers), stg.apply(pipe, case.layers, on="uncond")):
+        with session:
+            pipelines.run(pipe, inputs)
+            with pytest.raises(stg.CallError, match="Enter the `with` anew for each run"):
+                pipelines.run(pipe, inputs)
 
 
 def test_deep_copies_and_states_of_a_streamed_model_are_as_they_are(tmp_path: Path) -> None:
