@@ -248,7 +248,9 @@ def test_the_weak_model_makes_the_uncond_prediction(how: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "mode"), zip(WAYS, ["smoothed", "feed-forward", "attention", "values"], strict=True))
+@pytest.mark.parametrize(
+    ("how", "mode"), [*zip(WAYS, ["smoothed", "feed-forward", "attention", "values"], strict=True)]
+)
 def test_modes_equal_those_of_the_plain_model(how: str, mode: str) -> None:
     family = zoo.FAMILIES["wan"]
     model = family.build()
