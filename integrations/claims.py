@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
+import platform
 import threading
 import time
 import uuid
@@ -138,8 +138,8 @@ def _is_alive(pid: int) -> bool:
 def _place() -> str:
     """Name where process numbers mean the same: the machine, and the container on it."""
     with contextlib.suppress(OSError):
-        return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
-    return socket.gethostname()
+        return f"{platform.node()} {Path('/proc/self/ns/pid').readlink()}"
+    return platform.node()
 
 
 def _read(file: Path) -> dict[str, Any]:

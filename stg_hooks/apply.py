@@ -148,9 +148,9 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
             UncondGuide(self._session, module) if on == "uncond" else Guide(self._session, module, execution)
             for module in unique.values()
         ]
-        self._models = list(unique.values())
+        self._session.models = tuple(unique.values())
         if self._session.ranks is not None:
-            for model in self._models:
+            for model in self._session.models:
                 check_own_copy(model, self._session.ranks)
         self._entered: list[ExitStack] = []
 
@@ -198,7 +198,7 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
             RankError: they did not come, or hold another model.
         """
         if self._session.ranks is not None:
-            for model in self._models:
+            for model in self._session.models:
                 self._session.ranks.enter(model)
         with ExitStack() as stack:
             for guide in self._guides:

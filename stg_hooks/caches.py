@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 
+from stg_hooks.errors import CallError
 from stg_hooks.hosts import StepCaches, step_caches
 
 
@@ -35,6 +36,22 @@ class Caches:
         found = step_caches(self._modules)
         if found is None or self.found is None or found.hooks != self.found.hooks:
             self.found = found
+
+    def check_same(self) -> None:
+        """Raise if caches have been enabled or disabled since they were looked for.
+
+        Raises:
+            CallError: they have.
+            TargetError: there is a cache that cannot be used together with skip guidance.
+        """
+        found = step_caches(self._modules)
+        if (found.hooks if found else []) != (self.found.hooks if self.found else []):
+            known = found or self.found
+            assert known is not None
+            raise CallError(
+                f"{known.name}: this step cache was {'enabled' if found else 'disabled'} inside the `with`. Enable and "
+                "disable caches before stg.apply() or stg.skip()."
+            )
 
     def begin_pass(self) -> None:
         """Take notice of a pass that is not a weak one, before it is made."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,9 +52,24 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     return chosen
 
 
-def eagerly() -> AbstractContextManager[object]:
+@contextmanager
+def eagerly() -> Iterator[None]:
     """Have nothing compiled within a `with`, for a call that is made once; needs torch 2.6."""
-    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-        stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-        return stance
-    return nullcontext()
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        yield
+        return
+    # All threads have one stance: the first one sets it, and the last one puts back what was there before.
+    with _LOCK:
+        stance: Any = _STANCES[0] if _STANCES else torch.compiler.set_stance("force_eager")
+        _STANCES.append(stance)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            if len(_STANCES) == 1:
+                stance.__exit__(None, None, None)
+            _STANCES.pop()
+
+
+_STANCES: list[Any] = []
+_LOCK = threading.Lock()

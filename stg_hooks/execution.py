@@ -114,7 +114,7 @@ class Execution:
         }
         # What surrounds the blocks may hold tables that have no rows.
         self._batched = [u for u in batched if self._blocks_in[id(u)] or any(u is module for module in skipped)]
-        # Each way, and what it sees of the model: the next one is taken where a model does not allow one.
+        # In the order in which one follows where the one before is not possible.
         self._units = {
             "batched": _unique(self._prefix, self._batched),
             "sequential": self._prefix,
@@ -360,6 +360,7 @@ class Execution:
         """
         by_length = sorted(range(len(self.switches)), key=lambda branch: prefix.ends[branch] or 0)
         for branch in {by_length[0], by_length[-1]}:
+            # Without gradients: the one who computes this call again, for them, makes no such pass.
             with torch.no_grad(), checking():
                 again = self._shared_pass(call, prefix, branch)
             if not agree(again, call.cond):
@@ -394,8 +395,7 @@ class Execution:
         return [tensor.clone() for tensor in weak]  # the next call may use their memory
 
     def _is_to_be_checked(self, call: GuidedCall) -> bool:
-        # What step caches keep makes a pass another one than it would be by itself.
-        return call.batched_cfg and call.layout not in self._cut and self._caches.found is None
+        return call.batched_cfg and call.layout not in self._cut
 
     def _check_rows(self, call: GuidedCall) -> bool:
         """Make a pass on the cond rows with nothing skipped, once: it has to give what the cond pass gave.
@@ -405,9 +405,12 @@ class Execution:
         """
         try:
             args, kwargs = self._cond_rows(call)
-            with torch.no_grad(), checking(), weak_pass(), eagerly():
-                again = predictions(call.denoiser(*args, **kwargs))
-            if agree(again, call.cond):
+            no_caches = self._caches.apart(self, [self._model], bypassed=False)
+            with torch.no_grad(), checking(), weak_pass(), eagerly(), no_caches:
+                again, cond = predictions(call.denoiser(*args, **kwargs)), call.cond
+                if self._caches.found is not None:  # which have made the cond pass another one than it is by itself
+                    cond = [halves(t)[1] for t in predictions(call.denoiser(*call.args, **call.kwargs))]
+            if agree(again, cond):
                 self._cut.add(call.layout)
                 return True
             reason = "the cond rows alone do not give the cond prediction again"

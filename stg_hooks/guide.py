@@ -20,12 +20,12 @@ from stg_hooks.compiled import is_compiled, untraced
 from stg_hooks.errors import CallError
 from stg_hooks.execution import Execution
 from stg_hooks.executions import Executions
-from stg_hooks.guided_call import GuidedCall, Stats, in_weak_pass
+from stg_hooks.guided_call import GuidedCall, Stats, in_weak_pass, layout_of
 from stg_hooks.hosts import Host, Role, check_rows_apart
 from stg_hooks.inspection import parameter_names
 from stg_hooks.kept import Kept
 from stg_hooks.parallel import Share, check_alone
-from stg_hooks.patching import Undo, patched, shared
+from stg_hooks.patching import Patch, Undo, patched, shared
 from stg_hooks.ranks import Ranks
 from stg_hooks.rules import at_step
 from stg_hooks.schedule import Plan, Settings, known
@@ -47,6 +47,7 @@ class Session:
     stats: Stats = dataclasses.field(default_factory=Stats)
     trace: Trace = dataclasses.field(default_factory=Trace)
     watch: Watch = dataclasses.field(default_factory=lambda: Watch("stg.apply"))
+    models: tuple[nn.Module, ...] = ()
     lost_steps: int = 0
 
 
@@ -145,6 +146,7 @@ class Guide:
         self._executions.prepare(session.plan.known)
         self._names = parameter_names(model)
         self._local = _OfThread()
+        self._patch: Patch | None = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -161,8 +163,9 @@ class Guide:
             if is_compiled(self._model):  # there, hooks are compiled as well, and what we wrap is the call itself
                 stack.enter_context(stack.enter_context(patched(self._model)).everywhere(self._around_compiled))
                 return None, stack.pop_all().close
+            self._patch = stack.enter_context(patched(self._model))
             before, after = untraced(self._before), untraced(self._after)
-            stack.enter_context(stack.enter_context(patched(self._model)).everywhere(untraced(self._around)))
+            stack.enter_context(self._patch.everywhere(untraced(self._around)))
             stack.enter_context(self._model.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
             stack.enter_context(self._model.register_forward_hook(after, with_kwargs=True))
             return None, stack.pop_all().close
@@ -178,6 +181,7 @@ class Guide:
             return
         assert kwargs is not None
         check_alone(self._session, self._session.ranks, self._model)
+        self._executions.caches.check_same()
         self._executions.caches.begin_pass()
         if role.rows in ("uncond", "perturbed"):
             before = self._local.last
@@ -188,6 +192,10 @@ class Guide:
             return
         step = check_step(self._session.step) or self._session.host.step()
         self._local.call = call = _Call(role, step, self._session.plan.at(step), args, kwargs)
+        if self._patch is not None and self._patch.bring_back() and self._session.ranks is None:
+            both = role.rows == "uncond+cond"  # from the next call on; this one has its forward already
+            call.guided = GuidedCall(model, args, kwargs, both)
+            call.guided.layout = layout_of(call.guided)
         kept = self._local.kept
         if kept is not None and kept.serves(step, call.settings.active, self._session.every):
             call.kept = kept

@@ -7,6 +7,7 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -258,8 +259,9 @@ class Guider:
         if cfg and joined is None and unconds[0] is None:
             switches, unconds = self._uncond(active, args, negative, switches)
         if active:
-            self._watch.look(step if isinstance(step, Step) else Step(), conds, unconds, switches, by_branch)
-            self._watch.report(wait=False)
+            with self.ranks.telling() if self.ranks is not None else nullcontext():
+                self._watch.look(step if isinstance(step, Step) else Step(), conds, unconds, switches, by_branch)
+                self._watch.report(wait=False)
         scales = [branch.scale for branch in active] if self._on == "cond" else []
         rules = [settings.rule] * len(conds)
         if isinstance(step, Step):

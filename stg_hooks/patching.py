@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from stg_hooks.compiled import is_compiled
+from stg_hooks.errors import CallError
 
 Action = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """What to do instead of `forward`: called with what would have run otherwise, and the call's arguments."""
@@ -51,6 +52,7 @@ class Patch:
         self._local = _Local()
         self._everywhere: tuple[Action, ...] = ()
         self._place: tuple[nn.Module, str, Callable[..., Any]] | None = None
+        self._again: list[Undo] = []
 
     @contextmanager
     def _placed(self, module: nn.Module, name: str, forward: Callable[..., Any]) -> Iterator[None]:
@@ -59,6 +61,46 @@ class Patch:
             yield
         finally:
             self._place = None  # a cycle, which would keep the module alive
+            while self._again:
+                self._again.pop()()
+
+    def is_lost(self) -> bool:
+        """Tell whether what was there before has been put back, and calls of the module do not come here any more.
+
+        Pipelines of diffusers with `enable_model_cpu_offload` do that to their models at the end of each run.
+        """
+        if self._place is None or self.is_in_place():
+            return False
+        module, name, forward = self._place
+        found = getattr(module, name)
+        while getattr(found, "__func__", None) is not type(module).forward:
+            if found is forward or not hasattr(found, "__wrapped__"):
+                return False  # on top of ours, or nobody knows
+            found = found.__wrapped__
+        return True
+
+    def check(self, *_: Any) -> None:
+        """Raise where it is lost; may be called as a hook.
+
+        Raises:
+            CallError: it is.
+        """
+        if self.is_lost() and self._place is not None:
+            raise CallError(
+                f"something else has put back the forward of {type(self._place[0]).__name__} inside the `with`, as "
+                "pipelines with model offloading do at the end of each run, so nothing would be skipped any more. "
+                "Enter the `with` anew for each run."
+            )
+
+    def bring_back(self) -> bool:
+        """Install again where it is lost, for calls to come; tell whether that was so."""
+        if not self.is_lost() or self._place is None:
+            return False
+        module, name, _ = self._place
+        again = self.wrap(getattr(module, name))
+        self._again.append(set_attribute(module, name, again))
+        self._place = module, name, again
+        return True
 
     def is_in_place(self) -> bool:
         """Tell whether calls of the module still come here first."""

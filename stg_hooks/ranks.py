@@ -37,6 +37,8 @@ class _Link:
         # Not new_group: in its names it counts all groups, of which other ranks may have other numbers.
         store = PrefixStore(f"stg_hooks/{group.group_name}", _get_default_store())
         self.lost = ""
+        self.unfinished: list[object] = []
+        """What an interrupted rank has left for the others to fetch."""
         self.gloo: Any = dist.ProcessGroupGloo(store, group.rank(), group.size(), dt.timedelta(seconds=timeout))
 
 
@@ -134,7 +136,7 @@ class Ranks:
         """Tell the other ranks of an error inside a `with`."""
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
             self._tell(error)
             raise
 
@@ -176,6 +178,7 @@ class Ranks:
         return everything
 
     def _agree(self, event: str, said: Mapping[str, object]) -> None:
+        self._is_told = False
         mine = {"event": event, **{key: _shortened(value) for key, value in said.items()}}
         for rank, theirs in self._exchange(mine).items():
             if "error" in theirs:
@@ -189,18 +192,17 @@ class Ranks:
                     f"{self.rank}, but {theirs.get(different, 'missing')} on rank {rank} (when rank {self.rank} "
                     f"{event}). Run the same code with the same settings and the same seeds on every rank."
                 )
-        self._is_told = False
 
     def _tell(self, error: BaseException) -> None:
-        # An interrupt must not wait for anybody, and a RankError is known to the others.
-        if self._is_told or isinstance(error, RankError) or not isinstance(error, Exception):
+        if self._is_told or isinstance(error, RankError):  # which is known to the others
             return
         self._is_told = True
         with contextlib.suppress(RankError):  # the error itself is on its way
-            self._exchange({"error": _shortened(f"{type(error).__name__}: {error}")})
+            waits = isinstance(error, Exception)  # an interrupt must not wait for anybody
+            self._exchange({"error": _shortened(f"{type(error).__name__}: {error}")}, waits)
 
-    def _exchange(self, message: Mapping[str, str]) -> dict[int, dict[str, str]]:
-        """Send a message to every other rank, and return theirs."""
+    def _exchange(self, message: Mapping[str, str], waits: bool = True) -> dict[int, dict[str, str]]:
+        """Send a message to every other rank, and return theirs; nothing, where nobody waits for them."""
         text = "\n".join(f"{key}\t{value}" for key, value in message.items()).encode("ascii", "backslashreplace")
         assert len(text) <= _LENGTH
         mine = torch.frombuffer(bytearray(text.ljust(_LENGTH)), dtype=torch.uint8)
@@ -216,6 +218,9 @@ class Ranks:
                 for waiting in peers:
                     works.append((waiting, link.gloo.recv([found[waiting]], waiting, 0)))
                     works.append((waiting, link.gloo.send([mine], waiting, 0)))
+                if not waits:
+                    link.unfinished += [mine, found, works]
+                    return {}
                 for waiting, work in works:  # noqa: B007 - named in the error
                     work.wait(dt.timedelta(seconds=max(deadline - time.monotonic(), 0.05)))
             except RuntimeError as error:

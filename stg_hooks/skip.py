@@ -215,6 +215,7 @@ class _Entry:
         self._model_name = type(model).__name__
         self._is_compiled = is_compiled(model)
         self._local = _OfThread()
+        self._patch: Patch | None = None
         self.has_begun = False
         self.has_ended = False
         self.stack = ExitStack()
@@ -224,7 +225,8 @@ class _Entry:
         self._caches.look()
         with ExitStack() as stack:
             stack.enter_context(self._switch.installed())
-            stack.enter_context(stack.enter_context(patched(model)).everywhere(self._around))
+            self._patch = stack.enter_context(patched(model))
+            stack.enter_context(self._patch.everywhere(self._around))
             if not self._is_compiled:  # there, hooks are compiled as well, and what we wrap is the call itself
                 stack.enter_context(model.register_forward_pre_hook(self._before, prepend=True))
                 stack.enter_context(model.register_forward_hook(self._after, always_call=True))
@@ -235,6 +237,8 @@ class _Entry:
     def _before(self, *_: Any) -> None:
         """Tell whether the call that begins is one in which the skip is in force."""
         self._local.is_called = activation.is_active(self)
+        if self._local.is_called and self._patch is not None:
+            self._patch.check()
 
     def _after(self, *_: Any) -> None:
         self._local.is_called = self._local.depth > 0  # a model may call itself
@@ -243,6 +247,7 @@ class _Entry:
         """Bypass the layers as long as the model runs; hooks alone would not end that after an interrupt."""
         if not (activation.is_active(self) if self._is_compiled else self._local.is_called):
             return proceed(*args, **kwargs)
+        self._caches.check_same()
         self.has_begun = True
         self._local.depth += 1
         try:

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from stg_hooks import activation
 from stg_hooks.calls import cut, first_batch, predictions, row_factor
+from stg_hooks.compiled import is_compiled
 from stg_hooks.errors import CallError, SettingError, closest
 from stg_hooks.executions import Executions
 from stg_hooks.guide import Session
@@ -76,7 +77,10 @@ class UncondGuide:
         with ExitStack() as stack:
             stack.enter_context(self._executions.installed())
             self._check_caches()
-            stack.enter_context(stack.enter_context(patched(self._model)).everywhere(self._around))
+            patch = stack.enter_context(patched(self._model))
+            stack.enter_context(patch.everywhere(self._around))
+            if not is_compiled(self._model):
+                stack.enter_context(self._model.register_forward_pre_hook(patch.check, prepend=True))
             yield
 
     def _around(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -84,6 +88,7 @@ class UncondGuide:
         role = session.host.role() if activation.is_active(session) and not in_weak_pass() else None
         if role is None:
             return proceed(*args, **kwargs)
+        self._executions.caches.check_same()
         session.stats.calls += 1
         check_rows_apart(role, "on='uncond'")
         step = check_step(session.step) or session.host.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -160,7 +161,7 @@ def check_pairs_of_ranks(rank: int, size: int) -> None:
         assert_close(found, combined())
 
 
-def told(run: Callable[[], object], pattern: str, error: type[Exception] = stg.RankError) -> None:
+def told(run: Callable[[], object], pattern: str, error: type[BaseException] = stg.RankError) -> None:
     with pytest.raises(error, match=pattern):
         run()
 
@@ -204,21 +205,33 @@ def check_a_failure_is_told(rank: int, size: int) -> None:
     model = zoo.build("plain")
     guider = stg.Guider(model, ["blocks.2"], 1.0, guidance_scale=3.0, group=group, timeout=30)
 
+    errors = {torch.OutOfMemoryError: "OutOfMemoryError: no room", KeyboardInterrupt: "KeyboardInterrupt: no room"}
+    error: type[BaseException] = torch.OutOfMemoryError
+
     def fail(*_: Any) -> None:
-        raise torch.OutOfMemoryError("no room")
+        raise error("no room")
 
     def guided() -> Tensor:
         found: Tensor = guider(X, cond={"text": POSITIVE}, uncond={"text": NEGATIVE})
         return found
 
-    for culprit in range(size):
+    for culprit, (error, text) in itertools.product(range(size), errors.items()):
         hook = model.blocks[3].register_forward_hook(fail) if rank == culprit else None
         if hook is None:
-            told(guided, f"rank {culprit} failed where rank {rank} made a call: OutOfMemoryError: no room")
+            told(guided, f"rank {culprit} failed where rank {rank} made a call: {text}")
         else:
-            told(guided, "no room", torch.OutOfMemoryError)
+            told(guided, "no room", error)
             hook.remove()
         assert_close(guided(), combined())
+
+    no_skip = stg.Branch(["blocks.2"], mode=lambda call: call.compute())
+    strict = stg.Guider(model, branches=[no_skip], group=group, timeout=30, strict=True)
+    culprit = size // 2  # makes the weak prediction, and sees that it equals cond
+    if rank == culprit:
+        told(lambda: strict(X, POSITIVE), "changed nothing", stg.LayerError)
+    else:
+        strict(X, POSITIVE)
+        told(lambda: strict(X, POSITIVE), f"rank {culprit} failed .* LayerError: .* changed nothing")
 
     def applied(culprit: int, inside: bool) -> None:
         with stg.apply(model, ["blocks.2"], 1.0, batched_cfg=True, group=group, timeout=30):
@@ -227,9 +240,9 @@ def check_a_failure_is_told(rank: int, size: int) -> None:
                 fail()
             model(**ROWS)
 
-    for culprit in range(size):
+    for culprit, error in itertools.product(range(size), errors):
         if rank == culprit:
-            told(lambda culprit=culprit: applied(culprit, True), "no room", torch.OutOfMemoryError)
+            told(lambda culprit=culprit: applied(culprit, True), "no room", error)
         else:
             told(lambda culprit=culprit: applied(culprit, True), f"rank {culprit} failed .* no room")
         applied(culprit, False)

@@ -137,7 +137,7 @@ def test_threads_that_share_one_apply(model: nn.Module) -> None:
     in_threads([(run, guided), (run, guided), (run, guided), (lambda: model(**inputs), plain)], 15)
 
 
-@pytest.mark.parametrize("family", ["ltx", "wan"])
+@pytest.mark.parametrize("family", ["wan", pytest.param("ltx", marks=pytest.mark.slow)])
 def test_two_pipelines_of_one_denoiser(family: str) -> None:
     """One guided, one not; then both, with different settings; one after the other and in two threads at once."""
     pipe, call, case = pipelines.build(family)
@@ -216,7 +216,7 @@ def test_a_task_that_is_cancelled(model: nn.Module) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::stg_hooks.StgWarning")
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(4))
 def test_entered_and_left_in_any_order(seed: int, model: nn.Module) -> None:
     """At every moment the prediction is that of the skips and guidance that are in force, whoever came first."""
     inputs, choose = zoo.inputs(), random.Random(seed)

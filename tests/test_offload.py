@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
+from stg_hooks import patching
 from stg_hooks.execution import EXECUTIONS
-from tests import zoo
+from tests import pipelines, zoo
 
 accelerate = pytest.importorskip("accelerate")
 hooks = pytest.importorskip("diffusers.hooks")
@@ -165,18 +166,6 @@ def test_taken_off_inside_the_with(all_of_it: bool, tmp_path: Path) -> None:
         assert_close(call(model, 0), plain)
 
 
-def test_a_cache_disabled_inside_the_with() -> None:
-    model = build()
-    model.enable_cache(hooks.PyramidAttentionBroadcastConfig(2, current_timestep_callback=lambda: 500))
-    model.disable_cache()
-    model.enable_cache(hooks.FirstBlockCacheConfig(0.1))
-    with stg.apply(model, [LAYER], SCALE), model.cache_context("cond"):
-        call(model, 0)
-        model.disable_cache()
-        with pytest.raises(stg.CallError, match="has set the forward of WanTransformerBlock"):
-            call(model, 1)
-
-
 @pytest.mark.parametrize("tool", ["offloaded", "in_groups"])
 def test_weights_are_brought_once(tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a guided step; a second sweep over the weights would bring those of the later blocks again."""
@@ -207,6 +196,35 @@ def test_weights_are_brought_once(tool: str, tmp_path: Path, monkeypatch: pytest
     assert loads("auto") == [1, 1, 1]
     assert loads("sequential") == [1, 1, 2]
     assert loads("full") == [2, 1, 2]
+
+
+def offload_of_models(pipe: Any) -> None:
+    # The device cpu:0 is not the device cpu, so that its buffers are new in every call, as they are never on a GPU.
+    warnings.filterwarnings("ignore", message=".*keeps something from one call to the next")
+    pipe.enable_model_cpu_offload(device="cpu")
+    pipe.vae.enable_tiling()
+
+
+@pytest.mark.slow
+def test_model_offload_and_tiling_of_a_pipeline() -> None:
+    """At the end of each run, the pipeline takes the hooks of its models off and sets up new ones."""
+    plain, inputs, case = pipelines.build("wan")
+    with stg.apply(plain, case.layers, case.scale):
+        expected = pipelines.run(plain, inputs)
+    pipe, *_ = pipelines.build("wan")
+    offload_of_models(pipe)
+    with stg.apply(pipe, case.layers, case.scale):
+        for _ in range(3):
+            assert torch.equal(pipelines.run(pipe, inputs), expected)
+        assert not any(patching._is_ours(value) for m in pipe.vae.modules() for value in vars(m).values())
+    assert pipe.vae.use_tiling
+    assert torch.equal(pipelines.run(pipe, inputs), pipelines.run(plain, inputs))
+    assert not any(patching._is_ours(value) for m in pipe.transformer.modules() for value in vars(m).values())
+    for session in (stg.skip(pipe.transformer, case.layers), stg.apply(pipe, case.layers, on="uncond")):
+        with session:
+            pipelines.run(pipe, inputs)
+            with pytest.raises(stg.CallError, match="Enter the `with` anew for each run"):
+                pipelines.run(pipe, inputs)
 
 
 def test_deep_copies_and_states_of_a_streamed_model_are_as_they_are(tmp_path: Path) -> None:

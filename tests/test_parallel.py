@@ -17,6 +17,7 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return ranks.run("tests.rank_checks", list(rank_checks.CHECKS), 3, tmp_path_factory.mktemp("ranks"), limit=240)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", rank_checks.CHECKS)
 def test_ranks(check: str, wrong: dict[str, str]) -> None:
     said = wrong.get(check, "")

@@ -19,6 +19,7 @@ from tests import zoo
 
 EXECUTIONS = ("sequential", "batched", "full")
 executions = pytest.mark.parametrize("execution", EXECUTIONS)
+ONE_FAST = ["sequential", *(pytest.param(way, marks=pytest.mark.slow) for way in EXECUTIONS[1:])]
 SCALE = 1.5
 
 
@@ -53,7 +54,7 @@ def check(model: nn.Module, weak: nn.Module, inputs: dict[str, Any], layer: str,
 
 
 @executions
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["plain", "image_text", "unet", "two_stacks"])
 def test_half_precision(name: str, dtype: torch.dtype, execution: str) -> None:
     """Predictions are what half precision gives; only the formula is computed in float32."""
@@ -90,7 +91,7 @@ def wan(block: int = 1) -> tuple[nn.Module, dict[str, Any], str]:
     return family.build(), family.inputs(), f"blocks.{block}"
 
 
-@executions
+@pytest.mark.parametrize("execution", ONE_FAST)
 @pytest.mark.parametrize("state", ["loaded", "fused", "weighted", "disabled"])
 def test_lora(state: str, execution: str) -> None:
     model, inputs, layer = wan()
@@ -107,7 +108,7 @@ def test_lora(state: str, execution: str) -> None:
     check(model, zoo.without(model, [layer]), inputs, layer, execution, rtol=1e-4, atol=1e-4)
 
 
-@executions
+@pytest.mark.parametrize("execution", ONE_FAST)
 def test_lora_hot_swapped_while_applied(execution: str) -> None:
     """Loaded, switched, fused, unfused and deleted inside one `with`; each call uses what is there."""
     model, inputs, layer = wan()
@@ -414,7 +415,7 @@ def test_a_guided_call_that_is_checkpointed_as_a_whole(checkpointed: Checkpointe
 
 
 @pytest.mark.parametrize("mode", ["residual", "attention"])
-@pytest.mark.parametrize("family", ["wan", "flux"])
+@pytest.mark.parametrize("family", ["wan", pytest.param("flux", marks=pytest.mark.slow)])
 def test_gradient_checkpointing_of_diffusers(family: str, mode: str) -> None:
     case = zoo.FAMILIES[family]
     model, inputs = case.build().requires_grad_(True), case.inputs()
