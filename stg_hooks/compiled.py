@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -43,13 +42,7 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
     reason = "stg_hooks guides this model from outside: compile it before stg.apply(), and pass what is compiled to it."
     disabled: Callable[..., Any] = torch.compiler.disable(function, reason=reason)
-
-    @functools.wraps(function)
-    def chosen(*args: Any, **kwargs: Any) -> Any:
-        # Outside of what is compiled, torch.compiler.disable would make all Python code inside several times slower.
-        return disabled(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
-
-    return chosen
+    return disabled
 
 
 @contextmanager
