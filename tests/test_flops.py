@@ -150,7 +150,9 @@ def test_the_later_the_layer_the_cheaper(layer: int) -> None:
     assert count / case.plain == pytest.approx(case.shape.formula(layer), rel=0.01)
 
 
-@pytest.mark.parametrize("name", DITS)
+@pytest.mark.parametrize(
+    "name", ["ltx", *(pytest.param(name, marks=pytest.mark.slow) for name in DITS if name != "ltx")]
+)
 def test_sequential_execution_needs_little_more_memory(name: str) -> None:
     """At most two hidden states of the cond rows more than a plain call, in the first call and later.
 

@@ -60,6 +60,7 @@ def test_it_is_recommended_for_its_model() -> None:
     assert len(stg.apply(pipe).plan.known) == len(LEVELS)
 
 
+@pytest.mark.slow
 def test_a_run() -> None:
     """Step by step: CFG, skip guidance and rescale by hand from the plain pipeline's own predictions."""
     pipe, call = ltx_13b()

@@ -188,7 +188,12 @@ def agree(row: Any, expected: Measured) -> None:
             assert found == pytest.approx(value, rel=2e-3, abs=2e-4), name
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "hunyuan_video with CFG"])
+ALL = [*FAMILIES, "hunyuan_video with CFG"]
+
+
+@pytest.mark.parametrize(
+    "family", ["ltx", *(pytest.param(name, marks=pytest.mark.slow) for name in ALL if name != "ltx")]
+)
 def test_stock_pipelines(family: str) -> None:
     """Every measure of every layer at two of the four steps; and the run itself is not changed by a bit."""
     pipe, call, case = build(family.split()[0])
@@ -451,7 +456,7 @@ def test_all_layers_cost_about_half_of_as_many_passes() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["mochi", "ltx"])
+@pytest.mark.parametrize("name", [pytest.param("mochi", marks=pytest.mark.slow), "ltx"])
 def test_the_cost_of_a_layer_is_what_guidance_with_it_costs(name: str) -> None:
     case = load(name)
     layer = case.shape.skipped

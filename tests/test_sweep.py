@@ -117,6 +117,7 @@ def test_samples_are_those_of_apply(tmp_path: Path) -> None:
             assert torch.equal(frames, pixels)
 
 
+@pytest.mark.slow
 def test_metrics_and_cost(tmp_path: Path) -> None:
     toy = Toy()
     seen: list[tuple[Any, str]] = []
@@ -143,6 +144,7 @@ def test_metrics_and_cost(tmp_path: Path) -> None:
     assert costs["residual-L0+2-s1.0"] == pytest.approx(costs["residual-L1-s1.0"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_images(tmp_path: Path) -> None:
     found = Toy(frames=1).sweep(tmp_path)
     sample = found.cells[1].samples[0]
@@ -152,6 +154,7 @@ def test_images(tmp_path: Path) -> None:
     assert found.cells[1].code.endswith("image = sample(prompt, generator)")
 
 
+@pytest.mark.slow
 def test_a_stock_pipeline(tmp_path: Path) -> None:
     """The embedded model: one cell against the pipeline called by hand."""
     pipe = demo.load()
