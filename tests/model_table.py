@@ -30,8 +30,9 @@ random model that
 No class is known by name: all this is found by looking at the model, and holds for models of your own that are built
 like these. The column of exceptions says where something is refused, with an error, or falls back to the next best way,
 with a warning. "Attention" stands for the modes that replace self-attention (`"attention"`, `"values"` and the like);
-"rows" for calls with `[uncond, cond]` rows; "batched" for `execution="batched"`, which falls back to `"sequential"`;
-"sharing" for `"sequential"`, which falls back to `"full"`.
+"rows" for calls with `[uncond, cond]` rows, whose arguments cannot be cut, so that weak passes are made with all rows;
+"batched" for `execution="batched"`, which falls back to `"sequential"`; "sharing" for `"sequential"`, which falls back
+to `"full"`.
 
 Written by `python -m tests.model_table`.
 

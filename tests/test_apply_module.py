@@ -6,7 +6,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -168,7 +168,8 @@ class Picky(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.model = zoo.DiT()
-        self.seen: list[dict[str, Any]] = []
+
+    seen: ClassVar[list[dict[str, Any]]] = []  # not on the instance, where it would be a state that calls change
 
     def forward(
         self,

@@ -140,7 +140,7 @@ def test_a_window_of_ones_own_replaces_the_published_one() -> None:
         ({}, [1]),
         ({"stop": 0.5}, [0, 1, 2, 3, 4]),
         ({"start": 0.9}, [9]),
-        ({"schedule": [(0, {})]}, None),
+        ({"schedule": [(0, {})]}, list(range(10))),
     ):
         plan = stg.apply(pipe, preset="Stable Diffusion 3.5 medium", **own).plan
         guided = [index for index in range(10) if plan.at(stg.Step(index, 10, 0.5)).active]
