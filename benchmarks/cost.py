@@ -156,7 +156,7 @@ def build(shape: Shape, size: Size, options: argparse.Namespace) -> nn.Module:
 def model_results(shape: Shape, size: Size, options: argparse.Namespace) -> dict[str, Any]:
     device, clock = torch.device(options.device), measure.CLOCKS[options.clock]
     model = build(shape, size, options)
-    inputs = shape.inputs(model, size)
+    inputs = shape.inputs(model, size, options.device)
     layers = [layer.module for layer in stg.layers(model) if layer.index is not None]
     field = {name: contestants.build(name, shape, model, inputs, shape.skipped) for name in options.contestants}
     plain = contestants.build("plain", shape, model, inputs, shape.skipped)
@@ -258,7 +258,7 @@ def curves(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
 def point(shape: Shape, size: Size, skipped: int, options: argparse.Namespace) -> dict[str, Any]:
     device, clock = torch.device(options.device), measure.CLOCKS[options.clock]
     model = build(shape, size, options)
-    inputs = shape.inputs(model, size)
+    inputs = shape.inputs(model, size, options.device)
     chosen = ["plain", *(name for name in options.contestants if name in GUIDED)]
     field = {name: contestants.build(name, shape, model, inputs, skipped) for name in chosen}
     for contestant in field.values():

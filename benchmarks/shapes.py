@@ -90,15 +90,21 @@ class Shape:
             model.to(dtype=dtype)  # buffers that were computed in a type of their own
         return model.eval().requires_grad_(False)
 
-    def inputs(self, model: nn.Module, size: Size) -> Inputs:
-        """Make the arguments of a call on two rows, `[uncond, cond]`, that look at the same latents."""
+    def inputs(self, model: nn.Module, size: Size, device: torch.device | str | None = None) -> Inputs:
+        """Make the arguments of a call on two rows, `[uncond, cond]`, that look at the same latents.
+
+        Args:
+            model: what they are for.
+            size: as the model.
+            device: where it runs, if its weights do not lie there.
+        """
         torch.manual_seed(1)
         parameter = next(model.parameters())
 
         def place(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            return value.to(parameter.device, parameter.dtype if value.is_floating_point() else value.dtype)
+            return value.to(device or parameter.device, parameter.dtype if value.is_floating_point() else value.dtype)
 
         return {name: place(value) for name, value in self.make_inputs(size.config, size).items()}
 
