@@ -65,10 +65,9 @@ class Execution:
     All give the same predictions, to rounding, for a denoiser that is a function of its arguments and treats rows
     separately. Where rows `[uncond, cond]` have to be cut, whether this one does is found out in the first call of each
     layout (its shapes, types and switches): there the weak pass is made once more with nothing skipped, and has to give
-    cond again. Where a model turns out not
-    to allow a way, the next one is taken from then on, and a warning says so: batched, sequential, full, and in the end
-    a full pass on all rows, of which nothing is assumed. A model that is compiled as a whole, or has step caches,
-    allows `"full"` only.
+    cond again. Where a model turns out not to allow a way, the next one is taken from then on, and a warning says so:
+    batched, sequential, full, and in the end a full pass on all rows, of which nothing is assumed. A model that is
+    compiled as a whole, or has step caches, allows `"full"` only.
     """
 
     def __init__(
@@ -198,7 +197,7 @@ class Execution:
                 return self._batched_pass(call, batch, cond), call
             except RowsError as error:
                 self._stop_batching(error)
-        if known is None or known.prefix is None:
+        if known is None:
             self._seen[call.layout] += 1
             prefix: Prefix = Recording(self._model, self._starts, batch, cond, self._wanted, not self._streams)
         else:
