@@ -244,9 +244,8 @@ class _Run:
         video = frames.astype(np.float32) / 255
         prompt = self._asked["prompts"][i]
         found = {name: metric(video, prompt) for name, metric in {**measures.BUILT_IN, **self._own}.items()}
-        if compare:
-            found[measures.DIFFERENCE] = self._difference(stem, video)
-        else:
+        found[measures.DIFFERENCE] = self._difference(stem, video) if compare else 0.0
+        if not compare:
             np.savez_compressed(folder / f"{stem}.npz", frames=frames)  # what is played may have lost something
         file = media.write_sample(folder, stem, frames, self._asked["fps"])
         strip = media.write_strip(folder, stem, frames)

@@ -15,7 +15,7 @@ from stg_hooks.errors import ResultsError, SettingError
 from stg_hooks.hosts import denoisers_of
 from stg_hooks.layers import Layer, LayerSpec, find_layers, resolve
 from stg_hooks.results import Place
-from stg_hooks.sampling import Sample, guidance_scale_of, prompts_from
+from stg_hooks.sampling import Sample, guidance_scale_of, prompts_from, takes_prompt
 
 
 def asked_of(
@@ -71,7 +71,7 @@ def asked_of(
         "model": type(model).__name__,
         "pipeline": None if pipe is model else type(pipe).__name__,
         **asked,
-        "prompts": list(prompts_from(prompts)),
+        "prompts": list(prompts_from(prompts, pipe if sample is None else None)),
         "guidance_scale": guidance_scale_of(pipe, sample, settings),
         "fps": fps,
         "settings": {name: _text(value) for name, value in settings.items()},
@@ -137,7 +137,8 @@ def call_text(pipe: Any, sample: Sample | None, settings: Mapping[str, Any]) -> 
         return f"{getattr(sample, '__name__', 'sample')}(prompt, generator)"
     if hasattr(pipe, "stg_sample"):
         return f"pipe.stg_sample({', '.join(['prompt', 'generator', *given])})"
-    return f"pipe({', '.join(['prompt', *given])})"
+    prompt = ["prompt=prompt"] if takes_prompt(pipe, settings) else []
+    return f"pipe({', '.join([*prompt, *given])})"
 
 
 def code_of(place: Place, call: str, is_video: bool) -> str:

@@ -20,7 +20,7 @@ from stg_hooks.hosts import Host, ModuleHost, pipeline_host
 from stg_hooks.layers import Layer, LayerSpec, find_layers, resolve
 from stg_hooks.probe import Meter, NoiseLevels, Observation, Probe
 from stg_hooks.results import Profile, ProfileRow, mean
-from stg_hooks.sampling import Sample, generator_of, prompts_from, sampler_of
+from stg_hooks.sampling import Sample, generator_of, prompts_from, sampler_of, takes_prompt
 from stg_hooks.schedule import Plan, Settings
 from stg_hooks.settings import Branch
 from stg_hooks.skip import Switch
@@ -96,7 +96,10 @@ def profile(
         found.append((observation, _measured(observation, model, layout)))
 
     own = getattr(getattr(target, "stg_sample", None), "prompts", PROMPTS)
-    texts = prompts_from(prompts if prompts is not None else own if sample is None else ("",))
+    pipe = target if sample is None else None
+    if prompts is None:
+        prompts = own if pipe is not None and takes_prompt(pipe, settings) else ""
+    texts = prompts_from(prompts, pipe)
     watching: AbstractContextManager[None]
     if isinstance(target, Guider):
         watching = _watched_guider(target, model, branches, levels, meter, stats, observed)

@@ -82,7 +82,7 @@ class Profile:
     def __repr__(self) -> str:
         """Format as a table: one line per layer and mode, mean over noise levels."""
         levels = ", ".join(f"{level:.2f}" for level in self.noise_levels)
-        title = f"{self.model}: {len(self.layers)} layers, mean over noise levels {levels}"
+        title = f"{self.model}: {len(self.layers)} layers, mean over noise levels {levels} ({self.noise_kind})"
         names = [field.name for field in dataclasses.fields(ProfileRow)][4:]
         lines = [("layer", "mode", *names)]
         lines += [

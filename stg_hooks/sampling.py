@@ -52,10 +52,17 @@ def sampler_of(target: Any, sample: Sample | None, settings: Mapping[str, Any], 
     if unknown:
         raise SettingError(f"{', '.join(unknown)}: {type(target).__name__} has no such argument.")
     more = {**({"output_type": output_type} if "output_type" in parameters else {}), **settings}
-    # Some make something of an image alone; others refuse a prompt beside its embeddings.
-    if "prompt" not in parameters or "prompt_embeds" in settings:
-        return lambda prompt, generator: target(generator=generator, **more)
-    return lambda prompt, generator: target(prompt=prompt, generator=generator, **more)
+    if takes_prompt(target, settings):
+        return lambda prompt, generator: target(prompt=prompt, generator=generator, **more)
+    return lambda prompt, generator: target(generator=generator, **more)
+
+
+def takes_prompt(target: object, settings: Mapping[str, Any]) -> bool:
+    """Tell whether a pipeline is to be called with a prompt.
+
+    Some make something of an image alone; others refuse a prompt beside its embeddings.
+    """
+    return hasattr(target, "stg_sample") or ("prompt" in _parameters(target) and "prompt_embeds" not in settings)
 
 
 def guidance_scale_of(target: object, sample: Sample | None, settings: Mapping[str, Any]) -> float | None:
@@ -67,15 +74,17 @@ def guidance_scale_of(target: object, sample: Sample | None, settings: Mapping[s
     return float(found) if isinstance(found, (int, float)) else None
 
 
-def prompts_from(prompts: str | Sequence[str]) -> tuple[str, ...]:
-    """Check prompts; one string is one prompt.
+def prompts_from(prompts: str | Sequence[str], pipe: object = None) -> tuple[str, ...]:
+    """Check prompts, one string is one prompt; and that the pipeline takes them, if there is one.
 
     Raises:
-        SettingError: there is none, or something that is no string.
+        SettingError: there is none, something that is no string, or a pipeline that is not called with a prompt.
     """
     found = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     if not found or not all(isinstance(prompt, str) for prompt in found):
         raise SettingError(f"prompts={prompts!r}: expected a list of strings, at least one.")
+    if any(found) and pipe is not None and not takes_prompt(pipe, {}):
+        raise SettingError(f"prompts={prompts!r}: {type(pipe).__name__} is called without a prompt. Leave it out.")
     return found
 
 

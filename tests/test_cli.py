@@ -23,7 +23,7 @@ import stg_hooks as stg
 from stg_hooks import demo
 from stg_hooks.cli import app as cli
 from stg_hooks.cli import calls, files, models
-from tests import pipelines
+from tests import pipelines, stock_pipelines
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ("--steps", "2")
@@ -144,6 +144,55 @@ def test_generate_with_a_model_from_a_folder(folder: Path, tmp_path: Path) -> No
     with Image.open(out) as picture:
         assert picture.n_frames == len(video)
         assert np.array_equal(np.asarray(picture.convert("RGB"))[::8, ::8], (video[0] * 255).round().astype(np.uint8))
+
+
+@pytest.fixture
+def svd(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Have MODEL be a tiny pipeline that makes a video of an image alone."""
+    pipe = stock_pipelines.STOCK["StableVideoDiffusionPipeline"].build()
+    monkeypatch.setattr(models.Source, "pipeline", lambda self: pipe)
+    monkeypatch.setattr(models.Source, "denoisers", lambda self: {"unet": pipe.unet})
+    return pipe
+
+
+SVD = ("--layers", "0", *SHORT, "--set", "height=64", "--set", "width=64", "--set", "num_frames=3")
+
+
+def test_an_image_instead_of_a_prompt(svd: Any, tmp_path: Path) -> None:
+    picture, out = tmp_path / "in.png", tmp_path / "out.png"
+    Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(64, 64, 3)).save(picture)
+    torch.manual_seed(0)  # the pipeline adds noise to the image, with the global generator
+    result = run("generate", "svd", "--image", picture, *SVD, "-o", out)
+    assert result.exit_code == 0, result.output
+    torch.manual_seed(0)
+    with stg.apply(svd, [0]), Image.open(picture) as image:
+        generator = torch.Generator().manual_seed(0)
+        frames = svd(image, 64, 64, 3, 2, generator=generator, output_type="np").frames[0]
+    with Image.open(out) as made:
+        assert made.n_frames == 3
+        assert np.array_equal(np.asarray(made.convert("RGB"))[::2, ::2], (frames[0] * 255).round().astype(np.uint8))
+    found = run("sweep", "svd", "--image", picture, *SVD, "--scales", "1", "--out", tmp_path)
+    assert found.exit_code == 0, found.output
+    [_, cell] = stg.results.Sweep.load(tmp_path).cells
+    assert "prompt" not in cell.code
+    found = run("profile", "svd", "--image", picture, *SVD, "--levels", "1", "--out", tmp_path)
+    assert found.exit_code == 0, found.output
+    assert stg.results.Profile.load(tmp_path).prompts == ("",)
+    found = run("bench", "svd", "--image", picture, *SVD, "--rounds", "1", "--json")
+    assert found.exit_code == 0, found.output
+
+
+def test_an_image_or_a_prompt_that_cannot_be_used(svd: Any, tmp_path: Path) -> None:
+    picture, text = tmp_path / "in.png", tmp_path / "in.txt"
+    Image.new("RGB", (16, 16)).save(picture)
+    text.write_text("no picture")
+    out = ("-o", tmp_path / "out.png")
+    fails(run("generate", "svd", "--image", tmp_path / "none.png", *SVD, *out), 1, "--image", "none.png")
+    fails(run("generate", "svd", "--image", text, *SVD, *out), 1, "--image", "in.txt")
+    fails(run("generate", "svd", *SVD, *out), 2, "--prompt is missing", "--image")
+    fails(run("generate", "svd", "--image", picture, "-p", "a fox", *SVD, *out), 2, "'a fox'", "without a prompt")
+    fails(run("sweep", "svd", "--image", picture, "-p", "a fox", *SVD, "-o", tmp_path / "new"), 2, "without a prompt")
+    assert {path.name for path in tmp_path.iterdir()} == {"in.png", "in.txt"}
 
 
 def test_a_setting_without_an_option_of_its_own() -> None:
@@ -294,6 +343,15 @@ def test_a_device_that_is_not_there() -> None:
         fails(run("generate", "demo", "--layers", "2", "--device", "cuda", "-o", "x.png"), 1, "finds no cuda device")
 
 
+def test_processes_of_a_launcher_have_a_device_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert models.Source("demo").where == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert models.Source("demo").where == "cuda:3"
+    assert models.Source("demo", device="cuda:1").where == "cuda:1"
+
+
 @pytest.mark.usefixtures("prompts")
 def test_offloading_is_the_pipelines_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
@@ -332,6 +390,10 @@ def test_profile_and_report(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     expected = stg.profile(demo.load(), [2, 5], ["residual"], 2, num_inference_steps=2)
     assert result.stdout.strip() == str(expected)
+    one_by_one = run(
+        "profile", "demo", "--layers", "2,5", "--levels", "2", "--layers-at-once", 1, *SHORT, "-o", tmp_path
+    )
+    assert one_by_one.stdout == result.stdout
     assert json.loads((tmp_path / "profile.json").read_text())["kind"] == "profile"
     assert run("report", tmp_path, "--plots").exit_code == 0
     assert "</html>" in (tmp_path / "report.html").read_text()

@@ -55,7 +55,7 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
 
 def test_a_profile_prints_means_over_noise_levels() -> None:
     lines = repr(PROFILE).splitlines()
-    assert lines[0] == "Model: 2 layers, mean over noise levels 0.95, 0.50"
+    assert lines[0] == "Model: 2 layers, mean over noise levels 0.95, 0.50 (flow)"
     assert lines[1].split() == ["layer", "mode", "norm", "cosine", "high_frequency", "temporal", "std_ratio", "cost"]
     assert lines[2].split() == ["0", "residual", "0.200", "0.200", "0.300", "0.400", "1.100", "0.136"]
     assert lines[3].split() == ["1", "residual", "0.100", "-", "0.300", "-", "1.100", "-"]

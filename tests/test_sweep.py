@@ -131,8 +131,7 @@ def test_metrics_and_cost(tmp_path: Path) -> None:
     assert (video.shape, video.dtype, prompt) == ((3, 4, 4, 3), np.float32, "bb")
     assert 0 <= video.min() <= video.max() <= 1
     base, *cells = found.cells
-    assert "difference" not in base.metrics
-    assert base.cost == 0.0
+    assert base.metrics["difference"] == base.cost == 0.0
     samples = {c.id: seen[4 * i : 4 * i + 4] for i, c in enumerate(found.cells)}
     for cell in cells:
         expected = [abs(a - b).mean() for (a, _), (b, _) in zip(samples[cell.id], samples["baseline"], strict=True)]

@@ -12,12 +12,14 @@ from stg_hooks.results import PROFILE_FILE, SWEEP_FILE, Profile, Sweep, write_wh
 __all__ = ["report"]
 
 
-def report(folder: str | PathLike[str], *, plots: bool = False) -> Path:
+def report(folder: str | PathLike[str], *, plots: bool = False, max_megabytes: float = 64.0) -> Path:
     """Write report.html, report.csv and report.json beside the results in a folder.
 
     Args:
         folder: where `Profile.save` wrote profile.json, or `sweep` its cells, or both. A sweep may still be running.
         plots: also draw PNG files, report-*.png; needs matplotlib.
+        max_megabytes: how large the samples on the page may be together. Of larger sweeps the page shows the first
+            prompts and seeds only, of every cell the same and at least one; its numbers are means over all.
 
     Returns:
         The page, which needs no other file and no network.
@@ -39,7 +41,7 @@ def report(folder: str | PathLike[str], *, plots: bool = False) -> Path:
         from stg_hooks.integrations.report.plots import draw
 
         files |= draw(profile, sweep)
-    files["report.html"] = page.render(profile, sweep).encode()
+    files["report.html"] = page.render(profile, sweep, max_megabytes * 1e6).encode()
     for name, data in files.items():
         write_whole(folder / name, data)
     return folder / "report.html"

@@ -36,7 +36,7 @@ def draw(profile: Profile | None, sweep: Sweep | None) -> dict[str, bytes]:
     if profile is not None:
         for mode in profile.modes:
             if rows := [row for row in profile.rows if row.mode == mode]:
-                pictures[f"report-heat-{mode}.png"] = _heat_maps(f"{profile.model}, {mode}", rows)
+                pictures[f"report-heat-{mode}.png"] = _heat_maps(f"{profile.model}, {mode}", rows, profile.noise_kind)
     if sweep is not None:
         done = [cell for cell in sweep.cells if cell.status == "done" and cell.cost is not None]
         if done and (names := metrics_of(sweep)):
@@ -59,7 +59,7 @@ def _png(figure: Any) -> bytes:
     return file.getvalue()
 
 
-def _heat_maps(title: str, rows: Sequence[ProfileRow]) -> bytes:
+def _heat_maps(title: str, rows: Sequence[ProfileRow], noise_kind: str) -> bytes:
     """Draw one map per measure, layers to the right and noise levels downwards."""
     layers = sorted({row.layer for row in rows})
     levels = sorted({row.noise_level for row in rows}, reverse=True)
@@ -78,7 +78,7 @@ def _heat_maps(title: str, rows: Sequence[ProfileRow]) -> bytes:
         image = panel.imshow(grid, aspect="auto", interpolation="nearest", **scale)
         panel.set_title(_MEASURES[name], fontsize=9, loc="left")
         panel.set_yticks(range(len(levels)), [f"{level:.2g}" for level in levels], fontsize=7)
-        panel.set_ylabel("noise level", fontsize=8)
+        panel.set_ylabel(f"noise level ({noise_kind})", fontsize=8)
         figure.colorbar(image, ax=panel, pad=0.01).ax.tick_params(labelsize=7)
     every = 1 + len(layers) // 30
     axes[-1].set_xticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]], fontsize=7)

@@ -18,14 +18,15 @@ from stg_hooks.cli.calls import (
     in_groups,
     layers_from,
     numbers_from,
+    picture_from,
     prompt_for,
-    sampler,
     settings_from,
     words_from,
 )
 from stg_hooks.cli.failures import FailureError, note, reported
 from stg_hooks.cli.files import check_output, write_frames
 from stg_hooks.cli.models import Dtype, Offload, Source
+from stg_hooks.sampling import prompts_from, sampler_of
 from stg_hooks.table import LayerTable
 
 app = typer.Typer(
@@ -61,6 +62,7 @@ Setting = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any other argument of the pipeline: `--set height=480`."),
 ]
+ImageOption = Annotated[str | None, typer.Option("--image", help="For image-to-video: a file or URL.")]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="May be given several times.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.", show_default=False)]
 
@@ -105,7 +107,7 @@ def generate(
     stop: Annotated[float, typer.Option("--stop", help="Part of the run from which there is none.")] = 1.0,
     guidance_scale: GuidanceScale = None,
     negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", "-n")] = None,
-    image: Annotated[str | None, typer.Option("--image", help="For image-to-video: a file or URL.")] = None,
+    image: ImageOption = None,
     steps: Steps = None,
     width: Annotated[int | None, typer.Option("--width", min=1)] = None,
     height: Annotated[int | None, typer.Option("--height", min=1)] = None,
@@ -123,9 +125,7 @@ def generate(
         check_output(out, force)
         source = Source(model, dtype, device, offload)
         guidance = guidance_from(layers, scale, mode) | {"rescale": rescale, "start": start, "stop": stop}
-        text = prompt_for(source, prompt, needed=image is None)
-        _check(source, guidance)
-        pipe = source.pipeline()
+        text = prompt_for(source, prompt, image)
         given = {
             "guidance_scale": guidance_scale,
             "negative_prompt": negative_prompt,
@@ -133,9 +133,13 @@ def generate(
             "width": width,
             "height": height,
             "num_frames": frames,
-            "image": image and importlib.import_module("diffusers.utils").load_image(image),
+            "image": picture_from(image),
         }
-        make = sampler(pipe, settings_from(setting, given))
+        settings = settings_from(setting, given)
+        _check(source, guidance)
+        pipe = source.pipeline()
+        make = sampler_of(pipe, None, settings, "np")
+        prompts_from(text, pipe)
         with stg.apply(pipe, **guidance) as session:
             output = make(text, torch.Generator().manual_seed(seed))
         media = importlib.import_module("stg_hooks.integrations.media")
@@ -151,9 +155,13 @@ def profile(
     modes: Annotated[str, typer.Option("--modes", help="What skipped layers do.")] = "residual",
     levels: Annotated[int, typer.Option("--levels", min=1, help="How many noise levels.")] = 5,
     prompt: Prompts = None,
+    image: ImageOption = None,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,
+    at_once: Annotated[
+        int | None, typer.Option("--layers-at-once", min=1, help="Fewer: less memory, more time.  [default: all]")
+    ] = None,
     setting: Setting = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
@@ -165,16 +173,10 @@ def profile(
         chosen, kinds = layers and layers_from(layers), words_from("--modes", modes)
         if chosen:
             _check_all(source, [[layer] for layer in chosen], kinds)
-        given = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-        result = stg.profile(
-            source.pipeline(),
-            chosen,
-            kinds,
-            levels,
-            prompts=prompt,
-            seed=seed,
-            **settings_from(setting, given),
-        )
+        given = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "image": picture_from(image)}
+        settings = settings_from(setting, given)
+        pipe = source.pipeline()
+        result = stg.profile(pipe, chosen, kinds, levels, prompts=prompt, seed=seed, layers_at_once=at_once, **settings)
         result.save(out)
         typer.echo(str(result))
         note(f"Look at it: stg-hooks report {out}")
@@ -184,10 +186,11 @@ def profile(
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where profile or sweep wrote.", show_default=False)],
     plots: Annotated[bool, typer.Option("--plots", help="PNG files beside the page, too.")] = False,
+    megabytes: Annotated[float, typer.Option("--max-megabytes", min=0, help="Of samples on the page.")] = 64.0,
 ) -> None:
     """Show a profile or a sweep on a page that needs no network, with JSON and CSV beside it."""
     with reported():
-        typer.echo(str(stg.report(folder, plots=plots)))
+        typer.echo(str(stg.report(folder, plots=plots, max_megabytes=megabytes)))
 
 
 @app.command()
@@ -199,6 +202,7 @@ def sweep(
     modes: Annotated[str, typer.Option("--modes", help="What skipped layers do.")] = "residual",
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many per prompt and cell.")] = 1,
     prompt: Prompts = None,
+    image: ImageOption = None,
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,
     setting: Setting = None,
@@ -210,21 +214,15 @@ def sweep(
     """Sample a grid of layers, modes and scales with the same seeds. Run it again to go on; run it twice to share."""
     with reported():
         source = Source(model, dtype, device, offload)
-        prompts = prompt or [prompt_for(source, None)]
+        prompts = prompt or [prompt_for(source, None, image)]
         columns = None if layers is None else in_groups(layers)
         weights, kinds = numbers_from("--scales", scales), words_from("--modes", modes)
         _check_all(source, columns or [], kinds)
-        given = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+        given = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "image": picture_from(image)}
+        settings = settings_from(setting, given)
+        pipe = source.pipeline()
         result = stg.sweep(
-            source.pipeline(),
-            prompts,
-            out=out,
-            layers=columns,
-            scales=weights,
-            modes=kinds,
-            seeds=seeds,
-            fps=fps,
-            **settings_from(setting, given),
+            pipe, prompts, out=out, layers=columns, scales=weights, modes=kinds, seeds=seeds, fps=fps, **settings
         )
         typer.echo(str(result))
         note(f"Look at it: stg-hooks report {out}")
@@ -253,7 +251,8 @@ def bench(
     model: Model,
     layers: Layers = None,
     mode: Mode = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What to show.")] = None,
+    image: ImageOption = None,
     steps: Annotated[int, typer.Option("--steps", min=2, help="Of each run.")] = 6,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Runs of each way, in turns.")] = 3,
     setting: Setting = None,
@@ -266,14 +265,16 @@ def bench(
     with reported():
         measure = importlib.import_module("stg_hooks.cli.bench").measure
         source = Source(model, dtype, device, offload)
-        guidance, text = guidance_from(layers, None, mode), prompt_for(source, prompt)
+        guidance, text = guidance_from(layers, None, mode), prompt_for(source, prompt, image)
+        given = {"num_inference_steps": steps, "output_type": "latent", "image": picture_from(image)}
+        settings = settings_from(setting, given)
         _check(source, guidance)
         pipe = source.pipeline()
         pipe.set_progress_bar_config(disable=True)
-        settings = settings_from(setting, {"num_inference_steps": steps, "output_type": "latent"})
+        prompts_from(text, pipe)
 
         def run(ended: Any) -> None:
-            make = sampler(pipe, {**settings, "callback_on_step_end": ended})
+            make = sampler_of(pipe, None, {**settings, "callback_on_step_end": ended}, "np")
             make(text, torch.Generator().manual_seed(0))
 
         with Console(stderr=True).status("") as status:

@@ -34,7 +34,7 @@ class Row:
     @property
     def quartiles(self) -> tuple[float, float]:
         """The middle half of the steps lies between them."""
-        low, _, high = statistics.quantiles(self.seconds, n=4)
+        low, _, high = statistics.quantiles(self.seconds * 2 if len(self.seconds) == 1 else self.seconds, n=4)
         return low, high
 
 

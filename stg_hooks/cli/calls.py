@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from stg_hooks.cli.failures import USAGE, FailureError
 from stg_hooks.cli.models import DEMO, Source
-from stg_hooks.sampling import Sample, sampler_of
 
 DEMO_PROMPT = "red circle left"
 
@@ -68,24 +65,18 @@ def settings_from(typed: Sequence[str] | None, given: Mapping[str, Any]) -> dict
     return settings
 
 
-def prompt_for(source: Source, prompt: str | None, needed: bool = True) -> str:
-    """Return the prompt; the embedded model has a usual one."""
-    if prompt is None and source.name == DEMO:
-        return DEMO_PROMPT
-    if prompt is None and needed:
-        raise FailureError('--prompt is missing: say what to show, --prompt "a fox in the snow".', USAGE)
-    return prompt or ""
+def prompt_for(source: Source, typed: str | None, image: str | None) -> str:
+    """Return the prompt; the embedded model has a usual one, and with an image there may be none."""
+    if typed is None and source.name != DEMO and image is None:
+        raise FailureError('--prompt is missing: say what to show, --prompt "a fox in the snow", or --image.', USAGE)
+    return (DEMO_PROMPT if source.name == DEMO else "") if typed is None else typed
 
 
-def sampler(pipe: Any, settings: Mapping[str, Any]) -> Sample:
-    """Find out how a pipeline is called; one without a prompt (image to video) is called without."""
-    parameters = inspect.signature(pipe.__call__).parameters
-    if "prompt" in parameters or hasattr(pipe, "stg_sample"):
-        return sampler_of(pipe, None, settings, "np")
-
-    def sample(prompt: str, generator: torch.Generator) -> Any:
-        if prompt:
-            raise FailureError(f"--prompt: {type(pipe).__name__} takes none.", USAGE)
-        return pipe(generator=generator, **{"output_type": "np", **settings})
-
-    return sample
+def picture_from(where: str | None) -> Any:
+    """Load the image of `--image`, a file or URL."""
+    if where is None:
+        return None
+    try:
+        return importlib.import_module("diffusers.utils").load_image(where)
+    except (OSError, ValueError) as error:
+        raise FailureError(f"--image {where}: no image that can be read ({' '.join(str(error).split())}).") from error

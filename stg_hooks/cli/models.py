@@ -100,9 +100,11 @@ class Source:
 
     @property
     def where(self) -> str:
-        """The device: the accelerator if there is one, unless another is named."""
+        """The device: the accelerator if there is one (each process of a launcher has its own), unless it is named."""
         if self.device == "auto":
-            return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+            if torch.cuda.is_available():
+                return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+            return "mps" if torch.backends.mps.is_available() else "cpu"
         try:
             kind = torch.device(self.device).type
         except RuntimeError:

@@ -54,7 +54,9 @@ const cells = sweep ? sweep.cells : [];
 const plainCell = cells.find((cell) => isPlain(cell) && isDone(cell)) ?? null;
 const samplesOf = new Map(cells.map((cell) => [cell, new Map(cell.samples.map((s) => [`${s.prompt}/${s.seed}`, s]))]));
 // A sample names its prompt and its seed by their place in the sweep's lists.
-const columns = sweep ? sweep.prompts.flatMap((prompt, p) => sweep.seeds.map((seed, s) => ({ prompt, seed, key: `${p}/${s}` }))) : [];
+const shown = new Set([...samplesOf.values()].flatMap((samples) => [...samples.keys()])); // of large sweeps not all
+const columns = (sweep ? sweep.prompts.flatMap((prompt, p) => sweep.seeds.map((seed, s) => ({ prompt, seed, key: `${p}/${s}` }))) : [])
+  .filter(({ key }) => shown.has(key) || !shown.size);
 const sampleAt = (cell, column) => (cell && samplesOf.get(cell).get(columns[column].key)) ?? null;
 
 // A cell is chosen from the sheet, the plot, the table or by moving the slider; all of them show it.

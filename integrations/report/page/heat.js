@@ -7,6 +7,12 @@ const MEASURES = [
   { key: "std_ratio", title: "Contrast", note: "std(cond + d) / std(cond)", middle: 1 },
   { key: "cost", title: "Cost", note: "extra compute of a guided step", factor: 100, unit: " %", from: 0, flat: true },
 ];
+const NOISE = {
+  flow: "the share of noise in the mixture",
+  karras: "its standard deviation in units of the data",
+  ddpm: "its standard deviation in units of the data",
+  run: "the part of the run that is left",
+};
 const HEAT = { left: 44, bottom: 22, row: 22, widest: 64 };
 
 // Where a value lies on its scale: -1...1 around the middle of a diverging one, 0...1 on the others.
@@ -121,6 +127,7 @@ const drawProfile = (mode) => {
 
 if (profile && profile.rows.length) {
   byId("profile").hidden = false;
+  if (profile.noise_kind in NOISE) byId("noise-kind").textContent = ` (${NOISE[profile.noise_kind]})`;
   const modes = [...new Set(profile.rows.map((row) => row.mode))];
   setOptions(byId("profile-mode"), modes.map((mode) => [mode, mode]));
   byId("profile-modes").hidden = modes.length < 2;
