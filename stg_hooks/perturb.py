@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.attention import AttentionSeam, Change
-from stg_hooks.errors import BlockError, SettingError, closest
+from stg_hooks.errors import BlockError, named
 from stg_hooks.feed_forward import FeedForwards
 from stg_hooks.inspection import bound_arguments
 from stg_hooks.streams import Streams
@@ -177,11 +177,4 @@ def find_mode(mode: str | Mode) -> Mode:
     Raises:
         SettingError: a name that is no mode, or something that is neither.
     """
-    if isinstance(mode, str):
-        if mode in MODES:
-            return MODES[mode]
-        names = ", ".join(map(repr, MODES))
-        raise SettingError(f"mode={mode!r} does not exist. There is {names}, or pass a callable.{closest(mode, MODES)}")
-    if not callable(mode):
-        raise SettingError(f"mode={mode!r}: expected a name or a callable, not {type(mode).__name__}.")
-    return mode
+    return named("mode", mode, MODES)

@@ -10,7 +10,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from stg_hooks.errors import CallError, SettingError, closest
+from stg_hooks.errors import CallError, SettingError, named
 from stg_hooks.step import Step
 
 Rule = Callable[[Tensor, Tensor | None, Sequence[Tensor], "float | Tensor"], Tensor]
@@ -210,16 +210,7 @@ def find_rule(rule: str | Rule) -> Rule:
     Raises:
         SettingError: a name that is no rule, or something that is neither.
     """
-    if isinstance(rule, str):
-        if rule in RULES:
-            return RULES[rule]
-        names = ", ".join(map(repr, RULES))
-        raise SettingError(f"rule={rule!r} does not exist. There is {names}, or pass a callable.{closest(rule, RULES)}")
-    if isinstance(rule, type):
-        raise SettingError(f"rule={rule.__name__} is a class: pass an object, {rule.__name__}(...).")
-    if not callable(rule):
-        raise SettingError(f"rule={rule!r}: expected a name or a callable, not {type(rule).__name__}.")
-    return rule
+    return named("rule", rule, RULES)
 
 
 def _sum(base: Tensor, terms: Sequence[Tensor]) -> Tensor:
