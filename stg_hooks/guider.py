@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import threading
@@ -41,6 +42,16 @@ if TYPE_CHECKING:
 
 class _OfThread(threading.local):
     kept: Kept | None = None
+
+
+@dataclasses.dataclass
+class _Made:
+    """The predictions of a step; the weak ones branch by branch, each with its switch."""
+
+    conds: list[Tensor] = dataclasses.field(default_factory=list)
+    unconds: Sequence[Tensor | None] = ()
+    weaks: Sequence[Sequence[Tensor]] = ()
+    switches: Sequence[Switch | None] = ()
 
 
 class Guider:
@@ -218,19 +229,12 @@ class Guider:
                     "on='uncond' needs an uncond prediction, and there is none in this call: pass uncond={...} and a "
                     f"guidance_scale other than 1 (it is {g})."
                 )
-        # Only this kind of denoiser promises that dimension 0 is the sample, in all that it is given.
-        joins = cfg and self._takes_sigma and self._on == "cond" and self.ranks is None
-        joined = _joined(args, positive, negative) if joins else None
-        call_args, call_kwargs = joined or (args, positive)
         if not in_weak_pass():
             self._executions.caches.look()
             self._executions.caches.begin_pass()
         kept = self._kept(step, active)
         fresh = active if self._on == "cond" and kept is None else ()
-        by_branch: list[list[Tensor]] = []
-        conds: list[Tensor]
-        unconds: Sequence[Tensor | None]
-        switches: Sequence[Switch | None] = ()
+        other = negative if cfg else None
         if self.ranks is not None and not in_weak_pass():
             said = {
                 "step": step if isinstance(step, Step) else None,
@@ -238,29 +242,17 @@ class Guider:
                 "rescale": settings.rescale,
                 "rule": settings.rule,
             }
-            negative_or_none = negative if cfg else None
-            share, by_branch = self._shared(self.ranks, fresh, args, positive, negative_or_none, said)
-            conds, switches = share.conds, share.switches
-            unconds = share.unconds or [None] * len(conds)
-        elif fresh:
-            with self._executions.installed(), activation.entered(self):
-                execution = self._executions.of(active)
-                switches = execution.switches
-                output, call = execution.cond_pass(self.denoiser, call_args, call_kwargs, joined is not None)
-                conds, unconds = _halved(own_predictions(output), joined is not None)
-                start = time.perf_counter()
-                by_branch = execution.weak_predictions(call, conds)
-                self.stats.seconds += time.perf_counter() - start
+            made = self._shared(self.ranks, fresh, args, positive, other, said)
         else:
-            conds, unconds = _halved(own_predictions(self.denoiser(*call_args, **call_kwargs)), joined is not None)
-        weaks = kept.weaks(conds) if kept else [[weak[i] for weak in by_branch] for i in range(len(conds))]
+            made = self._alone(active, fresh, args, positive, other)
+        conds = made.conds
+        weaks = kept.weaks(conds) if kept else [[weak[i] for weak in made.weaks] for i in range(len(conds))]
         if self.every > 1 and fresh and isinstance(step, Step):
             self._local.kept = Kept.after(conds, weaks, active, step)
-        if cfg and joined is None and unconds[0] is None:
-            switches, unconds = self._uncond(active, args, negative, switches)
         if active:
             with self.ranks.telling() if self.ranks is not None else nullcontext():
-                self._watch.look(step if isinstance(step, Step) else Step(), conds, unconds, switches, by_branch)
+                now = step if isinstance(step, Step) else Step()
+                self._watch.look(now, conds, made.unconds, made.switches, made.weaks)
                 self._watch.report(wait=False)
         scales = [branch.scale for branch in active] if self._on == "cond" else []
         rules = [settings.rule] * len(conds)
@@ -268,14 +260,45 @@ class Guider:
             rules = [at_step(rule, step, i) for i, rule in enumerate(rules)]
         results = [
             combine(c, w, u, scale=scales, guidance_scale=g, rescale=settings.rescale, rule=rule)
-            for c, w, u, rule in zip(conds, weaks, unconds, rules, strict=True)
+            for c, w, u, rule in zip(conds, weaks, made.unconds, rules, strict=True)
         ]
         if scales:
             terms = [correction(c, w, scales) for c, w in zip(conds, weaks, strict=True)]
-            self.trace.add(step, scales, terms, conds, unconds)
+            self.trace.add(step, scales, terms, conds, made.unconds)
         self.stats.calls += 1
         self.stats.guided_calls += bool(active)
         return results[0] if len(results) == 1 else tuple(results)
+
+    def _alone(
+        self,
+        active: tuple[Branch, ...],
+        fresh: tuple[Branch, ...],
+        args: tuple[Any, ...],
+        positive: dict[str, Any],
+        negative: dict[str, Any] | None,
+    ) -> _Made:
+        """Make the predictions of a step in this process, weak ones for the branches that are `fresh`."""
+        joined = None
+        # Only this kind of denoiser promises that dimension 0 is the sample, in all that it is given.
+        if negative is not None and self._takes_sigma and self._on == "cond" and self.ranks is None:
+            joined = _joined(args, positive, negative)
+        args_of_cond, kwargs_of_cond = joined or (args, positive)
+        made = _Made()
+        if fresh:
+            with self._executions.installed(), activation.entered(self):
+                execution = self._executions.of(fresh)
+                made.switches = execution.switches
+                output, call = execution.cond_pass(self.denoiser, args_of_cond, kwargs_of_cond, joined is not None)
+                made.conds, made.unconds = _halved(own_predictions(output), joined is not None)
+                start = time.perf_counter()
+                made.weaks = execution.weak_predictions(call, made.conds)
+                self.stats.seconds += time.perf_counter() - start
+        else:
+            output = self.denoiser(*args_of_cond, **kwargs_of_cond)
+            made.conds, made.unconds = _halved(own_predictions(output), joined is not None)
+        if negative is not None and joined is None:
+            made.switches, made.unconds = self._uncond(active, args, negative, made.switches)
+        return made
 
     def _kept(self, step: Step | Callable[[], Step], active: tuple[Branch, ...]) -> Kept | None:
         """Return the differences to use again in this call, if any."""
@@ -293,7 +316,7 @@ class Guider:
         positive: dict[str, Any],
         negative: dict[str, Any] | None,
         said: Mapping[str, object],
-    ) -> tuple[Share, list[list[Tensor]]]:
+    ) -> _Made:
         """Make the predictions of a step together with the other ranks."""
         if not self._has_met:
             ranks.enter(self.models[0])
@@ -309,7 +332,7 @@ class Guider:
             start = time.perf_counter()
             weaks = share.rest(self.denoiser, arguments, first, said).weaks
             self.stats.seconds += time.perf_counter() - start
-        return share, weaks or []
+        return _Made(share.conds, share.unconds or [None] * len(share.conds), weaks or [], share.switches)
 
     def _uncond(
         self,
