@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shutil
 import time
 import uuid
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 
 from stg_hooks.apply import apply
 from stg_hooks.cost import CallCounter
-from stg_hooks.errors import SettingError
+from stg_hooks.errors import SettingError, StgWarning
 from stg_hooks.hosts import denoisers_of
 from stg_hooks.integrations import claims, media
 from stg_hooks.integrations import metrics as measures
@@ -44,6 +46,7 @@ from stg_hooks.sampling import generator_of, sampler_of
 _CLAIMS = "claims"
 _PARTIAL = "partial"
 _FLOPS_FILE = "flops.json"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _POLL = 0.5  # seconds between two looks at what other processes are doing
 
 
@@ -207,6 +210,8 @@ class _Run:
                 write_json(folder / _FLOPS_FILE, {"calls": counter.counts})
             samples = [self._written(folder, i, j, frames, bool(layers)) for (i, j), frames in videos.items()]
         except Exception as reason:
+            if isinstance(reason, OSError) and reason.errno in _NO_ROOM:
+                raise  # no cell could be kept
             error = " ".join(f"{type(reason).__name__}: {reason}".split())
             for file in folder.iterdir():
                 file.unlink()
@@ -243,14 +248,14 @@ class _Run:
         stem = f"p{i}-s{j}"
         video = frames.astype(np.float32) / 255
         prompt = self._asked["prompts"][i]
-        found = {name: metric(video, prompt) for name, metric in {**measures.BUILT_IN, **self._own}.items()}
+        found = {name: metric(video, prompt) for name, metric in measures.BUILT_IN.items()}
+        found |= {name: _own_number(name, metric, video, prompt) for name, metric in self._own.items()}
         found[measures.DIFFERENCE] = self._difference(stem, video) if compare else 0.0
         if not compare:
             np.savez_compressed(folder / f"{stem}.npz", frames=frames)  # what is played may have lost something
         file = media.write_sample(folder, stem, frames, self._asked["fps"])
         strip = media.write_strip(folder, stem, frames)
-        numbers = {name: None if value is None else float(value) for name, value in found.items()}
-        return Sample(i, j, file, *strip, numbers)
+        return Sample(i, j, file, *strip, found)
 
     def _await_baseline(self, bar: Any) -> None:
         """Wait until the plain pipeline's samples are there; make them, if nobody is at it."""
@@ -269,6 +274,17 @@ class _Run:
     def _cost(self, counter: CallCounter) -> float | None:
         file = self._out / CELLS / BASELINE / _FLOPS_FILE
         return counter.added_to(read_json(file, None)["calls"]) if file.exists() else None
+
+
+def _own_number(name: str, metric: measures.Metric, video: Any, prompt: str) -> float | None:
+    """Ask a user's metric; samples that it fails on are kept, without its number."""
+    try:
+        return float(metric(video, prompt))
+    except Exception as error:
+        warnings.warn(
+            f"stg.sweep: the metric {name!r} failed: {type(error).__name__}: {error}", StgWarning, stacklevel=2
+        )
+        return None
 
 
 def _guidance(pipe: Any, place: Place) -> apply:

@@ -10,12 +10,15 @@ from types import NoneType
 from typing import Any
 
 import torch
+from torch import nn
 
 from stg_hooks.errors import ResultsError, SettingError
 from stg_hooks.hosts import denoisers_of
 from stg_hooks.layers import Layer, LayerSpec, find_layers, resolve
 from stg_hooks.results import Place
 from stg_hooks.sampling import Sample, guidance_scale_of, prompts_from, takes_prompt
+
+_LOOKED_AT = 32  # parameters, and values of each
 
 
 def asked_of(
@@ -51,7 +54,8 @@ def asked_of(
         LayerError: a layer that does not exist.
         SettingError: a setting that cannot be used.
     """
-    model = next(iter(denoisers_of(pipe).values()))
+    denoisers = denoisers_of(pipe)
+    model = next(iter(denoisers.values()))
     groups = [[layer.index] for layer in find_layers(model) if layer.index is not None] if layers is None else layers
     chosen = [[_label(layer) for layer in resolve(model, group)] for group in _listed("layers", groups)]
     scales = [float(scale) for scale in _listed("scales", scales)]
@@ -69,6 +73,8 @@ def asked_of(
             raise SettingError(f"{name}={values}: something is there twice.")
     return {
         "model": type(model).__name__,
+        "name": getattr(pipe, "name_or_path", None) or None,
+        "weights": _fingerprint(denoisers.values()),
         "pipeline": None if pipe is model else type(pipe).__name__,
         **asked,
         "prompts": list(prompts_from(prompts, pipe if sample is None else None)),
@@ -77,6 +83,19 @@ def asked_of(
         "settings": {name: _text(value) for name, value in settings.items()},
         "metrics": sorted(metrics),
     }
+
+
+def _fingerprint(models: Iterable[nn.Module]) -> str:
+    """Describe weights: all names, shapes and types, and some of the values, where they are on a device."""
+    digest = hashlib.sha256()
+    for model in models:
+        parameters = list(model.named_parameters())
+        for i, (name, parameter) in enumerate(parameters):
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            if i % (1 + len(parameters) // _LOOKED_AT) == 0 and not parameter.is_meta:
+                some = parameter.detach().flatten()[:_LOOKED_AT].float().cpu()
+                digest.update(str(some.tolist()).encode())
+    return digest.hexdigest()[:16]
 
 
 def _listed(name: str, values: Any) -> list[Any]:

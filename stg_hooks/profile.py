@@ -84,6 +84,8 @@ def profile(
     make, model = sampler_of(_called(target, sample), sample, settings, "latent"), _model_of(target)
     if layers_at_once is not None and (layers_at_once < 1 or isinstance(target, Guider)):
         raise SettingError(f"layers_at_once={layers_at_once!r}: expected 1 or more, and no stg.Guider as target.")
+    if steps is not None and not isinstance(target, (Guider, nn.Module)):
+        raise SettingError(f"steps={steps!r}: a pipeline tells its steps. To make fewer, pass num_inference_steps=.")
     names = (modes,) if isinstance(modes, str) else tuple(modes)
     chosen = _numbered(model, layers)
     pairs = _possible(model, chosen, names, layers is None)

@@ -287,4 +287,4 @@ def mean(values: Iterator[float | None]) -> float | None:
 
 
 def _short(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None else f"{value:.3g}"

@@ -36,6 +36,11 @@ def report(folder: str | PathLike[str], *, plots: bool = False, max_megabytes: f
             f"report({str(folder)!r}): {reason}. Write results there first: stg.profile(pipe, ...).save(folder) or "
             "stg.sweep(pipe, ..., out=folder)."
         )
+    if profile is not None and sweep is not None and profile.model != sweep.settings["model"]:
+        raise ResultsError(
+            f"{folder} holds a profile of {profile.model} and a sweep of {sweep.settings['model']}. Give each model a "
+            "folder of its own."
+        )
     files = {name: text.encode() for name, text in tables.write(profile, sweep).items()}
     if plots:
         from stg_hooks.integrations.report.plots import draw

@@ -92,7 +92,7 @@ def _scatters(names: Sequence[str], done: Sequence[Cell]) -> bytes:
     rows = -(-len(names) // columns)
     figure = _figure(4.2 * columns, 3.2 * rows + 0.5)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    modes = sorted({cell.mode for cell in done if cell.layers})
+    modes = list(dict.fromkeys(cell.mode for cell in done if cell.layers))  # as on the page
     for panel, name in zip(panels, names, strict=False):
         for index, mode in enumerate(modes):
             chosen = [cell for cell in done if cell.layers and cell.mode == mode]

@@ -10,10 +10,12 @@ def main() -> None:
     """Run the command line.
 
     Raises:
-        SystemExit: with status 0 (done), 1 (failed) or 2 (what was asked for cannot be done).
+        SystemExit: with status 0 (done), 1 (failed), 2 (what was asked for cannot be done) or 130 (interrupted).
     """
     try:
         app = importlib.import_module("stg_hooks.cli.app").app
+    except KeyboardInterrupt:
+        sys.exit(130)
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
         if package not in ("typer", "rich"):

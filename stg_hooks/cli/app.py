@@ -24,7 +24,7 @@ from stg_hooks.cli.calls import (
     words_from,
 )
 from stg_hooks.cli.failures import FailureError, note, reported
-from stg_hooks.cli.files import check_output, write_frames
+from stg_hooks.cli.files import check_folder, check_output, write_frames
 from stg_hooks.cli.models import Dtype, Offload, Source
 from stg_hooks.sampling import prompts_from, sampler_of
 from stg_hooks.table import LayerTable
@@ -169,6 +169,7 @@ def profile(
 ) -> None:
     """Measure what skipping each layer would do, along an ordinary run and without sampling any setting."""
     with reported():
+        check_folder(out)
         source = Source(model, dtype, device, offload)
         chosen, kinds = layers and layers_from(layers), words_from("--modes", modes)
         if chosen:
@@ -213,6 +214,7 @@ def sweep(
 ) -> None:
     """Sample a grid of layers, modes and scales with the same seeds. Run it again to go on; run it twice to share."""
     with reported():
+        check_folder(out)
         source = Source(model, dtype, device, offload)
         prompts = prompt or [prompt_for(source, None, image)]
         columns = None if layers is None else in_groups(layers)

@@ -31,7 +31,21 @@ def check_output(path: Path, force: bool) -> None:
         raise FailureError(f"{path}: is a folder. Name a file.", USAGE)
     if path.exists() and not force:
         raise FailureError(f"{path}: exists already. Choose another name, or pass --force to replace it.", USAGE)
+    check_folder(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Make sure that a folder exists and can be written to, or can be made, before hours are spent on what goes there.
+
+    Raises:
+        FailureError: it cannot.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise FailureError(f"{folder}: {there} is a file. Name a folder.", USAGE)
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise FailureError(f"{folder}: {there} cannot be written to.")
 
 
 def write_frames(path: Path, frames: Any, fps: float) -> None:
@@ -71,10 +85,13 @@ def _write_mp4(path: Path, frames: Any, fps: float) -> None:
     (np,) = needs("numpy")
     frames = np.pad(frames, odd, mode="edge")
     options = {"codec": "libx264", "quality": 8, "macro_block_size": 1, "pixelformat": "yuv420p"}
-    with imageio.get_writer(path, format="FFMPEG", fps=fps, **options) as writer:
+    with imageio.get_writer(path, format="FFMPEG", fps=fps, ffmpeg_log_level="quiet", **options) as writer:
         for frame in frames:
             writer.append_data(frame)
     # ffmpeg is a process of its own: what it could not write, it does not tell.
-    written = ffmpeg.count_frames_and_secs(str(path))[0] if path.exists() else 0
+    try:
+        written = ffmpeg.count_frames_and_secs(str(path))[0]
+    except (OSError, RuntimeError):
+        written = 0
     if written != len(frames):
         raise FailureError(f"{path.parent}: only {written} of {len(frames)} frames could be written. Is the disk full?")

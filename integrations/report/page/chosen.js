@@ -6,7 +6,7 @@ const showSample = (box, cell) => {
   const playable = sample !== null && sample.strip !== null;
   if (!playable) {
     dropFilms(box);
-    return box.replaceChildren(html("p", { class: "soft" }, "no picture"));
+    return box.replaceChildren(html("p", { class: "soft" }, cell?.error ?? "no picture"));
   }
   if (!box.querySelector("canvas")) box.replaceChildren(film());
   showFilm(box.firstElementChild, sample, `${nameOf(cell)}: ${columnText(columns[state.sample])}`);

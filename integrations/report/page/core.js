@@ -51,7 +51,7 @@ const change = (patch) => {
 };
 
 const cells = sweep ? sweep.cells : [];
-const plainCell = cells.find((cell) => isPlain(cell) && isDone(cell)) ?? null;
+const plainCell = cells.find((cell) => isPlain(cell)) ?? null;
 const samplesOf = new Map(cells.map((cell) => [cell, new Map(cell.samples.map((s) => [`${s.prompt}/${s.seed}`, s]))]));
 // A sample names its prompt and its seed by their place in the sweep's lists.
 const shown = new Set([...samplesOf.values()].flatMap((samples) => [...samples.keys()])); // of large sweeps not all

@@ -112,4 +112,6 @@ if (sweep) {
     if (width) drawScatter(width);
   });
 }
-const setMetric = (metric) => change({ metric, better: LOWER_IS_BETTER.test(metric) ? "lower" : "higher" });
+const CHANGES = ["sharpness", "contrast", "saturation", "motion", "difference"]; // tell how much, not whether it is good
+const betterOf = (metric) => (LOWER_IS_BETTER.test(metric) ? "lower" : CHANGES.includes(metric) ? "further" : "higher");
+const setMetric = (metric) => change({ metric, better: betterOf(metric) });
