@@ -83,7 +83,10 @@ class PipelineHost:
             return None
         site = next((site for site in self._sites[frame.f_code] if frame.f_lineno in site.lines), None)
         if site is None:
-            return None
+            raise CallError(
+                f"{self.name} calls its denoiser where apply() has read no call (line {frame.f_lineno} of "
+                f"{frame.f_code.co_filename}). Use stg.Guider in a loop of your own."
+            )
         names = ChainMap(frame.f_locals, frame.f_globals)
         try:
             role = self._role(site, names)

@@ -1,9 +1,11 @@
 """Read, in a pipeline's own code, what each call of its denoiser is for.
 
-A pipeline says it in three ways: by the name of a `cache_context("cond")` around the call, by what it passes
-(`negative_prompt_embeds`), and by how it takes the result apart (`uncond, cond = prediction.chunk(2)`). The conditions
-under which it does so, and the weight with which it combines the predictions, stand there as well; they are evaluated
-in the running pipeline, so that guidance follows whatever it decides in a step.
+A pipeline says it in four ways: by the name of a `cache_context("cond")` around the call, by what it passes
+(`negative_prompt_embeds`), by how it takes the result apart (`uncond, cond = prediction.chunk(2)`), and by how it
+combines what it has, whatever the names: `b + weight * (a - b)`. The conditions under which it does so, and the weight,
+stand there as well; they are evaluated in the running pipeline, so that guidance follows whatever it decides in a step.
+
+Predictions that are combined in a way that is not understood are refused: they are not taken for cond ones.
 """
 
 from __future__ import annotations
@@ -18,14 +20,18 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from types import CodeType, FunctionType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from stg_hooks.integrations.expressions import evaluate
+from stg_hooks.integrations.predictions import Flow, Helper, Plain, Value, doubles, formulas
+from stg_hooks.integrations.predictions import tail as _tail
 
 _UNCOND = re.compile(r"(^|_)(neg|negative|uncond|unconditional|null)(_|$)")
 _GUIDED = re.compile(r"(^|_)(uncond|unconditional|cfg|classifier_free)(_|$)")
 # Names of cache contexts, and of the guiders' batches.
 _NAMES = {"cond": "cond", "pred_cond": "cond", "uncond": "uncond", "pred_uncond": "uncond", "cond_uncond": "both"}
+
+_COMPOUND = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Match, ast.AsyncFor, ast.AsyncWith)
 
 Guards: TypeAlias = "tuple[ast.expr, ...]"
 
@@ -78,6 +84,7 @@ class _Combination:
     uncond: str
     guards: Guards
     changes: tuple[Guards, ...]
+    is_named: bool = True
 
     def weight(self, names: Mapping[str, Any], sums: dict[int, float]) -> Any:
         """Return `g` of `uncond + g * (cond - uncond)`, or `None` if it is not known yet.
@@ -106,6 +113,8 @@ class _Combination:
             if found is None:
                 raise UnreadableError(f"the weights in {ast.unparse(self.expression)} do not sum to one")
             sums[id(self)] = found
+        if not self.is_named and isinstance(g, (int, float)) and g < 0:
+            raise UnreadableError(f"{ast.unparse(self.expression)} has a negative weight: which is cond is not clear")
         return g if found else None  # 0: a difference, which is added to something
 
 
@@ -128,10 +137,7 @@ def call_sites_of(cls: type, base: type, denoisers: tuple[str, ...]) -> dict[Cod
     Raises:
         UnreadableError, OSError: as for `call_sites`.
     """
-    read = {function.__code__: call_sites(function.__code__, denoisers) for function in _functions(cls, base)}
-    if {"both", "cond"} <= {site.kind for sites in read.values() for site in sites}:
-        raise UnreadableError("some calls are for [uncond, cond], and others for cond alone")
-    return {code: sites for code, sites in read.items() if sites}
+    return dict(_read_together(tuple(_functions(cls, base)), denoisers))
 
 
 def _functions(cls: type, base: type) -> Iterator[FunctionType]:
@@ -142,36 +148,103 @@ def _functions(cls: type, base: type) -> Iterator[FunctionType]:
                 yield function
 
 
+@functools.lru_cache(maxsize=64)
+def _read_together(functions: tuple[FunctionType, ...], denoisers: tuple[str, ...]) -> dict[CodeType, tuple[Site, ...]]:
+    methods = {function.__name__: function for function in reversed(functions)}
+    alone = [_read(function, methods, denoisers) for function in functions]
+    readings, names = alone, _that_return_predictions(alone)
+    wrappers: set[str] = set()
+    while names - wrappers:
+        wrappers |= names
+        readings = [_read(function, methods, (*denoisers, *sorted(wrappers))) for function in functions]
+        names = _that_return_predictions(readings)
+    # What only hands a prediction on is as its callers are, if these say more than it does.
+    if all(reading.is_plain for reading in readings if reading.called & wrappers):
+        readings = alone
+    else:
+        readings = [reading for reading in readings if reading.function.__name__ not in wrappers]
+    read = {reading.function.__code__: reading.sites for reading in readings if reading.sites}
+    if {"both", "cond"} <= {site.kind for sites in read.values() for site in sites}:
+        raise UnreadableError("some calls are for [uncond, cond], and others for cond alone")
+    return read
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """What has been read in a function: its calls, by what names it makes them, and whether it hands them on."""
+
+    function: FunctionType
+    sites: tuple[Site, ...] = ()
+    called: frozenset[str] = frozenset()
+    hands_on: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        return all(site.kind in ("cond", "unused") and site.guards is None for site in self.sites)
+
+
+def _that_return_predictions(readings: Sequence[_Reading]) -> set[str]:
+    return {reading.function.__name__ for reading in readings if reading.hands_on and reading.is_plain}
+
+
 def holds(guards: Guards, names: Mapping[str, Any]) -> bool:
     """Return whether all conditions are true in a running function."""
     return all(bool(evaluate(guard, names)) for guard in guards)
 
 
-@functools.lru_cache(maxsize=256)
-def call_sites(code: CodeType, denoisers: tuple[str, ...]) -> tuple[Site, ...]:
+def _read(function: FunctionType, methods: Mapping[str, FunctionType], denoisers: tuple[str, ...]) -> _Reading:
     """Find a function's calls of a denoiser, and what they are for.
-
-    Args:
-        code: the function's code.
-        denoisers: the attributes of `self` that are denoisers.
-
-    Returns:
-        Its calls; none if it makes none.
 
     Raises:
         UnreadableError: it calls a denoiser, but for what cannot be told.
         OSError: its source is not there.
     """
-    if not set(denoisers) & set(code.co_names):
-        return ()
+    if not set(denoisers) & set(_names_in(function.__code__)):
+        return _Reading(function)
+    tree = _tree(function.__code__)
+    body = getattr(tree, "body", [])
+    statements = list(_statements(body, (), None, None))
+    callees = _callees(statements, denoisers)
+    calls = [(found, call) for found in statements for call in _calls(found.statement, callees)]
+    if not calls and not any(_is_call(node, callees) for node in ast.walk(tree)):
+        return _Reading(function)
+    if {id(node) for node in ast.walk(tree) if _is_call(node, callees)} != {id(call) for _, call in calls}:
+        raise UnreadableError(f"{function.__name__} calls its denoiser in a condition, or in a function inside it")
+    flow = Flow(body, callees, _helper(function, methods))
+    channels = _channels(statements)
+    sites = tuple(dataclasses.replace(site, channels=channels) for site in _classified(calls, statements, flow))
+    called = frozenset(_tail(call.func) for _, call in calls)
+    once = function.__name__ != "__call__" and all(found.loop is None for found, _ in calls)
+    return _Reading(function, sites, called, once and bool(flow.returned | flow.kept))
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _names_in(inner)
+
+
+@functools.lru_cache(maxsize=256)
+def _tree(code: CodeType) -> ast.stmt:
     lines, first = inspect.getsourcelines(code)
     tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
     ast.increment_lineno(tree, first - 1)
-    statements = list(_statements(getattr(tree, "body", []), (), None, None))
-    callees = _callees(statements, denoisers)
-    calls = [(found, call) for found in statements for call in _calls(found.statement, callees)]
-    channels = _channels(statements)
-    return tuple(dataclasses.replace(site, channels=channels) for site in _classified(calls, statements))
+    Plain().visit(tree)
+    return ast.fix_missing_locations(tree)
+
+
+def _helper(function: FunctionType, methods: Mapping[str, FunctionType]) -> Helper:
+    def find(name: str) -> ast.FunctionDef | None:
+        known = methods.get(name[5:]) if name.startswith("self.") else function.__globals__.get(name)
+        known = inspect.unwrap(known) if callable(known) else None
+        try:
+            tree = _tree(known.__code__) if isinstance(known, FunctionType) else None
+        except OSError:
+            return None
+        return tree if isinstance(tree, ast.FunctionDef) else None
+
+    return find
 
 
 def _statements(
@@ -200,7 +273,7 @@ def _statements(
 
 def _callees(statements: Sequence[_Found], denoisers: tuple[str, ...]) -> set[str]:
     """Return what denoisers are called in the code: `self.transformer`, and names that it is assigned to."""
-    attributes = {f"self.{name}" for name in denoisers}
+    attributes = {f"{owner}.{name}" for name in denoisers for owner in ("self", "super()")}
     aliases = {
         target.id
         for found in statements
@@ -217,13 +290,20 @@ def _is_reference(value: ast.expr, attributes: set[str]) -> bool:
     return ast.unparse(value) in attributes
 
 
-def _calls(statement: ast.stmt, callees: set[str]) -> Iterator[ast.Call]:
-    for node in ast.walk(statement):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in callees:
-            yield node
+def _calls(node: ast.AST, callees: set[str]) -> Iterator[ast.Call]:
+    """Find the calls of a denoiser in a simple statement, but not those of functions inside it."""
+    if _is_call(node, callees):
+        yield node
+    if not isinstance(node, (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, *_COMPOUND)):
+        for child in ast.iter_child_nodes(node):
+            yield from _calls(child, callees)
 
 
-def _classified(calls: Sequence[tuple[_Found, ast.Call]], statements: Sequence[_Found]) -> Iterator[Site]:
+def _is_call(node: ast.AST, callees: set[str]) -> TypeGuard[ast.Call]:
+    return isinstance(node, ast.Call) and ast.unparse(node.func) in callees
+
+
+def _classified(calls: Sequence[tuple[_Found, ast.Call]], statements: Sequence[_Found], flow: Flow) -> Iterator[Site]:
     kinds = [_kind(found, call) for found, call in calls]
     splits = _splits(statements)
     unless = None
@@ -231,13 +311,21 @@ def _classified(calls: Sequence[tuple[_Found, ast.Call]], statements: Sequence[_
     if sliced is not None:
         yield sliced
         return
+    is_named = bool(splits) or not set(kinds) <= {"cond", "unused", "perturbed"}
+    if not is_named:
+        splits = _cut_as_combined(statements, flow)
+        kinds = kinds if splits else _combined_with(calls, kinds, flow)
     if not splits and "uncond" not in kinds and "named" not in kinds:
         unless = _switch_of_guidance([found for found, _ in calls], statements)
+        if not is_named:
+            _check_unguided(calls, kinds, statements, flow, "" if unless is None else ast.unparse(unless))
     unnamed = [kind for kind, (found, _) in zip(kinds, calls, strict=True) if found.context is None]
     unnamed = [kind for kind in unnamed if kind not in ("perturbed", "unused")]
     if "uncond" in unnamed and sorted(unnamed) != ["cond", "uncond"]:
         raise UnreadableError(f"it makes {len(unnamed)} different calls, not one for cond and one for uncond")
     uncond = next((found for kind, (found, _) in zip(kinds, calls, strict=True) if kind == "uncond"), None)
+    if uncond is not None and uncond.statement.lineno < calls[kinds.index("cond")][0].statement.lineno:
+        raise UnreadableError("it calls its denoiser for uncond first, before the cond prediction is known")
     if splits and uncond is None:
         kinds = ["both" if kind == "cond" else kind for kind in kinds]
     boths = [found for kind, (found, _) in zip(kinds, calls, strict=True) if kind == "both"]
@@ -247,14 +335,16 @@ def _classified(calls: Sequence[tuple[_Found, ast.Call]], statements: Sequence[_
             yield Site(lines, "perturbed", found.context)
         elif kind == "both":
             halves, cond_name, uncond_name = _split_of(found, boths, splits)
-            combination = _combination(found, cond_name, uncond_name, statements)
+            combination = _combination(found, cond_name, uncond_name, statements, is_named)
             yield Site(lines, "both", None, halves.guards, combination)
         elif kind == "cond" and uncond is not None:
             guards = tuple(guard for guard in uncond.guards if guard not in found.guards)
-            yield Site(lines, kind, None, guards, _combination(found, _target(found), _target(uncond), statements))
+            combination = _combination(found, _target(found), _target(uncond), statements, is_named)
+            yield Site(lines, kind, None, guards, combination)
         elif kind == "uncond":
             cond = next(f for k, (f, _) in zip(kinds, calls, strict=True) if k == "cond")
-            yield Site(lines, kind, None, None, _combination(found, _target(cond), _target(found), statements))
+            combination = _combination(found, _target(cond), _target(found), statements, is_named)
+            yield Site(lines, kind, None, None, combination)
         else:
             yield Site(lines, kind, unless=unless)
 
@@ -343,12 +433,88 @@ def _splits(statements: Sequence[_Found]) -> list[_Split]:
     return result
 
 
+def _cut_as_combined(statements: Sequence[_Found], flow: Flow) -> list[_Split]:
+    """Find where predictions are taken apart, `b, a = prediction.chunk(2)`, and combined: `b + weight * (a - b)`."""
+    result = []
+    for found in statements:
+        statement = found.statement
+        if not flow.cut.get(id(statement)):
+            continue
+        assert isinstance(statement, ast.Assign)
+        target = statement.targets[0]
+        rows = [ast.unparse(one) for one in target.elts] if isinstance(target, (ast.Tuple, ast.List)) else []
+        guided = [one for one in flow.guided if {one.formula.cond, one.formula.uncond} == set(rows)]
+        read = {(_part(one.uncond), _part(one.cond)) if one.formula.is_evident else None for one in guided}
+        is_half = isinstance(statement.value, ast.Call) and _tail(statement.value.func) == "chunk" and len(rows) == 2
+        if read == {("[1]", "[0]")}:
+            raise UnreadableError(f"its rows are [{', '.join(rows)}], and {rows[0]} is used as cond")
+        if not is_half or read != {("[0]", "[1]")}:
+            raise UnreadableError(f"it takes a prediction apart as [{', '.join(rows)}], and which is cond is not clear")
+        result.append((found, rows[1], rows[0]))
+    return result
+
+
+def _part(value: Value) -> str | None:
+    """Return which part of one prediction a value is; `None` if it is made of several."""
+    return next(iter(value))[1] if len(value) == 1 else None
+
+
+def _combined_with(calls: Sequence[tuple[_Found, ast.Call]], kinds: list[str], flow: Flow) -> list[str]:
+    """Return what two calls are for, where their predictions are combined: `b + weight * (a - b)`."""
+    read = set()
+    for guided in flow.guided:
+        found = tuple(_place(calls, flow, value) for value in (guided.cond, guided.uncond))
+        names = [_target(calls[place][0]) for place in found if place is not None]
+        is_clear = names == [guided.formula.cond, guided.formula.uncond] and guided.formula.is_evident
+        read.add(found if is_clear else None)
+    if len(read) != 1 or kinds.count("cond") != 2:
+        return kinds
+    (roles,) = read
+    if roles is None or roles[0] == roles[1]:
+        return kinds
+    return ["uncond" if place == roles[1] else kind for place, kind in enumerate(kinds)]
+
+
+def _place(calls: Sequence[tuple[_Found, ast.Call]], flow: Flow, value: Value) -> int | None:
+    """Return which call a whole prediction is of; `None` if it is not of exactly one."""
+    (which, part), *others = value
+    made = [place for place, (_, call) in enumerate(calls) if call is flow.calls[which]]
+    return made[0] if made and not others and not part else None
+
+
+def _check_unguided(
+    calls: Sequence[tuple[_Found, ast.Call]],
+    kinds: Sequence[str],
+    statements: Sequence[_Found],
+    flow: Flow,
+    unless: str,
+) -> None:
+    """Raise where predictions that are not known to be uncond and cond are combined, or seem to be, but for a flag."""
+    if unless:
+        flow = Flow(flow.body, flow.callees, flow.helper, unless)
+        statements = [found for found in statements if unless not in map(ast.unparse, found.guards)]
+    if flow.hands_on_both:
+        raise UnreadableError("it makes several predictions side by side, and which are cond is not clear")
+    if flow.conflicts and "perturbed" not in kinds:
+        raise UnreadableError(f"it combines predictions, and which are cond is not clear: {_short(flow.conflicts[0])}")
+    values = {_target(found): found.statement for found in statements}
+    for found, call in calls:
+        used = [call, *(values[name] for name in set(_names(call)) - {_target(found)} if name and name in values)]
+        if any(map(doubles, used)):
+            raise UnreadableError("it predicts the same latents twice in a call, and which rows are cond is not clear")
+
+
+def _short(node: ast.AST) -> str:
+    text = ast.unparse(node)
+    return text if len(text) < 80 else f"{text[:77]}..."
+
+
 def _split_of(call: _Found, calls: Sequence[_Found], splits: Sequence[_Split]) -> _Split:
     """Find where the prediction of a call is taken apart: after it, and before the next one is made."""
     line = call.statement.lineno
     following = [other.statement.lineno for other in calls if other.statement.lineno > line]
     for split in splits:
-        if line < split[0].statement.lineno < min(following, default=sys.maxsize):
+        if line <= split[0].statement.lineno < min(following, default=sys.maxsize):
             return split
     raise UnreadableError("it makes a call for cond and uncond, and does not say which half is which")
 
@@ -397,23 +563,26 @@ def _target(found: _Found) -> str:
     return target.id if isinstance(target, ast.Name) else ""
 
 
-def _combination(call: _Found, cond: str, uncond: str, statements: Sequence[_Found]) -> _Combination | None:
+def _combination(
+    call: _Found, cond: str, uncond: str, statements: Sequence[_Found], is_named: bool = True
+) -> _Combination | None:
     """Find the expression that combines both predictions after a call."""
     later = [found for found in statements if found.statement.lineno > call.statement.lineno]
     for place, found in enumerate(later):
-        value = found.statement.value if isinstance(found.statement, (ast.Assign, ast.Return)) else None
-        if isinstance(value, ast.BinOp) and {cond, uncond} <= set(_names(value)):
-            weights = {name.lstrip("_") for name in _names(value)} - {cond, uncond, "self"}
+        value = getattr(found.statement, "value", None)
+        if not isinstance(value, ast.expr) or not {cond, uncond} <= set(_names(value)):
+            continue
+        formula = next((one for one in formulas(value) if {one.cond, one.uncond} == {cond, uncond}), None)
+        if formula is not None and formula.is_evident and formula.cond != cond:
+            raise UnreadableError(f"it calls {uncond} what it uses as cond: {_short(formula.node)}")
+        expression = value if formula is None else formula.node
+        if isinstance(expression, ast.BinOp):
+            weights = {name.lstrip("_") for name in _names(expression)} - {cond, uncond, "self"}
             changes = tuple(
                 other.guards
                 for other in later[:place]
                 if isinstance(other.statement, ast.Assign)
                 and {name.lstrip("_") for target in other.statement.targets for name in _names(target)} & weights
             )
-            return _Combination(value, cond, uncond, found.guards, changes)
+            return _Combination(expression, cond, uncond, found.guards, changes, is_named)
     return None
-
-
-def _tail(node: ast.AST) -> str:
-    """Return the last part of a dotted name; nothing for anything else."""
-    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
