@@ -134,10 +134,6 @@ def latents_among(given: list[tuple[str, Tensor]]) -> list[Tensor]:
 
 def _bypass(streams: Streams) -> Action:
     def action(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        known, output = streams.bypass(args, kwargs)
-        if not known:
-            streams.learn(args, kwargs, forward(*args, **kwargs))
-            _, output = streams.bypass(args, kwargs)
-        return output
+        return streams.handed_through(forward, args, kwargs)
 
     return action
