@@ -57,7 +57,12 @@ Kwargs = dict[str, Any]
 
 
 class UncondGuide:
-    """Bypasses layers for what a denoiser computes without the prompt."""
+    """Bypasses layers for what a denoiser computes without the prompt.
+
+    In calls with rows `[uncond, cond]`, layers give both, and their rows are put together. That this gives what the
+    weak model does is found out in the first call of each layout: its uncond rows are compared with a pass in which
+    the layers are bypassed in all rows. Where they differ, such a pass is made in every call from then on.
+    """
 
     def __init__(self, session: Session, model: nn.Module) -> None:
         """Resolve all layers that are known to be skipped; touch nothing.
@@ -177,14 +182,13 @@ def _for_first_half(action: Action, batch: int) -> Action:
     def mixed(forward: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
         own_args, own_kwargs = copied(args, kwargs)
         pairs = zip(pytree.tree_leaves((args, kwargs)), pytree.tree_leaves((own_args, own_kwargs)), strict=True)
-        given = [(one, own, count_of_writes(one)) for one, own in pairs if isinstance(one, Tensor)]
+        given = [(one, own, _writes(one)) for one, own in pairs if isinstance(one, Tensor)]
         instead = pytree.tree_leaves(action(forward, own_args, own_kwargs))
         real, spec = pytree.tree_flatten(forward(*args, **kwargs))
         if len(real) != len(instead):
             raise CallError("a skipped layer gave another number of outputs than the real one, so on='uncond' fails.")
         for one, own, writes in given:
-            # In inference mode, torch does not count.
-            if count_of_writes(one) != writes or (one.is_inference() and not torch.equal(one, own)):
+            if _writes(one) != writes or (writes is None and not torch.equal(one, own)):
                 rows = _uncond_rows("argument", one, batch)
                 one[:rows] = own[:rows]
 
@@ -199,6 +203,11 @@ def _for_first_half(action: Action, batch: int) -> Action:
         return pytree.tree_unflatten([joined(*pair) for pair in zip(instead, real, strict=True)], spec)
 
     return mixed
+
+
+def _writes(tensor: Tensor) -> object:
+    # What is traced cannot ask. Should a block write there, comparing with a pass apart shows it.
+    return -1 if torch.compiler.is_compiling() else count_of_writes(tensor)
 
 
 def _uncond_rows(what: str, tensor: Tensor, batch: int, is_alike: bool = True) -> int:

@@ -196,6 +196,21 @@ def test_rows_that_cannot_be_mixed_in_one_pass(make: Callable[[], nn.Module]) ->
     assert (applied.stats.guided_calls, applied.stats.weak_passes) == (3, 3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["in_place", "silent"])
+def test_rows_of_a_compiled_model_whose_blocks_write_into_their_arguments(name: str) -> None:
+    """What is traced cannot tell whether a block writes: comparing does."""
+    model, inputs = awkward.build(name), zoo.inputs(4)
+    plain, weak = model(**inputs), zoo.without(model, ["blocks.2"])(**inputs)
+    model.compile(backend="eager")
+    with (
+        pytest.warns(stg.StgWarning, match="cannot be mixed in one pass"),
+        stg.apply(model, ["blocks.2"], on="uncond", batched_cfg=True),
+    ):
+        for _ in range(2):
+            assert_close(model(**inputs), torch.cat([weak[:2], plain[2:]]), **close)
+
+
 def test_rows_are_compared_once_for_each_layout() -> None:
     model = zoo.build("plain")
     with stg.apply(model, [2], on="uncond", batched_cfg=True) as applied:
