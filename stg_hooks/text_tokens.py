@@ -53,7 +53,7 @@ class TextTokens:
         latents = latents_among(root)
         if len(latents) == sum(may_carry_tokens(leaf) for _, leaf in root):
             return {}  # nothing but latents
-        key = id(block), tuple((name, *_layout(name, leaf)) for name, leaf in root)
+        key = id(block), self._looks.layout()
         if key not in self._known:
             self._known[key] = self._look(block, latents)
         return self._known[key]
@@ -98,8 +98,3 @@ def _other(latents: Tensor) -> Tensor:
     """Return other numbers of the same shape, without drawing random ones."""
     wave = torch.arange(latents.numel(), device=latents.device, dtype=torch.float32).sin()
     return latents + wave.reshape(latents.shape).to(latents.dtype)
-
-
-def _layout(name: str, leaf: Tensor) -> tuple[object, ...]:
-    """Describe what decides where text is: shapes, and what masks say."""
-    return tuple(leaf.shape), (tuple(leaf.flatten().tolist()) if "mask" in name else None)

@@ -146,6 +146,21 @@ def test_a_look_leaves_no_trace_and_happens_once_for_a_layout() -> None:
     assert torch.equal(torch.get_rng_state(), random)
 
 
+def test_masks_are_read_once_in_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs, _ = lumina()
+    mask, read, plain = inputs["encoder_attention_mask"], [], Tensor.tolist
+
+    def noted(tensor: Tensor) -> Any:
+        read.append(tensor.shape)
+        return plain(tensor)
+
+    with stg.skip(model, ["layers.0", "layers.1"], "attention"):
+        model(**inputs)
+        monkeypatch.setattr(Tensor, "tolist", noted)
+        model(**inputs)
+        assert read.count(mask.flatten().shape) == 1
+
+
 class JointAttention(nn.Module):
     """Names its streams as the blocks below do, and puts either first."""
 
