@@ -181,11 +181,12 @@ def cut(tensor: Tensor, rows: slice, batch: int, folded: int) -> Tensor:
 
 
 def first_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Guess the number of rows of a call from its first tensor that has dimensions; `None` without one."""
-    for leaf in pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, Tensor) and leaf.ndim:
-            return leaf.shape[0]
-    return None
+    """Guess the number of rows of a call; `None` without a tensor that has dimensions.
+
+    Latents have three or more. In front of them there may be a timestep, which can be common to all rows.
+    """
+    tensors = [leaf for leaf in leaves_of(args, kwargs) if isinstance(leaf, Tensor) and leaf.ndim]
+    return next((tensor.shape[0] for tensor in tensors if tensor.ndim > 2), tensors[0].shape[0] if tensors else None)
 
 
 def halves(tensor: Tensor) -> tuple[Tensor, Tensor]:

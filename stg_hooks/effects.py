@@ -24,15 +24,14 @@ Marks = list[tuple[object, object]]
 class Arguments:
     """What a module is given, before it runs."""
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], thorough: bool) -> None:
-        """Look at the arguments of a call.
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at the arguments of a call, into objects, and at values where torch does not count writes.
 
         Args:
             args: its positional arguments.
             kwargs: its keyword arguments.
-            thorough: look into objects, too, and at values where torch does not count writes (in inference mode).
         """
-        self._args, self._kwargs, self._thorough = args, kwargs, thorough
+        self._args, self._kwargs = args, kwargs
         self.leaves = leaves_of(args, kwargs)
         self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
         self._marks = self._look()
@@ -42,8 +41,6 @@ class Arguments:
         return not _equal(self._marks, self._look())
 
     def _look(self) -> Marks:
-        if not self._thorough:
-            return [(tensor, count_of_writes(tensor)) for tensor in self.tensors]
         marks: Marks = []
         for leaf in leaves_of(self._args, self._kwargs):
             marks += _walk(leaf, _DEPTH)

@@ -22,6 +22,7 @@ from stg_hooks.compiled import compiled_among, eagerly, is_compiled, surrounding
 from stg_hooks.effects import Randomness, State
 from stg_hooks.errors import SettingError, StgWarning, closest
 from stg_hooks.guided_call import GuidedCall, Stats, checking, layout_of, weak_pass
+from stg_hooks.inputs import Inputs, Written
 from stg_hooks.inspection import parameter_names
 from stg_hooks.layers import Layer, find_layers
 from stg_hooks.patching import Patch, patched, pushed
@@ -34,6 +35,7 @@ from stg_hooks.streaming import weights_are_streamed
 EXECUTIONS = ("auto", "sequential", "batched", "full")
 
 _LAYOUTS = 64
+_PATIENCE = 2  # calls
 _SUSPECTS = (RuntimeError, IndexError, TypeError, ValueError)  # themselves, not what derives from them
 
 
@@ -125,6 +127,7 @@ class Execution:
         self._patches: dict[int, Patch] = {}
         self._wanted: set[Place] = set()
         self._known: dict[Hashable, _Known] = {}
+        self._written: Written = {}
         self._seen: Counter[Hashable] = Counter()  # how often a layout had to be recorded
         self._cut: set[Hashable] = set()  # layouts whose cond rows are known to be found
 
@@ -162,8 +165,17 @@ class Execution:
     def _patches_of(self, units: Sequence[nn.Module]) -> list[Patch]:
         return [self._patches[id(unit)] for unit in units]
 
+    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+        """Look at the arguments of a call, before it is made."""
+        return Inputs(args, kwargs, self._written)
+
     def cond_pass(
-        self, denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batched_cfg: bool
+        self,
+        denoiser: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        batched_cfg: bool,
+        inputs: Inputs | None = None,
     ) -> tuple[Any, GuidedCall]:
         """Make a call that is going to be guided, and find out on the way what helps its weak passes.
 
@@ -172,13 +184,21 @@ class Execution:
             args: positional arguments of the call.
             kwargs: keyword arguments of the call.
             batched_cfg: the rows of the call are `[uncond, cond]`.
+            inputs: the same arguments, where somebody has looked at them already.
 
         Returns:
             What the denoiser returns for this call, and what to pass to `weak_predictions`.
         """
-        call = GuidedCall(denoiser, args, kwargs, batched_cfg)
-        batch = first_batch(args, kwargs)
-        call.layout = layout_of(call)
+        if inputs is None or not inputs.are(args, kwargs):
+            inputs = self.inputs(args, kwargs)
+        call = GuidedCall(denoiser, inputs, batched_cfg)
+        call.layout = layout_of(args, kwargs, batched_cfg)
+        output = self._cond_pass(call, args, kwargs)
+        call.inputs.compare()
+        return output, call
+
+    def _cond_pass(self, call: GuidedCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        denoiser, batched_cfg, batch = call.denoiser, call.batched_cfg, first_batch(args, kwargs)
         if any(map(is_compiled, self._uncompiled)):
             self._stop_sharing("a part of it was compiled inside the `with`")
         # Who moves weights about may move buffers, too.
@@ -186,20 +206,22 @@ class Execution:
             state, randomness = State(self._model), Randomness.for_call(args, kwargs)
             output = denoiser(*args, **kwargs)
             call.changes_state = state.is_changed() or randomness.is_used()
-            return output, call
+            return output
         if self.way in ("full", "whole") or batch is None or (batched_cfg and batch % 2):
-            return denoiser(*args, **kwargs), call
+            return denoiser(*args, **kwargs)
         cond = slice(batch // 2, None) if batched_cfg else slice(None)
         known = self._known.get(call.layout)
         once = dataclasses.replace(call)  # as it is made here: weak passes may go another way
         if self.way == "batched" and known is not None and known.in_one_pass:
             try:
-                return self._batched_pass(call, batch, cond), call
+                return self._batched_pass(call, batch, cond)
             except RowsError as error:
                 self._stop_batching(error)
         if known is None:
             self._seen[call.layout] += 1
-            prefix: Prefix = Recording(self._model, self._starts, batch, cond, self._wanted, not self._streams)
+            # Who moves weights about may move buffers, too.
+            before = None if self._streams else State(self._model)
+            prefix: Prefix = Recording(self._starts, batch, cond, self._wanted, before)
         else:
             prefix = Repetition(known.prefix, self._starts, batch, cond)
         with pushed(self._patches_of(self._prefix), [prefix.action(unit) for unit in self._prefix]):
@@ -212,12 +234,12 @@ class Execution:
         if self.way == "batched":
             own = predictions(output)
             call.check = lambda weaks: self._try_batched(once, batch, cond, own, weaks)
-        return output, call
+        return output
 
     def _batched_pass(self, call: GuidedCall, batch: int, cond: slice) -> Any:
         skipped = [switch.actions for switch in self.switches]
         once = BatchedPass(skipped, batch, cond, self._batched)
-        args, kwargs = once.arguments(call.args, call.kwargs, self._names)
+        args, kwargs = once.arguments(*call.inputs.again(), self._names)
         with once.running(self._patches_of(self._batched)):
             output = call.denoiser(*args, **kwargs)
         own, call.weaks = once.split(predictions(output))
@@ -284,8 +306,10 @@ class Execution:
         prefix = call.prefix
         if prefix is None or self.way in ("full", "whole") or None in prefix.ends:
             return None
-        if call.batched_cfg and prefix.batch != 2 * call.rows:
+        if prefix.batch != call.rows * (2 if call.batched_cfg else 1):
             return None
+        if prefix.obstacle == DRAWS_RANDOM_NUMBERS and self._seen[call.layout] <= _PATIENCE:
+            return None  # it may have been another thread
         if prefix.obstacle:
             self._stop_sharing(prefix.obstacle, "whole" if prefix.obstacle == DRAWS_RANDOM_NUMBERS else "full")
             return None
@@ -293,7 +317,7 @@ class Execution:
             if self._seen[call.layout] > 1:
                 self._stop_sharing("it keeps something from one call to the next", "whole")
             return None
-        is_to_be_checked = call.batched_cfg and isinstance(prefix, Recording)
+        is_to_be_checked = isinstance(prefix, Recording)
         prefix.is_reused = prefix.is_reused or is_to_be_checked
         stats = dataclasses.replace(self._stats)
         results = []
@@ -387,7 +411,7 @@ class Execution:
 
     def _full_pass(self, call: GuidedCall, branch: int, is_cut: bool) -> list[Tensor]:
         """Run a weak pass as the textbook does, on the cond rows alone or on all."""
-        args, kwargs = self._cond_rows(call) if is_cut else (call.args, call.kwargs)
+        args, kwargs = self._cond_rows(call) if is_cut else call.inputs.again()
         weak = predictions(self.full_pass(branch, call.denoiser, args, kwargs))
         if call.batched_cfg and not is_cut:
             weak = [halves(tensor)[1] for tensor in weak]
@@ -408,7 +432,8 @@ class Execution:
             with torch.no_grad(), checking(), weak_pass(), eagerly(), no_caches:
                 again, cond = predictions(call.denoiser(*args, **kwargs)), call.cond
                 if self._caches.found is not None:  # which have made the cond pass another one than it is by itself
-                    cond = [halves(t)[1] for t in predictions(call.denoiser(*call.args, **call.kwargs))]
+                    args, kwargs = call.inputs.again()
+                    cond = [halves(t)[1] for t in predictions(call.denoiser(*args, **kwargs))]
             if agree(again, cond):
                 self._cut.add(call.layout)
                 return True
@@ -428,9 +453,10 @@ class Execution:
         )
 
     def _cond_rows(self, call: GuidedCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = call.inputs.again()
         if not call.batched_cfg:
-            return call.args, call.kwargs
-        return take_rows(call.args, call.kwargs, self._names, 2 * call.rows, slice(call.rows, None))
+            return args, kwargs
+        return take_rows(args, kwargs, self._names, 2 * call.rows, slice(call.rows, None))
 
     def _warn(self, message: str) -> None:
         warnings.warn(message, StgWarning, stacklevel=2)

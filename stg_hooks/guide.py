@@ -22,6 +22,7 @@ from stg_hooks.execution import Execution
 from stg_hooks.executions import Executions
 from stg_hooks.guided_call import GuidedCall, Stats, in_weak_pass, layout_of
 from stg_hooks.hosts import Host, Role, check_rows_apart
+from stg_hooks.inputs import Inputs, Written
 from stg_hooks.inspection import parameter_names
 from stg_hooks.kept import Kept
 from stg_hooks.parallel import Share, check_alone
@@ -103,6 +104,8 @@ class _Call:
     before: _Guided | None = None  # for an uncond or perturbed call: the cond call before it
     kept: Kept | None = None
     share: Share | None = None
+    inputs: Inputs | None = None
+    """The arguments as they were made, where more passes are to be made with them."""
 
     @property
     def is_cond(self) -> bool:
@@ -145,16 +148,23 @@ class Guide:
         self._executions = Executions(model, execution, session.stats)
         self._executions.prepare(session.plan.known)
         self._names = parameter_names(model)
+        self._written: Written = {}
         self._local = _OfThread()
+        self._of_model = _OfModel()
         self._patch: Patch | None = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Register the hooks, once for all threads that are inside; remove them when the last one leaves."""
         with ExitStack() as stack:
-            stack.callback(lambda: self._local.__dict__.clear())  # of the thread that leaves
+            stack.callback(self._forget)
             stack.enter_context(shared(self, "guide", self._install))
             yield
+
+    def _forget(self) -> None:
+        """Let go of what the last call of the thread that leaves has computed."""
+        self._local.__dict__.clear()
+        self._of_model.unguided = None
 
     def _install(self) -> tuple[None, Undo]:
         with ExitStack() as stack:
@@ -194,11 +204,14 @@ class Guide:
         self._local.call = call = _Call(role, step, self._session.plan.at(step), args, kwargs)
         if self._patch is not None and self._patch.bring_back() and self._session.ranks is None:
             both = role.rows == "uncond+cond"  # from the next call on; this one has its forward already
-            call.guided = GuidedCall(model, args, kwargs, both)
-            call.guided.layout = layout_of(call.guided)
+            call.guided = GuidedCall(model, Inputs(args, kwargs, self._written), both)
+            call.guided.layout = layout_of(args, kwargs, both)
+            call.inputs = call.guided.inputs
         kept = self._local.kept
         if kept is not None and kept.serves(step, call.settings.active, self._session.every):
             call.kept = kept
+        if call.inputs is None and (call.branches or self._session.ranks is not None):
+            call.inputs = Inputs(args, kwargs, self._written)
 
     def _around(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call that is going to be guided, so that its weak passes can share work with it."""
@@ -213,7 +226,8 @@ class Guide:
         if not call.branches:
             return proceed(*args, **kwargs)
         execution = self._executions.of(call.settings.active)
-        output, call.guided = execution.cond_pass(proceed, args, kwargs, call.role.rows == "uncond+cond")
+        both = call.role.rows == "uncond+cond"
+        output, call.guided = execution.cond_pass(proceed, args, kwargs, both, call.inputs)
         return output
 
     def _around_compiled(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -279,10 +293,16 @@ class Guide:
             "rescale": settings.rescale,
             "rule": settings.rule,
         }
-        arguments = partial(self._arguments, role.rows == "uncond+cond", call.args, call.kwargs)
-        guided = share.rest(self._model, arguments, first, said)
+        assert call.inputs is not None
+        inputs, both = call.inputs, role.rows == "uncond+cond"
+        inputs.compare()
+
+        def arguments(for_uncond: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return self._arguments(both, *inputs.again(), for_uncond)
+
+        weaks = share.rest(self._model, arguments, first, said)
         if call.branches:
-            call.guided = guided
+            call.guided = GuidedCall(self._model, inputs, False, weaks=weaks)
         if share.unconds is None:
             return share.conds
         return [torch.cat([u, c]) for u, c in zip(share.unconds, share.conds, strict=True)]
@@ -344,7 +364,9 @@ class Guide:
                 "something replaced it inside the `with`. Enter stg.apply() last."
             )
         # Weak passes go the whole way, so that other people's hooks see them as they saw the cond pass.
-        call.guided.denoiser, call.guided.args, call.guided.kwargs = self._model, call.args, call.kwargs
+        assert call.inputs is not None
+        call.inputs.compare()
+        call.guided.denoiser, call.guided.inputs = self._model, call.inputs
         execution = self._executions.of(call.settings.active)
         by_branch = self._by_branch(execution, call, call.guided, conds, unconds)
         switches = execution.switches if call.share is None else call.share.switches

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from stg_hooks.calls import leaves_of
+from stg_hooks.inputs import Inputs
 from stg_hooks.prefix import Prefix
 
 
@@ -75,8 +76,7 @@ class GuidedCall:
     """One call that is being guided, between its cond pass and its weak passes."""
 
     denoiser: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    inputs: Inputs
     batched_cfg: bool
     layout: Hashable = None
     prefix: Prefix | None = None
@@ -97,7 +97,7 @@ class GuidedCall:
         return self.cond[0].shape[0]
 
 
-def layout_of(call: GuidedCall) -> Hashable:
+def layout_of(args: tuple[Any, ...], kwargs: dict[str, Any], batched_cfg: bool) -> Hashable:
     """What two calls have in common that cut, keep and replay the same; numbers (timesteps) do not count."""
 
     def describe(leaf: Any) -> object:
@@ -105,6 +105,6 @@ def layout_of(call: GuidedCall) -> Hashable:
             return leaf.shape, leaf.dtype, leaf.device
         return leaf if isinstance(leaf, (bool, str)) else type(leaf)
 
-    positional = tuple(map(describe, leaves_of(call.args, {})))
-    named = tuple((name, *map(describe, leaves_of((value,), {}))) for name, value in call.kwargs.items())
-    return call.batched_cfg, positional, named
+    positional = tuple(map(describe, leaves_of(args, {})))
+    named = tuple((name, *map(describe, leaves_of((value,), {}))) for name, value in kwargs.items())
+    return batched_cfg, positional, named

@@ -21,6 +21,7 @@ from stg_hooks.combine import Scale, check_scale, combine, correction, is_number
 from stg_hooks.errors import CallError, SettingError, TargetError
 from stg_hooks.executions import Executions
 from stg_hooks.guided_call import Stats, in_weak_pass
+from stg_hooks.inputs import Inputs, Written
 from stg_hooks.kept import Kept
 from stg_hooks.layers import LayerSpec
 from stg_hooks.parallel import Share, check_alone
@@ -166,6 +167,7 @@ class Guider:
         self._on = on
         self.every = every
         self._local = _OfThread()
+        self._written: Written = {}
         self.guidance_scale = guidance_scale
         self.stats = Stats()
         self.trace = Trace()
@@ -283,6 +285,7 @@ class Guider:
         if negative is not None and self._takes_sigma and self._on == "cond" and self.ranks is None:
             joined = _joined(args, positive, negative)
         args_of_cond, kwargs_of_cond = joined or (args, positive)
+        inputs = Inputs(args, negative, self._written) if negative is not None and joined is None else None
         made = _Made()
         if fresh:
             with self._executions.installed(), activation.entered(self):
@@ -296,8 +299,9 @@ class Guider:
         else:
             output = self.denoiser(*args_of_cond, **kwargs_of_cond)
             made.conds, made.unconds = _halved(own_predictions(output), joined is not None)
-        if negative is not None and joined is None:
-            made.switches, made.unconds = self._uncond(active, args, negative, made.switches)
+        if inputs is not None:
+            inputs.compare()
+            made.switches, made.unconds = self._uncond(active, *inputs.again(), made.switches)
         return made
 
     def _kept(self, step: Step | Callable[[], Step], active: tuple[Branch, ...]) -> Kept | None:
@@ -323,16 +327,17 @@ class Guider:
             self._has_met = True
         check_alone(self, ranks, self.models[0])
 
-        def arguments(for_uncond: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            return args, negative if for_uncond and negative is not None else positive
-
+        conditions = [positive, positive if negative is None else negative]
+        inputs = [Inputs(args, condition, self._written) for condition in conditions]
         with self._executions.installed(), activation.entered(self):
             share = Share(ranks, self._executions, active, negative is not None)
-            first = own_predictions(share.first(self.denoiser, arguments))
+            first = own_predictions(share.first(self.denoiser, lambda for_uncond: (args, conditions[for_uncond])))
+            for given in inputs:
+                given.compare()
             start = time.perf_counter()
-            weaks = share.rest(self.denoiser, arguments, first, said).weaks
+            weaks = share.rest(self.denoiser, lambda for_uncond: inputs[for_uncond].again(), first, said)
             self.stats.seconds += time.perf_counter() - start
-        return _Made(share.conds, share.unconds or [None] * len(share.conds), weaks or [], share.switches)
+        return _Made(share.conds, share.unconds or [None] * len(share.conds), weaks, share.switches)
 
     def _uncond(
         self,

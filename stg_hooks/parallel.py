@@ -100,7 +100,7 @@ class Share:
         arguments: ArgumentsOf,
         first: Sequence[Tensor],
         said: Mapping[str, object],
-    ) -> GuidedCall:
+    ) -> list[list[Tensor]]:
         """Do the other jobs of this rank, and exchange predictions with the other ranks.
 
         Args:
@@ -110,21 +110,20 @@ class Share:
             said: what has to be the same on all ranks.
 
         Returns:
-            What `Execution.weak_predictions` asks for, with the weak predictions; `conds` and `unconds` are set.
+            The weak predictions of each branch; `conds` and `unconds` are set.
 
         Raises:
             CallError: predictions that cannot be exchanged.
             RankError: the other ranks have failed, or did something else.
         """
-        args, kwargs = arguments(False)
         with self._ranks.telling():
             found: dict[int, Sequence[Tensor]] = {self._jobs[0]: first}
             if self._call is not None and self._execution is not None:
-                self._call.denoiser, self._call.args, self._call.kwargs = denoiser, args, kwargs
+                self._call.denoiser, self._call.inputs = denoiser, self._execution.inputs(*arguments(False))
                 found.update(zip(self._weak_jobs, self._execution.weak_predictions(self._call, first), strict=True))
             for job in self._jobs:
                 if job in self._weak_jobs and job not in found:
-                    found[job] = own_predictions(self._weak(job, denoiser, args, kwargs))
+                    found[job] = own_predictions(self._weak(job, denoiser, *arguments(False)))
                 elif job not in found:
                     with weak_pass():  # a call of ours, not to be guided
                         found[job] = own_predictions(_called(denoiser, arguments(True)))
@@ -137,7 +136,7 @@ class Share:
         self._ranks.agree(about)
         self.conds, *weaks = self._ranks.gather(found, self._count)
         self.unconds = weaks.pop() if self._count > 1 + len(self._branches) else None
-        return GuidedCall(denoiser, args, kwargs, False, weaks=weaks)
+        return weaks
 
     def _is_uncond(self, job: int) -> bool:
         return job > len(self._branches)

@@ -265,13 +265,14 @@ class Probe(Guide):
     def _all_weaks(self, call: Any, conds: Sequence[Tensor]) -> list[list[Tensor]]:
         """Return the weak predictions of every branch."""
         guided = call.guided
-        guided.denoiser, guided.args, guided.kwargs = self._model, call.args, call.kwargs
+        call.inputs.compare()
+        guided.denoiser, guided.inputs = self._model, call.inputs
         weaks = self._executions.of(call.settings.active).weak_predictions(guided, conds)
-        args, kwargs = call.args, call.kwargs
-        if call.role.rows == "uncond+cond" and self._more:
-            half = conds[0].shape[0]
-            args, kwargs = take_rows(args, kwargs, self._names, 2 * half, slice(half, None))
         for branches in self._more:
+            args, kwargs = call.inputs.again()
+            if call.role.rows == "uncond+cond":
+                half = conds[0].shape[0]
+                args, kwargs = take_rows(args, kwargs, self._names, 2 * half, slice(half, None))
             execution = self._executions.of(branches)
             with weak_pass(), self._meter.paused():
                 _, again = execution.cond_pass(self._model, args, kwargs, False)

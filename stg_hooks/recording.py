@@ -34,33 +34,30 @@ class Recording(Prefix):
 
     def __init__(
         self,
-        model: nn.Module,
         starts: Sequence[Collection[int]],
         batch: int,
         rows: slice,
         wanted: Collection[Place],
-        thorough: bool,
+        state: State | None,
     ) -> None:
         """Start with nothing recorded.
 
         Args:
-            model: the denoiser.
             starts: for each branch, the modules (by `id`) before the first of which its prefix ends.
             batch: number of rows of the call.
             rows: which of them are conditional.
             wanted: outputs to keep, whether or not anybody seems to hold on to them.
-            thorough: look for all that could be in the way, not only for what is found at no cost.
+            state: what the denoiser keeps, as it is before the call; `None` not to look.
         """
         super().__init__(starts, batch, rows)
         self._wanted = wanted
-        self._thorough = thorough
         self._with_grad = torch.is_grad_enabled()
-        self._state = State(model) if thorough else None
+        self._state = state
         self._live: list[_LiveLeaf] = []
         self._last: list[_LiveLeaf] = []
 
     def _begin(self, unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], None]:
-        given = Arguments(args, kwargs, self._thorough)
+        given = Arguments(args, kwargs)
         # Let go what nobody holds any more before the next block allocates. The last output may be held in another
         # form: a hook or the model itself may have converted it.
         for live in self._live:
@@ -103,7 +100,7 @@ class Recording(Prefix):
             elif not self._has_known_rows(value) or _storage(value) in storages:
                 break  # a view of an argument is still one when the argument changes
             else:
-                live = seen.get(id(value)) or self._new((id(unit), i), value)
+                live = seen.get(id(value)) or self._new((id(unit), i), value, bool(unit._forward_hooks))
                 seen[id(value)] = live
                 outputs.append(live.leaf)
         can_share = len(outputs) == len(values) and all(_is_plain(value) for value in outputs)
@@ -121,10 +118,10 @@ class Recording(Prefix):
         # Frames are folded into maps. Anything flatter may be a table with an entry per token (Mochi's positions).
         return folded is not None and (folded <= 1 or value.ndim >= 4)
 
-    def _new(self, place: Place, value: Tensor) -> _LiveLeaf:
+    def _new(self, place: Place, value: Tensor, is_watched: bool) -> _LiveLeaf:
         folded = 0 if self.rows == slice(None) else row_factor(value, self.batch) or 0
         leaf = Leaf(Origin(place), cut(value, self.rows, self.batch, folded).clone(), value.shape, folded)
-        return _LiveLeaf(leaf, value, place in self._wanted)
+        return _LiveLeaf(leaf, value, is_watched or place in self._wanted)
 
 
 class Layout:
