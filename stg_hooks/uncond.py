@@ -19,7 +19,7 @@ from stg_hooks.errors import CallError, SettingError, StgWarning, closest
 from stg_hooks.execution import Execution
 from stg_hooks.executions import Executions
 from stg_hooks.guide import Session
-from stg_hooks.guided_call import GuidedCall, checking, in_weak_pass, layout_of, weak_pass
+from stg_hooks.guided_call import checking, in_weak_pass, layout_of, weak_pass
 from stg_hooks.hosts import check_rows_apart
 from stg_hooks.patching import Action, patched
 from stg_hooks.schedule import Settings
@@ -133,7 +133,7 @@ class UncondGuide:
             raise CallError(f"a call with {batch or 'no'} rows cannot be [uncond, cond], which batched_cfg=True says.")
         if self._is_apart:
             return _apart(execution, proceed, args, kwargs)
-        layout = switch.key, layout_of(GuidedCall(proceed, args, kwargs, batched_cfg=True))
+        layout = switch.key, layout_of(args, kwargs, batched_cfg=True)
         with switch.switched_on(instead=lambda action: _for_first_half(action, batch)):
             if layout in self._compared:
                 return proceed(*args, **kwargs)
