@@ -12,6 +12,7 @@ from torch import nn
 from stg_hooks.errors import LayerError, TargetError, closest
 from stg_hooks.facts import stated
 from stg_hooks.inspection import running_order
+from stg_hooks.words import words_of
 
 LayerSpec = int | str | range | nn.Module | Iterable["int | str | range | nn.Module"]
 """What may be passed as `layers`: indices, dotted names or globs, modules, or a list of those."""
@@ -32,18 +33,9 @@ _PROJECTIONS = (
 _DEPTH = 20  # of lists in lists
 _SHOWN = 120  # characters of what a user typed, in messages
 # Stacks that prepare conditioning rather than denoise: they can be named, but are not numbered.
-_SIDE_WORDS = (
-    "refiner",
-    "text",
-    "txt",
-    "context",
-    "caption",
-    "embed",
-    "perceiver",
-    "vace",
-    "control",
-    "connector",
-    "adapter",
+_SIDE_WORDS = words_of(
+    "refiner refiners text txt context caption captions embed embeds embedder embedders embedding embeddings perceiver "
+    "vace control controls controlnet connector connectors adapter adapters"
 )
 
 
@@ -158,7 +150,7 @@ def _is_stage(module: nn.Module) -> bool:
 
 
 def _is_side(name: str) -> bool:
-    return any(word in name for word in _SIDE_WORDS)
+    return not _SIDE_WORDS.isdisjoint(words_of(name))
 
 
 def resolve(model: nn.Module, spec: object) -> list[Layer]:

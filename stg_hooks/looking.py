@@ -6,8 +6,10 @@ hand their inputs through, so that it costs little and that tokens do not mix.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeGuard
 
@@ -24,8 +26,28 @@ from stg_hooks.provenance import sounds_like_text
 from stg_hooks.streams import Streams
 
 
+@dataclasses.dataclass
+class _Call:
+    """A call of the model that is being made."""
+
+    model: nn.Module
+    proceed: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @functools.cached_property
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        given = bound_arguments(self.model, self.args, self.kwargs).items()
+        leaves = [(name, leaf) for name, value in given for leaf in pytree.tree_leaves(value)]
+        return [(name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor) and not is_positional(name)]
+
+    @functools.cached_property
+    def layout(self) -> Hashable:  # reads masks, for which a GPU has to be waited: once, however many blocks ask
+        return tuple((name, *_layout(name, leaf)) for name, leaf in self.tensors)
+
+
 class _OfThread(threading.local):
-    call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None = None
+    call: _Call | None = None
 
 
 class _ReachedError(Exception):
@@ -53,7 +75,7 @@ class Looks:
             yield
 
     def _note(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        before, self._local.call = self._local.call, (proceed, args, kwargs)
+        before, self._local.call = self._local.call, _Call(self.model, proceed, args, kwargs)
         try:
             return proceed(*args, **kwargs)
         finally:
@@ -65,12 +87,11 @@ class Looks:
         Returns:
             Pairs of the argument's name and a tensor.
         """
-        if self._local.call is None:
-            return []
-        _, args, kwargs = self._local.call
-        given = bound_arguments(self.model, args, kwargs).items()
-        leaves = [(name, leaf) for name, value in given for leaf in pytree.tree_leaves(value)]
-        return [(name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor) and not is_positional(name)]
+        return [] if self._local.call is None else self._local.call.tensors
+
+    def layout(self) -> Hashable:
+        """Describe what decides where the tokens of the call that is being made are: shapes, and what masks say."""
+        return () if self._local.call is None else self._local.call.layout
 
     def given(self, module: nn.Module, change: Callable[[Tensor], Tensor] | None = None) -> list[dict[str, Tensor]]:
         """Make the call again, up to a module.
@@ -83,7 +104,7 @@ class Looks:
             The streams of tokens that the module is given: by name, first for the call as it is, then for the changed.
         """
         assert self._local.call is not None
-        proceed, args, kwargs = self._local.call
+        proceed, args, kwargs = self._local.call.proceed, self._local.call.args, self._local.call.kwargs
         with torch.no_grad(), set_aside(self.model.modules()), eagerly():
             one = self._reach(module, proceed, args, kwargs)
             if change is None:
@@ -132,12 +153,12 @@ def latents_among(given: list[tuple[str, Tensor]]) -> list[Tensor]:
     return [leaf for name, leaf in candidates if leaf.ndim == first.ndim and (name == main or "embed" not in name)]
 
 
+def _layout(name: str, leaf: Tensor) -> tuple[object, ...]:
+    return tuple(leaf.shape), (tuple(leaf.flatten().tolist()) if "mask" in name else None)
+
+
 def _bypass(streams: Streams) -> Action:
     def action(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        known, output = streams.bypass(args, kwargs)
-        if not known:
-            streams.learn(args, kwargs, forward(*args, **kwargs))
-            _, output = streams.bypass(args, kwargs)
-        return output
+        return streams.handed_through(forward, args, kwargs)
 
     return action

@@ -14,7 +14,7 @@ from stg_hooks.attention import AttentionSeam, Change
 from stg_hooks.errors import BlockError, named
 from stg_hooks.feed_forward import FeedForwards
 from stg_hooks.inspection import bound_arguments
-from stg_hooks.streams import Streams
+from stg_hooks.streams import Streams, copied
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +57,7 @@ def residual(call: LayerCall) -> Any:
 
     Source: STG, arXiv 2411.18664, Eq. 15.
     """
-    known, output = call.streams.bypass(call.args, call.kwargs)
-    if not known:
-        call.streams.learn(call.args, call.kwargs, call.compute())
-        _, output = call.streams.bypass(call.args, call.kwargs)
-    return output
+    return call.streams.handed_through(call.forward, call.args, call.kwargs)
 
 
 def attention(call: LayerCall) -> Any:
@@ -114,20 +110,23 @@ def shuffled(call: LayerCall) -> Any:
     stream = _token_stream(call)
     order = torch.randperm(stream.shape[1], generator=torch.Generator().manual_seed(0)).to(stream.device)
     back = order.argsort()
+    handed_through = call.streams.handed_through(call.forward, call.args, call.kwargs)
+    real = None if call.memory.get("order matters") else _computed_apart(call)
     args, kwargs = pytree.tree_map(lambda leaf: leaf[:, order] if leaf is stream else leaf, (call.args, call.kwargs))
     output = call.forward(*args, **kwargs)
-    known, handed_through = call.streams.bypass(call.args, call.kwargs)
-    if not known:
-        call.streams.learn(call.args, call.kwargs, output)
-        _, handed_through = call.streams.bypass(call.args, call.kwargs)
     output = pytree.tree_map(lambda leaf, source: leaf[:, back] if source is stream else leaf, output, handed_through)
     if not call.memory.get("order matters"):
-        _check_that_order_matters(call, output)
+        _check_that_order_matters(call, output, real)
     return output
 
 
-def _check_that_order_matters(call: LayerCall, output: Any) -> None:
-    pairs = zip(pytree.tree_leaves(output), pytree.tree_leaves(call.compute()), strict=True)
+def _computed_apart(call: LayerCall) -> Any:
+    args, kwargs = copied(call.args, call.kwargs)  # which the layer may write into
+    return call.forward(*args, **kwargs)
+
+
+def _check_that_order_matters(call: LayerCall, output: Any, real: Any) -> None:
+    pairs = zip(pytree.tree_leaves(output), pytree.tree_leaves(real), strict=True)
     if all(torch.allclose(one, other, rtol=1e-4, atol=1e-6) for one, other in pairs if isinstance(one, Tensor)):
         raise BlockError(
             f"mode='shuffled' changes nothing in {type(call.layer).__name__}, which does not know where its tokens "

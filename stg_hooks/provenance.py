@@ -17,9 +17,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from stg_hooks.calls import is_positional
+from stg_hooks.words import words_of
 
 # What the argument that carries text, or whatever else is not denoised, is called.
-_TEXT_WORDS = ("encoder", "text", "txt", "context", "prompt", "caption", "cond")
+_TEXT_WORDS = words_of(
+    "encoder text texts txt context contexts prompt prompts caption captions cond conds uncond condition conditions "
+    "conditional conditioning"
+)
 
 Runs = tuple[tuple[bool | tuple[bool, ...], int], ...]
 """Consecutive tokens: whether they are text (with an entry per row, where rows differ), and how many."""
@@ -56,6 +60,8 @@ class Provenance:
         self._labels: dict[int, tuple[weakref.ref[Tensor], Label]] = {}
         self.arguments: dict[str, Tensor] = {}
         """The tensors that the innermost call was given and that carry tokens."""
+        self.main: str | None = None
+        """The name of the one among them that carries what is being denoised."""
 
     @contextmanager
     def call(self, arguments: dict[str, Any], known: Mapping[str, Runs] = NOTHING) -> Iterator[list[Any]]:
@@ -63,15 +69,16 @@ class Provenance:
 
         Args:
             arguments: name to value.
-            known: name to runs, where these are known already.
+            known: name to runs, where these are known already; one run of text for what holds nothing else.
 
         Returns:
             A context manager that gives a list: put the output of the call there.
         """
-        outer, outer_arguments = self._labels, self.arguments
+        outer, outer_arguments, outer_main = self._labels, self.arguments, self.main
         self._labels, self.arguments = {}, {}
         output: list[Any] = []
         before: list[Label] = []
+        others: list[str] = []  # what is known not to come from what is denoised
         try:
             for name, value in arguments.items():
                 for leaf in pytree.tree_leaves(value):
@@ -80,13 +87,17 @@ class Provenance:
                         before += [] if label is None else [label]
                         if _carries_tokens(name, leaf) and not any(leaf is a for a in self.arguments.values()):
                             self.arguments.setdefault(name, leaf)
-                            self._set(leaf, Label(frozenset([name]), label.runs if label else known.get(name, ())))
+                            runs = label.runs if label else known.get(name, ())
+                            is_other = label is not None and outer_main not in (None, *label.sources)
+                            others += [name] if is_other or is_text_only(runs) else []
+                            self._set(leaf, Label(frozenset([name]), () if is_text_only(runs) else runs))
+            self.main = _main([*self.arguments], others)
             yield output
             inner = [
                 (tensor, self.label(tensor)) for tensor in pytree.tree_leaves(output) if isinstance(tensor, Tensor)
             ]
         finally:
-            self._labels, self.arguments = outer, outer_arguments
+            self._labels, self.arguments, self.main = outer, outer_arguments, outer_main
         sources = frozenset[str]().union(*(label.sources for label in before))
         for tensor, label in inner:
             self._set(tensor, Label(sources, label.runs if label else ()))
@@ -94,12 +105,6 @@ class Provenance:
     def label(self, tensor: Tensor) -> Label | None:
         """Return where a tensor comes from; `None` where that is not known."""
         return _find(self._labels, tensor)
-
-    @property
-    def main(self) -> str | None:
-        """Name the argument that carries what is being denoised."""
-        names = list(self.arguments)
-        return next((name for name in names if not sounds_like_text(name)), names[0] if names else None)
 
     def follow(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Label what a torch function has returned."""
@@ -169,9 +174,20 @@ def _carries_tokens(name: str, tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.ndim > 1 and not is_positional(name) and "mask" not in name
 
 
+def is_text_only(runs: Runs) -> bool:
+    """Tell whether all tokens are text."""
+    return bool(runs) and all(kind is True for kind, _ in runs)
+
+
+def _main(names: list[str], others: list[str]) -> str | None:
+    """Choose what is being denoised among arguments, some of which are known to carry something else."""
+    candidates = [name for name in names if not sounds_like_text(name)]
+    return next((name for name in candidates if name not in others), next(iter(candidates or names), None))
+
+
 def sounds_like_text(name: str) -> bool:
     """Tell whether an argument of this name carries text, or whatever else is not denoised."""
-    return any(word in name for word in _TEXT_WORDS)
+    return not _TEXT_WORDS.isdisjoint(words_of(name))
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,6 +58,27 @@ class Streams:
         self._stated: tuple[str, ...] | None = next(iter(stated("STREAMS", block)), None)
         self._names = return_names(class_forward(block)) if self._stated is None else None
         self._learned: list[_Learned] = []
+
+    def handed_through(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Build what the block would return if every stream left it as it entered.
+
+        Args:
+            forward: computes the block: called once, on copies of the arguments, where its source does not tell.
+            args: positional arguments of the call.
+            kwargs: keyword arguments of the call.
+
+        Returns:
+            The arguments that stand in for the block's output, in its structure.
+
+        Raises:
+            BlockError: as `learn`.
+        """
+        known, output = self.bypass(args, kwargs)
+        if not known:
+            own_args, own_kwargs = copied(args, kwargs)
+            self.learn(args, kwargs, forward(*own_args, **own_kwargs))
+            _, output = self.bypass(args, kwargs)
+        return output
 
     def bypass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
         """Build what the block would return if every stream left it as it entered.
@@ -172,6 +194,15 @@ class Streams:
             f"  def hand_through(call): return {_suggestion(args, kwargs, output)}\n"
             "  stg.skip(model, layers, mode=hand_through)   # stg.apply and stg.Guider take mode= as well"
         )
+
+
+def copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copy the tensors among the arguments of a call, each once, for a call that may write into them."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    copies = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    first = [next(i for i, other in enumerate(leaves) if other is leaf) for leaf in leaves]
+    own: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten([copies[i] for i in first], spec)
+    return own
 
 
 def _structure(given: dict[str, Any]) -> tuple[list[Any], tuple[pytree.TreeSpec, tuple[bool, ...]]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stg_hooks.errors import StgWarning
 from stg_hooks.inspection import bound_arguments
 from stg_hooks.looking import Looks, is_stream, latents_among, may_carry_tokens
-from stg_hooks.provenance import Runs, sounds_like_text
+from stg_hooks.provenance import Runs, is_text_only, sounds_like_text
 
 
 class TextTokens:
@@ -40,8 +40,8 @@ class TextTokens:
             kwargs: its keyword arguments.
 
         Returns:
-            Name of an argument to the runs of its tokens, where there are tokens of both kinds in it. For rows that
-            hold text in different places, the kind of a run is a tuple with an entry per row.
+            Name of an argument to the runs of its tokens, where there is text in it. For rows that hold text in
+            different places, the kind of a run is a tuple with an entry per row.
         """
         given = {name: leaf for name, leaf in bound_arguments(block, args, kwargs).items() if isinstance(leaf, Tensor)}
         main = next((leaf for name, leaf in given.items() if not sounds_like_text(name)), None)
@@ -53,7 +53,7 @@ class TextTokens:
         latents = latents_among(root)
         if len(latents) == sum(may_carry_tokens(leaf) for _, leaf in root):
             return {}  # nothing but latents
-        key = id(block), tuple((name, *_layout(name, leaf)) for name, leaf in root)
+        key = id(block), self._looks.layout()
         if key not in self._known:
             self._known[key] = self._look(block, latents)
         return self._known[key]
@@ -76,14 +76,18 @@ class TextTokens:
                 stacklevel=2,
             )
             return {}
+        if all(map(is_text_only, runs.values())):  # a block that is given no latents
+            return {}
         return {name: found for name, found in runs.items() if found}
 
 
 def _runs(one: Tensor, other: Tensor) -> Runs:
-    """Say which tokens are the same in both; empty where all are of one kind."""
+    """Say which tokens are the same in both; empty where none is."""
     same = (one == other).flatten(2).all(-1) if one.ndim > 2 else (one == other).all(-1)[None]
-    if not same.any() or same.all():
+    if not same.any():
         return ()
+    if same.all():
+        return ((True, one.shape[-2]),)
     if (same == same[:, :1]).all():  # the sequence comes first
         same = same[:, :1].T
     columns = [row[0] if len(set(row)) == 1 else tuple(row) for row in same.T.tolist()]
@@ -94,8 +98,3 @@ def _other(latents: Tensor) -> Tensor:
     """Return other numbers of the same shape, without drawing random ones."""
     wave = torch.arange(latents.numel(), device=latents.device, dtype=torch.float32).sin()
     return latents + wave.reshape(latents.shape).to(latents.dtype)
-
-
-def _layout(name: str, leaf: Tensor) -> tuple[object, ...]:
-    """Describe what decides where text is: shapes, and what masks say."""
-    return tuple(leaf.shape), (tuple(leaf.flatten().tolist()) if "mask" in name else None)

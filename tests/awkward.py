@@ -25,6 +25,15 @@ class InPlaceBlock(Block):
         return x
 
 
+class InPlaceExpressionBlock(Block):
+    """Writes into its argument on the way, and returns an expression."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x += self.attn(x)
+        x += self.cross(x, text)
+        return x + F.gelu(self.ff(x))
+
+
 class SilentBlock(Block):
     """Writes its result into its argument, and returns nothing."""
 
@@ -409,6 +418,7 @@ class Conditioned(DiT):
 _INPLACE_ROOTS: dict[str, Callable[[], nn.Module]] = {
     "in_place": lambda: DiT(InPlaceBlock),
     "in_place_old_reference": lambda: OldReference(InPlaceBlock),
+    "in_place_expression": lambda: DiT(InPlaceExpressionBlock),
     "silent": lambda: SilentDiT(SilentBlock),
     "silent_on_own": lambda: SilentOnOwnDiT(SilentBlock),
     "writes_through_view": lambda: DiT(ViewWritingBlock),

@@ -286,3 +286,12 @@ def test_table_of_a_model_without_layers() -> None:
     assert len(table) == 0
     assert list(table) == []
     assert repr(table).startswith("NoStacks: 0 layers")
+
+
+def test_side_stacks_are_told_by_whole_words() -> None:
+    model = nn.Module()
+    for name in ("embedded", "text_embedder", "contexture", "captionProjection"):
+        part = nn.Module()
+        part.blocks = nn.ModuleList(zoo.Block() for _ in range(2))
+        model.add_module(name, part)
+    assert {name.split(".")[0] for name in numbered(model)} == {"embedded", "contexture"}

@@ -243,6 +243,26 @@ def test_shuffled_tokens_are_back_in_their_places_after_the_block(name: str) -> 
     assert torch.equal(torch.get_rng_state(), random), "random numbers of the caller were used"
 
 
+class WritesIntoText(zoo.Block):
+    """Knows where its tokens are, and writes what it finds there into the text."""
+
+    def forward(self, hidden_states: Tensor, text: Tensor) -> Tensor:
+        place = torch.linspace(-1, 1, hidden_states.shape[1])[:, None]
+        text += (hidden_states * place).mean(1, keepdim=True)
+        return self.mix(hidden_states + place, text)
+
+
+def test_a_shuffled_block_writes_into_its_arguments_once() -> None:
+    torch.manual_seed(0)
+    model, inputs = zoo.DiT(WritesIntoText).eval(), zoo.inputs()
+    reference = copy.deepcopy(model)
+    reference.blocks[1] = Shuffled(reference.blocks[1])
+    expected = reference(inputs["x"], inputs["text"].clone())
+    with stg.skip(model, 1, "shuffled"):
+        for _ in range(2):
+            assert_close_in_std(model(inputs["x"], inputs["text"].clone()), expected)
+
+
 def test_smoothed_is_what_diffusers_calls_smoothed_energy_guidance() -> None:
     from diffusers.hooks.smoothed_energy_guidance_utils import (
         SmoothedEnergyGuidanceConfig,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import stg_hooks as stg
+from stg_hooks.provenance import sounds_like_text
 from tests import zoo
 from tests.test_coverage import tensors
 from tests.test_modes import assert_close_in_std
@@ -145,6 +146,92 @@ def test_a_look_leaves_no_trace_and_happens_once_for_a_layout() -> None:
     assert torch.equal(torch.get_rng_state(), random)
 
 
+def test_masks_are_read_once_in_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs, _ = lumina()
+    mask, read, plain = inputs["encoder_attention_mask"], [], Tensor.tolist
+
+    def noted(tensor: Tensor) -> Any:
+        read.append(tensor.shape)
+        return plain(tensor)
+
+    with stg.skip(model, ["layers.0", "layers.1"], "attention"):
+        model(**inputs)
+        monkeypatch.setattr(Tensor, "tolist", noted)
+        model(**inputs)
+        assert read.count(mask.flatten().shape) == 1
+
+
+class JointAttention(nn.Module):
+    """Names its streams as the blocks below do, and puts either first."""
+
+    def __init__(self, text_first: bool) -> None:
+        super().__init__()
+        self.text_first = text_first
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(zoo.DIM, zoo.DIM) for _ in range(4))
+
+    def forward(self, c: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.cat([c, x] if self.text_first else [x, c], dim=1)
+        q, k, v = (to(both).unflatten(-1, (2, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
+        both = self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        if self.text_first:
+            return both[:, : c.shape[1]], both[:, c.shape[1] :]
+        return both[:, x.shape[1] :], both[:, : x.shape[1]]
+
+
+class JointBlock(nn.Module):
+    def __init__(self, text_first: bool) -> None:
+        super().__init__()
+        self.norm_c, self.norm_x = nn.LayerNorm(zoo.DIM), nn.LayerNorm(zoo.DIM)
+        self.attn = JointAttention(text_first)
+
+    def forward(self, c: Tensor, x: Tensor, emb: Tensor) -> tuple[Tensor, Tensor]:
+        """Text first, in words that do not tell."""
+        more_c, more_x = self.attn(self.norm_c(c) * (1 + emb), self.norm_x(x) * (1 + emb))
+        return c + more_c, x + more_x
+
+
+class VideoFirstBlock(JointBlock):
+    """Its attention names the text first, other than the block."""
+
+    def forward(self, x: Tensor, y: Tensor, emb: Tensor) -> tuple[Tensor, Tensor]:
+        y, x = super().forward(y, x, emb)
+        return x, y
+
+
+class Joint(nn.Module):
+    def __init__(self, block: type[JointBlock], text_first: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(block(text_first) for _ in range(3))
+        self.out = nn.Linear(zoo.DIM, zoo.DIM)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        emb = text.mean(1, keepdim=True)
+        for block in self.blocks:
+            if isinstance(block, VideoFirstBlock):
+                x, text = block(x, text, emb)
+            else:
+                text, x = block(text, x, emb)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("mode", ["attention", "smoothed"])
+@pytest.mark.parametrize("layer", ["blocks.1", "blocks.1.attn"])
+@pytest.mark.parametrize("text_first", [False, True])
+@pytest.mark.parametrize("block", [JointBlock, VideoFirstBlock])
+def test_streams_whose_names_do_not_tell(block: type[JointBlock], text_first: bool, layer: str, mode: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = Joint(block, text_first).eval(), zoo.inputs()
+    is_text = torch.tensor([letter == "T" for letter in ("TTTVVVVV" if text_first else "VVVVVTTT")])[None]
+    plain = model(**inputs)
+    (expected,) = with_text(model, "blocks.1", is_text, mode, lambda: model(**inputs))
+    (swapped,) = with_text(model, "blocks.1", ~is_text, mode, lambda: model(**inputs))
+    assert (expected - plain).abs().max() > 1e-2 * plain.std()
+    assert (expected - swapped).abs().max() > 1e-2 * plain.std()
+    with stg.skip(model, [layer], mode):
+        for _ in range(2):
+            assert_close_in_std(model(**inputs), expected, 2e-5)
+
+
 class Joined(zoo.DiT):
     """Puts text and video together before its blocks, in calls that it counts."""
 
@@ -179,3 +266,20 @@ def test_what_cannot_be_found_is_told() -> None:
     told = pytest.warns(stg.StgWarning, match="cannot be found out which tokens are which.*called too often")
     with told, stg.skip(model, 1, "attention"):
         model(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_text"),
+    [
+        ("encoder_hidden_states_2", True),
+        ("txtIds", True),
+        ("pooled_text_emb", True),
+        ("conditioning_mask", True),
+        ("micro_conds", True),
+        ("second", False),
+        ("hidden_states", False),
+        ("seconds_total", False),
+    ],
+)
+def test_names_are_read_in_whole_words(name: str, is_text: bool) -> None:
+    assert sounds_like_text(name) is is_text

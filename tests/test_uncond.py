@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 import stg_hooks as stg
-from tests import zoo
+from tests import awkward, zoo
 from tests.pipelines import build, run, scheduler_inputs
 
 exact: dict[str, Any] = {"rtol": 0, "atol": 0}
@@ -108,6 +113,117 @@ def test_rows_of_every_family(name: str) -> None:
         got = model(**inputs)[0]
     assert_close(got, torch.cat([weak[:2], plain[2:]]), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(plain[:2], weak[:2], rtol=1e-3, atol=1e-3)
+
+
+class PartlyInPlaceBlock(zoo.Block):
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x += self.attn(x)
+        x = x + self.cross(x, text)
+        return x + F.gelu(self.ff(x))
+
+
+class KeepThree(nn.Module):
+    def forward(self, image: Tensor, text: Tensor, table: Tensor) -> Any:
+        return image, text, table
+
+
+class HandingOnBlock(zoo.TwoStreamBlock):
+    """Writes its results into both arguments, and hands on a table that has no rows."""
+
+    identity = KeepThree
+
+    def forward(self, image: Tensor, text: Tensor, table: Tensor) -> Any:
+        for stream, result in zip((image, text), self.mix(image + table.mean(), text), strict=True):
+            stream.copy_(result)
+        return image, text, table
+
+
+class HandingOn(zoo.TwoStream):
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x, text, table = x.clone(), text.clone(), torch.linspace(0, 1, 12).reshape(4, 3)
+        for block in self.blocks:
+            x, text, table = block(x, text, table)
+        return self.out(x + text.mean(1, keepdim=True))
+
+
+IN_PLACE: dict[str, Callable[[], nn.Module]] = {
+    **{name: functools.partial(awkward.build, name) for name in awkward._INPLACE_ROOTS if name != "list"},
+    "partly": lambda: zoo.DiT(PartlyInPlaceBlock),
+    "handing_on": lambda: HandingOn(HandingOnBlock, text_first=False),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_rows_of_blocks_that_write_into_their_arguments(name: str, inference: bool) -> None:
+    torch.manual_seed(0)
+    model, inputs = IN_PLACE[name]().eval(), zoo.inputs(4)
+    with torch.inference_mode() if inference else torch.no_grad():
+        plain, weak = model(**inputs), zoo.without(model, ["blocks.2"])(**inputs)
+        with stg.apply(model, ["blocks.2"], on="uncond", batched_cfg=True, strict=True):
+            for _ in range(2):
+                assert_close(model(**inputs), torch.cat([weak[:2], plain[2:]]), **close)
+    assert not torch.allclose(plain[:2], weak[:2], rtol=1e-3, atol=1e-3)
+
+
+class FramesFirst(zoo.DiT):
+    """Blocks see every token pair as a frame of its own; the frames come first, then the rows."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        frames = self.embed(x)[:, :4].unflatten(1, (2, 2))
+        hidden, text = frames.transpose(0, 1).flatten(0, 1), text.repeat(2, 1, 1)
+        for block in self.blocks:
+            hidden = block(hidden, text)
+        return self.out(hidden.unflatten(0, (2, len(x))).transpose(0, 1).flatten(1, 2))
+
+
+@pytest.mark.parametrize("make", [FramesFirst, functools.partial(awkward.build, "list")])
+def test_rows_that_cannot_be_mixed_in_one_pass(make: Callable[[], nn.Module]) -> None:
+    """Each of the two predictions comes from a pass of its own, and a warning says so once."""
+    torch.manual_seed(0)
+    model = make().eval().requires_grad_(False)
+    plain_model, weak_model = copy.deepcopy(model), zoo.without(model, ["blocks.2"])
+    with stg.apply(model, ["blocks.2"], on="uncond", batched_cfg=True) as applied:
+        for seed in range(3):
+            inputs = zoo.inputs(4, seed)
+            plain, weak = plain_model(**inputs), weak_model(**inputs)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                got = model(**inputs)
+            assert_close(got, torch.cat([weak[:2], plain[2:]]), **close)
+            assert not torch.allclose(plain[:2], weak[:2], rtol=1e-3, atol=1e-3)
+            assert ["cannot be mixed in one pass" in str(w.message) for w in told] == ([] if seed else [True])
+    assert (applied.stats.guided_calls, applied.stats.weak_passes) == (3, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["in_place", "silent"])
+def test_rows_of_a_compiled_model_whose_blocks_write_into_their_arguments(name: str) -> None:
+    """What is traced cannot tell whether a block writes: comparing does."""
+    model, inputs = awkward.build(name), zoo.inputs(4)
+    plain, weak = model(**inputs), zoo.without(model, ["blocks.2"])(**inputs)
+    model.compile(backend="eager")
+    with stg.apply(model, ["blocks.2"], on="uncond", batched_cfg=True):
+        with pytest.warns(stg.StgWarning, match="cannot be mixed in one pass"):
+            first = model(**inputs)
+        assert_close(first, torch.cat([weak[:2], plain[2:]]), **close)
+        assert_close(model(**inputs), first, **close)
+
+
+def test_rows_are_compared_once_for_each_layout() -> None:
+    model = zoo.build("plain")
+    with stg.apply(model, [2], on="uncond", batched_cfg=True) as applied:
+        for batch, passes in ((2, 2), (2, 1), (4, 2), (2, 1)):
+            inputs = zoo.inputs(batch)
+            assert zoo.calls(model, ["out"], functools.partial(model, **inputs)) == ["out"] * passes
+    assert (applied.stats.guided_calls, applied.stats.weak_passes) == (4, 0)
+
+
+@pytest.mark.parametrize("name", ["counting", "noisy"])
+def test_rows_of_a_model_that_changes_are_not_compared(name: str) -> None:
+    model = awkward.build(name)
+    with stg.apply(model, [2], on="uncond", batched_cfg=True):
+        assert zoo.calls(model, ["out"], lambda: model(**zoo.inputs(2))) == ["out"]
 
 
 def test_rows_that_cannot_be_told_apart() -> None:
