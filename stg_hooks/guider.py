@@ -93,9 +93,9 @@ class Guider:
         Args:
             denoiser: called as `denoiser(*args, **kwargs, **cond)`: a module, or any callable around one.
             layers: what the weak model skips, as for `skip`; left out, the setting published for the model is used.
-            scale: weight of `cond - weak`; 1.0 unless a published setting says otherwise. 0 makes no weak prediction. A
-                tensor holds one value per sample, `(B,)`, or has the dimensions of the prediction. A function of the
-                `Step` changes it during the run.
+            scale: weight of `cond - weak`; 1.0 unless a published setting says otherwise. 0 makes no weak prediction;
+                `rescale` and `rule` hold nevertheless. A tensor holds one value per sample, `(B,)`, or has the
+                dimensions of the prediction. A function of the `Step` changes it during the run.
             guidance_scale: CFG weight, used in calls that have `uncond`; 1 = off. A tensor as for `scale`.
             rescale: from 0 (off, the default) to 1 (the result has the standard deviation of cond).
             mode: what a skipped layer does instead, `"residual"` by default.
@@ -114,7 +114,8 @@ class Guider:
             sigmas: the noise levels that the sampler goes through, from high to low, `(N + 1,)`; the step of a call is
                 the first one whose noise level is not above the call's `sigma`.
             model: the module that holds the layers, where `denoiser` is not itself a module.
-            execution: how the weak prediction is computed, as for `apply`.
+            execution: how the weak prediction is computed, as for `apply`: `"auto"`, `"sequential"`, `"batched"` or
+                `"full"`.
             group: spread the cond, weak and uncond predictions over these processes, as for `apply`.
             timeout: as for `apply`.
             strict: raise where a skip changes nothing, instead of a warning; its first call waits for the GPU.
@@ -302,9 +303,10 @@ class Guider:
 
     def _kept(self, step: Step | Callable[[], Step], active: tuple[Branch, ...]) -> Kept | None:
         """Return the differences to use again in this call, if any."""
-        if self.every == 1 or not active or not isinstance(step, Step):
+        if self.every == 1 or not isinstance(step, Step):
             return None
-        known(step.index, f"every={self.every} counts steps", "index")
+        if active:
+            known(step.index, f"every={self.every} counts steps", "index")
         found = self._local.kept
         return found if found is not None and found.serves(step, active, self.every) else None
 
