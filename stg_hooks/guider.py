@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from stg_hooks import activation
 from stg_hooks.calls import halves, own_predictions, predictions
-from stg_hooks.combine import Scale, check_scale, combine, correction, is_number
+from stg_hooks.combine import Scale, check_scale, combine, correction, is_number, is_real
 from stg_hooks.errors import CallError, SettingError, TargetError
 from stg_hooks.executions import Executions
 from stg_hooks.guided_call import Stats, in_weak_pass
@@ -359,7 +359,7 @@ class Guider:
         Looking waits for the GPU: where only the trace wants to know, it is for those who read the trace.
         """
         sigma = (args[1] if len(args) > 1 else kwargs.get("sigma")) if self._takes_sigma else None
-        if isinstance(sigma, (int, float)):
+        if is_real(sigma):
             sigma = torch.tensor(float(sigma))
         if not isinstance(sigma, Tensor):
             return Step()

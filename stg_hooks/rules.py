@@ -141,8 +141,9 @@ class AveragedApg:
         if step.index is None:
             raise CallError(
                 "AveragedApg starts with a run, but the step's index is not known here. In a loop of your own, set it "
-                "before each step: guider.step = stg.Step(index=i, count=n). For a sampler that calls "
-                "denoiser(x, sigma): stg.Guider(..., sigmas=sigmas), or its callback."
+                "before each step: guider.step = stg.Step(index=i, count=n), or, within `with stg.apply(...) as "
+                "applied`, applied.step = stg.Step(...). For a sampler that calls denoiser(x, sigma): "
+                "stg.Guider(..., sigmas=sigmas), or its callback."
             )
         return functools.partial(self._combine, step, output)
 

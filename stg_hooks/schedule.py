@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from stg_hooks.combine import Scale, check_rescale, check_scale, is_number
+from stg_hooks.combine import Scale, check_rescale, check_scale, is_number, is_real
 from stg_hooks.errors import CallError, SettingError, closest
 from stg_hooks.layers import LayerSpec
 from stg_hooks.perturb import Mode
@@ -101,8 +101,9 @@ class Settings:
 
 
 _HOW_TO_TELL = (
-    "In a loop of your own, set it before each step: guider.step = stg.Step(index=i, count=n, sigma=...). For a "
-    "sampler that calls denoiser(x, sigma): stg.Guider(..., sigmas=sigmas)."
+    "In a loop of your own, set it before each step: guider.step = stg.Step(index=i, count=n, sigma=...), or, within "
+    "`with stg.apply(...) as applied`, applied.step = stg.Step(...). For a sampler that calls denoiser(x, sigma): "
+    "stg.Guider(..., sigmas=sigmas)."
 )
 
 Levels: TypeAlias = Sequence[tuple[float, Mapping[str, Any] | None]]
@@ -242,7 +243,7 @@ def _pair(value: Any) -> tuple[float, float]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    return is_real(value) and not math.isnan(value)
 
 
 def _called(function: Callable[[Step], Mapping[str, Any] | None], step: Step) -> Mapping[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -470,3 +471,33 @@ def test_rescale_does_not_depend_on_scale(scale: Any) -> None:
         with stg.apply(model, [2], scale, guidance_scale=3.0, rescale=1.0, batched_cfg=True):
             u, c = model(*rows).chunk(2)
         assert_close(u + 3.0 * (c - u), expected, rtol=1e-4, atol=1e-4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    sample: Tensor
+    note: str = "kept"
+
+
+@pytest.mark.parametrize("batched_cfg", [False, True])
+def test_what_is_no_prediction_is_handed_on(batched_cfg: bool) -> None:
+    """A loss beside the prediction, and an output object that cannot be written to."""
+
+    class Model(zoo.DiT):
+        def forward(self, x: Tensor, text: Tensor) -> Any:
+            return Frozen(super().forward(x, text)), x.mean()
+
+    model = Model()
+    x, text = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    cond = slice(1, None) if batched_cfg else slice(None)
+    with torch.no_grad():
+        plain = model(x, text)[0].sample
+        term = (plain - zoo.without(model, ["blocks.2"])(x, text)[0].sample)[cond]
+        with stg.apply(model, [2], batched_cfg=batched_cfg):
+            output, loss = model(x, text)
+        guided = stg.Guider(model, [2])(x, text)
+    assert_close(output.sample, plain + (torch.cat([term, term]) if batched_cfg else term), **close)
+    assert output.note == "kept"
+    assert torch.equal(loss, x.mean())
+    if not batched_cfg:
+        assert_close(guided, output.sample, **exact)

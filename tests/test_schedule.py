@@ -418,6 +418,37 @@ def test_the_step_is_set_in_a_loop_of_ones_own(make: Callable[..., Any], model: 
     assert session.stats.weak_passes == 2
 
 
+def test_an_unknown_step_is_asked_for_where_it_can_be_set(model: nn.Module) -> None:
+    with pytest.raises(stg.CallError, match=r"index and count is not known.*applied\.step = stg\.Step"):  # noqa: SIM117
+        with stg.apply(model, [2], start=0.5):
+            model(torch.randn(2, 5, 8), torch.randn(2, 5, 8))
+
+
+def test_numbers_of_numpy_are_numbers(model: nn.Module) -> None:
+    np = pytest.importorskip("numpy")
+    x, cond, uncond = torch.randn(3, 2, 5, 8).unbind(0)
+
+    class Denoiser(nn.Module):
+        def forward(self, x: Tensor, sigma: Any, text: Tensor) -> Tensor:
+            return inner(x, text)
+
+    inner = model
+    with torch.no_grad():
+        weak = zoo.without(model, ["blocks.1", "blocks.2"])(x, cond)
+        expected = stg.combine(model(x, cond), weak, model(x, uncond), scale=1.5, guidance_scale=3.0, rescale=0.5)
+        for layers in (np.arange(1, 3), [np.int64(1), np.int64(2)], map(int, "12"), (i for i in (2, 1)), {1, 2}):
+            numbers = {"guidance_scale": np.float32(3), "rescale": np.float16(0.5)}
+            guider = stg.Guider(
+                Denoiser(), layers, np.float32(1.5), **numbers, model=model, sigma_range=(np.float32(1), np.float32(2))
+            )
+            got = guider(x, np.float32(1.5), cond={"text": cond}, uncond={"text": uncond})
+            assert_close(got, expected, rtol=1e-4, atol=1e-4)
+            assert guider.stats.guided_calls == 1
+    for endless in (itertools.count(), itertools.repeat(1)):
+        with pytest.raises(stg.TargetError, match="more than 10000 layers"):
+            stg.apply(model, endless)
+
+
 # --- weights that are tensors ---
 
 
