@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ from stg_hooks.layers import LayerSpec
 from stg_hooks.perturb import Mode
 from stg_hooks.ranks import check_own_copy, ranks_from
 from stg_hooks.rules import Rule
-from stg_hooks.schedule import Plan, Schedule, check_every, plan_from
+from stg_hooks.schedule import Asked, Plan, Schedule, check_every, plan_from
 from stg_hooks.settings import Branch
 from stg_hooks.sites import Kind
 from stg_hooks.step import Step
@@ -71,8 +72,9 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         Args:
             target: a diffusers pipeline, or a module whose calls are to be guided.
             layers: what the weak model skips, as for `skip`; left out, the setting published for the model is used.
-            scale: weight of `cond - weak`; 1.0 unless a published setting says otherwise. 0 switches guidance off. A
-                function of the `Step` changes it during the run.
+            scale: weight of `cond - weak`; 1.0 unless a published setting says otherwise. 0 makes no weak prediction;
+                a `rescale` or `rule` that is given holds nevertheless. A function of the `Step` changes it during the
+                run.
             rescale: from 0 (off, the default) to 1 (the guided prediction has the standard deviation of cond).
             mode: what a skipped layer does instead, `"residual"` by default.
             kind: in factorised models, only attention within frames (`"spatial"`) or across them (`"temporal"`).
@@ -89,12 +91,14 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
             on: `"uncond"` lets the weak model make the *uncond* prediction instead, `w(u) + g * (c - w(u))`: no extra
                 pass is made, and `scale` has no meaning. For modules with `batched_cfg`, and pipelines that do CFG.
             every: compute weak predictions in every so many steps only and use `cond - weak` again in between. An
-                approximation; 1, the default, is exact. For the demo's model in 24 steps, 2 is off by 15 % of what
-                guidance changes, and 4 by 32 % (benchmarks/results/every.md).
+                approximation; 1, the default, is exact. A step makes one call with the prompt then: windows that are
+                predicted apart need an `apply` or `Guider` each. For the demo's model in 24 steps, 2 is off by 15 % of
+                what guidance changes, and 4 by 32 % (benchmarks/results/every.md).
             batched_cfg: for a module: its rows are `[uncond, cond]`. Left out, every row counts as conditional.
             guidance_scale: for a module with `batched_cfg` and `rescale`: the CFG weight that its caller applies.
             execution: how the weak prediction is computed: `"sequential"` (a second pass that starts at the first
-                skipped layer), `"full"` (the textbook's second pass), or `"auto"`, which chooses.
+                skipped layer), `"batched"` (weak rows ride along in the same pass: one sweep over the weights, more
+                memory), `"full"` (the textbook's second pass), or `"auto"`, which chooses.
             group: spread the cond, weak and uncond predictions of each call over the processes of a group of
                 torch.distributed, one device each: with three of them, a step takes as long as one forward. Every
                 process holds the model and runs the same code with the same seeds, and all get the same predictions; a
@@ -153,6 +157,7 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
             for model in self._session.models:
                 check_own_copy(model, self._session.ranks)
         self._entered: list[ExitStack] = []
+        self._before = Stats()  # when the first of those that are inside entered
 
     @property
     def stats(self) -> Stats:
@@ -200,6 +205,8 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         if self._session.ranks is not None:
             for model in self._session.models:
                 self._session.ranks.enter(model)
+        if not self._entered:
+            self._before, self.plan.asked = dataclasses.replace(self.stats), Asked()
         with ExitStack() as stack:
             for guide in self._guides:
                 stack.enter_context(guide.installed())
@@ -231,30 +238,43 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
             if kind is not None:
                 return
             session.watch.report(wait=True)
-            name, calls = session.host.name, session.stats.calls
+            name, calls = session.host.name, session.stats.calls - self._before.calls
             if lost:
                 self._complain(
                     f"stg.apply() did not guide {lost} of {calls} calls: the uncond call that {name} makes after them, "
                     "and that rescale has to wait for, did not come (as in a run that was interrupted)."
                 )
-            if self._expects_guidance and not session.stats.guided_calls:
-                seen = f"its denoiser was called {calls} times, but none of the calls was to be guided"
-                self._complain(
-                    f"stg.apply() guided nothing: {seen if calls else f'{name} made no call'} inside this `with`. "
-                    "Guidance follows the pipeline (or module) that was passed to apply, in this thread."
-                )
+            if not self._entered and session.stats.guided_calls == self._before.guided_calls:
+                nothing = self._why_nothing(calls)
+                if nothing:
+                    self._complain(f"stg.apply() guided nothing: {nothing}")
         finally:
             if not self._entered:
                 session.watch.forget()
+
+    def _why_nothing(self, calls: int) -> str:
+        """Say why nothing was guided; nothing where that was asked for, or where a run is still to end."""
+        plan, asked, name = self.plan, self.plan.asked, self._session.host.name
+        if plan.is_off:
+            return ""
+        if plan.is_constant:
+            seen = f"its denoiser was called {calls} times, but none of the calls was to be guided"
+            return (
+                f"{seen if calls else f'{name} made no call'} inside this `with`. Guidance follows the pipeline (or "
+                "module) that was passed to apply, in this thread."
+            )
+        if not (asked.began and asked.ended) or asked.guided:
+            return ""
+        levels = " Its noise levels went from {:.4g} to {:.4g}.".format(*asked.sigmas) if asked.sigmas else ""
+        return (
+            f"{name} made a whole run, of which no step was to be guided, by what start=, stop=, sigma_range=, scale= "
+            f"or schedule= says.{levels}"
+        )
 
     def _complain(self, text: str) -> None:
         if self._session.watch.strict:
             raise CallError(text)
         warnings.warn(text, StgWarning, stacklevel=3)
-
-    @property
-    def _expects_guidance(self) -> bool:
-        return self.plan.is_constant and self.plan.base.changes
 
 
 def _find_host(target: object, batched_cfg: bool | None, guidance_scale: Scale | None) -> Host:

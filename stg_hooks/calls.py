@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -24,16 +25,16 @@ def predictions(output: Any) -> list[Tensor]:
         output: a tensor, a tuple or list, a registered output object, or any object with `.sample`.
 
     Returns:
-        The floating-point tensors in it, in order; usually one, two for video with audio.
+        The floating-point tensors in it that have dimensions, in order; usually one, two for video with audio.
 
     Raises:
         CallError: there is none.
     """
-    found = [t for t in map(_tensor_of, pytree.tree_leaves(output)) if t is not None and t.is_floating_point()]
+    found = [t for t in map(_tensor_of, pytree.tree_leaves(output)) if t is not None and is_prediction(t)]
     if not found:
         raise CallError(
-            f"the denoiser returned a {type(output).__name__} without a floating-point tensor. Expected a tensor, a "
-            "tuple of tensors, or an object with .sample."
+            f"the denoiser returned a {type(output).__name__} without a floating-point tensor that has dimensions. "
+            "Expected a tensor, a tuple of tensors, or an object with .sample."
         )
     return found
 
@@ -67,14 +68,24 @@ def replace_predictions(output: Any, new: Sequence[Tensor]) -> Any:
     rest = iter(new)
     for i, leaf in enumerate(leaves):
         tensor = _tensor_of(leaf)
-        if tensor is None or not tensor.is_floating_point():
+        if tensor is None or not is_prediction(tensor):
             continue
-        if isinstance(leaf, Tensor):
-            leaves[i] = next(rest)
-        else:
-            leaves[i] = copy.copy(leaf)
-            leaves[i].sample = next(rest)
+        leaves[i] = next(rest) if isinstance(leaf, Tensor) else _with_sample(leaf, next(rest))
     return pytree.tree_unflatten(leaves, spec)
+
+
+def _with_sample(output: Any, sample: Tensor) -> Any:
+    try:
+        new = copy.copy(output)
+        new.sample = sample
+    except dataclasses.FrozenInstanceError:
+        return dataclasses.replace(output, sample=sample)
+    return new
+
+
+def is_prediction(tensor: Tensor) -> bool:
+    """Tell whether a tensor that a denoiser returned may be a prediction, and not a count or a loss beside it."""
+    return tensor.is_floating_point() and tensor.ndim > 0
 
 
 def _tensor_of(leaf: Any) -> Tensor | None:

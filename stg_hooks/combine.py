@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -48,10 +50,12 @@ def combine(
     Raises:
         SettingError: a scale that is not finite or does not fit the predictions, `rescale` outside [0, 1], or unequal
             numbers of branches and scales, or an unknown rule.
-        TargetError: predictions that are no tensors or differ in shape.
+        TargetError: predictions that are no tensors or differ in shape; or a rule that returns no such tensor.
 
     Source: STG, arXiv 2411.18664, Eq. 13 and 20 and Alg. 4; rescale after arXiv 2305.08891, sec. 3.4.
     """
+    if not isinstance(weak, Iterable):
+        raise TargetError(f"weak must be a tensor, or a list of them, not {type(weak).__name__}.")
     weaks = [weak] if isinstance(weak, Tensor) else list(weak)
     scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(weaks)
     if len(scales) != len(weaks):
@@ -69,9 +73,13 @@ def combine(
 
     c, g = cond.float(), fitted("guidance_scale", guidance_scale, cond)
     u = None if uncond is None or is_number(guidance_scale, 1) else uncond.float()
-    out = find_rule(rule)(c, u, terms(c, weaks, scales), g)
+    out: object = find_rule(rule)(c, u, terms(c, weaks, scales), g)
+    if not isinstance(out, Tensor) or out.shape != c.shape:
+        what = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        name = getattr(rule, "__name__", None) or repr(rule)
+        raise TargetError(f"rule={name} returned {what}: expected a tensor of the shape of cond, {tuple(c.shape)}.")
     if rescale:
-        out = out * _std_factor(c, out, rescale)
+        out = out * _std_factor(c, out, float(rescale))
     return out.to(cond.dtype, copy=out is cond or out is uncond)
 
 
@@ -122,10 +130,15 @@ def is_number(scale: Scale | None, value: float) -> bool:
     return not isinstance(scale, Tensor) and scale == value
 
 
+def is_real(value: object) -> TypeGuard[float]:
+    """Tell whether something is a real number, NumPy's included; a bool is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def fitted(name: str, scale: Scale, cond: Tensor) -> Scale:
-    """Give a weight of one value per sample the dimensions of a prediction, in float32; numbers stay as they are."""
+    """Give a weight of one value per sample the dimensions of a prediction, in float32; numbers stay numbers."""
     if not isinstance(scale, Tensor):
-        return scale
+        return float(scale)
     shape = tuple(scale.shape)
     if len(shape) == 1 and shape[0] in (1, cond.shape[0]):
         shape += (1,) * (cond.ndim - 1)
@@ -150,7 +163,7 @@ def check_scale(name: str, value: object) -> None:
     """Raise unless `value` is a finite number or a tensor (whose values are not read: that would wait for the GPU)."""
     if isinstance(value, Tensor):
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_real(value):
         raise SettingError(f"{name}={value!r}: expected a number, not {type(value).__name__}.")
     if not math.isfinite(value):
         off = 1.0 if name == "guidance_scale" else 0.0
@@ -159,5 +172,5 @@ def check_scale(name: str, value: object) -> None:
 
 def check_rescale(value: object) -> None:
     """Raise unless `value` lies in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+    if not is_real(value) or not 0.0 <= value <= 1.0:
         raise SettingError(f"rescale={value!r}: expected a number from 0.0 (off) to 1.0 (full).")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,14 +12,19 @@ from torch import nn
 from stg_hooks.caches import Caches
 from stg_hooks.execution import Execution
 from stg_hooks.guided_call import Stats
-from stg_hooks.layers import items_of
+from stg_hooks.perturb import find_mode
 from stg_hooks.schedule import Settings
-from stg_hooks.settings import Branch
+from stg_hooks.settings import Branch, hashable
 from stg_hooks.skip import Switch
+
+_SPARE = 8
 
 
 class Executions:
-    """Makes executions when they are first needed, and keeps them installed for as long as the denoiser is guided."""
+    """Makes executions when they are first needed, and keeps them installed for as long as the denoiser is guided.
+
+    Of those that a schedule asks for, the last few are kept for the next time, with what they have found out.
+    """
 
     def __init__(self, model: nn.Module, way: str, stats: Stats) -> None:
         """Touch nothing.
@@ -34,7 +40,7 @@ class Executions:
         self.caches = Caches(model)
         self._made: dict[Hashable, Execution] = {}
         self._prepared: frozenset[Hashable] = frozenset()
-        self._installed: list[ExitStack] = []
+        self._installed: list[tuple[ExitStack, set[Hashable]]] = []
         self._lock = threading.Lock()
 
     def make(self, branches: Sequence[Branch]) -> Execution:
@@ -44,9 +50,10 @@ class Executions:
             LayerError: a layer that does not exist or cannot be skipped in its mode.
             SettingError: an unknown way.
         """
-        key = tuple((_key(branch.layers), branch.mode, branch.kind) for branch in branches)
+        key = _key(branches)
         if key not in self._made:
-            self._made[key] = Execution(self._model, branches, self._way, self._stats, self.caches)
+            found = [dataclasses.replace(branch, mode=hashable(find_mode(branch.mode))) for branch in branches]
+            self._made[key] = Execution(self._model, found, self._way, self._stats, self.caches)
         return self._made[key]
 
     def prepare(self, known: Iterable[Settings]) -> None:
@@ -69,11 +76,12 @@ class Executions:
     def of(self, branches: Sequence[Branch]) -> Execution:
         """Return an installed execution; a schedule may ask for layers that nobody knew of before the run."""
         with self._lock:
-            known = len(self._made)
-            execution = self.make(branches)
-            if len(self._made) > known:
-                for stack in self._installed:  # other threads may leave before this one
+            execution, key = self.make(branches), _key(branches)
+            self._made[key] = self._made.pop(key)  # used last
+            for stack, installed in self._installed:  # other threads may leave before this one
+                if key not in installed:
                     stack.enter_context(execution.installed())
+                    installed.add(key)
             return execution
 
     @contextmanager
@@ -81,19 +89,21 @@ class Executions:
         """Prepare the denoiser for all executions; restore it at the end."""
         self.caches.look()
         with ExitStack() as stack:
+            installed = stack, set(self._prepared)
             with self._lock:
-                for execution in self._made.values():
-                    stack.enter_context(execution.installed())
-                self._installed.append(stack)
+                for key in self._prepared:
+                    stack.enter_context(self._made[key].installed())
+                self._installed.append(installed)
             try:
                 yield
             finally:
                 with self._lock:
-                    self._installed = [other for other in self._installed if other is not stack]
+                    self._installed = [other for other in self._installed if other is not installed]
                     if not self._installed:
-                        self._made = {key: made for key, made in self._made.items() if key in self._prepared}
+                        spare = [key for key in self._made if key not in self._prepared]
+                        for key in spare[:-_SPARE]:
+                            del self._made[key]
 
 
-def _key(layers: object) -> Hashable:
-    """Return something that is equal for equal choices of layers; modules count by identity."""
-    return tuple(item if isinstance(item, (str, int, range)) else id(item) for item in items_of(layers))
+def _key(branches: Sequence[Branch]) -> Hashable:
+    return tuple(branch.key for branch in branches)

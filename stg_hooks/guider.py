@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from stg_hooks import activation
 from stg_hooks.calls import halves, own_predictions, predictions
-from stg_hooks.combine import Scale, check_scale, combine, correction, is_number
+from stg_hooks.combine import Scale, check_scale, combine, correction, is_number, is_real
 from stg_hooks.errors import CallError, SettingError, TargetError
 from stg_hooks.executions import Executions
 from stg_hooks.guided_call import Stats, in_weak_pass
@@ -94,9 +94,9 @@ class Guider:
         Args:
             denoiser: called as `denoiser(*args, **kwargs, **cond)`: a module, or any callable around one.
             layers: what the weak model skips, as for `skip`; left out, the setting published for the model is used.
-            scale: weight of `cond - weak`; 1.0 unless a published setting says otherwise. 0 makes no weak prediction. A
-                tensor holds one value per sample, `(B,)`, or has the dimensions of the prediction. A function of the
-                `Step` changes it during the run.
+            scale: weight of `cond - weak`; 1.0 unless a published setting says otherwise. 0 makes no weak prediction;
+                `rescale` and `rule` hold nevertheless. A tensor holds one value per sample, `(B,)`, or has the
+                dimensions of the prediction. A function of the `Step` changes it during the run.
             guidance_scale: CFG weight, used in calls that have `uncond`; 1 = off. A tensor as for `scale`.
             rescale: from 0 (off, the default) to 1 (the result has the standard deviation of cond).
             mode: what a skipped layer does instead, `"residual"` by default.
@@ -115,7 +115,8 @@ class Guider:
             sigmas: the noise levels that the sampler goes through, from high to low, `(N + 1,)`; the step of a call is
                 the first one whose noise level is not above the call's `sigma`.
             model: the module that holds the layers, where `denoiser` is not itself a module.
-            execution: how the weak prediction is computed, as for `apply`.
+            execution: how the weak prediction is computed, as for `apply`: `"auto"`, `"sequential"`, `"batched"` or
+                `"full"`.
             group: spread the cond, weak and uncond predictions over these processes, as for `apply`.
             timeout: as for `apply`.
             strict: raise where a skip changes nothing, instead of a warning; its first call waits for the GPU.
@@ -306,9 +307,10 @@ class Guider:
 
     def _kept(self, step: Step | Callable[[], Step], active: tuple[Branch, ...]) -> Kept | None:
         """Return the differences to use again in this call, if any."""
-        if self.every == 1 or not active or not isinstance(step, Step):
+        if self.every == 1 or not isinstance(step, Step):
             return None
-        known(step.index, f"every={self.every} counts steps", "index")
+        if active:
+            known(step.index, f"every={self.every} counts steps", "index")
         found = self._local.kept
         return found if found is not None and found.serves(step, active, self.every) else None
 
@@ -362,7 +364,7 @@ class Guider:
         Looking waits for the GPU: where only the trace wants to know, it is for those who read the trace.
         """
         sigma = (args[1] if len(args) > 1 else kwargs.get("sigma")) if self._takes_sigma else None
-        if isinstance(sigma, (int, float)):
+        if is_real(sigma):
             sigma = torch.tensor(float(sigma))
         if not isinstance(sigma, Tensor):
             return Step()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from itertools import zip_longest
+from itertools import islice, zip_longest
+from typing import SupportsIndex
 
-from torch import nn
+from torch import Tensor, nn
 
 from stg_hooks.errors import LayerError, TargetError, closest
 from stg_hooks.facts import stated
 from stg_hooks.inspection import running_order
 from stg_hooks.words import words_of
 
-LayerSpec = int | str | range | nn.Module | Iterable["int | str | range | nn.Module"]
+LayerSpec = SupportsIndex | str | range | nn.Module | Iterable["SupportsIndex | str | range | nn.Module"]
 """What may be passed as `layers`: indices, dotted names or globs, modules, or a list of those."""
 
 # Children that hold the projections of an attention: one set of these names is enough to recognise one.
@@ -31,6 +33,7 @@ _PROJECTIONS = (
     {"in_proj_weight"},
 )
 _DEPTH = 20  # of lists in lists
+_MOST = 10_000  # layers that a generator gives
 _SHOWN = 120  # characters of what a user typed, in messages
 # Stacks that prepare conditioning rather than denoise: they can be named, but are not numbered.
 _SIDE_WORDS = words_of(
@@ -190,14 +193,40 @@ def items_of(spec: object) -> Iterator[object]:
     return _flat(spec, 0)
 
 
+def listed(spec: Iterator[object]) -> list[object]:
+    """List what a generator, or the like, gives.
+
+    Raises:
+        TargetError: it seems to have no end.
+    """
+    found = list(islice(spec, _MOST + 1))
+    if len(found) > _MOST:
+        raise TargetError(f"layers= gives more than {_MOST} layers: give a list of those to skip.")
+    return found
+
+
 def _flat(spec: object, depth: int) -> Iterator[object]:
     if depth > _DEPTH:
         raise TargetError(f"layers= is nested more than {_DEPTH} lists deep: give one list.")
-    if isinstance(spec, (list, tuple, set, frozenset, nn.ModuleList, nn.Sequential)):
+    if isinstance(spec, (bool, str, bytes, range, Mapping, Tensor)):  # reading a tensor may wait for the GPU
+        yield spec
+    elif isinstance(spec, SupportsIndex) and (index := _index_of(spec)) is not None:
+        yield index
+    elif isinstance(spec, nn.Module) and not isinstance(spec, (nn.ModuleList, nn.Sequential)):
+        yield spec
+    elif isinstance(spec, Iterable) and getattr(spec, "ndim", None) != 0:  # an array without dimensions is no list
         for item in spec:
             yield from _flat(item, depth + 1)
     else:
         yield spec
+
+
+def _index_of(value: SupportsIndex) -> int | None:
+    """Return what an integer of any library is; `None` for what only may be one, as an array."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def _resolve_one(model: nn.Module, known: list[Layer], item: object) -> list[Layer]:

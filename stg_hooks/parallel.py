@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks import activation
-from stg_hooks.calls import own_predictions
+from stg_hooks.calls import is_prediction, own_predictions
 from stg_hooks.errors import CallError
 from stg_hooks.execution import Execution
 from stg_hooks.executions import Executions
@@ -87,10 +87,10 @@ class Share:
             else:
                 output = denoiser(*args, **kwargs)
             tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-            if not all(tensor.is_floating_point() for tensor in tensors):
+            if not all(map(is_prediction, tensors)):
                 raise CallError(
-                    "group=: the denoiser returns a tensor that is no prediction (its dtype is not floating), so it "
-                    "is not known how to put its rows together. Leave group out."
+                    "group=: the denoiser returns a tensor that is no prediction (its dtype is not floating, or it "
+                    "has no dimensions), so it is not known how to put its rows together. Leave group out."
                 )
             return output
 

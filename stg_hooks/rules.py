@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stg_hooks.errors import CallError, SettingError, named
-from stg_hooks.step import Step
+from stg_hooks.step import Step, check_once
 
 Rule = Callable[[Tensor, Tensor | None, Sequence[Tensor], "float | Tensor"], Tensor]
 """Takes cond, uncond (`None`: no CFG), the terms `scale_i * (cond - weak_i)` and guidance_scale, all in float32."""
@@ -87,11 +87,18 @@ def apg(
     return _apg(cond, uncond, cond - uncond, terms, guidance_scale, eta, norm)
 
 
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.averages: dict[tuple[int, torch.Size], tuple[Step, Tensor]] = {}
+        """By output and shape: the step in which it was formed, and the average."""
+
+
 class AveragedApg:
     """`apg` with the paper's momentum: the direction is a running average, `d <- (c - u) + momentum * d_before`.
 
     It remembers d from step to step, which a function cannot do: pass an object of this class as `rule=` to `apply` or
-    `Guider`, one for each of them. The average starts with a run: at step 0, or where steps start again.
+    `Guider`, one for each of them. The average starts with a run: at step 0, or where steps start again. A second call
+    in one step, as of windows that are predicted apart, is an error where it has the shape of the first.
     """
 
     def __init__(self, momentum: float = -0.5, eta: float = 0.0, norm: float | None = None) -> None:
@@ -110,7 +117,7 @@ class AveragedApg:
         if type(momentum) not in (int, float) or not -1 < momentum < 1:
             raise SettingError(f"momentum={momentum!r}: expected a number between -1 and 1.")
         self.momentum, self.eta, self.norm = momentum, eta, norm
-        self._before = threading.local()
+        self._local = _OfThread()
 
     def __call__(
         self, cond: Tensor, uncond: Tensor | None, terms: Sequence[Tensor], guidance_scale: float | Tensor
@@ -134,14 +141,15 @@ class AveragedApg:
         if step.index is None:
             raise CallError(
                 "AveragedApg starts with a run, but the step's index is not known here. In a loop of your own, set it "
-                "before each step: guider.step = stg.Step(index=i, count=n). For a sampler that calls "
-                "denoiser(x, sigma): stg.Guider(..., sigmas=sigmas), or its callback."
+                "before each step: guider.step = stg.Step(index=i, count=n), or, within `with stg.apply(...) as "
+                "applied`, applied.step = stg.Step(...). For a sampler that calls denoiser(x, sigma): "
+                "stg.Guider(..., sigmas=sigmas), or its callback."
             )
-        return functools.partial(self._combine, step.index, output)
+        return functools.partial(self._combine, step, output)
 
     def _combine(
         self,
-        index: int,
+        step: Step,
         output: int,
         cond: Tensor,
         uncond: Tensor | None,
@@ -150,11 +158,17 @@ class AveragedApg:
     ) -> Tensor:
         if uncond is None:
             return _sum(cond, terms)
-        last, before = self._before.__dict__.get(str(output), (-1, None))
+        assert step.index is not None
+        averages = self._local.averages
+        if step.index == 0:  # those of runs before
+            for key in [key for key, (last, _) in averages.items() if last.index]:
+                del averages[key]
         direction = cond - uncond
-        if before is not None and 0 < index >= last and before.shape == direction.shape:
+        last, before = averages.get((output, cond.shape), (step, None))
+        if before is not None and last.index is not None and 0 < step.index >= last.index:
+            check_once(step, last, "AveragedApg")
             direction = direction + self.momentum * before.to(direction.device)
-        self._before.__dict__[str(output)] = index, direction.detach()
+        averages[output, cond.shape] = step, direction.detach()
         return _apg(cond, uncond, direction, terms, guidance_scale, self.eta, self.norm)
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from stg_hooks.combine import Scale, check_rescale, check_scale, is_number
+from stg_hooks.combine import Scale, check_rescale, check_scale, is_number, is_real
 from stg_hooks.errors import CallError, SettingError, closest
 from stg_hooks.layers import LayerSpec
 from stg_hooks.perturb import Mode
@@ -44,7 +44,7 @@ class Settings:
     @property
     def changes(self) -> bool:
         """Whether a call with these settings differs from a plain one."""
-        return bool(self.active) or self.guidance_scale is not None or self.rule != "cfg"
+        return bool(self.active) or self.replaces
 
     @property
     def replaces(self) -> bool:
@@ -101,12 +101,32 @@ class Settings:
 
 
 _HOW_TO_TELL = (
-    "In a loop of your own, set it before each step: guider.step = stg.Step(index=i, count=n, sigma=...). For a "
-    "sampler that calls denoiser(x, sigma): stg.Guider(..., sigmas=sigmas)."
+    "In a loop of your own, set it before each step: guider.step = stg.Step(index=i, count=n, sigma=...), or, within "
+    "`with stg.apply(...) as applied`, applied.step = stg.Step(...). For a sampler that calls denoiser(x, sigma): "
+    "stg.Guider(..., sigmas=sigmas)."
 )
 
 Levels: TypeAlias = Sequence[tuple[float, Mapping[str, Any] | None]]
 Schedule: TypeAlias = Callable[[Step], Mapping[str, Any] | None] | Levels
+
+
+@dataclasses.dataclass
+class Asked:
+    """What a plan has been asked in a run, and whether it ever answered with guidance."""
+
+    began: bool = False
+    ended: bool = False
+    guided: bool = False
+    sigmas: list[float] = dataclasses.field(default_factory=list)
+    """The highest noise level and the lowest one, where they are known."""
+
+    def note(self, step: Step, settings: Settings) -> None:
+        """Take down one answer."""
+        self.began = self.began or step.index == 0
+        self.ended = self.ended or (step.index is not None and step.index + 1 == step.count)
+        self.guided = self.guided or settings.changes
+        if step.sigma is not None:
+            self.sigmas = [max([step.sigma, *self.sigmas]), min([step.sigma, *self.sigmas])]
 
 
 class Plan:
@@ -145,6 +165,7 @@ class Plan:
             if not low <= high:
                 raise SettingError(f"sigma_range={sigma_range!r}: the first one is the lowest noise level.")
         self.base = base
+        self.asked = Asked()
         self._start, self._stop = start, stop
         self._range = sigma_range
         self._function = schedule if callable(schedule) else None
@@ -160,6 +181,11 @@ class Plan:
         """All settings that are known before the run."""
         return [settings for _, settings in self._levels] or [self.base]
 
+    @property
+    def is_off(self) -> bool:
+        """Whether it was said that no step is to be guided."""
+        return self._start == self._stop or not any(settings.changes for settings in self.known)
+
     def at(self, step: Step) -> Settings:
         """Return what holds in a step.
 
@@ -167,6 +193,11 @@ class Plan:
             CallError: it depends on something about the step that is not known.
             SettingError: a schedule gave something that cannot be used.
         """
+        found = self._at(step)
+        self.asked.note(step, found)
+        return found
+
+    def _at(self, step: Step) -> Settings:
         if (self._start, self._stop) != (0.0, 1.0):
             fraction = known(step.fraction, "start= and stop= are parts of the run", "index and count")
             if not self._start <= fraction < self._stop:
@@ -212,7 +243,7 @@ def _pair(value: Any) -> tuple[float, float]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    return is_real(value) and not math.isnan(value)
 
 
 def _called(function: Callable[[Step], Mapping[str, Any] | None], step: Step) -> Mapping[str, Any] | None:
@@ -297,7 +328,7 @@ def plan_from(
             scale = mode = kind = None
         if on == "uncond":  # what is published is for a term that is added
             branches = [dataclasses.replace(branches[0], scale=1.0)]
-        elif rescale is None:
+        elif rescale is None and not all(is_number(branch.scale, 0) for branch in branches):
             rescale = published.rescale
     found, factor = branches_from(layers, scale, mode, kind, rescale, branches)
     base = Settings(tuple(found), factor, rule=rule)

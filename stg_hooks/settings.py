@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 from torch import nn
 
 from stg_hooks.combine import Scale, check_rescale, check_scale
 from stg_hooks.errors import SettingError, closest
-from stg_hooks.layers import LayerSpec
+from stg_hooks.layers import LayerSpec, items_of, listed
 from stg_hooks.perturb import Mode, find_mode
 from stg_hooks.sites import Kind, check_kind
 
@@ -28,9 +28,31 @@ class Branch:
 
     def __post_init__(self) -> None:
         """Check the scale and the mode; the layers can only be checked against a model."""
+        if isinstance(self.layers, Iterator):  # which gives them once only
+            object.__setattr__(self, "layers", listed(self.layers))
         check_scale("scale", self.scale)
         find_mode(self.mode)
         check_kind(self.kind)
+
+    @property
+    def key(self) -> Hashable:
+        """What is equal for branches whose weak predictions are the same, whatever their scales."""
+        return _key(self.layers), hashable(find_mode(self.mode)), self.kind
+
+
+def _key(layers: object) -> Hashable:
+    """Return something that is equal for equal choices of layers; modules count by identity."""
+    return tuple(item if isinstance(item, (str, int, range)) else id(item) for item in items_of(layers))
+
+
+def hashable(mode: Mode) -> Mode:
+    """Return a mode that can be looked up: itself or, where a value that may change cannot be, its bound method."""
+    try:
+        hash(mode)
+    except TypeError:
+        bound: Mode = cast(Any, mode).__call__
+        return bound
+    return mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +191,8 @@ def branches_from(
     if branches is not None:
         if any(value is not None for value in (layers, scale, mode, kind)):
             raise SettingError("give either branches=[...], or layers, scale, mode and kind for one, not both.")
-        if not branches or not all(isinstance(branch, Branch) for branch in branches):
+        given: object = branches  # whatever it was annotated as
+        if not isinstance(given, Sequence) or not given or not all(isinstance(branch, Branch) for branch in given):
             raise SettingError(f"branches={branches!r}: expected a list of stg.Branch(layers, scale, mode).")
         return list(branches), rescale or 0.0
     assert layers is not None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stg_hooks.errors import SettingError
+from stg_hooks.errors import CallError, SettingError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Step:
     count: int | None = None
     sigma: float | None = None
     kind: str | None = None
+    of_sampler: bool = dataclasses.field(default=False, repr=False, compare=False)
+    """It was told by the noise level that a sampler passes, which may evaluate a step more than once (Heun's)."""
 
     @property
     def fraction(self) -> float | None:
@@ -42,6 +44,28 @@ def check_step(step: Step | None) -> Step | None:
     if step.index is not None and (step.index < 0 or (step.count is not None and step.index >= step.count)):
         raise SettingError(f"step={step!r}: steps count from 0 to count - 1.")
     return step
+
+
+def check_once(step: Step, before: Step, what: str) -> None:
+    """Raise if two calls with the prompt are of one step: windows or prompts, which memory of a run would mix up.
+
+    At step 0 a new run begins, for all that is known. Different noise levels tell the evaluations of a solver apart.
+
+    Args:
+        step: of the call.
+        before: of the call before it.
+        what: remembers something from step to step, for the message.
+
+    Raises:
+        CallError: they cannot be told apart.
+    """
+    if step.index and (step.index, step.sigma) == (before.index, before.sigma) and not step.of_sampler:
+        raise CallError(
+            f"{what} remembers one call with the prompt per step, and this is the second one at step {step.index}. For "
+            "windows, tiles or prompts that are predicted apart, give each of them a stg.Guider (and a rule object) of "
+            "its own, or do without. Where a solver evaluates a step twice, say at which noise level: "
+            "stg.Step(index=i, count=n, sigma=...)."
+        )
 
 
 def noise_levels(sigmas: Tensor | Sequence[float]) -> Tensor:
@@ -72,12 +96,12 @@ def step_at(sigma: Tensor, sigmas: Tensor | None, reported: Mapping[str, Any] | 
     level = sigma.item()
     if sigmas is not None:
         index = int((sigmas > level * (1 + 1e-5)).sum())
-        return Step(min(index, len(sigmas) - 2), len(sigmas) - 1, level, "karras")
+        return Step(min(index, len(sigmas) - 2), len(sigmas) - 1, level, "karras", of_sampler=True)
     if reported is None or is_new_run(level, reported):
-        return Step(0, None, level, "karras")
+        return Step(0, None, level, "karras", of_sampler=True)
     # The adaptive solver reports at the end of a step, and says there how many it has accepted.
     moved = "n_accept" in reported or abs(level - _level(reported)) > 1e-5 * _level(reported)
-    return Step(int(reported["i"]) + moved, None, level, "karras")
+    return Step(int(reported["i"]) + moved, None, level, "karras", of_sampler=True)
 
 
 def is_new_run(level: float, reported: Mapping[str, Any]) -> bool:

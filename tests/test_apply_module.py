@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
@@ -413,3 +414,90 @@ def test_stats_count_what_has_happened(model: nn.Module) -> None:
         for _ in range(3):
             model(**zoo.inputs())
     assert (applied.stats.calls, applied.stats.guided_calls, applied.stats.weak_passes) == (3, 3, 3)
+
+
+def test_every_with_reports_that_it_guided_nothing() -> None:
+    """Also the second one of the same object; only the outermost one where they are nested."""
+    model: nn.Module = zoo.DiT()
+    x = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    applied = stg.apply(model, [2])
+    with torch.no_grad(), applied, applied:
+        model(*x)
+    with (
+        pytest.warns(stg.StgWarning, match=r"guided nothing: the module made no call inside this `with`") as caught,
+        applied,
+    ):
+        pass
+    assert caught[0].filename == __file__
+    with pytest.raises(stg.CallError, match="guided nothing"), stg.apply(model, [2], strict=True):
+        pass
+
+
+@pytest.mark.parametrize(
+    "when",
+    [
+        {"sigma_range": (200, 800)},
+        {"schedule": [(200, {}), (0, None)]},
+        {"start": 0.35, "stop": 0.38},
+        {"scale": lambda step: float(step.sigma > 500)},
+    ],
+)
+def test_a_run_outside_all_windows_is_reported(when: dict[str, Any]) -> None:
+    model: nn.Module = zoo.DiT()
+    x = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+
+    def run(steps: Sequence[int], **settings: Any) -> None:
+        with torch.no_grad(), stg.apply(model, [2], strict=True, **settings) as applied:
+            for index in steps:
+                applied.step = stg.Step(index, 10, 1 - index / 10, "flow")
+                model(*x)
+
+    with pytest.raises(stg.CallError, match=r"guided nothing: the module made a whole run.*went from 1 to 0\.1\."):
+        run(range(10), **when)
+    run(range(5), **when)  # half a run
+    run(range(10), start=0.5, stop=0.5)  # switched off
+
+
+@pytest.mark.parametrize("scale", [0.0, lambda step: 0.0])
+def test_rescale_does_not_depend_on_scale(scale: Any) -> None:
+    """The formula holds at scale 0 as close to it: what is rescaled there is CFG alone."""
+    model: nn.Module = zoo.DiT()
+    x, cond, uncond = torch.randn(3, 2, 5, 8).unbind(0)
+    rows = torch.cat([x, x]), torch.cat([uncond, cond])
+    with torch.no_grad():
+        expected = stg.combine(model(x, cond), [], model(x, uncond), guidance_scale=3.0, rescale=1.0)
+        guider = stg.Guider(model, [2], scale, guidance_scale=3.0, rescale=1.0)
+        assert_close(guider(x, cond={"text": cond}, uncond={"text": uncond}), expected, rtol=1e-4, atol=1e-4)
+        with stg.apply(model, [2], scale, guidance_scale=3.0, rescale=1.0, batched_cfg=True):
+            u, c = model(*rows).chunk(2)
+        assert_close(u + 3.0 * (c - u), expected, rtol=1e-4, atol=1e-4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    sample: Tensor
+    note: str = "kept"
+
+
+@pytest.mark.parametrize("batched_cfg", [False, True])
+def test_what_is_no_prediction_is_handed_on(batched_cfg: bool) -> None:
+    """A loss beside the prediction, and an output object that cannot be written to."""
+
+    class Model(zoo.DiT):
+        def forward(self, x: Tensor, text: Tensor) -> Any:
+            return Frozen(super().forward(x, text)), x.mean()
+
+    model = Model()
+    x, text = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    cond = slice(1, None) if batched_cfg else slice(None)
+    with torch.no_grad():
+        plain = model(x, text)[0].sample
+        term = (plain - zoo.without(model, ["blocks.2"])(x, text)[0].sample)[cond]
+        with stg.apply(model, [2], batched_cfg=batched_cfg):
+            output, loss = model(x, text)
+        guided = stg.Guider(model, [2])(x, text)
+    assert_close(output.sample, plain + (torch.cat([term, term]) if batched_cfg else term), **close)
+    assert output.note == "kept"
+    assert torch.equal(loss, x.mean())
+    if not batched_cfg:
+        assert_close(guided, output.sample, **exact)

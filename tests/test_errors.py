@@ -143,6 +143,12 @@ BAD_SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("guidance string", {"guidance_scale": "4"}, r"^guidance_scale='4': expected a number, not str\.$"),
     ("both", {"branches": [stg.Branch([1])]}, r"^give either branches=\[\.\.\.\], or layers, scale, mode and kind"),
     ("empty branches", {"layers": None, "branches": []}, r"^branches=\[\]: expected a list of stg\.Branch\(layers, "),
+    (
+        "one branch",
+        {"layers": None, "branches": stg.Branch([1])},
+        r"^branches=Branch\(.*: expected a list of stg\.Branch",
+    ),
+    ("no list of branches", {"layers": None, "branches": 3}, r"^branches=3: expected a list of stg\.Branch"),
     ("no branches", {"layers": None, "branches": [[1]]}, r"^branches=\[\[1\]\]: expected a list of stg\.Branch\("),
     ("both scales", {"layers": None, "scale": 1.0, "branches": [stg.Branch([1])]}, r"^give either branches="),
     (
@@ -229,6 +235,10 @@ def test_bad_arguments_of_combine() -> None:
         ((a, [a, b]), {}, stg.TargetError, r"^weak has shape \(2, 4\), but cond has \(2, 3\)\.$"),
         ((a, a, b), {}, stg.TargetError, r"^uncond has shape \(2, 4\), but cond has \(2, 3\)\.$"),
         ((a, a, 1.0), {}, stg.TargetError, r"^uncond must be a tensor, not float\.$"),
+        ((a, None), {}, stg.TargetError, r"^weak must be a tensor, or a list of them, not NoneType\.$"),
+        ((a, 3.0), {}, stg.TargetError, r"^weak must be a tensor, or a list of them, not float\.$"),
+        ((a, a), {"rule": lambda *_: None}, stg.TargetError, r"^rule=<lambda> returned a NoneType: expected a tensor"),
+        ((a, a), {"rule": lambda c, *_: c.mean()}, stg.TargetError, r"returned shape \(\): expected .* of cond, \(2"),
         ((a, ["weak"]), {}, stg.TargetError, r"^weak must be a tensor, not str\.$"),
         (([1.0], a), {}, stg.TargetError, r"^cond must be a tensor, not list\.$"),
         (

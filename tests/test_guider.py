@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import warnings
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
@@ -14,9 +16,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 import stg_hooks as stg
 from stg_hooks.guided_call import is_checking
+from stg_hooks.perturb import residual
 from tests import zoo
 
 exact: dict[str, Any] = {"rtol": 0, "atol": 0}
@@ -452,3 +456,82 @@ def test_an_output_without_a_prediction(model: nn.Module) -> None:
 def test_an_error_of_the_denoiser_is_passed_on(model: nn.Module) -> None:
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'text'"):
         stg.Guider(model, [2])(X)
+
+
+# --- what a schedule asks for ---
+
+
+def test_layers_of_a_function_cost_as_much_as_those_of_a_list() -> None:
+    """What was found out about layers is kept from one call to the next: rows are checked once."""
+
+    class Denoiser(zoo.DiT):
+        def forward(self, x: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+            return super().forward(x, text)
+
+    model, sigmas = Denoiser(), torch.linspace(1.0, 0.0, 7)
+
+    def flops(schedule: Any) -> list[int]:
+        guider, found = stg.Guider(model, [2], guidance_scale=3.0, sigmas=sigmas, schedule=schedule), []
+        for sigma in sigmas[:-1]:
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                guider(X, sigma.expand(len(X)), cond={"text": POSITIVE}, uncond={"text": NEGATIVE})
+            found.append(counter.get_total_flops())
+        return found
+
+    assert flops(lambda step: {"layers": [3] if step.sigma < 0.5 else (1,)}) == flops(
+        [(0.5, {"layers": [1]}), (0.0, {"layers": [3]})]
+    )
+
+
+def test_only_the_layers_used_last_are_kept() -> None:
+    model = zoo.DiT()
+    x = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    guider = stg.Guider(model, [2], schedule=lambda step: {"mode": lambda call: residual(call)})
+    for index in range(12):
+        guider.step = stg.Step(index, 12)
+        guider(*x)
+    assert len(guider._executions._made) == 1 + 8
+
+
+def test_nothing_of_a_call_is_kept_with_its_layers() -> None:
+    class Watched(zoo.DiT):
+        def forward(self, x: Tensor, text: Tensor) -> Tensor:
+            seen.append(weakref.ref(x))
+            for block in self.blocks:
+                x = block(x, text)
+                seen.append(weakref.ref(x))
+            return x
+
+    seen: list[weakref.ref[Tensor]] = []
+    guider = stg.Guider(Watched(), [2], schedule=lambda step: {"layers": [step.index]})
+    for index in range(1, 4):
+        guider.step = stg.Step(index, 4)
+        guider(torch.randn(2, 5, 8), torch.randn(2, 5, 8)).sum().backward()
+    gc.collect()
+    assert len(guider._executions._made) == 3
+    assert len(seen) > 12
+    assert not any(ref() is not None for ref in seen)
+
+
+@dataclasses.dataclass
+class Weakened:
+    """A mode that cannot be hashed."""
+
+    by: float
+
+    def __call__(self, call: Any) -> Any:
+        return call.args[0] + (1 - self.by) * (call.compute() - call.args[0])
+
+
+def test_a_mode_need_not_be_hashable() -> None:
+    model = zoo.DiT()
+    x = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    mode = Weakened(1.0)
+    with torch.no_grad():
+        expected = stg.Guider(model, [2])(*x)
+        guider = stg.Guider(model, [2], mode=mode)
+        assert_close(guider(*x), expected)
+        with stg.apply(model, [2], mode=mode):
+            assert_close(model(*x), expected)
+        mode.by = 0.0  # looked at in every call
+        assert_close(guider(*x), model(*x))

@@ -361,7 +361,8 @@ class Checkpointed(zoo.DiT):
                 if self.how is None:
                     x = block(x, text)
                 else:
-                    x = checkpoint(block.__call__, x, text, use_reentrant=self.how == "reentrant")
+                    what = {"block": block, "forward": block.forward}.get(self.how, block.__call__)
+                    x = checkpoint(what, x, text, use_reentrant=self.how == "reentrant")
         return self.out(x)
 
 
@@ -381,6 +382,14 @@ def test_gradient_checkpointing(mode: str, execution: str, checkpointed: Checkpo
     for _ in range(2):
         got = gradients(checkpointed, guided(mode=mode, execution=execution))
         assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["residual", "values"])
+@pytest.mark.parametrize("how", ["block", "forward"])
+def test_gradient_checkpointing_of_a_block_or_its_forward(how: str, mode: str, checkpointed: Checkpointed) -> None:
+    expected = gradients(checkpointed, guided(mode=mode, execution="full"))
+    checkpointed.how = how
+    assert_close(gradients(checkpointed, guided(mode=mode)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_checkpointing_does_not_go_with_batched_execution(checkpointed: Checkpointed) -> None:

@@ -52,7 +52,7 @@ def own_loop() -> dict[str, Any]:
 
 def mochi() -> dict[str, Any]:
     pipe, inputs = stand_ins.build(setting("Mochi 1"))
-    return {"stg": stg, "pipe": pipe, "inputs": inputs | {"num_inference_steps": 2}}
+    return {"stg": stg, "pipe": pipe, "inputs": inputs | {"num_inference_steps": 6}}
 
 
 def setting(name: str) -> Published:

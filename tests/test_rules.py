@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -319,3 +319,24 @@ def test_a_rule_that_remembers_needs_a_run() -> None:
     for bad in (1.0, -1, True, "0.5", float("nan")):
         with pytest.raises(stg.SettingError, match=r"momentum=.*expected a number between -1 and 1"):
             rules.AveragedApg(momentum=bad)  # type: ignore[arg-type]
+
+
+def test_windows_have_averages_of_their_own_or_are_refused() -> None:
+    model: nn.Module = zoo.build("plain")
+    text, other = zoo.inputs()["text"], zoo.inputs(seed=7)["text"]
+    xs = [zoo.inputs(seed=seed)["x"] for seed in range(3)]
+
+    def steps(*windows: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        guider = stg.Guider(model, [2], 0.5, guidance_scale=G, rule=rules.AveragedApg())
+        first = []
+        for index, x in enumerate(xs):
+            guider.step = stg.Step(index, 3)
+            made = [guider(window(x), cond={"text": text}, uncond={"text": other}) for window in windows]
+            first.append(made[0])
+        return first
+
+    with torch.no_grad():
+        alone = steps(lambda x: x)
+        assert_close(steps(lambda x: x, lambda x: x[:, :3]), alone, **exact)
+        with pytest.raises(stg.CallError, match=r"AveragedApg remembers .* the second one at step 1.*a rule object"):
+            steps(lambda x: x, lambda x: -x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
+from stg_hooks.perturb import residual as RESIDUAL
 from stg_hooks.schedule import Plan, Settings
 from tests import zoo
 from tests.pipelines import build, run, scheduler_inputs
@@ -283,6 +285,80 @@ def test_every_is_a_number_of_steps(every: Any, make: Any) -> None:
         make(zoo.DiT(), [2], every=2, on="uncond")
 
 
+@pytest.mark.parametrize("make", [stg.Guider, stg.apply])
+def test_windows_of_one_step_are_not_mixed_up(make: Any, model: nn.Module) -> None:
+    """A second call at the same step cannot be told from the first; windows of other shapes neither."""
+    one, other, longer = (torch.randn(2, 1, n, 8).unbind(0) for n in (5, 5, 7))
+
+    def steps(*windows: Any) -> list[list[Tensor]]:
+        session = make(model, [2], every=2)
+        made = []
+        with session if make is stg.apply else nullcontext():
+            for index in range(3):
+                session.step = stg.Step(index, 3)
+                made.append([(session if make is stg.Guider else model)(*window) for window in windows])
+        return made
+
+    with torch.no_grad():
+        assert len(steps(one)) == 3
+        with pytest.raises(
+            stg.CallError, match=r"every=2 remembers one call .* is the second one at step 1\. For windows"
+        ):
+            steps(one, other)
+        with pytest.raises(stg.CallError, match=r"differences of step 0 again, of the shapes .*\(1, 7, 8\).* predicts"):
+            steps(one, longer)
+
+
+def test_evaluations_of_one_step_are_told_apart_by_their_noise_levels(model: nn.Module) -> None:
+    x = torch.randn(2, 2, 5, 8).unbind(0)
+    guider = stg.Guider(model, [2], every=3)
+    with torch.no_grad():
+        for index in range(3):
+            for sigma in (3.0 - index, 2.5 - index):
+                guider.step = stg.Step(index, 3, sigma)
+                guider(*x)
+    assert guider.stats.guided_calls == 6
+    assert guider.stats.weak_passes == 4  # both of the first step, and of the third
+
+
+def test_differences_of_another_run_are_not_used(model: nn.Module) -> None:
+    """A run that ended early leaves differences of step 2; the next one is first guided later than that."""
+    x, other = torch.randn(2, 2, 2, 5, 8).unbind(0)
+    guider = stg.Guider(model, [2], every=5, schedule=lambda step: {} if step.index in (2, 3) else None)
+    with torch.no_grad():
+        for indices, inputs in ((range(3), x), ((0, 1, 3), other)):
+            for index in indices:
+                guider.step = stg.Step(index, 5)
+                guided = guider(*inputs)
+        with stg.skip(model, [2]):
+            weak = model(*other)
+        assert_close(guided, 2 * model(*other) - weak)
+
+
+def test_the_same_layers_written_otherwise_are_the_same(model: nn.Module) -> None:
+    x = torch.randn(2, 2, 5, 8).unbind(0)
+    layers: list[Any] = [[2], (2,), 2, [[2]]]
+    guider = stg.Guider(model, [2], every=4, schedule=lambda step: {"layers": layers[step.index], "mode": RESIDUAL})
+    with torch.no_grad():
+        for index in range(4):
+            guider.step = stg.Step(index, 4)
+            guider(*x)
+    assert guider.stats.weak_passes == 1
+
+
+def test_gradients_stay_in_their_step(model: nn.Module) -> None:
+    x = torch.randn(2, 2, 5, 8).unbind(0)
+    guider = stg.Guider(model, [2], every=2)
+    found = []
+    for index in range(2):
+        guider.step = stg.Step(index, 2)
+        found.append(torch.autograd.grad(guider(*x).square().sum(), model.parameters()))
+    with torch.no_grad():
+        difference = model(*x) - zoo.without(model, ["blocks.2"])(*x)
+    expected = torch.autograd.grad((model(*x) + difference).square().sum(), model.parameters())
+    assert_close(found[1], expected, rtol=1e-4, atol=1e-4)
+
+
 # --- trace ---
 
 
@@ -340,6 +416,37 @@ def test_the_step_is_set_in_a_loop_of_ones_own(make: Callable[..., Any], model: 
                     guided = model(*x)
             assert torch.equal(guided, plain) == (index >= 2)
     assert session.stats.weak_passes == 2
+
+
+def test_an_unknown_step_is_asked_for_where_it_can_be_set(model: nn.Module) -> None:
+    with pytest.raises(stg.CallError, match=r"index and count is not known.*applied\.step = stg\.Step"):  # noqa: SIM117
+        with stg.apply(model, [2], start=0.5):
+            model(torch.randn(2, 5, 8), torch.randn(2, 5, 8))
+
+
+def test_numbers_of_numpy_are_numbers(model: nn.Module) -> None:
+    np = pytest.importorskip("numpy")
+    x, cond, uncond = torch.randn(3, 2, 5, 8).unbind(0)
+
+    class Denoiser(nn.Module):
+        def forward(self, x: Tensor, sigma: Any, text: Tensor) -> Tensor:
+            return inner(x, text)
+
+    inner = model
+    with torch.no_grad():
+        weak = zoo.without(model, ["blocks.1", "blocks.2"])(x, cond)
+        expected = stg.combine(model(x, cond), weak, model(x, uncond), scale=1.5, guidance_scale=3.0, rescale=0.5)
+        for layers in (np.arange(1, 3), [np.int64(1), np.int64(2)], map(int, "12"), (i for i in (2, 1)), {1, 2}):
+            numbers = {"guidance_scale": np.float32(3), "rescale": np.float16(0.5)}
+            guider = stg.Guider(
+                Denoiser(), layers, np.float32(1.5), **numbers, model=model, sigma_range=(np.float32(1), np.float32(2))
+            )
+            got = guider(x, np.float32(1.5), cond={"text": cond}, uncond={"text": uncond})
+            assert_close(got, expected, rtol=1e-4, atol=1e-4)
+            assert guider.stats.guided_calls == 1
+    for endless in (itertools.count(), itertools.repeat(1)):
+        with pytest.raises(stg.TargetError, match="more than 10000 layers"):
+            stg.apply(model, endless)
 
 
 # --- weights that are tensors ---
