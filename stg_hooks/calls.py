@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import CallError
+from stg_hooks.words import words_of
 
 # Arguments of positions belong to tokens, not to rows, even where their number is a multiple of the batch.
-_POSITIONAL = ("rotary", "rope", "freqs", "_ids", "coords", "position")
+_POSITIONAL = words_of("rotary rope freqs ids coords position positions positional")
 
 
 def predictions(output: Any) -> list[Tensor]:
@@ -151,7 +152,7 @@ def leaves_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
 
 def is_positional(name: str) -> bool:
     """Tell whether an argument of this name holds positions: one entry per token, not per row."""
-    return any(word in name for word in _POSITIONAL)
+    return not _POSITIONAL.isdisjoint(words_of(name))
 
 
 def row_factor(tensor: Tensor, batch: int) -> int | None:

@@ -423,6 +423,19 @@ def test_bench() -> None:
     assert rows[0]["relative"] == 1
 
 
+def test_where_nothing_can_be_written_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.Source, "pipeline", lambda self: pytest.fail("loaded"))
+    (tmp_path / "file").touch()
+    inside = tmp_path / "file" / "new"
+    for command in (("profile", "demo"), ("sweep", "demo"), ("generate", "demo", "--layers", "2")):
+        out = inside / "out.webp" if command[0] == "generate" else inside
+        fails(run(*command, "--out", out), 2, "is a file")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    for command in (("profile", "demo"), ("sweep", "demo"), ("generate", "demo", "--layers", "2")):
+        fails(run(*command, "--out", tmp_path / "new" / "out.webp"), 1, "cannot be written to")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_demo_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[str]] = []
     monkeypatch.setattr("stg_hooks.demo.__main__.main", lambda argv: given.append(argv) or 1)

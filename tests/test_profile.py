@@ -520,6 +520,8 @@ def test_refused_for_pipelines() -> None:
     pipe, _, _ = build("wan")
     with pytest.raises(stg.SettingError, match=r"heigth: WanPipeline has no such argument"):
         stg.profile(pipe, heigth=3)
+    with pytest.raises(stg.SettingError, match=r"a pipeline tells its steps.*num_inference_steps="):
+        stg.profile(pipe, steps=2)
     with pytest.raises(stg.SettingError, match=r"batched_cfg= describes the calls of a module"):
         stg.profile(pipe, batched_cfg=True)
     with pytest.raises(stg.TargetError):

@@ -87,6 +87,15 @@ def test_of_a_large_sweep_the_page_shows_the_same_samples_of_every_cell(tmp_path
         assert ["Samples per cell", f"6, the first {pairs} shown" if pairs < 6 else "6"] in data["facts"]
 
 
+def test_a_profile_and_a_sweep_are_of_one_model(tmp_path: Path) -> None:
+    report_folder.write_profile(tmp_path)
+    report_folder.write_sweep(tmp_path, **ONE)
+    settings = json.loads((tmp_path / "sweep.json").read_text())
+    (tmp_path / "sweep.json").write_text(json.dumps({**settings, "model": "MochiTransformer3DModel"}))
+    with pytest.raises(stg.ResultsError, match=r"profile of Wan.*sweep of Mochi.*folder of its own"):
+        stg.report(tmp_path)
+
+
 def test_the_page_loads_nothing(tmp_path: Path) -> None:
     report_folder.write_profile(tmp_path)
     page = stg.report(tmp_path).read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -66,10 +67,12 @@ def test_files(tmp_path: Path) -> None:
     assert [cell.id for cell in found.cells] == IDS
     assert toy.asked[:4] == ["a", "a", "bb", "bb"], "the baseline comes first"
     settings = json.loads((tmp_path / "sweep.json").read_text())
+    assert len(settings.pop("weights")) == 16
     assert settings == {
         "kind": "sweep",
         "version": 1,
         "model": "DiT",
+        "name": None,
         "pipeline": None,
         "layers": [[1], [0, 2]],
         "modes": ["residual"],
@@ -315,6 +318,41 @@ def wait_until(happened: Callable[[], bool], seconds: float = 120.0) -> None:
     while not happened():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.05)
+
+
+def test_other_weights_are_another_sweep(tmp_path: Path) -> None:
+    Toy().sweep(tmp_path)
+    for change in (lambda model: model.blocks[0].ff.weight.add_(1), lambda model: model.to(torch.bfloat16)):
+        toy = Toy()
+        with torch.no_grad():
+            change(toy.model)
+        with pytest.raises(stg.ResultsError, match="holds a sweep with other settings: weights is"):
+            toy.sweep(tmp_path)
+
+
+def test_a_full_disk_ends_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(media, "write_sample", full)
+    with pytest.raises(OSError, match="No space left"):
+        Toy().sweep(tmp_path)
+    assert list(tmp_path.glob("cells/*")) == list(tmp_path.glob("partial/*")) == list(tmp_path.glob("claims/*")) == []
+    monkeypatch.undo()
+    assert not Toy().sweep(tmp_path).failed
+
+
+def test_samples_that_a_metric_fails_on_are_kept(tmp_path: Path) -> None:
+    def picky(video: Any, prompt: str) -> float:
+        if prompt == "bb":
+            raise ValueError("two letters")
+        return 1.0
+
+    with pytest.warns(stg.StgWarning, match="the metric 'picky' failed: ValueError: two letters"):
+        found = Toy().sweep(tmp_path, metrics=[picky])
+    assert not found.failed
+    assert [sample.metrics["picky"] for sample in found.cells[0].samples] == [1.0, 1.0, None, None]
+    assert found.cells[0].metrics["picky"] == 1.0
 
 
 @pytest.mark.slow
