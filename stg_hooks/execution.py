@@ -317,7 +317,7 @@ class Execution:
             if self._seen[call.layout] > 1:
                 self._stop_sharing("it keeps something from one call to the next", "whole")
             return None
-        is_to_be_checked = isinstance(prefix, Recording)
+        is_to_be_checked = isinstance(prefix, Recording) and (call.batched_cfg or call.is_comparable)
         prefix.is_reused = prefix.is_reused or is_to_be_checked
         stats = dataclasses.replace(self._stats)
         results = []

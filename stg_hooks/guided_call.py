@@ -82,6 +82,8 @@ class GuidedCall:
     prefix: Prefix | None = None
     cond: Sequence[Tensor] = ()
     """Its own predictions on its cond rows."""
+    is_comparable: bool = True
+    """Another pass that skips nothing has to give them again; not where others guide this call, too."""
     changes_state: bool = False
     """The model keeps something from it; the first time that may be a cache."""
     weaks: list[list[Tensor]] | None = None

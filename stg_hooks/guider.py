@@ -295,6 +295,7 @@ class Guider:
                 output, call = execution.cond_pass(self.denoiser, args_of_cond, kwargs_of_cond, joined is not None)
                 made.conds, made.unconds = _halved(own_predictions(output), joined is not None)
                 start = time.perf_counter()
+                call.is_comparable = not activation.others(self)
                 made.weaks = execution.weak_predictions(call, made.conds)
                 self.stats.seconds += time.perf_counter() - start
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -77,10 +78,17 @@ def run_into(error: type[BaseException], call: Callable[[], object]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("block", [0, SKIPPED, 3])
-@pytest.mark.parametrize("as_hook", [False, True])
-@pytest.mark.parametrize("execution", EXECUTIONS)
+# Of all combinations the fast tests make some.
+FAILURES = [
+    pytest.param(
+        *case,
+        marks=[] if case[0] in (RuntimeError, KeyboardInterrupt) and case[1:3] == (3, False) else pytest.mark.slow,
+    )
+    for case in itertools.product(ERRORS, [0, SKIPPED, 3], [False, True], EXECUTIONS)
+]
+
+
+@pytest.mark.parametrize(("error", "block", "as_hook", "execution"), FAILURES)
 def test_an_exception_leaves_nothing(
     error: type[BaseException], block: int, as_hook: bool, execution: str, kept: list[weakref.ref[Any]]
 ) -> None:

@@ -115,6 +115,11 @@ def _scatters(names: Sequence[str], done: Sequence[Cell]) -> bytes:
 def _points(panel: Any, cells: Sequence[Cell], metric: str, **style: Any) -> None:
     values = [_or_nan(cell.metrics.get(metric)) for cell in cells]
     panel.scatter([_or_nan(cell.cost) for cell in cells], values, **({"s": 26, "alpha": 0.8} | style))
+    small: dict[str, Any] = {"textcoords": "offset points", "fontsize": 5, "color": "#666666"}
+    for cell in cells:
+        if cell.layers and cell.cost is not None and cell.metrics.get(metric) is not None:
+            name = f"{'+'.join(map(str, cell.layers))} × {cell.scale:g}"
+            panel.annotate(name, (cell.cost, cell.metrics[metric]), (4, 2), **small)
 
 
 def _or_nan(value: float | None) -> float:
