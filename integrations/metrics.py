@@ -76,11 +76,11 @@ DIFFERENCE = "difference"
 """The name of `difference` to the unguided sample, of the same prompt and seed."""
 
 
-def own_metrics(metrics: Mapping[str, Metric] | Sequence[Metric] | None) -> dict[str, Metric]:
+def own_metrics(metrics: Mapping[str, Metric] | Sequence[Metric] | Metric | None) -> dict[str, Metric]:
     """Name a user's metrics.
 
     Args:
-        metrics: functions of a video and its prompt, by name; or a list of functions that have names.
+        metrics: functions of a video and its prompt, by name; or a function that has a name, or a list of them.
 
     Returns:
         The functions by name.
@@ -89,6 +89,7 @@ def own_metrics(metrics: Mapping[str, Metric] | Sequence[Metric] | None) -> dict
         TargetError: something that is not callable.
         SettingError: a name that is missing, or taken.
     """
+    metrics = [metrics] if callable(metrics) else metrics
     named: dict[str, Metric] = {}
     pairs = metrics.items() if isinstance(metrics, Mapping) else ((None, metric) for metric in metrics or ())
     for given, metric in pairs:

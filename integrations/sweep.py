@@ -59,7 +59,7 @@ def sweep(
     scales: Iterable[float] = (0.5, 1.0),
     modes: Iterable[str] = ("residual",),
     seeds: int | Iterable[int] = 1,
-    metrics: Mapping[str, measures.Metric] | Sequence[measures.Metric] | None = None,
+    metrics: Mapping[str, measures.Metric] | Sequence[measures.Metric] | measures.Metric | None = None,
     sample: Sampler | None = None,
     fps: int = 8,
     progress: bool = True,
