@@ -198,7 +198,9 @@ class Guide:
             if role.rows == "uncond":
                 before, self._local.guided = self._local.guided, None
             settings = Settings(()) if before is None else before.settings
-            self._local.call = _Call(role, Step(), settings, args, kwargs, before=before)
+            self._local.call = call = _Call(role, Step(), settings, args, kwargs, before=before)
+            if self._session.ranks is not None:
+                call.inputs = Inputs(args, kwargs, self._written)
             return
         step = check_step(self._session.step) or self._session.host.step()
         self._local.call = call = _Call(role, step, self._session.plan.at(step), args, kwargs)
