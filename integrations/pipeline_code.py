@@ -40,7 +40,8 @@ def call_sites_of(cls: type, base: type, denoisers: tuple[str, ...]) -> dict[Cod
         The calls of each method's code that makes any.
 
     Raises:
-        UnreadableError, OSError: as for `call_sites`.
+        UnreadableError: one of them calls a denoiser, but for what cannot be told.
+        OSError: its source is not there.
     """
     return dict(_read_together(tuple(_functions(cls, base)), denoisers))
 

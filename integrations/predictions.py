@@ -295,7 +295,7 @@ class Flow:
         before = len(self.guided), len(self.cut)
         self._body(code.body)
         if (len(self.guided), len(self.cut)) != before:
-            self._conflicts.append((node, [((0, "in"), (0, "it"))]))
+            self._conflicts.append((node, [((0, "in"), (0, "it"))]))  # guided out of sight: never two tiles of one
             del self.guided[before[0] :]
         returned = self.returned - outer[2]
         self._values, self._inside, self.returned, self.kept = outer

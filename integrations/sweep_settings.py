@@ -73,7 +73,6 @@ def asked_of(
             raise SettingError(f"{name}={values}: something is there twice.")
     return {
         "model": type(model).__name__,
-        "name": getattr(pipe, "name_or_path", None) or None,
         "weights": _fingerprint(denoisers.values()),
         "pipeline": None if pipe is model else type(pipe).__name__,
         **asked,

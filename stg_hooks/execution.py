@@ -65,11 +65,11 @@ class Execution:
     second sweep over them is what costs there; otherwise `"sequential"`, which computes the same.
 
     All give the same predictions, to rounding, for a denoiser that is a function of its arguments and treats rows
-    separately. Where rows `[uncond, cond]` have to be cut, whether this one does is found out in the first call of each
-    layout (its shapes, types and switches): there the weak pass is made once more with nothing skipped, and has to give
-    cond again. Where a model turns out not to allow a way, the next one is taken from then on, and a warning says so:
-    batched, sequential, full, and in the end a full pass on all rows, of which nothing is assumed. A model that is
-    compiled as a whole, or has step caches, allows `"full"` only.
+    separately. Where work is shared, or rows `[uncond, cond]` have to be cut, whether this one does is found out in the
+    first call of each layout (its shapes, types and switches): there the weak pass is made once more with nothing
+    skipped, and has to give cond again. Where a model turns out not to allow a way, the next one is taken from then on,
+    and a warning says so: batched, sequential, full, and in the end a full pass on all rows, of which nothing is
+    assumed. A model that is compiled as a whole, or has step caches, allows `"full"` only.
     """
 
     def __init__(

@@ -39,7 +39,7 @@ def weak_pass() -> Iterator[None]:
 
 
 def is_checking() -> bool:
-    """Tell whether this thread's pass is made once only, to find out whether rows are cut rightly."""
+    """Tell whether this thread's pass is made once only, to find out whether weak passes give what they should."""
     return _LOCAL.is_checking
 
 

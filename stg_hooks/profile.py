@@ -50,7 +50,7 @@ def profile(
     """Measure the guidance term `d = cond - weak` of every layer and mode, along ordinary runs without skip guidance.
 
     At each noise level the weak predictions of all layers share what the plain call has computed, each up to its own
-    layer: about half the work of as many whole passes. Nothing else is run, so that a profile costs about as much as
+    layer: about half the work of as many whole passes. Little else is run, so that a profile costs about as much as
     `len(noise_levels) * (layers - 1) / 2` further calls. The run's own result is not changed.
 
     Args:

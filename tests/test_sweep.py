@@ -72,7 +72,6 @@ def test_files(tmp_path: Path) -> None:
         "kind": "sweep",
         "version": 1,
         "model": "DiT",
-        "name": None,
         "pipeline": None,
         "layers": [[1], [0, 2]],
         "modes": ["residual"],
