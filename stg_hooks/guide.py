@@ -70,13 +70,21 @@ class _Guided:
         """Whether the final prediction is returned, instead of a term added."""
         return self.settings.replaces
 
+    def weight(self, role: Role) -> Scale | None:
+        """The CFG weight of the step, where it is known."""
+        return role.guidance_scale if self.settings.guidance_scale is None else self.settings.guidance_scale
+
+    def trace(self, trace: Trace, terms: Sequence[Tensor], unconds: Sequence[Tensor | None], role: Role) -> None:
+        """Add this step to a trace; where CFG is off, nothing points along it."""
+        trace.add(self.step, self.scales, terms, self.conds, () if is_number(self.weight(role), 1) else unconds)
+
     def terms(self) -> list[Tensor]:
         """What skip guidance adds to each prediction."""
         return [correction(c, weaks, self.scales) for c, weaks in zip(self.conds, self.weaks, strict=True)]
 
     def final(self, role: Role, unconds: Sequence[Tensor | None]) -> list[Tensor]:
         """What the caller's own combination has to come to."""
-        g = self.settings.guidance_scale if self.settings.guidance_scale is not None else role.guidance_scale
+        g = self.weight(role)
         return [
             combine(
                 c,
@@ -341,7 +349,7 @@ class Guide:
                 return conds  # the final prediction has to wait for uncond
         terms = guided.terms()
         if not role.uncond_follows:
-            self._session.trace.add(guided.step, guided.scales, terms, conds, unconds)
+            guided.trace(self._session.trace, terms, unconds, role)
         if guided.replaces:
             final = guided.final(role, unconds)
             if role.rows == "cond+uncond":
@@ -440,7 +448,7 @@ class Guide:
                 )
             return [_add(p, term) for p, term in zip(output, guided.terms(), strict=True)]
         terms = guided.terms()
-        self._session.trace.add(guided.step, guided.scales, terms, guided.conds, output)
+        guided.trace(self._session.trace, terms, output, role)
         if not guided.replaces:
             return [_add(u, term) for u, term in zip(output, terms, strict=True)]
         if is_number(role.guidance_scale, 1):

@@ -252,7 +252,8 @@ class Guider:
         weaks = kept.weaks(conds) if kept else [[weak[i] for weak in made.weaks] for i in range(len(conds))]
         if self.every > 1 and fresh and isinstance(step, Step):
             self._local.kept = Kept.after(conds, weaks, active, step)
-        if active:
+        changes = settings.changes and not in_weak_pass()
+        if changes:
             with self.ranks.telling() if self.ranks is not None else nullcontext():
                 now = step if isinstance(step, Step) else Step()
                 self._watch.look(now, conds, made.unconds, made.switches, made.weaks)
@@ -265,11 +266,11 @@ class Guider:
             combine(c, w, u, scale=scales, guidance_scale=g, rescale=settings.rescale, rule=rule)
             for c, w, u, rule in zip(conds, weaks, made.unconds, rules, strict=True)
         ]
-        if scales:
+        if changes and self._on == "cond":
             terms = [correction(c, w, scales) for c, w in zip(conds, weaks, strict=True)]
             self.trace.add(step, scales, terms, conds, made.unconds)
         self.stats.calls += 1
-        self.stats.guided_calls += bool(active)
+        self.stats.guided_calls += changes
         return results[0] if len(results) == 1 else tuple(results)
 
     def _alone(

@@ -122,8 +122,10 @@ class UncondGuide:
                 output = proceed(*args, **kwargs)
         else:
             output = self._both(execution, proceed, args, kwargs)
-        # There is nothing else to compare it with.
-        session.watch.look(step, (), predictions(output), execution.switches)
+        pairs = [halves(t) if role.rows == "uncond+cond" else (t, None) for t in predictions(output)]
+        unconds, conds = [u for u, _ in pairs], [c for _, c in pairs if c is not None]
+        # There are no weak predictions to compare with cond ones.
+        session.watch.look(step, conds, unconds, execution.switches)
         return output
 
     def _both(self, execution: Execution, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
