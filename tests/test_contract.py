@@ -255,9 +255,7 @@ def silence(model: Model) -> None:
         layer.bias.zero_()
 
 
-def textbook(
-    settings: Settings, combine: Callable[..., Tensor], layers: Callable[[int], Sequence[int]]
-) -> list[Tensor]:
+def textbook(combine: Callable[..., Tensor], layers: Callable[[int], Sequence[int]]) -> list[Tensor]:
     """Sample with copies of the model in which blocks are replaced, one pass per prediction."""
     plain, weak = build(), {}
     cond, uncond = texts()
