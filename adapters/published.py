@@ -9,6 +9,7 @@ from stg_hooks.settings import Branch, Published
 _REFERENCE = "STGuidance reference code and diffusers community pipelines; arXiv 2411.18664"
 _REFERENCE_9CDD383 = "STGuidance reference code, commit 9cdd383; arXiv 2411.18664"
 _LIGHTRICKS = "Lightricks' inference configurations"
+_LIGHTRICKS_13B = "Lightricks/LTX-Video, configs/ltxv-13b-0.9.8-dev.yaml, commit 5260738"
 
 PUBLISHED: tuple[Published, ...] = (
     Published(
@@ -55,9 +56,11 @@ PUBLISHED: tuple[Published, ...] = (
         mode="values",
         scale=1.0,
         steps="30",
-        source=_LIGHTRICKS,
-        note="Changes with the noise level, CFG included: call the pipeline with any guidance_scale above 1. Distilled "
-        "checkpoints share this configuration; they are published with guidance off.",
+        rule="zero_star",
+        source=f"{_LIGHTRICKS_13B}, first pass",
+        note="Changes with the noise level, CFG included: call the pipeline with any guidance_scale above 1. Left out: "
+        "the source stops 3 steps before the end (skip_final_inference_steps) and hands over to its second pass. "
+        "Distilled checkpoints share this configuration; they are published with guidance off.",
         schedule=(
             (1.0, {"layers": [], "guidance_scale": 1.0}),
             (0.996, {"layers": [11, 25, 35, 39], "scale": 0.0, "guidance_scale": 1.0}),
@@ -67,6 +70,19 @@ PUBLISHED: tuple[Published, ...] = (
             (0.9008, {"layers": [28], "scale": 2.0, "guidance_scale": 1.0}),
             (0.6180, {"layers": [28], "scale": 1.0, "guidance_scale": 1.0}),
         ),
+    ),
+    Published(
+        name="LTX-Video 13B 0.9.8-dev, second pass",
+        model="LTXVideoTransformer3DModel",
+        where={"num_layers": 48},
+        layers=(27,),
+        mode="values",
+        scale=1.0,
+        guidance_scale=1.0,
+        steps="30",
+        source=f"{_LIGHTRICKS_13B}, second pass",
+        note="For the enlarged latents of the first pass. Left out: the source leaves out the first 17 of the 30 steps "
+        "(skip_initial_inference_steps). Its CFG-Zero* has no effect, as CFG is off.",
     ),
     Published(
         name="CogVideoX-2B",
