@@ -139,9 +139,9 @@ PUBLISHED: tuple[Published, ...] = (
         guidance_scale=5.0,
         steps="50",
         source="STGuidance reference script, commit df04da0: Wan2.1/inference_low_memory.py",
-        note="Only the numbers are the script's: its weak prediction has the negative prompt, and its difference is that "
-        "to the prediction with CFG, so that the term is larger there. Here it is cond - weak, both with the prompt, as "
-        "in the paper and in diffusers' community pipeline, whose default is layers [3, 8, 16] and scale 1.",
+        note="Only the numbers are the script's: its weak prediction has the negative prompt, and its difference is "
+        "taken from the prediction with CFG, so that its term is larger. Here the term is cond - weak, both with the "
+        "prompt, as in the paper and in diffusers' community pipeline, whose default is layers [3, 8, 16] and scale 1.",
     ),
     Published(
         name="Wan 2.1 14B",
@@ -203,8 +203,8 @@ PUBLISHED: tuple[Published, ...] = (
         scale=2.8,
         guidance_scale=4.5,
         source="diffusers' StableDiffusion3Pipeline, defaults of skip_guidance_layers",
-        note="From 1 % to 20 % of the steps, without these two ends. Stability AI's own code (sd3.5, commit fbf8f48) has "
-        "scale 2.5, CFG 4 and 50 steps. qk_norm tells it from Stable Diffusion 3 medium.",
+        note="From 1 % to 20 % of the steps, without these two ends. Stability AI's own code (sd3.5, commit fbf8f48) "
+        "has scale 2.5, CFG 4 and 50 steps. qk_norm tells it from Stable Diffusion 3 medium.",
         start=math.nextafter(0.01, 1),  # step i of n is guided where 0.01 n < i
         stop=0.2,
     ),

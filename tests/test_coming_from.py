@@ -177,7 +177,7 @@ def test_what_raises_in_diffusers() -> None:
     with pytest.raises(ValueError, match="Cannot set both"):
         _apply_layer_skip_hook(model, LayerSkipConfig([1], skip_attention_scores=True))
     for name, error in (("LTXVideoTransformer3DModel", AttributeError), ("SD3Transformer2DModel", ValueError)):
-        with pytest.raises(error, match="is_cross_attention|not registered"):
+        with pytest.raises(error, match=r"is_cross_attention|not registered"):
             _apply_layer_skip_hook(tiny(name)[0], LayerSkipConfig([1], **VALUES))
     _apply_layer_skip_hook(model, LayerSkipConfig([1]))  # blocks that return text first
     with pytest.raises(RuntimeError, match="shape"):
