@@ -6,6 +6,7 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def cfg(cond: Tensor, uncond: Tensor | None, terms: Sequence[Tensor], guidance_s
 def zero_star(cond: Tensor, uncond: Tensor | None, terms: Sequence[Tensor], guidance_scale: float | Tensor) -> Tensor:
     """Scale the uncond prediction to fit cond best: `a u + g * (c - a u) + sum_i t_i`, `a = <c, u> / ||u||^2`.
 
-    The product and the norm are taken per sample. The zeroed first steps of the paper are the caller's matter.
+    The product and the norm are taken per sample. For the zeroed first steps of the paper, see `zero_init`.
 
     Args:
         cond: as for `cfg`.
@@ -51,6 +52,42 @@ def zero_star(cond: Tensor, uncond: Tensor | None, terms: Sequence[Tensor], guid
     Source: CFG-Zero*, arXiv 2503.18886, sec. 4.1.
     """
     return cfg(cond, None if uncond is None else _projected(cond, uncond), terms, guidance_scale)
+
+
+def zero_init(steps: int = 1) -> Callable[[Step], dict[str, Any]]:
+    """Make a `schedule` that makes the prediction zero in the first steps, so that the sampler stays where it is.
+
+    CFG-Zero* as diffusers' guider has it: `rule="zero_star", schedule=stg_hooks.rules.zero_init(1)`. For models of
+    flow matching, whose first predictions with CFG are worse than none.
+
+    Args:
+        steps: how many, from the first one.
+
+    Returns:
+        A function for `schedule=`.
+
+    Raises:
+        SettingError: a number below 0.
+
+    Source: CFG-Zero*, arXiv 2503.18886, sec. 4.2.
+    """
+    if type(steps) is not int or steps < 0:
+        raise SettingError(f"steps={steps!r}: expected a number of steps, 0 or more.")
+
+    def schedule(step: Step) -> dict[str, Any]:
+        if step.index is None:
+            raise CallError(
+                "zero_init is about the first steps of a run, but the step's index is not known here. In a loop of "
+                "your own, set it before each step: guider.step = stg.Step(index=i, count=n), or, within `with "
+                "stg.apply(...) as applied`, applied.step = stg.Step(...)."
+            )
+        return {"branches": [], "rule": _zero} if step.index < steps else {}
+
+    return schedule
+
+
+def _zero(cond: Tensor, uncond: Tensor | None, terms: Sequence[Tensor], guidance_scale: float | Tensor) -> Tensor:
+    return torch.zeros_like(cond)
 
 
 def apg(

@@ -330,6 +330,7 @@ def plan_from(
             branches = [dataclasses.replace(branches[0], scale=1.0)]
         elif rescale is None and not all(is_number(branch.scale, 0) for branch in branches):
             rescale = published.rescale
+            rule = published.rule if rule == "cfg" else rule
     found, factor = branches_from(layers, scale, mode, kind, rescale, branches)
     base = Settings(tuple(found), factor, rule=rule)
     start, stop = 0.0 if start is None else start, 1.0 if stop is None else stop

@@ -81,6 +81,8 @@ class Published:
     start: float = 0.0
     """Part of the run from which on there is guidance, and `stop`, from which on there is none."""
     stop: float = 1.0
+    rule: str = "cfg"
+    """How the predictions become one, as for `apply`."""
 
     def fits(self, module: nn.Module) -> bool:
         """Tell whether a module is of this class and configuration."""

@@ -103,7 +103,7 @@ def _row(layer: Layer, recommended: bool, kinds: Mapping[str, str]) -> tuple[str
 
 
 def _describe(setting: Published) -> str:
-    when = f", start={setting.start}, stop={setting.stop}" if (setting.start, setting.stop) != (0, 1) else ""
+    when = f", start={setting.start:g}, stop={setting.stop:g}" if (setting.start, setting.stop) != (0, 1) else ""
     when += ", other values by noise level" if setting.schedule else ""
     return (
         f"published for {setting.name}: {' and '.join(map(_describe_branch, setting.branches))}, "

@@ -40,8 +40,7 @@ OF_IMAGES = ("SD3Transformer2DModel",)
 LTX_2 = "LTX2VideoTransformer3DModel"
 LTX_2_NOTE = """\
 LTX2Pipeline has this guidance built in and switched on by default; the code switches it off, so that it is not applied
-twice. The pipeline rescales by itself as well (`guidance_rescale`, 0.7 by default) and does not tell its CFG weights
-beforehand, so `rescale` stays with it; it then measures against the guided cond prediction.
+twice. The pipeline's own rescale (`guidance_rescale`, 0.7 by default) then measures against the guided cond prediction.
 """
 
 INTRODUCTION = """\
@@ -101,6 +100,8 @@ def _section(setting: Published) -> str:
         rows.insert(2, ("part of the run", f"from {setting.start:g} to {setting.stop:g}"))
     if setting.schedule:
         rows[1:4] = [("skipped, rescale, CFG", "change with the noise level, see the second table")]
+    if setting.rule != "cfg":
+        rows.insert(-2, ("rule", f"`{setting.rule}`"))
     cells = [f"| {name} | {value} |" for name, value in rows]
     lines = [f"## {setting.name}", "", cells[0], "| --- | --- |", *cells[1:], ""]
     if setting.note:
@@ -128,11 +129,10 @@ def _levels(setting: Published) -> list[str]:
 
 
 def _arguments(setting: Published) -> str:
-    if setting.also or setting.schedule:
+    if setting.also or setting.schedule or setting.start:  # whose numbers are no round ones
         return f'preset="{setting.name}"'
     more = "" if setting.mode == "residual" else f', mode="{setting.mode}"'
-    more += f", rescale={setting.rescale:g}" if setting.rescale and setting.model != LTX_2 else ""
-    more += f", start={setting.start:g}" if setting.start else ""
+    more += f", rescale={setting.rescale:g}" if setting.rescale else ""
     more += f", stop={setting.stop:g}" if setting.stop != 1 else ""
     return f"layers={list(setting.layers)}, scale={setting.scale}{more}"
 

@@ -1,0 +1,355 @@
+"""Every row of docs/coming-from.md: the other tool's numbers beside ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import guiders
+from diffusers.hooks import LayerSkipConfig
+from diffusers.hooks.layer_skip import _apply_layer_skip_hook
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import stg_hooks as stg
+from tests import stock_pipelines, tiny_models, zoo
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "coming-from.md").read_text(encoding="utf-8")
+close: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
+G = 4.0
+STEPS = 28  # 0.2 of them is no whole number
+SKIP = LayerSkipConfig([1])
+WHOLE = {"skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+
+MODEL: nn.Module = zoo.build("plain").requires_grad_(False)
+X, TEXT = zoo.inputs().values()
+OTHER = zoo.inputs(seed=7)["text"]
+C, U = MODEL(X, TEXT), MODEL(X, OTHER)
+W, WEAK_UNCOND = (zoo.without(MODEL, ["blocks.1"])(X, text) for text in (TEXT, OTHER))
+
+
+def ours(index: int = 5, guidance_scale: float = G, count: int = STEPS, **settings: Any) -> Tensor:
+    """Guide one step as the column on the right says."""
+    guider = stg.Guider(MODEL, **{"layers": [1], **settings}, guidance_scale=guidance_scale)
+    guider.step = stg.Step(index, count)
+    found: Tensor = guider(X, cond={"text": TEXT}, uncond={"text": OTHER})
+    return found
+
+
+def theirs(guider: Any, *predictions: Tensor | None, index: int = 5, count: int = STEPS) -> Tensor:
+    """Combine predictions as a guider of diffusers does in a step; those that it does not ask for are left out."""
+    guider.set_state(index, count, torch.tensor(500))
+    found: Tensor = guider.forward(*predictions).pred
+    return found
+
+
+def slg(**more: Any) -> Any:
+    return guiders.SkipLayerGuidance(
+        **{"guidance_scale": G, "skip_layer_guidance_scale": 2.8, "skip_layer_config": SKIP, **WHOLE, **more}
+    )
+
+
+def from_page(marker: str) -> dict[str, Any]:
+    """Run the snippet of the page that holds a marker."""
+    (code,) = [found for found in re.findall(r"```python\n(.*?)```", PAGE, re.S) if marker in found]
+    names: dict[str, Any] = {"stg": stg, "functools": functools}
+    exec(compile(code.split("\nwith ")[0], "coming-from.md", "exec"), names)
+    return names
+
+
+def window(start: float, stop: float) -> Callable[[stg.Step], Mapping[str, Any]]:
+    found: Callable[[stg.Step], Mapping[str, Any]] = from_page("def window")["window"](start, stop)
+    return found
+
+
+def cfg_window(start: float, stop: float) -> Callable[[stg.Step], Mapping[str, Any]]:
+    found: Callable[[stg.Step], Mapping[str, Any]] = from_page("def cfg_window")["cfg_window"](start, stop)
+    return found
+
+
+# --- diffusers' guiders: scales ---
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_the_scale_of_skip_layer_guidance(rescale: float) -> None:
+    assert_close(ours(scale=2.8, rescale=rescale), theirs(slg(guidance_rescale=rescale), C, U, W), **close)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_without_cfg_its_scale_counts_from_the_weak_prediction(rescale: float) -> None:
+    guider = slg(guidance_scale=1.0, guidance_rescale=rescale)
+    expected = theirs(guider, C, None, W)
+    assert_close(ours(scale=1.8, guidance_scale=1.0, rescale=rescale), expected, **close)
+    assert not torch.allclose(ours(scale=2.8, guidance_scale=1.0, rescale=rescale), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_the_original_formulation() -> None:
+    assert_close(ours(scale=2.8, guidance_scale=G + 1), theirs(slg(use_original_formulation=True), C, U, W), **close)
+    no_cfg = slg(use_original_formulation=True, guidance_scale=0.0)
+    assert_close(ours(scale=2.8, guidance_scale=1.0), theirs(no_cfg, C, None, W), **close)
+
+
+def test_perturbed_attention_guidance() -> None:
+    guider = guiders.PerturbedAttentionGuidance(
+        guidance_scale=G,
+        perturbed_guidance_scale=3.0,
+        perturbed_guidance_layers=[1],
+        perturbed_guidance_start=0.0,
+        perturbed_guidance_stop=1.0,
+    )
+    with stg.skip(MODEL, [1], mode="values"):
+        weak = MODEL(X, TEXT)
+    assert_close(ours(scale=3.0, mode="values"), theirs(guider, C, U, weak), **close)
+    guider.guidance_scale = 1.0
+    assert_close(ours(scale=2.0, mode="values", guidance_scale=1.0), theirs(guider, C, None, weak), **close)
+
+
+# --- diffusers' guiders: windows ---
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+@pytest.mark.parametrize("bounds", [(0.01, 0.2), (0.0, 1.0), (0.25, 0.5), (0.1, 0.1)])
+def test_the_window_of_skip_layer_guidance(bounds: tuple[float, float], rescale: float) -> None:
+    guider = slg(skip_layer_guidance_start=bounds[0], skip_layer_guidance_stop=bounds[1], guidance_rescale=rescale)
+    settings = {"scale": 2.8, "rescale": rescale, "schedule": window(*bounds)}
+    for count in (20, STEPS):
+        for index in range(count):
+            expected = theirs(guider, C, U, W, index=index, count=count)
+            assert_close(ours(index, count=count, **settings), expected, **close)
+
+
+def test_the_window_of_cfg() -> None:
+    guider = guiders.ClassifierFreeGuidance(guidance_scale=G, start=0.1, stop=0.6)
+    for index in range(STEPS):
+        expected = theirs(guider, C, U, index=index)
+        assert_close(ours(index, scale=0.0, schedule=cfg_window(0.1, 0.6)), expected, **close)
+
+
+# --- diffusers' guiders: which layers, and what they do instead ---
+
+
+VALUES = {"skip_attention": False, "skip_attention_scores": True, "skip_ff": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "layers", "mode"),
+    [
+        ("LTXVideoTransformer3DModel", LayerSkipConfig([0]), [0], "residual"),
+        ("WanTransformer3DModel", LayerSkipConfig([1]), [1], "residual"),
+        ("CogVideoXTransformer3DModel", LayerSkipConfig([1]), [1], "residual"),
+        (
+            "HunyuanVideoTransformer3DModel",
+            LayerSkipConfig([0], fqn="single_transformer_blocks"),
+            ["single_transformer_blocks.0"],
+            "residual",
+        ),
+        ("CogView4Transformer2DModel", LayerSkipConfig([1], **VALUES), [1], "values"),
+        ("PixArtTransformer2DModel", LayerSkipConfig([1], **VALUES), [1], "values"),
+        ("QwenImageTransformer2DModel", LayerSkipConfig([1], **VALUES), [1], "values"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_the_layers_of_a_configuration(name: str, config: LayerSkipConfig, layers: list[Any], mode: str) -> None:
+    model, inputs = tiny(name)
+    with stg.skip(model, layers, mode=mode):
+        got = model(**inputs)[0]
+    plain = model(**inputs)[0]
+    _apply_layer_skip_hook(model, config, name="peer")
+    expected = model(**inputs)[0]
+    assert_close(got, expected, **close)
+    assert not torch.allclose(plain, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_raises_in_diffusers() -> None:
+    """The page says which of its options cannot be used there."""
+    model, inputs = tiny("SD3Transformer2DModel")
+    by_number = guiders.SkipLayerGuidance(skip_layer_guidance_layers=[1], **WHOLE)
+    by_number.set_state(5, STEPS, torch.tensor(500))
+    by_number._count_prepared = 2
+    with pytest.raises(TypeError):
+        by_number.prepare_models(model)
+    with pytest.raises(ValueError, match="Cannot set both"):
+        _apply_layer_skip_hook(model, LayerSkipConfig([1], skip_attention_scores=True))
+    for name, error in (("LTXVideoTransformer3DModel", AttributeError), ("SD3Transformer2DModel", ValueError)):
+        with pytest.raises(error, match=r"is_cross_attention|not registered"):
+            _apply_layer_skip_hook(tiny(name)[0], LayerSkipConfig([1], **VALUES))
+    _apply_layer_skip_hook(model, LayerSkipConfig([1]))  # blocks that return text first
+    with pytest.raises(RuntimeError, match="shape"):
+        model(**inputs)
+
+
+def test_smoothed_energy_guidance_of_diffusers_blurs_nothing() -> None:
+    """Its third pass is the plain one, as the page says."""
+    model, inputs = tiny("WanTransformer3DModel")
+    plain = model(**inputs)[0]
+    guider = guiders.SmoothedEnergyGuidance(
+        guidance_scale=G, seg_guidance_config=guiders.smoothed_energy_guidance.SmoothedEnergyGuidanceConfig([1])
+    )
+    guider.set_state(5, STEPS, torch.tensor(500))
+    for _ in range(3):
+        guider.prepare_models(model)
+        assert_close(model(**inputs)[0], plain, rtol=0, atol=0)
+        guider.cleanup_models(model)
+
+
+def test_auto_guidance_skips_in_the_uncond_pass() -> None:
+    guider = guiders.AutoGuidance(guidance_scale=G, auto_guidance_config=SKIP)
+    assert guider._input_predictions == ["pred_cond", "pred_uncond"]
+    guider.set_state(5, STEPS, torch.tensor(500))
+    guider._count_prepared = 1  # the cond pass is over
+    model, inputs = tiny("WanTransformer3DModel")
+    with stg.skip(model, [1]):
+        expected = model(**inputs)[0]
+    guider.prepare_models(model)
+    assert_close(model(**inputs)[0], expected, **close)
+    assert_close(ours(on="uncond"), theirs(guider, C, WEAK_UNCOND), **close)
+
+
+def test_a_smaller_model_as_the_weak_one() -> None:
+    """The paper's formula, arXiv 2406.02507, Eq. 3: w + g (c - w)."""
+    assert_close(stg.combine(C, W, scale=G - 1), W + G * (C - W), **close)
+
+
+def tiny(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    found = tiny_models.MODELS[name]
+    return found.build(name), {**found.inputs(), "return_dict": False}
+
+
+# --- diffusers' guiders: rules ---
+
+
+@pytest.mark.parametrize("zero_init_steps", [0, 1, 3])
+def test_zero_star(zero_init_steps: int) -> None:
+    guider = guiders.ClassifierFreeZeroStarGuidance(guidance_scale=G, zero_init_steps=zero_init_steps)
+    schedule = stg.rules.zero_init(zero_init_steps)
+    for index in range(6):
+        expected = theirs(guider, C, U, index=index)
+        assert bool((expected == 0).all()) is (index < zero_init_steps)
+        assert_close(ours(index, scale=0.0, rule="zero_star", schedule=schedule), expected, **close)
+
+
+def test_its_zeroed_steps_by_default() -> None:
+    assert guiders.ClassifierFreeZeroStarGuidance().zero_init_steps == 1
+
+
+def test_zeroed_steps_need_the_step() -> None:
+    guider = stg.Guider(MODEL, [1], guidance_scale=G, rule="zero_star", schedule=stg.rules.zero_init())
+    with pytest.raises(stg.CallError, match=r"zero_init is about the first steps of a run.*guider\.step = stg\.Step"):
+        guider(X, cond={"text": TEXT}, uncond={"text": OTHER})
+    for bad in (-1, 1.0, True, "1"):
+        with pytest.raises(stg.SettingError, match=r"steps=.*expected a number of steps"):
+            stg.rules.zero_init(bad)  # type: ignore[arg-type]
+
+
+def test_adaptive_projected_guidance() -> None:
+    """Predictions far from each other, so that the threshold of 15 counts."""
+    c, u = 9 * C, 9 * U
+    for own, rule in (
+        ({}, from_page("norm=15.0")["rule"]),
+        ({"eta": 0.0, "adaptive_projected_guidance_rescale": 0.0}, "apg"),
+    ):
+        expected = theirs(guiders.AdaptiveProjectedGuidance(guidance_scale=G, **own), c, u)
+        assert_close(stg.combine(c, [], u, scale=[], guidance_scale=G, rule=rule), expected, **close)
+
+
+def test_its_momentum() -> None:
+    guider = guiders.AdaptiveProjectedGuidance(guidance_scale=G, adaptive_projected_guidance_momentum=-0.5)
+    rule = stg.rules.AveragedApg(-0.5, eta=1.0, norm=15.0)
+    for index in range(4):
+        c, u = (1 + index) * C, U
+        guider.set_state(index, 4, torch.tensor(500))
+        guider.prepare_inputs({"x": (c, u)})  # which starts its average
+        expected = guider.forward(c, u).pred
+        got = rule.at(stg.Step(index, 4), 0)(c, u, [], G)
+        assert_close(got, expected, **close)
+
+
+# --- options of stock pipelines ---
+
+
+def sd3(**call: Any) -> Tensor:
+    stock = stock_pipelines.STOCK["StableDiffusion3Pipeline"]
+    pipe = dataclasses.replace(stock, config={**stock.config, "num_layers": 4}).build()
+    whole = stock.call() | {"num_inference_steps": 10, "guidance_scale": G}
+    session = call.pop("session", None)
+    if session is None:
+        return stock_pipelines.run(pipe, whole | call)
+    with stg.apply(pipe, **session):
+        return stock_pipelines.run(pipe, whole)
+
+
+@pytest.mark.parametrize("bounds", [(0.01, 0.2), (0.2, 0.5), (0.25, 0.55)])
+def test_the_layers_that_stable_diffusion_3_skips_itself(bounds: tuple[float, float]) -> None:
+    start, stop = bounds
+    expected = sd3(skip_guidance_layers=[1, 2], skip_layer_guidance_start=start, skip_layer_guidance_stop=stop)
+    inside = from_page("def pipeline_window")["pipeline_window"](start, stop)
+    got = sd3(session={"layers": [1, 2], "scale": 2.8, "schedule": inside})
+    assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(got, sd3(), rtol=1e-2, atol=1e-2)
+
+
+def test_the_guidance_of_ltx_2() -> None:
+    stock = stock_pipelines.STOCK["LTX2Pipeline"]
+    pipe = stock.build()
+    off = stock.call() | {"guidance_rescale": 0.0, "modality_scale": 1.0, "audio_modality_scale": 1.0}
+    own = {"stg_scale": 1.0, "audio_stg_scale": 1.0, "spatio_temporal_guidance_blocks": [2]}
+    expected = stock_pipelines.run(pipe, off | own)
+    with stg.apply(pipe, layers=[2], mode="values", scale=1.0):
+        got = stock_pipelines.run(pipe, off | {"stg_scale": 0.0, "audio_stg_scale": 0.0})
+    assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(stock_pipelines.run(pipe, off), expected, rtol=1e-3, atol=1e-3)
+
+
+# --- STGuidance, commit df04da0, Mochi/pipeline_stg_mochi.py ---
+
+
+@pytest.mark.parametrize("do_rescaling", [False, True])
+def test_the_formula_of_stguidance(do_rescaling: bool) -> None:
+    for row in range(len(C)):  # one video, as they run it: their standard deviation is that of the whole batch
+        c, u, w = (t[row : row + 1] for t in (C, U, W))
+        expected = u + 4.5 * (c - u) + 1.5 * (c - w)
+        if do_rescaling:
+            expected = expected * (0.7 * c.std() / expected.std() + 1 - 0.7)
+        got = stg.combine(c, w, u, scale=1.5, guidance_scale=4.5, rescale=0.7 * do_rescaling)
+        assert_close(got, expected, **close)
+
+
+# --- ComfyUI, commit 0c853f3, comfy_extras/nodes_slg.py; it combines predictions of the clean sample ---
+
+
+@pytest.mark.parametrize("sigma", [0.95, 0.6, 0.59, 0.8, 0.96])
+def test_the_nodes_of_comfyui(sigma: float) -> None:
+    x = X
+    clean_c, clean_u, clean_w = (x - sigma * v for v in (C, U, W))
+    clean = clean_u + G * (clean_c - clean_u)
+    if 0.6 <= sigma <= 0.95:  # both ends included
+        clean = clean + 3.0 * (clean_c - clean_w)
+    guider = stg.Guider(MODEL, [1], 3.0, guidance_scale=G, sigma_range=(0.6, 0.95))
+    guider.step = stg.Step(sigma=sigma)
+    velocity = guider(x, cond={"text": TEXT}, uncond={"text": OTHER})
+    assert_close(x - sigma * velocity, clean, **close)
+
+
+def test_the_rescale_of_comfyui_is_about_clean_samples() -> None:
+    x, sigma = X[:1], 0.8
+    c, u, w = (x - sigma * v[:1] for v in (C, U, W))
+    clean = u + G * (c - u) + 3.0 * (c - w)
+    clean = clean * (0.5 * c.std() / clean.std() + 1 - 0.5)
+    assert_close(stg.combine(c, w, u, scale=3.0, guidance_scale=G, rescale=0.5), clean, **close)
+    velocity = stg.combine(*(v[:1] for v in (C, W, U)), scale=3.0, guidance_scale=G, rescale=0.5)
+    assert not torch.allclose(x - sigma * velocity, clean, rtol=1e-2, atol=1e-2)
+
+
+# --- the page ---
+
+
+def test_the_numbers_of_the_page_are_those_run_here() -> None:
+    """A row that is new, or that changed, wants a look at its test."""
+    rows = re.findall(r"^\| (?!there|---|node)(.*) \|$", PAGE, re.M)
+    assert len(rows) == len(set(rows)) == 41
