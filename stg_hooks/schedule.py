@@ -328,8 +328,8 @@ def plan_from(
             scale = mode = kind = None
         if on == "uncond":  # what is published is for a term that is added
             branches = [dataclasses.replace(branches[0], scale=1.0)]
-        elif rescale is None and not all(is_number(branch.scale, 0) for branch in branches):
-            rescale = published.rescale
+        elif not all(is_number(branch.scale, 0) for branch in branches):
+            rescale = published.rescale if rescale is None else rescale
             rule = published.rule if rule == "cfg" else rule
     found, factor = branches_from(layers, scale, mode, kind, rescale, branches)
     base = Settings(tuple(found), factor, rule=rule)
