@@ -22,7 +22,7 @@ from stg_hooks.compiled import eagerly
 from stg_hooks.inspection import bound_arguments
 from stg_hooks.layers import find_layers
 from stg_hooks.patching import Action, now, patched, set_aside
-from stg_hooks.provenance import sounds_like_text
+from stg_hooks.provenance import named_tensors, sounds_like_text
 from stg_hooks.streams import Streams
 
 
@@ -117,8 +117,8 @@ class Looks:
         found: dict[str, Tensor] = {}
 
         def reached(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            given = bound_arguments(module, args, kwargs)
-            found.update({name: leaf.clone() for name, leaf in given.items() if is_stream(leaf)})
+            given = named_tensors(bound_arguments(module, args, kwargs))
+            found.update({name: leaf.clone() for name, leaf in given if is_stream(leaf)})
             raise _ReachedError
 
         with ExitStack() as stack:

@@ -258,13 +258,16 @@ class Alone(nn.Module):
         return x + self.attn(x, x)
 
 
-def test_what_cannot_be_found_is_told() -> None:
+def test_what_cannot_be_found_is_refused_where_it_counts() -> None:
     torch.manual_seed(0)
     model, inputs = Joined(most=2).eval(), zoo.inputs()
     model.blocks = nn.ModuleList([Alone(), Alone()]).eval()
     inputs["text"] = torch.randn(2, 3, zoo.DIM)
-    told = pytest.warns(stg.StgWarning, match="cannot be found out which tokens are which.*called too often")
-    with told, stg.skip(model, 1, "attention"):
+    refused = pytest.raises(stg.BlockError, match="cannot be found out which tokens are which.*called too often")
+    with refused, stg.skip(model, 1, "attention"):
+        model(**inputs)
+    model.calls = 0
+    with stg.skip(model, 1, "values"):  # which the error names
         model(**inputs)
 
 
