@@ -164,7 +164,7 @@ _JOINS = (torch.cat, torch.concat, torch.concatenate, torch.hstack)
 
 
 def named_tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Name each tensor among arguments, those in lists and dictionaries after their places: `args[0]`, `streams['x']`."""
+    """Name each tensor among arguments; those in lists and dictionaries by their places, as `args[0]`."""
     for name, value in arguments.items():
         for path, leaf in pytree.tree_flatten_with_path(value)[0]:
             if isinstance(leaf, Tensor):

@@ -64,7 +64,9 @@ class Remembers(Attention):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         self.seen.append(float(x.mean()))
-        return F.dropout(self.branch(x), 0.5)
+        x = self.branch(x)
+        F.dropout(x, 0.5, inplace=True)
+        return x
 
 
 class PreNorm(nn.Module):
@@ -228,3 +230,25 @@ def test_every_execution_bypasses_a_branch(execution: str) -> None:
     with stg.apply(model, [1], 2.0, execution=execution):
         for _ in range(2):
             torch.testing.assert_close(model(given), cond + 2 * (cond - weak), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_branch_in_a_compiled_model_adds_nothing() -> None:
+    torch.compiler.reset()
+    model, given = Model(STEPS["adds"], Attention), x()
+    expected = model(given, without=1)
+    model.compile(backend="eager")
+    with stg.skip(model, [1]):
+        for _ in range(2):
+            torch.testing.assert_close(model(given), expected)
+
+
+def test_a_compiled_branch_adds_nothing() -> None:
+    torch.compiler.reset()
+    model, given = Model(STEPS["adds"], Attention), x()
+    expected = model(given, without=1)
+    for attn in model.attns:
+        attn.compile(backend="eager")
+    with stg.skip(model, [1]):
+        for _ in range(2):
+            torch.testing.assert_close(model(given), expected)
