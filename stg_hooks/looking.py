@@ -150,7 +150,15 @@ def latents_among(given: list[tuple[str, Tensor]]) -> list[Tensor]:
     if not candidates:
         return []
     main, first = candidates[0]
-    return [leaf for name, leaf in candidates if leaf.ndim == first.ndim and (name == main or "embed" not in name)]
+    candidates = [(name, leaf) for name, leaf in candidates if name == main or "embed" not in name]
+    return [leaf for name, leaf in candidates if _has_form(name, leaf, first)]
+
+
+def _has_form(name: str, leaf: Tensor, latents: Tensor) -> bool:
+    """Tell whether a tensor comes in the form of latents: tokens have as many channels, but for sound beside video."""
+    if leaf.ndim != latents.ndim:
+        return False
+    return leaf.ndim != 3 or leaf.shape[-1] == latents.shape[-1] or "audio" in name
 
 
 def _layout(name: str, leaf: Tensor) -> tuple[object, ...]:

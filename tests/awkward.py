@@ -468,6 +468,17 @@ class NamelessJoint(nn.Module):
         return self.out(both[1])
 
 
+class NamelessText(NamelessJoint):
+    """Has no name for its text either, whose channels are not those of its latents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_y = nn.Linear(2 * zoo.DIM, zoo.DIM)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x, self.embed_y(y))
+
+
 class ListedJointBlock(NamelessJointBlock):
     """The same, with its streams in one list."""
 

@@ -250,6 +250,16 @@ def test_text_is_found_where_streams_have_no_names(mode: str, in_list: bool, cou
             assert_close_in_std(model(**inputs), expected, 2e-5)
 
 
+def test_text_is_found_by_its_channels_where_the_model_has_no_name_for_it() -> None:
+    torch.manual_seed(0)
+    model = awkward.NamelessText().eval()
+    inputs = {"x": torch.randn(2, 5, zoo.DIM), "y": torch.randn(2, 3, 2 * zoo.DIM)}
+    is_text = torch.tensor([True] * 3 + [False] * 5)[None]
+    (expected,) = with_text(model, "blocks.1", is_text, "attention", lambda: model(**inputs))
+    with stg.skip(model, [1], "attention"):
+        assert_close_in_std(model(**inputs), expected, 2e-5)
+
+
 def test_text_is_found_where_an_adapter_says_that_a_block_is_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr("stg_hooks.adapters.ATTENTION", {"NamelessJointBlock"})
