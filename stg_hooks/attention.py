@@ -17,14 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from stg_hooks.attention_calls import AttentionCall, HandMade, MultiHead, ScaledDotProduct
 from stg_hooks.compiled import is_compiled
 from stg_hooks.errors import BlockError, StgError
 from stg_hooks.hosts import plain_attention
 from stg_hooks.inspection import bound_arguments, signature_text
+from stg_hooks.layers import attention_modules
 from stg_hooks.patching import Action, Patch, patched, pushed
 from stg_hooks.provenance import NOTHING, Provenance, Runs
+from stg_hooks.streams import copied
 from stg_hooks.text_tokens import TextTokens
 
 Change = Callable[[AttentionCall], Any]
@@ -59,6 +62,8 @@ class AttentionSeam:
         self._targets = targets
         self._opaque = [module for module in layer.modules() if _is_opaque(module)]
         self._patches: dict[int, Patch] = {}
+        self._computes_itself: bool | None = None
+        """Whether the layer computes attention itself, with what its attention modules hold, and does not call them."""
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -95,6 +100,9 @@ class AttentionSeam:
         mode = _Interception(change)
         known = self._text.given_to(self._layer, args, kwargs) if self._text else NOTHING
         targets = self._choose(self._targets)
+        if self._computes_itself:
+            targets = [(type(self._layer).__name__, self._layer)]
+        before = copied(args, kwargs) if self._computes_itself is None else None
         inner = [(name, module) for name, module in targets if module is not self._layer]
         whole = [name for name, module in targets if module is self._layer]
         patches = [self._patches[id(module)] for module in (*(module for _, module in inner), *self._opaque)]
@@ -105,10 +113,20 @@ class AttentionSeam:
             else:
                 with mode.provenance.call(bound_arguments(self._layer, args, kwargs), known):
                     output = forward(*args, **kwargs)
+        if before is not None:
+            self._computes_itself = not mode.replaced and mode.outside > 0 and self._are_all(targets)
+            if self._computes_itself:
+                _write_back(before, (args, kwargs))
+                return self._run(change, forward, args, kwargs)
         missed = [(name, module) for name, module in targets if name in self._named and name not in mode.perturbed]
         if missed or not mode.replaced:
             raise BlockError(self._explain(mode, missed or self._targets))
         return output
+
+    def _are_all(self, targets: Sequence[tuple[str, nn.Module]]) -> bool:
+        """Tell whether these are all attention modules inside the layer, none of them asked for by name."""
+        is_named = any(name in self._named for name, _ in targets)
+        return not is_named and len(targets) == len(attention_modules(self._layer))
 
     def _explain(self, mode: _Interception, targets: Sequence[tuple[str, nn.Module]]) -> str:
         kind = type(self._layer).__name__
@@ -131,6 +149,7 @@ class _Interception(TorchFunctionMode):
         self.provenance = Provenance()
         self.replaced = 0
         self.crossed = 0
+        self.outside = 0  # computed by the layer itself, outside its attention modules
         self.perturbed: set[str] = set()
         self._change = change
         self._inside: tuple[str, nn.Module] | None = None
@@ -184,6 +203,7 @@ class _Interception(TorchFunctionMode):
         elif self._inside is not None and func in _SOFTMAX:
             output = self.softmax(func, args, kwargs)
         else:
+            self.outside += func in _SEAMS or (func in _SOFTMAX and self._is_of_product(args[0]))
             output = func(*args, **kwargs)
         self.provenance.follow(func, args, kwargs, output)
         return output
@@ -228,6 +248,10 @@ class _Interception(TorchFunctionMode):
         self.replaced += 1
         runs = self._common(self._runs(logits, logits.shape[-1]))
         return self._change(HandMade(runs, self._inputs(), logits, lambda new: function(new, *args[1:], **kwargs)))
+
+    def _is_of_product(self, logits: Tensor) -> bool:
+        label = self.provenance.label(logits)
+        return label is not None and label.product is not None
 
     def _error(self, what: str) -> BlockError:
         name, module = self._inside or ("", None)
@@ -285,6 +309,14 @@ class _Interception(TorchFunctionMode):
     def _inputs(self) -> tuple[Tensor, ...]:
         given, main = self.provenance.arguments, self.provenance.main
         return tuple(given[name] for name in sorted(given, key=lambda name: name != main))
+
+
+def _write_back(copies: Any, originals: Any) -> None:
+    """Undo what a layer has written into its arguments."""
+    with torch.no_grad():
+        for copy, original in zip(pytree.tree_leaves(copies), pytree.tree_leaves(originals), strict=True):
+            if isinstance(original, Tensor) and not torch.equal(copy, original):
+                original.copy_(copy)
 
 
 def _is_opaque(module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from stg_hooks.compiled import eagerly
 from stg_hooks.inspection import bound_arguments
 from stg_hooks.layers import find_layers
 from stg_hooks.patching import Action, now, patched, set_aside
-from stg_hooks.provenance import sounds_like_text
+from stg_hooks.provenance import named_tensors, sounds_like_text
 from stg_hooks.streams import Streams
 
 
@@ -117,8 +117,8 @@ class Looks:
         found: dict[str, Tensor] = {}
 
         def reached(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            given = bound_arguments(module, args, kwargs)
-            found.update({name: leaf.clone() for name, leaf in given.items() if is_stream(leaf)})
+            given = named_tensors(bound_arguments(module, args, kwargs))
+            found.update({name: leaf.clone() for name, leaf in given if is_stream(leaf)})
             raise _ReachedError
 
         with ExitStack() as stack:
@@ -150,7 +150,15 @@ def latents_among(given: list[tuple[str, Tensor]]) -> list[Tensor]:
     if not candidates:
         return []
     main, first = candidates[0]
-    return [leaf for name, leaf in candidates if leaf.ndim == first.ndim and (name == main or "embed" not in name)]
+    candidates = [(name, leaf) for name, leaf in candidates if name == main or "embed" not in name]
+    return [leaf for name, leaf in candidates if _has_form(name, leaf, first)]
+
+
+def _has_form(name: str, leaf: Tensor, latents: Tensor) -> bool:
+    """Tell whether a tensor comes in the form of latents: tokens have as many channels, but for sound beside video."""
+    if leaf.ndim != latents.ndim:
+        return False
+    return leaf.ndim != 3 or leaf.shape[-1] == latents.shape[-1] or "audio" in name
 
 
 def _layout(name: str, leaf: Tensor) -> tuple[object, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.attention import AttentionSeam, Change
+from stg_hooks.branches import bypassed
 from stg_hooks.errors import BlockError, named
 from stg_hooks.feed_forward import FeedForwards
 from stg_hooks.inspection import bound_arguments
@@ -53,11 +54,14 @@ def residual(call: LayerCall) -> Any:
         call: the call of the block; it is not computed, except once where its source does not tell what it returns.
 
     Returns:
-        The block's inputs, in the structure of its output.
+        The block's inputs, in the structure of its output; zeros for a branch, to which the model itself adds them.
 
     Source: STG, arXiv 2411.18664, Eq. 15.
     """
-    return call.streams.handed_through(call.forward, call.args, call.kwargs)
+    through = call.streams.handed_through(call.forward, call.args, call.kwargs)
+    if not call.streams.may_be_branch:
+        return through
+    return bypassed(call.layer, call.args, call.kwargs, through, call.memory)
 
 
 def attention(call: LayerCall) -> Any:

@@ -80,17 +80,15 @@ class Provenance:
         before: list[Label] = []
         others: list[str] = []  # what is known not to come from what is denoised
         try:
-            for name, value in arguments.items():
-                for leaf in pytree.tree_leaves(value):
-                    if isinstance(leaf, Tensor):
-                        label = _find(outer, leaf)
-                        before += [] if label is None else [label]
-                        if _carries_tokens(name, leaf) and not any(leaf is a for a in self.arguments.values()):
-                            self.arguments.setdefault(name, leaf)
-                            runs = label.runs if label else known.get(name, ())
-                            is_other = label is not None and outer_main not in (None, *label.sources)
-                            others += [name] if is_other or is_text_only(runs) else []
-                            self._set(leaf, Label(frozenset([name]), () if is_text_only(runs) else runs))
+            for name, leaf in named_tensors(arguments):
+                label = _find(outer, leaf)
+                before += [] if label is None else [label]
+                if _carries_tokens(name, leaf) and not any(leaf is a for a in self.arguments.values()):
+                    self.arguments.setdefault(name, leaf)
+                    runs = label.runs if label else known.get(name, ())
+                    is_other = label is not None and outer_main not in (None, *label.sources)
+                    others += [name] if is_other or is_text_only(runs) else []
+                    self._set(leaf, Label(frozenset([name]), () if is_text_only(runs) else runs))
             self.main = _main([*self.arguments], others)
             yield output
             inner = [
@@ -163,6 +161,14 @@ _PRODUCTS = (
     Tensor.baddbmm,
 )
 _JOINS = (torch.cat, torch.concat, torch.concatenate, torch.hstack)
+
+
+def named_tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Name each tensor among arguments; those in lists and dictionaries by their places, as `args[0]`."""
+    for name, value in arguments.items():
+        for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+            if isinstance(leaf, Tensor):
+                yield f"{name}{pytree.keystr(path)}", leaf
 
 
 def _find(labels: dict[int, tuple[weakref.ref[Tensor], Label]], tensor: Tensor) -> Label | None:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import BlockError
 from stg_hooks.facts import stated
+from stg_hooks.feed_forward import feed_forwards
 from stg_hooks.inspection import (
     bound_arguments,
     class_forward,
@@ -21,6 +22,7 @@ from stg_hooks.inspection import (
     signature_of,
     signature_text,
 )
+from stg_hooks.layers import attention_modules, is_attention
 
 # A block adds to its stream, so its output resembles what it was given: by the cosine between them, over all elements.
 _MARGIN = 0.1  # by which the input chosen must resemble it more than any other of the same shape
@@ -58,6 +60,8 @@ class Streams:
         self._stated: tuple[str, ...] | None = next(iter(stated("STREAMS", block)), None)
         self._names = return_names(class_forward(block)) if self._stated is None else None
         self._learned: list[_Learned] = []
+        self.may_be_branch = is_attention(block) or bool(attention_modules(block) and not feed_forwards(block))
+        """Whether its output may not contain its input: attention, and what holds it without a feed-forward network."""
 
     def handed_through(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Build what the block would return if every stream left it as it entered.

@@ -7,16 +7,15 @@ block is given with other latents: tokens that stay the same are not video.
 from __future__ import annotations
 
 import itertools
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stg_hooks.errors import StgWarning
+from stg_hooks.errors import BlockError
 from stg_hooks.inspection import bound_arguments
 from stg_hooks.looking import Looks, is_stream, latents_among, may_carry_tokens
-from stg_hooks.provenance import Runs, is_text_only, sounds_like_text
+from stg_hooks.provenance import Runs, is_text_only, named_tensors, sounds_like_text
 
 
 class TextTokens:
@@ -43,7 +42,7 @@ class TextTokens:
             Name of an argument to the runs of its tokens, where there is text in it. For rows that hold text in
             different places, the kind of a run is a tuple with an entry per row.
         """
-        given = {name: leaf for name, leaf in bound_arguments(block, args, kwargs).items() if isinstance(leaf, Tensor)}
+        given = dict(named_tensors(bound_arguments(block, args, kwargs)))
         main = next((leaf for name, leaf in given.items() if not sounds_like_text(name)), None)
         if not is_stream(main):
             return {}
@@ -68,14 +67,11 @@ class TextTokens:
             runs = {name: _runs(*pair) for name, pair in pairs.items() if pair[0].shape == pair[1].shape}
         except Exception as error:  # whatever goes wrong in a call that nobody has asked for
             model = type(self._looks.model).__name__
-            warnings.warn(
+            raise BlockError(
                 f"{model} may put text and video together before {type(block).__name__}, and it cannot be found out "
-                f"which tokens are which ({type(error).__name__}: {error}). The attention mode treats them all as "
-                "video there. mode='values' does so by definition.",
-                StgWarning,
-                stacklevel=2,
-            )
-            return {}
+                f"which tokens are which ({type(error).__name__}: {error}), which this mode has to know. Use "
+                "mode='values', which treats them all alike, or mode='residual'."
+            ) from error
         if all(map(is_text_only, runs.values())):  # a block that is given no latents
             return {}
         return {name: found for name, found in runs.items() if found}

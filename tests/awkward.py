@@ -415,6 +415,77 @@ class Conditioned(DiT):
         return self.out(x) * text.mean((1, 2), keepdim=True)
 
 
+class JointPart(nn.Module):
+    """The half of a joint block that one stream has: its attention holds projections, and is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.mlp = nn.Module(), nn.Linear(zoo.DIM, zoo.DIM)
+        self.attn.qkv = nn.Linear(zoo.DIM, 3 * zoo.DIM)
+        self.attn.proj = nn.Linear(zoo.DIM, zoo.DIM)
+
+    def before(self, x: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        qkv: Tensor = self.attn.qkv(F.layer_norm(x, x.shape[-1:]) * (1 + c[:, None]))
+        return qkv.unflatten(-1, (3, 2, -1)).transpose(1, 3).unbind(2)
+
+    def after(self, x: Tensor, attended: Tensor, c: Tensor) -> Tensor:
+        x = x + c[:, None] * self.attn.proj(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp(F.layer_norm(x, x.shape[-1:]))
+
+
+def mix_streams(context: Tensor, x: Tensor, text: JointPart, video: JointPart, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Let text and video attend to both, text first."""
+    pairs = zip(text.before(context, c), video.before(x, c), strict=True)
+    attended = F.scaled_dot_product_attention(*(torch.cat(pair, dim=-2) for pair in pairs))
+    length = context.shape[1]
+    return text.after(context, attended[..., :length, :], c), video.after(x, attended[..., length:, :], c)
+
+
+class NamelessJointBlock(nn.Module):
+    """Has no names for its streams, and attention in a function, as `JointBlock` in SD3.5's own repository."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.video = JointPart(), JointPart()
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return mix_streams(*args, text=self.text, video=self.video, **kwargs)
+
+
+class NamelessJoint(nn.Module):
+    """Gives its blocks the text first, without names. Kept in a list where `in_list`."""
+
+    def __init__(self, in_list: bool = False) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(zoo.DIM, zoo.DIM), nn.Linear(zoo.DIM, zoo.DIM)
+        self.blocks = nn.ModuleList((ListedJointBlock if in_list else NamelessJointBlock)() for _ in range(3))
+        self.in_list = in_list
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        both, c = (text, self.embed(x)), x.mean(1)
+        for block in self.blocks:
+            both = block(list(both), c=c) if self.in_list else block(*both, c=c)
+        return self.out(both[1])
+
+
+class NamelessText(NamelessJoint):
+    """Has no name for its text either, whose channels are not those of its latents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_y = nn.Linear(2 * zoo.DIM, zoo.DIM)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x, self.embed_y(y))
+
+
+class ListedJointBlock(NamelessJointBlock):
+    """The same, with its streams in one list."""
+
+    def forward(self, streams: list[Tensor], c: Tensor) -> list[Tensor]:
+        return [*mix_streams(*streams, text=self.text, video=self.video, c=c)]
+
+
 _INPLACE_ROOTS: dict[str, Callable[[], nn.Module]] = {
     "in_place": lambda: DiT(InPlaceBlock),
     "in_place_old_reference": lambda: OldReference(InPlaceBlock),

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import stg_hooks as stg
 from stg_hooks.provenance import sounds_like_text
-from tests import zoo
+from tests import awkward, zoo
 from tests.test_coverage import tensors
 from tests.test_modes import assert_close_in_std
 from tests.tiny_models import MODELS
@@ -232,6 +232,53 @@ def test_streams_whose_names_do_not_tell(block: type[JointBlock], text_first: bo
             assert_close_in_std(model(**inputs), expected, 2e-5)
 
 
+@pytest.mark.parametrize("count", [3, 5])  # of tokens of text; there are as many of video as five
+@pytest.mark.parametrize("in_list", [False, True])
+@pytest.mark.parametrize("mode", ["attention", "smoothed"])
+def test_text_is_found_where_streams_have_no_names(mode: str, in_list: bool, count: int) -> None:
+    torch.manual_seed(0)
+    model = awkward.NamelessJoint(in_list).eval()
+    inputs = {"x": torch.randn(2, 5, zoo.DIM), "text": torch.randn(2, count, zoo.DIM)}
+    is_text = torch.tensor([True] * count + [False] * 5)[None]
+    plain = model(**inputs)
+    (expected,) = with_text(model, "blocks.1", is_text, mode, lambda: model(**inputs))
+    (as_video,) = with_text(model, "blocks.1", torch.zeros_like(is_text), mode, lambda: model(**inputs))
+    assert (expected - plain).abs().max() > 1e-3 * plain.std()
+    assert (expected - as_video).abs().max() > 1e-3 * plain.std()
+    with stg.skip(model, [1], mode):
+        for _ in range(2):
+            assert_close_in_std(model(**inputs), expected, 2e-5)
+
+
+def test_text_is_found_by_its_channels_where_the_model_has_no_name_for_it() -> None:
+    torch.manual_seed(0)
+    model = awkward.NamelessText().eval()
+    inputs = {"x": torch.randn(2, 5, zoo.DIM), "y": torch.randn(2, 3, 2 * zoo.DIM)}
+    is_text = torch.tensor([True] * 3 + [False] * 5)[None]
+    (expected,) = with_text(model, "blocks.1", is_text, "attention", lambda: model(**inputs))
+    with stg.skip(model, [1], "attention"):
+        assert_close_in_std(model(**inputs), expected, 2e-5)
+
+
+def test_text_is_found_where_an_adapter_says_that_a_block_is_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr("stg_hooks.adapters.ATTENTION", {"NamelessJointBlock"})
+    model = awkward.NamelessJoint().eval()
+    inputs = {"x": torch.randn(2, 5, zoo.DIM), "text": torch.randn(2, 3, zoo.DIM)}
+    is_text = torch.tensor([True] * 3 + [False] * 5)[None]
+    (expected,) = with_text(model, "blocks.1", is_text, "attention", lambda: model(**inputs))
+    with stg.skip(model, [1], "attention"):
+        assert_close_in_std(model(**inputs), expected, 2e-5)
+
+
+def test_attention_that_was_asked_for_by_name_has_to_be_called() -> None:
+    model = awkward.NamelessJoint().eval()
+    inputs = {"x": torch.randn(2, 5, zoo.DIM), "text": torch.randn(2, 3, zoo.DIM)}
+    refused = pytest.raises(stg.BlockError, match="did not call its attention")
+    with refused, stg.skip(model, ["blocks.1.video.attn"], "attention"):
+        model(**inputs)
+
+
 class Joined(zoo.DiT):
     """Puts text and video together before its blocks, in calls that it counts."""
 
@@ -258,13 +305,16 @@ class Alone(nn.Module):
         return x + self.attn(x, x)
 
 
-def test_what_cannot_be_found_is_told() -> None:
+def test_what_cannot_be_found_is_refused_where_it_counts() -> None:
     torch.manual_seed(0)
     model, inputs = Joined(most=2).eval(), zoo.inputs()
     model.blocks = nn.ModuleList([Alone(), Alone()]).eval()
     inputs["text"] = torch.randn(2, 3, zoo.DIM)
-    told = pytest.warns(stg.StgWarning, match="cannot be found out which tokens are which.*called too often")
-    with told, stg.skip(model, 1, "attention"):
+    refused = pytest.raises(stg.BlockError, match=r"cannot be found out which tokens are which.*called too often")
+    with refused, stg.skip(model, 1, "attention"):
+        model(**inputs)
+    model.calls = 0
+    with stg.skip(model, 1, "values"):  # which the error names
         model(**inputs)
 
 
