@@ -77,6 +77,10 @@ class PipelineHost:
         """Return the modules that denoise, in the order in which the pipeline uses them."""
         return dict(self._denoisers)
 
+    def is_calling(self) -> bool:
+        """Tell whether this very pipeline makes the call that is being made, in whatever thread."""
+        return self._frame() is not None
+
     def role(self) -> Role | None:
         """Say what the call that is being made is for."""
         frame = self._frame()

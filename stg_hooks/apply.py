@@ -65,6 +65,7 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         execution: str = "auto",
         group: ProcessGroup | None = None,
         timeout: float = 300.0,
+        scope: str = "context",
         strict: bool = False,
     ) -> None:
         """Choose what to guide and how; nothing is touched before the `with`.
@@ -107,6 +108,9 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
                 processes (FSDP, tensor or context parallelism) is refused. Gradients do not pass.
             timeout: seconds that a process waits for the others before it is an error on all of them. On GPUs, NCCL's
                 own timeout holds for predictions that are on their way.
+            scope: where the `with` is in force: in the thread or asyncio task that enters it and the tasks that this one
+                starts (`"context"`), or in every thread and task of the process while it is open (`"process"`), as a
+                server needs it that enters once and answers in worker threads.
             strict: raise where there would be a warning that nothing, or less than asked for, was guided: in the first
                 call in which a skip changes nothing (this waits for the GPU once), or at the end of the `with`.
 
@@ -119,6 +123,7 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         Source: STG, arXiv 2411.18664, Eq. 13 and 20, Alg. 4.
         """
         check_on(on, scale)
+        self._scope = activation.check_scope(scope)
         host = _find_host(target, batched_cfg, guidance_scale)
         denoisers = host.denoisers()
         plan = plan_from(
@@ -156,7 +161,7 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         if self._session.ranks is not None:
             for model in self._session.models:
                 check_own_copy(model, self._session.ranks)
-        self._entered: list[ExitStack] = []
+        self._entered: list[tuple[activation.Entry, ExitStack]] = []
         self._before = Stats()  # when the first of those that are inside entered
 
     @property
@@ -207,12 +212,13 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
                 self._session.ranks.enter(model)
         if not self._entered:
             self._before, self.plan.asked = dataclasses.replace(self.stats), Asked()
+            self._session.calls_elsewhere = 0
         with ExitStack() as stack:
             for guide in self._guides:
                 stack.enter_context(guide.installed())
-            activation.enter(self._session)
-            stack.callback(activation.leave, self._session)
-            self._entered.append(stack.pop_all())
+            entry = activation.enter(self._session, self._scope)
+            stack.callback(activation.leave, entry)
+            self._entered.append((entry, stack.pop_all()))
         return self
 
     def __exit__(
@@ -229,7 +235,11 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
             raise CallError(
                 "stg.apply was left without having been entered. Write: with stg.apply(pipe, layers=[...]):"
             )
-        self._entered.pop().close()
+        # Several threads may have entered this object: leave what was entered here.
+        here = [one for one in self._entered if activation.is_here(one[0])]
+        entry, stack = one = (here or self._entered)[-1]
+        self._entered.remove(one)
+        stack.close()
         session = self._session
         if session.ranks is not None:
             session.ranks.leave(error)
@@ -248,6 +258,9 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
                 nothing = self._why_nothing(calls)
                 if nothing:
                     self._complain(f"stg.apply() guided nothing: {nothing}")
+            elif session.calls_elsewhere and not here and isinstance(session.host, ModuleHost):
+                # What is left elsewhere than it was entered, as a generator that threads take turns with, ran there.
+                self._complain(f"stg.apply() did not guide {self._elsewhere()}")
         finally:
             if not self._entered:
                 session.watch.forget()
@@ -257,6 +270,9 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         plan, asked, name = self.plan, self.plan.asked, self._session.host.name
         if plan.is_off:
             return ""
+        if not calls and self._session.calls_elsewhere:
+            is_told = not isinstance(self._session.host, ModuleHost) and not self._session.watch.strict
+            return "" if is_told else f"it did not guide {self._elsewhere()}"
         if plan.is_constant:
             seen = f"its denoiser was called {calls} times, but none of the calls was to be guided"
             return (
@@ -269,6 +285,12 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         return (
             f"{name} made a whole run, of which no step was to be guided, by what start=, stop=, sigma_range=, scale= "
             f"or schedule= says.{levels}"
+        )
+
+    def _elsewhere(self) -> str:
+        return (
+            f"{self._session.calls_elsewhere} calls that {self._session.host.name} got in other threads, tasks or "
+            f"contexts than the one that entered the `with`. {activation.ENTER_THERE}"
         )
 
     def _complain(self, text: str) -> None:

@@ -62,6 +62,9 @@ class Host(Protocol):
     def denoisers(self) -> dict[str, nn.Module]:
         """Return the modules to guide, by the names that the target has for them."""
 
+    def is_calling(self) -> bool | None:
+        """Tell whether the call that is being made is the target's own; `None` where anyone may make such calls."""
+
     def role(self) -> Role | None:
         """Say what the call that is being made is for; `None` if it is not the target's, or none to guide."""
 
@@ -107,6 +110,9 @@ class ModuleHost:
     def denoisers(self) -> dict[str, nn.Module]:
         """Return the module under an empty name."""
         return {"": self._module}
+
+    def is_calling(self) -> None:
+        """Leave it open: other threads may use the plain module."""
 
     def role(self) -> Role:
         """Return the same role for every call."""
