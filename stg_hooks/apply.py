@@ -210,10 +210,12 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         if self._session.ranks is not None:
             for model in self._session.models:
                 self._session.ranks.enter(model)
+        self._session.host.check_same()
         if not self._entered:
             self._before, self.plan.asked = dataclasses.replace(self.stats), Asked()
             self._session.calls_elsewhere = 0
         with ExitStack() as stack:
+            stack.enter_context(self._session.host.watched())
             for guide in self._guides:
                 stack.enter_context(guide.installed())
             entry = activation.enter(self._session, self._scope)
@@ -248,6 +250,11 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
             if kind is not None:
                 return
             session.watch.report(wait=True)
+            if not session.host.tells_when_it_runs:
+                try:
+                    session.host.check_same()
+                except CallError as error:
+                    self._complain(str(error))
             name, calls = session.host.name, session.stats.calls - self._before.calls
             if lost:
                 self._complain(
@@ -303,7 +310,7 @@ def _find_host(target: object, batched_cfg: bool | None, guidance_scale: Scale |
     if guidance_scale is not None:
         check_scale("guidance_scale", guidance_scale)
     if isinstance(target, nn.Module):
-        return ModuleHost(target, bool(batched_cfg), guidance_scale)
+        return ModuleHost(target, batched_cfg, guidance_scale)
     host = pipeline_host(target)
     if batched_cfg is not None or guidance_scale is not None:
         raise SettingError(
