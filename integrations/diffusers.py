@@ -6,7 +6,6 @@ import ast
 import dataclasses
 import math
 import sys
-import weakref
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,8 +25,8 @@ from stg_hooks.step import Step
 
 DENOISERS = ("transformer", "transformer_2", "unet")
 _LIBRARIES = ("torch", "diffusers", "accelerate", "peft", "stg_hooks")
-# What the argument is called that is the running pipeline; empty for code of anything else. Known by looking once.
-_OWNERS: weakref.WeakKeyDictionary[CodeType, str] = weakref.WeakKeyDictionary()
+# Code that has been seen on the stack, by `id`, and which of its arguments is a running pipeline: empty if none is.
+_OWNERS: dict[int, tuple[CodeType, str]] = {}
 
 
 class PipelineHost:
@@ -292,16 +291,16 @@ def calling_pipeline() -> object | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        owner = _OWNERS.get(code)
-        if owner is None:
+        known = _OWNERS.get(id(code))
+        if known is None:
             names = code.co_varnames[: code.co_argcount][:2]
             owner = next((name for name in ("components", "self") if name in names), "")
             found = frame.f_locals.get(owner)
-            if owner and not (isinstance(found, DiffusionPipeline) or _is_modular(found)):
-                owner = ""
-            _OWNERS[code] = owner
-        if owner:
-            return frame.f_locals[owner]
+            known = code, owner if isinstance(found, DiffusionPipeline) or _is_modular(found) else ""
+            _OWNERS[id(code)] = known
+        if known[1]:
+            pipeline: object = frame.f_locals[known[1]]
+            return pipeline
         frame = frame.f_back
     return None
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from stg_hooks import activation
 from stg_hooks.combine import Scale, check_scale
-from stg_hooks.errors import CallError, SettingError, StgWarning
+from stg_hooks.errors import CallError, NotCopied, SettingError, StgWarning
 from stg_hooks.guide import Guide, Session
 from stg_hooks.guided_call import Stats
 from stg_hooks.hosts import Host, ModuleHost, pipeline_host
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, layers=[34], scale=1.0):`
+class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, layers=[34], scale=1.0):`
     """Guide every call that a stock pipeline, or a module, makes inside a `with`.
 
     One forward hook on the denoiser adds `a = sum_i scale_i * (cond - weak_i)` to the cond *and* the uncond
@@ -41,6 +42,8 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
     With `rescale` or another `rule`, both become the final prediction instead, which the pipeline's combination then
     leaves alone.
     """
+
+    _made_at: tuple[str, int] | None = None  # until it is entered; not where __init__ has raised
 
     def __init__(
         self,
@@ -163,6 +166,18 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
                 check_own_copy(model, self._session.ranks)
         self._entered: list[tuple[activation.Entry, ExitStack]] = []
         self._before = Stats()  # when the first of those that are inside entered
+        self._made_at = _place_of_caller()
+
+    def __del__(self) -> None:
+        """Report one that was never entered, at the line that made it."""
+        if self._made_at is None or sys.is_finalizing():
+            return
+        text = "stg.apply(...) was made but never entered, so it guided nothing. Write: with stg.apply(...):"
+        warnings.warn_explicit(text, StgWarning, *self._made_at)
+
+    def not_to_be_entered(self) -> None:
+        """Say that it was made for its checks alone, so that dropping it is no mistake."""
+        self._made_at = None
 
     @property
     def stats(self) -> Stats:
@@ -207,6 +222,7 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         Raises:
             RankError: they did not come, or hold another model.
         """
+        self._made_at = None
         if self._session.ranks is not None:
             for model in self._session.models:
                 self._session.ranks.enter(model)
@@ -304,6 +320,14 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         if self._session.watch.strict:
             raise CallError(text)
         warnings.warn(text, StgWarning, stacklevel=3)
+
+
+def _place_of_caller() -> tuple[str, int]:
+    """Return the file and line that called into this package."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "stg_hooks":
+        frame = frame.f_back
+    return ("", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
 
 
 def _find_host(target: object, batched_cfg: bool | None, guidance_scale: Scale | None) -> Host:

@@ -18,7 +18,7 @@ from stg_hooks.attention import AttentionSeam
 from stg_hooks.caches import Caches
 from stg_hooks.checkpointing import checkpointed, skipped_in
 from stg_hooks.compiled import is_compiled
-from stg_hooks.errors import CallError, LayerError, StgWarning
+from stg_hooks.errors import CallError, LayerError, NotCopied, StgWarning
 from stg_hooks.feed_forward import FeedForwards
 from stg_hooks.frames import FrameKinds, Kind, kinds_of
 from stg_hooks.layers import Layer, LayerSpec, resolve
@@ -43,6 +43,7 @@ class Switch:
             kind: which attention of factorised layers, as for `skip`.
         """
         self.mode = find_mode(mode)
+        self._model = model
         self._kind = kind
         self.layers: list[Layer] = resolve(model, layers)
         self._sites = find_sites(model, self.layers, self.mode, kind)
@@ -84,9 +85,28 @@ class Switch:
 
         return action
 
+    def check_same(self) -> None:
+        """Raise where a layer was replaced in the model since, so that what would be skipped is not called any more.
+
+        Raises:
+            LayerError: one was.
+        """
+        for layer in self.layers:
+            found: Any = self._model
+            for name in layer.name.split(".") if layer.name else ():
+                found = getattr(found, "_modules", {}).get(name)
+            if found is layer.module or (found is not None and any(m is layer.module for m in found.modules())):
+                continue  # the latter: one that calls it, as torch.compile() gives
+            raise LayerError(
+                f"layer {layer.name!r} of {type(self._model).__name__} was replaced after it had been chosen: it was "
+                f"{_phrase(layer.module)} and is {_phrase(found)} now. Make stg.apply(), stg.skip() or stg.Guider() anew, "
+                "after what replaces layers (as enable_free_noise() does)."
+            )
+
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Replace `forward` of the layers, without effect until switched on; restore them at the end."""
+        self.check_same()
         with ExitStack() as stack:
             self._patches = [stack.enter_context(patched(module)) for module in self.modules]
             if self.mode is MODES["feed-forward"]:
@@ -256,6 +276,7 @@ class _Entry:
         if not (self._is_here() if self._is_compiled else self._local.is_called):
             return proceed(*args, **kwargs)
         self._caches.check_same()
+        self._switch.check_same()
         self.has_begun = True
         self._local.depth += 1
         try:
@@ -276,7 +297,7 @@ class _Entry:
         return output
 
 
-class skip:  # noqa: N801 - reads as the verb it is: `with stg.skip(model, layers=[34]):`
+class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(model, layers=[34]):`
     """Bypass chosen layers in every call of a model inside a `with`, in this thread or asyncio task.
 
     Leaving the `with` restores the model exactly, also after an exception. Nested ones add up; where they name the same
@@ -402,6 +423,10 @@ def _check_tokens_are_whole(model: nn.Module, sites: Sequence[Site], mode: Mode)
                 f"layer {layer.name!r} cannot be skipped: at its entrance context parallelism splits the tokens over "
                 "devices. Choose another layer: stg.layers(model)."
             )
+
+
+def _phrase(module: nn.Module | None) -> str:
+    return "not there" if module is None else f"a {type(module).__name__} of id {id(module):#x}"
 
 
 def _hook_names(module: nn.Module) -> Iterable[str]:
