@@ -7,8 +7,9 @@ import dataclasses
 import math
 import sys
 from collections import ChainMap
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from types import CodeType, FrameType
 from typing import Any
 
@@ -23,12 +24,16 @@ from stg_hooks.patching import Undo, set_attribute, shared
 from stg_hooks.step import Step
 
 DENOISERS = ("transformer", "transformer_2", "unet")
+_LIBRARIES = ("torch", "diffusers", "accelerate", "peft", "stg_hooks")
+# Code that has been seen on the stack, by `id`, and which of its arguments is a running pipeline: empty if none is.
+_OWNERS: dict[int, tuple[CodeType, str]] = {}
 
 
 class PipelineHost:
     """A stock pipeline: its code and its running frame say what a call is for; the pipeline itself stays untouched."""
 
     knows_guidance_scale = True
+    tells_when_it_runs = True
 
     def __init__(self, pipeline: Any) -> None:
         """Look for the pipeline's denoisers, and for their calls.
@@ -77,17 +82,19 @@ class PipelineHost:
         """Return the modules that denoise, in the order in which the pipeline uses them."""
         return dict(self._denoisers)
 
+    def is_calling(self) -> bool:
+        """Tell whether this very pipeline makes the call that is being made, in whatever thread."""
+        return self._frame() is not None
+
     def role(self) -> Role | None:
         """Say what the call that is being made is for."""
         frame = self._frame()
         if frame is None:
             return None
+        self.check_same()
         site = next((site for site in self._sites[frame.f_code] if frame.f_lineno in site.lines), None)
         if site is None:
-            raise CallError(
-                f"{self.name} calls its denoiser where apply() has read no call (line {frame.f_lineno} of "
-                f"{frame.f_code.co_filename}). Use stg.Guider in a loop of your own."
-            )
+            raise CallError(self._why_not_read(frame))
         names = ChainMap(frame.f_locals, frame.f_globals)
         try:
             role = self._role(site, names)
@@ -103,6 +110,57 @@ class PipelineHost:
                 f"{self.name} does not say, when it calls its denoiser, what for (line {frame.f_lineno} of "
                 f"{frame.f_code.co_filename}: {error}). Use stg.Guider in a loop of your own."
             ) from error
+
+    def check_same(self) -> None:
+        """Raise where a denoiser was replaced: the new one has no hooks, so that its calls would be plain.
+
+        Raises:
+            CallError: one was.
+        """
+        for name, module in self._denoisers.items():
+            found = getattr(self.pipeline, name, None)
+            # One that calls it, as torch.compile() gives, is guided through it; one that was taken away is not called.
+            if found is None or found is module:
+                continue
+            if not isinstance(found, nn.Module) or all(inner is not module for inner in found.modules()):
+                raise CallError(
+                    f"the {name} of {self.name} was replaced after stg.apply() was made, so calls of the new one are not "
+                    f"guided. Leave the `with`, set pipe.{name}, and make stg.apply(pipe, ...) anew."
+                )
+
+    def check(self) -> None:
+        """Raise a TargetError where this pipeline cannot be guided as it is."""
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Look at the start of each run, and after each of its steps, whether a denoiser was replaced."""
+        own = self.pipeline, "progress_bar"
+        with shared(*own, partial(_install_bar, *own)) as bar:
+            bar.checks = (*bar.checks, self.check_same)
+            try:
+                yield
+            finally:
+                bar.checks = tuple(check for check in bar.checks if check != self.check_same)
+
+    def _why_not_read(self, frame: FrameType) -> str:
+        """Say who calls the denoiser where the pipeline itself does not: a callback, most likely."""
+        caller, inner = None, sys._getframe(1)
+        while inner is not frame and inner.f_back is not None:
+            if str(inner.f_globals.get("__name__")).partition(".")[0] not in _LIBRARIES:
+                caller = inner
+            inner = inner.f_back
+        if caller is None:
+            return (
+                f"{self.name} calls its denoiser where apply() has read no call (line {frame.f_lineno} of "
+                f"{frame.f_code.co_filename}). Use stg.Guider in a loop of your own."
+            )
+        code = caller.f_code
+        given = [name for name, value in frame.f_locals.items() if name.startswith("callback") and callable(value)]
+        return (
+            f"{getattr(code, 'co_qualname', code.co_name)} (line {caller.f_lineno} of {code.co_filename}), which "
+            f"{self.name} calls{f' as its {given[0]}' if given else ''}, calls the denoiser, and apply() cannot tell "
+            "what for. Make such calls after the run, outside the `with`, or use stg.Guider in a loop of your own."
+        )
 
     def step(self) -> Step:
         """Say where in its loop over timesteps the pipeline is."""
@@ -175,9 +233,94 @@ class PipelineHost:
         return value if value is None or isinstance(value, Tensor) else float(value)
 
 
+class _Bar:
+    """A pipeline's `progress_bar`, which all runs make, and which they update after each step."""
+
+    def __init__(self, pipeline: Any, progress_bar: Callable[..., Any]) -> None:
+        self.checks: tuple[Callable[[], None], ...] = ()
+        self._pipeline = pipeline
+        self._progress_bar = progress_bar
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._check()
+        bar = self._progress_bar(*args, **kwargs)
+        update = getattr(bar, "update", None)
+        if callable(update) and hasattr(bar, "__dict__"):
+
+            def checked(*args: Any, **kwargs: Any) -> Any:
+                self._check()
+                return update(*args, **kwargs)
+
+            bar.update = checked
+        return bar
+
+    def _check(self) -> None:
+        for check in self.checks:
+            check()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let copies and pickles of the pipeline have a plain one."""
+        is_plain = getattr(self._progress_bar, "__self__", None) is self._pipeline
+        return partial, (type(self._pipeline).progress_bar, self._pipeline) if is_plain else (self._progress_bar,)
+
+
+def _install_bar(pipeline: Any, name: str) -> tuple[_Bar, Undo]:
+    bar = _Bar(pipeline, getattr(pipeline, name, lambda *_, **__: nullcontext()))
+    return bar, set_attribute(pipeline, name, bar)
+
+
 def host(target: Any) -> PipelineHost:
-    """Return who answers for a diffusers pipeline."""
-    return PipelineHost(target)
+    """Return who answers for a diffusers pipeline.
+
+    Raises:
+        TargetError: it cannot be guided.
+    """
+    found = host_of_running(target)
+    found.check()
+    return found
+
+
+def _is_modular(target: object) -> bool:
+    return any(cls.__name__ == "ModularPipeline" for cls in type(target).__mro__)
+
+
+def calling_pipeline() -> object | None:
+    """Find the innermost pipeline that is running in this thread."""
+    from diffusers import DiffusionPipeline
+
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        known = _OWNERS.get(id(code))
+        if known is None:
+            names = code.co_varnames[: code.co_argcount][:2]
+            owner = next((name for name in ("components", "self") if name in names), "")
+            found = frame.f_locals.get(owner)
+            known = code, owner if isinstance(found, DiffusionPipeline) or _is_modular(found) else ""
+            _OWNERS[id(code)] = known
+        if known[1]:
+            pipeline: object = frame.f_locals[known[1]]
+            return pipeline
+        frame = frame.f_back
+    return None
+
+
+def calling_host(pipeline: Any, denoiser: nn.Module) -> PipelineHost | None:
+    """Return who answers for a running pipeline, if that can tell what it calls a denoiser for."""
+    try:
+        found = host_of_running(pipeline)
+    except TargetError:
+        return None
+    return found if any(module is denoiser for module in found.denoisers().values()) else None
+
+
+def host_of_running(pipeline: Any) -> PipelineHost:
+    """Return who answers for a pipeline, whatever guider it has."""
+    if _is_modular(pipeline):
+        from stg_hooks.integrations.modular import ModularHost
+
+        return ModularHost(pipeline)
+    return PipelineHost(pipeline)
 
 
 def plain_attention(attention: nn.Module) -> AbstractContextManager[object]:

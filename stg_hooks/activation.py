@@ -1,46 +1,97 @@
-"""Know whether a `with` block is in force in the current thread or asyncio task."""
+"""Know whether a `with` block is in force where a call is made: in its own thread or task, or in the whole process."""
 
 from __future__ import annotations
 
+import dataclasses
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from stg_hooks.errors import SettingError, closest
+
+SCOPES = ("context", "process")
+
+ENTER_THERE = (
+    "Pass scope='process' to have it in force in every thread and task while the `with` is open, or enter the `with` in "
+    "the thread that makes the calls."
+)
+
+
+@dataclasses.dataclass(eq=False)
+class Entry:
+    """One `with`: what it puts in force, until it is left; contexts that outlive it keep nothing alive."""
+
+    session: object | None
+
+
 # A context variable, so that another thread or task sees none of this, while a task that is started inside the `with`
 # inherits it, as `asyncio.to_thread` does.
-_ACTIVE: ContextVar[tuple[object, ...]] = ContextVar("stg_hooks_active", default=())
+_ACTIVE: ContextVar[tuple[Entry, ...]] = ContextVar("stg_hooks_active", default=())
+# What is in force in every thread and task. The tuple is replaced, never changed: calls read it without the lock.
+_EVERYWHERE: tuple[Entry, ...] = ()
+_LOCK = threading.Lock()
 
 
-def enter(session: object) -> None:
-    """Mark a session as in force here."""
-    _ACTIVE.set((*_ACTIVE.get(), session))
+def check_scope(scope: str) -> str:
+    """Return the name of a scope.
+
+    Raises:
+        SettingError: there is none of this name.
+    """
+    if scope not in SCOPES:
+        names = " and ".join(map(repr, SCOPES))
+        raise SettingError(f"scope={scope!r}: there is {names}.{closest(str(scope), SCOPES)}")
+    return scope
 
 
-def leave(session: object) -> None:
-    """Undo one `enter`; does nothing where the session is not in force (an abandoned generator, say)."""
-    active = list(_ACTIVE.get())
-    for position in reversed(range(len(active))):
-        if active[position] is session:
-            del active[position]
-            _ACTIVE.set(tuple(active))
-            return
+def enter(session: object, scope: str = "context") -> Entry:
+    """Put a session in force, here or everywhere; return what to pass to `leave`."""
+    global _EVERYWHERE
+    entry = Entry(session)
+    if scope == "process":
+        with _LOCK:
+            _EVERYWHERE = (*_EVERYWHERE, entry)
+    else:
+        _ACTIVE.set((*_open(), entry))
+    return entry
+
+
+def leave(entry: Entry) -> None:
+    """Undo one `enter`, from any thread or task: a generator may be closed elsewhere than it was started."""
+    global _EVERYWHERE
+    entry.session = None
+    with _LOCK:
+        _EVERYWHERE = tuple(other for other in _EVERYWHERE if other is not entry)
+    if entry in _ACTIVE.get():
+        _ACTIVE.set(_open())
+
+
+def _open() -> tuple[Entry, ...]:
+    return tuple(entry for entry in _ACTIVE.get() if entry.session is not None)
+
+
+def is_here(entry: Entry) -> bool:
+    """Tell whether a `with` is in force here."""
+    return entry in _open() or entry in _EVERYWHERE
 
 
 def is_active(session: object) -> bool:
     """Tell whether a session is in force here."""
-    return any(other is session for other in _ACTIVE.get())
+    return any(entry.session is session for entry in (*_ACTIVE.get(), *_EVERYWHERE))
 
 
 def others(session: object) -> list[object]:
     """List the other sessions that are in force here."""
-    return [other for other in _ACTIVE.get() if other is not session]
+    found = [entry.session for entry in (*_ACTIVE.get(), *_EVERYWHERE)]
+    return [other for other in found if other is not None and other is not session]
 
 
 @contextmanager
 def entered(session: object) -> Iterator[None]:
     """Mark a session as in force within a `with`."""
-    enter(session)
+    entry = enter(session)
     try:
         yield
     finally:
-        leave(session)
+        leave(entry)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from stg_hooks import activation
 from stg_hooks.combine import Scale, check_scale
-from stg_hooks.errors import CallError, SettingError, StgWarning
+from stg_hooks.errors import CallError, NotCopied, SettingError, StgWarning
 from stg_hooks.guide import Guide, Session
 from stg_hooks.guided_call import Stats
 from stg_hooks.hosts import Host, ModuleHost, pipeline_host
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, layers=[34], scale=1.0):`
+class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, layers=[34], scale=1.0):`
     """Guide every call that a stock pipeline, or a module, makes inside a `with`.
 
     One forward hook on the denoiser adds `a = sum_i scale_i * (cond - weak_i)` to the cond *and* the uncond
@@ -41,6 +42,8 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
     With `rescale` or another `rule`, both become the final prediction instead, which the pipeline's combination then
     leaves alone.
     """
+
+    _made_at: tuple[str, int] | None = None  # until it is entered; not where __init__ has raised
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         execution: str = "auto",
         group: ProcessGroup | None = None,
         timeout: float = 300.0,
+        scope: str = "context",
         strict: bool = False,
     ) -> None:
         """Choose what to guide and how; nothing is touched before the `with`.
@@ -107,6 +111,9 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
                 processes (FSDP, tensor or context parallelism) is refused. Gradients do not pass.
             timeout: seconds that a process waits for the others before it is an error on all of them. On GPUs, NCCL's
                 own timeout holds for predictions that are on their way.
+            scope: where the `with` is in force: in the thread or asyncio task that enters it and the tasks that this one
+                starts (`"context"`), or in every thread and task of the process while it is open (`"process"`), as a
+                server needs it that enters once and answers in worker threads.
             strict: raise where there would be a warning that nothing, or less than asked for, was guided: in the first
                 call in which a skip changes nothing (this waits for the GPU once), or at the end of the `with`.
 
@@ -119,6 +126,7 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         Source: STG, arXiv 2411.18664, Eq. 13 and 20, Alg. 4.
         """
         check_on(on, scale)
+        self._scope = activation.check_scope(scope)
         host = _find_host(target, batched_cfg, guidance_scale)
         denoisers = host.denoisers()
         plan = plan_from(
@@ -156,8 +164,20 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         if self._session.ranks is not None:
             for model in self._session.models:
                 check_own_copy(model, self._session.ranks)
-        self._entered: list[ExitStack] = []
+        self._entered: list[tuple[activation.Entry, ExitStack]] = []
         self._before = Stats()  # when the first of those that are inside entered
+        self._made_at = _place_of_caller()
+
+    def __del__(self) -> None:
+        """Report one that was never entered, at the line that made it."""
+        if self._made_at is None or sys.is_finalizing():
+            return
+        text = "stg.apply(...) was made but never entered, so it guided nothing. Write: with stg.apply(...):"
+        warnings.warn_explicit(text, StgWarning, *self._made_at)
+
+    def not_to_be_entered(self) -> None:
+        """Say that it was made for its checks alone, so that dropping it is no mistake."""
+        self._made_at = None
 
     @property
     def stats(self) -> Stats:
@@ -202,17 +222,21 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         Raises:
             RankError: they did not come, or hold another model.
         """
+        self._made_at = None
         if self._session.ranks is not None:
             for model in self._session.models:
                 self._session.ranks.enter(model)
+        self._session.host.check_same()
         if not self._entered:
             self._before, self.plan.asked = dataclasses.replace(self.stats), Asked()
+            self._session.calls_elsewhere = 0
         with ExitStack() as stack:
+            stack.enter_context(self._session.host.watched())
             for guide in self._guides:
                 stack.enter_context(guide.installed())
-            activation.enter(self._session)
-            stack.callback(activation.leave, self._session)
-            self._entered.append(stack.pop_all())
+            entry = activation.enter(self._session, self._scope)
+            stack.callback(activation.leave, entry)
+            self._entered.append((entry, stack.pop_all()))
         return self
 
     def __exit__(
@@ -229,7 +253,11 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
             raise CallError(
                 "stg.apply was left without having been entered. Write: with stg.apply(pipe, layers=[...]):"
             )
-        self._entered.pop().close()
+        # Several threads may have entered this object: leave what was entered here.
+        here = [one for one in self._entered if activation.is_here(one[0])]
+        entry, stack = one = (here or self._entered)[-1]
+        self._entered.remove(one)
+        stack.close()
         session = self._session
         if session.ranks is not None:
             session.ranks.leave(error)
@@ -238,6 +266,11 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
             if kind is not None:
                 return
             session.watch.report(wait=True)
+            if not session.host.tells_when_it_runs:
+                try:
+                    session.host.check_same()
+                except CallError as error:
+                    self._complain(str(error))
             name, calls = session.host.name, session.stats.calls - self._before.calls
             if lost:
                 self._complain(
@@ -248,6 +281,9 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
                 nothing = self._why_nothing(calls)
                 if nothing:
                     self._complain(f"stg.apply() guided nothing: {nothing}")
+            elif session.calls_elsewhere and not here and isinstance(session.host, ModuleHost):
+                # What is left elsewhere than it was entered, as a generator that threads take turns with, ran there.
+                self._complain(f"stg.apply() did not guide {self._elsewhere()}")
         finally:
             if not self._entered:
                 session.watch.forget()
@@ -257,6 +293,9 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
         plan, asked, name = self.plan, self.plan.asked, self._session.host.name
         if plan.is_off:
             return ""
+        if not calls and self._session.calls_elsewhere:
+            is_told = not isinstance(self._session.host, ModuleHost) and not self._session.watch.strict
+            return "" if is_told else f"it did not guide {self._elsewhere()}"
         if plan.is_constant:
             seen = f"its denoiser was called {calls} times, but none of the calls was to be guided"
             return (
@@ -271,17 +310,31 @@ class apply:  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, laye
             f"or schedule= says.{levels}"
         )
 
+    def _elsewhere(self) -> str:
+        return (
+            f"{self._session.calls_elsewhere} calls that {self._session.host.name} got in other threads, tasks or "
+            f"contexts than the one that entered the `with`. {activation.ENTER_THERE}"
+        )
+
     def _complain(self, text: str) -> None:
         if self._session.watch.strict:
             raise CallError(text)
         warnings.warn(text, StgWarning, stacklevel=3)
 
 
+def _place_of_caller() -> tuple[str, int]:
+    """Return the file and line that called into this package."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "stg_hooks":
+        frame = frame.f_back
+    return ("", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
+
+
 def _find_host(target: object, batched_cfg: bool | None, guidance_scale: Scale | None) -> Host:
     if guidance_scale is not None:
         check_scale("guidance_scale", guidance_scale)
     if isinstance(target, nn.Module):
-        return ModuleHost(target, bool(batched_cfg), guidance_scale)
+        return ModuleHost(target, batched_cfg, guidance_scale)
     host = pipeline_host(target)
     if batched_cfg is not None or guidance_scale is not None:
         raise SettingError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -43,6 +43,22 @@ class ResultsError(StgError, RuntimeError):
 
 class ExtraError(StgError, ImportError):
     """A package is missing that only this part of stg_hooks needs; the message says which extra installs it."""
+
+
+class NotCopied:
+    """Refuses to be copied or pickled: what guides one model has hooks and caches for that very model."""
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Raise.
+
+        Raises:
+            TargetError: always.
+        """
+        name = f"stg.{type(self).__name__}"
+        raise TargetError(
+            f"a {name} cannot be copied or pickled: it belongs to one model, as it is in this process. Copy the model (or "
+            f"pipeline) by itself, and make {name}(...) anew from the copy."
+        )
 
 
 class StgWarning(UserWarning):

@@ -77,6 +77,8 @@ class Executions:
         """Return an installed execution; a schedule may ask for layers that nobody knew of before the run."""
         with self._lock:
             execution, key = self.make(branches), _key(branches)
+            for switch in execution.switches:
+                switch.check_same()
             self._made[key] = self._made.pop(key)  # used last
             for stack, installed in self._installed:  # other threads may leave before this one
                 if key not in installed:

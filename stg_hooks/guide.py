@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -17,7 +18,7 @@ from stg_hooks import activation
 from stg_hooks.calls import first_batch, halves, own_predictions, replace_predictions, take_rows
 from stg_hooks.combine import Scale, combine, correction, fitted, is_number
 from stg_hooks.compiled import is_compiled, untraced
-from stg_hooks.errors import CallError
+from stg_hooks.errors import CallError, StgWarning
 from stg_hooks.execution import Execution
 from stg_hooks.executions import Executions
 from stg_hooks.guided_call import GuidedCall, Stats, in_weak_pass, layout_of
@@ -50,6 +51,30 @@ class Session:
     watch: Watch = dataclasses.field(default_factory=lambda: Watch("stg.apply"))
     models: tuple[nn.Module, ...] = ()
     lost_steps: int = 0
+    calls_elsewhere: int = 0
+    """Calls that would have been guided, had the `with` been in force where they were made."""
+
+    def role(self, model: nn.Module) -> Role | None:
+        """Say what a call of a model is for; `None` if it is not to be guided.
+
+        Raises:
+            CallError: with `strict`, the target makes it where the `with` is not in force.
+        """
+        if activation.is_active(self):
+            return self.host.role()
+        is_own = self.host.is_calling()
+        if is_own is False or any(model in getattr(other, "models", ()) for other in activation.others(self)):
+            return None
+        self.calls_elsewhere += 1
+        if is_own and (self.watch.strict or self.calls_elsewhere == 1):
+            text = (
+                f"{self.host.name} is called in another thread, task or context than the one in which its stg.apply() "
+                f"was entered, so this call is not guided. {activation.ENTER_THERE}"
+            )
+            if self.watch.strict:
+                raise CallError(text)
+            warnings.warn(text, StgWarning, stacklevel=3)
+        return None
 
 
 @dataclasses.dataclass
@@ -165,8 +190,8 @@ class Guide:
     def installed(self) -> Iterator[None]:
         """Register the hooks, once for all threads that are inside; remove them when the last one leaves."""
         with ExitStack() as stack:
-            stack.callback(self._forget)
             stack.enter_context(shared(self, "guide", self._install))
+            stack.callback(self._forget)
             yield
 
     def _forget(self) -> None:
@@ -174,8 +199,13 @@ class Guide:
         self._local.__dict__.clear()
         self._of_model.unguided = None
 
+    def _forget_all(self) -> None:
+        """Let go of what the last calls of all threads have computed; those that called need not be the one that leaves."""
+        self._local, self._of_model = _OfThread(), _OfModel()
+
     def _install(self) -> tuple[None, Undo]:
         with ExitStack() as stack:
+            stack.callback(self._forget_all)
             self._of_model = stack.enter_context(shared(self._model, "guided", lambda: (_OfModel(), lambda: None)))
             stack.enter_context(self._executions.installed())
             if is_compiled(self._model):  # there, hooks are compiled as well, and what we wrap is the call itself
@@ -194,7 +224,7 @@ class Guide:
             return
         self._local.call = self._of_model.unguided = None
         # A call in another thread may meet a hook while it is registered or removed: PyTorch passes no kwargs then.
-        role = self._session.host.role() if kwargs is not None and activation.is_active(self._session) else None
+        role = None if kwargs is None else self._session.role(model)
         if role is None:
             return
         assert kwargs is not None

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from stg_hooks import activation
 from stg_hooks.calls import halves, own_predictions, predictions
 from stg_hooks.combine import Scale, check_scale, combine, correction, is_number, is_real
-from stg_hooks.errors import CallError, SettingError, TargetError
+from stg_hooks.errors import CallError, NotCopied, SettingError, TargetError
 from stg_hooks.executions import Executions
 from stg_hooks.guided_call import Stats, in_weak_pass
 from stg_hooks.inputs import Inputs, Written
@@ -55,7 +55,7 @@ class _Made:
     switches: Sequence[Switch | None] = ()
 
 
-class Guider:
+class Guider(NotCopied):
     """A denoiser with guidance built in: call it where the denoiser was called.
 
     `out = uncond + guidance_scale * (cond - uncond) + sum_i scale_i * (cond - weak_i)`, with `rescale` as in

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, Protocol
@@ -17,6 +18,15 @@ from stg_hooks.step import Step
 _INTEGRATIONS = {"diffusers": "stg_hooks.integrations.diffusers"}
 # What a host leaves on modules -> module with a `step_caches(modules)` function.
 _MARKS = {"_diffusers_hook": "stg_hooks.integrations.caches"}
+
+
+_PHRASES = {
+    "cond": "conditional",
+    "uncond": "unconditional",
+    "uncond+cond": "[uncond, cond]",
+    "cond+uncond": "[cond, uncond]",
+    "perturbed": "a weak prediction of its own",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +69,27 @@ class Host(Protocol):
     def knows_guidance_scale(self) -> bool:
         """Whether roles carry a CFG weight, which `rescale` needs."""
 
+    @property
+    def tells_when_it_runs(self) -> bool:
+        """Whether `watched` looks before each call; otherwise it is up to the end of the `with`."""
+
     def denoisers(self) -> dict[str, nn.Module]:
         """Return the modules to guide, by the names that the target has for them."""
+
+    def is_calling(self) -> bool | None:
+        """Tell whether the call that is being made is the target's own; `None` where anyone may make such calls."""
 
     def role(self) -> Role | None:
         """Say what the call that is being made is for; `None` if it is not the target's, or none to guide."""
 
     def step(self) -> Step:
         """Say where in a run the call is made."""
+
+    def check_same(self) -> None:
+        """Raise a CallError where the target does not use the denoisers any more that it had."""
+
+    def watched(self) -> AbstractContextManager[None]:
+        """Do so within a `with`, in the next call of the target."""
 
 
 class StepCaches(Protocol):
@@ -88,19 +111,22 @@ class StepCaches(Protocol):
 
 
 class ModuleHost:
-    """A denoiser on its own: every call is guided, and its rows are what the user says."""
+    """A denoiser on its own: its rows are what the user says, or else a pipeline that calls it; else all are cond."""
 
     name = "the module"
+    tells_when_it_runs = False
 
-    def __init__(self, module: nn.Module, batched_cfg: bool, guidance_scale: float | Tensor | None) -> None:
+    def __init__(self, module: nn.Module, batched_cfg: bool | None, guidance_scale: float | Tensor | None) -> None:
         """Describe the module's calls.
 
         Args:
             module: the denoiser.
-            batched_cfg: its rows are `[uncond, cond]`; otherwise every row is conditional.
+            batched_cfg: whether its rows are `[uncond, cond]`, or every row is conditional; `None` if nothing was said.
             guidance_scale: the CFG weight that its caller applies, if known.
         """
         self._module = module
+        self._said = batched_cfg
+        self._caller: tuple[object, Host | None] = None, None
         self._role = Role("uncond+cond" if batched_cfg else "cond", guidance_scale)
         self.knows_guidance_scale = not batched_cfg or guidance_scale is not None
 
@@ -108,13 +134,52 @@ class ModuleHost:
         """Return the module under an empty name."""
         return {"": self._module}
 
-    def role(self) -> Role:
-        """Return the same role for every call."""
+    def is_calling(self) -> None:
+        """Leave it open: other threads may use the plain module."""
+
+    def role(self) -> Role | None:
+        """Return what was said, or what a pipeline says that makes the call.
+
+        Raises:
+            CallError: it says something else.
+        """
+        caller = self._calling_host()
+        found = None if caller is None else caller.role()
+        if caller is None or (found is None and self._said is not None):
+            return self._role
+        if found is None or self._said is None:
+            weight = self._role.guidance_scale
+            return found if found is None or weight is None else dataclasses.replace(found, guidance_scale=weight)
+        if found.rows != self._role.rows:
+            raise CallError(
+                f"batched_cfg={self._said} says that the rows of this call are {_PHRASES[self._role.rows]}, but "
+                f"{caller.name}, which makes it, predicts {_PHRASES[found.rows]} in it. Pass the pipeline: "
+                "stg.apply(pipe, ...), or leave batched_cfg= out."
+            )
         return self._role
 
     def step(self) -> Step:
-        """Nothing is known of it."""
-        return Step()
+        """Return what a pipeline says that makes the call; otherwise nothing is known."""
+        caller = self._calling_host()
+        return Step() if caller is None else caller.step()
+
+    def check_same(self) -> None:
+        """Do nothing: which module is called is up to the caller."""
+
+    def watched(self) -> AbstractContextManager[None]:
+        """Do nothing, likewise."""
+        return nullcontext()
+
+    def _calling_host(self) -> Host | None:
+        for library, name in _INTEGRATIONS.items():
+            if library in sys.modules:
+                integration = importlib.import_module(name)
+                pipeline = integration.calling_pipeline()
+                if pipeline is not None:
+                    if self._caller[0] is not pipeline:
+                        self._caller = pipeline, integration.calling_host(pipeline, self._module)
+                    return self._caller[1]
+        return None
 
 
 def pipeline_host(target: object) -> Host:

@@ -204,8 +204,7 @@ def _watched_host(
     with ExitStack() as stack:
         for module in unique.values():
             stack.enter_context(Probe(session, module, groups[1:], levels, meter, observed).installed())
-        activation.enter(session)
-        stack.callback(activation.leave, session)
+        stack.enter_context(activation.entered(session))
         yield
 
 

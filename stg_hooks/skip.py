@@ -18,7 +18,7 @@ from stg_hooks.attention import AttentionSeam
 from stg_hooks.caches import Caches
 from stg_hooks.checkpointing import checkpointed, skipped_in
 from stg_hooks.compiled import is_compiled
-from stg_hooks.errors import CallError, LayerError, StgWarning
+from stg_hooks.errors import CallError, LayerError, NotCopied, StgWarning
 from stg_hooks.feed_forward import FeedForwards
 from stg_hooks.frames import FrameKinds, Kind, kinds_of
 from stg_hooks.layers import Layer, LayerSpec, resolve
@@ -43,6 +43,7 @@ class Switch:
             kind: which attention of factorised layers, as for `skip`.
         """
         self.mode = find_mode(mode)
+        self._model = model
         self._kind = kind
         self.layers: list[Layer] = resolve(model, layers)
         self._sites = find_sites(model, self.layers, self.mode, kind)
@@ -84,9 +85,28 @@ class Switch:
 
         return action
 
+    def check_same(self) -> None:
+        """Raise where a layer was replaced in the model since, so that what would be skipped is not called any more.
+
+        Raises:
+            LayerError: one was.
+        """
+        for layer in self.layers:
+            found: Any = self._model
+            for name in layer.name.split(".") if layer.name else ():
+                found = getattr(found, "_modules", {}).get(name)
+            if found is layer.module or (found is not None and any(m is layer.module for m in found.modules())):
+                continue  # the latter: one that calls it, as torch.compile() gives
+            raise LayerError(
+                f"layer {layer.name!r} of {type(self._model).__name__} was replaced after it had been chosen: it was "
+                f"{_phrase(layer.module)} and is {_phrase(found)} now. Make stg.apply(), stg.skip() or stg.Guider() anew, "
+                "after what replaces layers (as enable_free_noise() does)."
+            )
+
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Replace `forward` of the layers, without effect until switched on; restore them at the end."""
+        self.check_same()
         with ExitStack() as stack:
             self._patches = [stack.enter_context(patched(module)) for module in self.modules]
             if self.mode is MODES["feed-forward"]:
@@ -208,14 +228,17 @@ class _OfThread(threading.local):
 class _Entry:
     """One `with`, and the calls of the model inside it."""
 
-    def __init__(self, switch: Switch, model: nn.Module, caches: Caches) -> None:
+    def __init__(self, switch: Switch, model: nn.Module, caches: Caches, scope: str) -> None:
         self._switch = switch
+        self._scope = scope
         self._caches = caches
         self._since = now()
         self._model_name = type(model).__name__
         self._is_compiled = is_compiled(model)
         self._local = _OfThread()
         self._patch: Patch | None = None
+        self.place: activation.Entry | None = None
+        self.calls_elsewhere = 0
         self.has_begun = False
         self.has_ended = False
         self.stack = ExitStack()
@@ -230,13 +253,18 @@ class _Entry:
             if not self._is_compiled:  # there, hooks are compiled as well, and what we wrap is the call itself
                 stack.enter_context(model.register_forward_pre_hook(self._before, prepend=True))
                 stack.enter_context(model.register_forward_hook(self._after, always_call=True))
-            activation.enter(self)
-            stack.callback(activation.leave, self)
+            self.place = activation.enter(self, self._scope)
+            stack.callback(activation.leave, self.place)
             yield
+
+    def _is_here(self) -> bool:
+        is_here = activation.is_active(self)
+        self.calls_elsewhere += not (is_here or activation.others(self))
+        return is_here
 
     def _before(self, *_: Any) -> None:
         """Tell whether the call that begins is one in which the skip is in force."""
-        self._local.is_called = activation.is_active(self)
+        self._local.is_called = self._is_here()
         if self._local.is_called and self._patch is not None:
             self._patch.check()
 
@@ -245,9 +273,10 @@ class _Entry:
 
     def _around(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Bypass the layers as long as the model runs; hooks alone would not end that after an interrupt."""
-        if not (activation.is_active(self) if self._is_compiled else self._local.is_called):
+        if not (self._is_here() if self._is_compiled else self._local.is_called):
             return proceed(*args, **kwargs)
         self._caches.check_same()
+        self._switch.check_same()
         self.has_begun = True
         self._local.depth += 1
         try:
@@ -268,8 +297,8 @@ class _Entry:
         return output
 
 
-class skip:  # noqa: N801 - reads as the verb it is: `with stg.skip(model, layers=[34]):`
-    """Bypass chosen layers in every call of a model inside a `with`, in this thread or asyncio task only.
+class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(model, layers=[34]):`
+    """Bypass chosen layers in every call of a model inside a `with`, in this thread or asyncio task.
 
     Leaving the `with` restores the model exactly, also after an exception. Nested ones add up; where they name the same
     layer, the inner one counts. A `with` in which a chosen layer was never called ends in a warning.
@@ -282,6 +311,7 @@ class skip:  # noqa: N801 - reads as the verb it is: `with stg.skip(model, layer
         mode: str | Mode = "residual",
         *,
         kind: Kind | None = None,
+        scope: str = "context",
         strict: bool = False,
     ) -> None:
         """Choose what to skip; nothing is touched before the `with`.
@@ -294,16 +324,19 @@ class skip:  # noqa: N801 - reads as the verb it is: `with stg.skip(model, layer
                 with the identity as its map), another name among `perturb.MODES`, or a callable that takes a
                 `LayerCall` and returns what the layer should return.
             kind: in factorised models, only attention within frames (`"spatial"`) or across them (`"temporal"`).
+            scope: where the `with` is in force: in the thread or asyncio task that enters it and the tasks that this one
+                starts (`"context"`), or in every thread and task of the process while it is open (`"process"`).
             strict: end the `with` in an error instead of that warning.
 
         Raises:
             LayerError: a layer that does not exist, is ambiguous, or cannot be skipped in this mode.
-            SettingError: an unknown mode.
+            SettingError: an unknown mode or scope.
             TargetError: `model` is no module, `layers` holds something that names no layer, or the model has a step
                 cache that cannot be kept out of the calls.
 
         Source: STG, arXiv 2411.18664, sec. 4.
         """
+        self._scope = activation.check_scope(scope)
         self._switch = Switch(model, layers, mode, kind)
         self._caches = Caches(model)
         self._model = model
@@ -317,7 +350,7 @@ class skip:  # noqa: N801 - reads as the verb it is: `with stg.skip(model, layer
 
     def __enter__(self) -> skip:
         """Register the hooks."""
-        entry = _Entry(self._switch, self._model, self._caches)
+        entry = _Entry(self._switch, self._model, self._caches, self._scope)
         entry.stack.enter_context(entry.installed(self._model))
         with _LOCK:
             if not self._entries:
@@ -341,8 +374,9 @@ class skip:  # noqa: N801 - reads as the verb it is: `with stg.skip(model, layer
             entry, complaint = self._entries[-1], None
             try:
                 # Several threads may have entered this object: leave what was entered here.
-                entry = next((one for one in reversed(self._entries) if activation.is_active(one)), entry)
-                complaint = None if kind else self._complaint(entry)
+                here = [one for one in self._entries if activation.is_active(one)]
+                entry = (here or self._entries)[-1]
+                complaint = None if kind else self._complaint(entry, is_left_here=bool(here))
             finally:
                 self._entries.remove(entry)
                 entry.stack.close()
@@ -351,8 +385,14 @@ class skip:  # noqa: N801 - reads as the verb it is: `with stg.skip(model, layer
         if complaint:
             warnings.warn(complaint, StgWarning, stacklevel=2)
 
-    def _complaint(self, entry: _Entry) -> str | None:
+    def _complaint(self, entry: _Entry, is_left_here: bool) -> str | None:
         model = type(self._model).__name__
+        # What is left elsewhere than it was entered, as a generator that threads take turns with, ran there.
+        if entry.calls_elsewhere and not (entry.has_begun and is_left_here):
+            return (
+                f"stg.skip() skipped nothing in {entry.calls_elsewhere} calls of {model}, which were made in other "
+                f"threads, tasks or contexts than the one that entered the `with`. {activation.ENTER_THERE}"
+            )
         if not entry.has_begun:
             return (
                 f"stg.skip() skipped nothing: {model} was not called inside this `with`. The skip acts in calls of the "
@@ -383,6 +423,10 @@ def _check_tokens_are_whole(model: nn.Module, sites: Sequence[Site], mode: Mode)
                 f"layer {layer.name!r} cannot be skipped: at its entrance context parallelism splits the tokens over "
                 "devices. Choose another layer: stg.layers(model)."
             )
+
+
+def _phrase(module: nn.Module | None) -> str:
+    return "not there" if module is None else f"a {type(module).__name__} of id {id(module):#x}"
 
 
 def _hook_names(module: nn.Module) -> Iterable[str]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stg_hooks import activation
 from stg_hooks.calls import agree, first_batch, halves, own_predictions, predictions, replace_predictions, row_factor
 from stg_hooks.compiled import eagerly, is_compiled
 from stg_hooks.effects import Randomness, State, count_of_writes
@@ -102,7 +101,7 @@ class UncondGuide:
 
     def _around(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         session = self._session
-        role = session.host.role() if activation.is_active(session) and not in_weak_pass() else None
+        role = None if in_weak_pass() else session.role(self._model)
         if role is None:
             return proceed(*args, **kwargs)
         self._executions.caches.check_same()

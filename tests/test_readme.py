@@ -77,7 +77,7 @@ def test_the_first_snippet_is_short_and_runs_as_it_stands() -> None:
 
 
 def test_the_other_snippets_run() -> None:
-    names = own_loop() | {"pipe": demo.load()}
+    names = own_loop() | {"pipe": demo.load(), "inputs": demo.inputs(["red circle left"]) | {"num_inference_steps": 4}}
     for snippet in SNIPPETS[1:]:
         exec(compile(snippet, "README.md", "exec"), names)
     assert isinstance(names["pred"], Tensor)

@@ -316,7 +316,7 @@ def _check_all(source: Source, columns: list[list[int | str]], modes: list[str])
     for model in models:
         for column in columns:
             for mode in modes:
-                stg.apply(model, column, mode=mode)
+                stg.apply(model, column, mode=mode).not_to_be_entered()
 
 
 def _check(source: Source, guidance: dict[str, Any]) -> None:
@@ -326,4 +326,4 @@ def _check(source: Source, guidance: dict[str, Any]) -> None:
         StgError: as `apply` does.
     """
     for model in source.denoisers().values():
-        stg.apply(model, **guidance, batched_cfg=True, guidance_scale=1.0)
+        stg.apply(model, **guidance, batched_cfg=True, guidance_scale=1.0).not_to_be_entered()
