@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any
 
@@ -47,9 +47,10 @@ class ModularHost(PipelineHost):
 
     tells_when_it_runs = False
 
-    def watched(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def watched(self) -> Iterator[None]:
         """Do nothing: the blocks of a run make progress bars of their own."""
-        return nullcontext()
+        yield
 
     def role(self) -> Role | None:
         """Say what the call that is being made is for."""
@@ -86,7 +87,11 @@ class ModularHost(PipelineHost):
         index, count = getattr(guider, "_step", None), getattr(guider, "_num_inference_steps", None)
         if not isinstance(index, int) or count is None:
             return Step()
-        names = {"i": index, "t": getattr(guider, "_timestep", None), "timesteps": getattr(scheduler, "timesteps", None)}
+        names = {
+            "i": index,
+            "t": getattr(guider, "_timestep", None),
+            "timesteps": getattr(scheduler, "timesteps", None),
+        }
         return Step(index, int(count), *self._noise_level(scheduler, index, names))
 
     def _guider(self, names: Any) -> Any:

@@ -153,7 +153,9 @@ def test_a_denoiser_that_a_callback_calls(of_module: bool) -> None:
         return kwargs
 
     target = pipe.transformer if of_module else pipe
-    message = re.compile(r"peek \(line \d+ of .*test_replaced\.py\), which WanPipeline calls as its callback_on_step_end")
+    message = re.compile(
+        r"peek \(line \d+ of .*test_replaced\.py\), which WanPipeline calls as its callback_on_step_end"
+    )
     with stg.apply(target, layers=[1]), pytest.raises(stg.CallError, match=message):
         pipelines.run(pipe, call, callback_on_step_end=peek)
 
