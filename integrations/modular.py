@@ -86,7 +86,11 @@ class ModularHost(PipelineHost):
         index, count = getattr(guider, "_step", None), getattr(guider, "_num_inference_steps", None)
         if not isinstance(index, int) or count is None:
             return Step()
-        names = {"i": index, "t": getattr(guider, "_timestep", None), "timesteps": getattr(scheduler, "timesteps", None)}
+        names = {
+            "i": index,
+            "t": getattr(guider, "_timestep", None),
+            "timesteps": getattr(scheduler, "timesteps", None),
+        }
         return Step(index, int(count), *self._noise_level(scheduler, index, names))
 
     def _guider(self, names: Any) -> Any:
