@@ -124,16 +124,19 @@ class PipelineHost:
                 continue
             if not isinstance(found, nn.Module) or all(inner is not module for inner in found.modules()):
                 raise CallError(
-                    f"the {name} of {self.name} was replaced after stg.apply() was made, so calls of the new one are not "
-                    f"guided. Leave the `with`, set pipe.{name}, and make stg.apply(pipe, ...) anew."
+                    f"the {name} of {self.name} was replaced after stg.apply() was made, so calls of the new one are "
+                    f"not guided. Leave the `with`, set pipe.{name}, and make stg.apply(pipe, ...) anew."
                 )
 
     def check(self) -> None:
         """Raise a TargetError where this pipeline cannot be guided as it is."""
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
+    def watched(self) -> AbstractContextManager[None]:
         """Look at the start of each run, and after each of its steps, whether a denoiser was replaced."""
+        return self._watched()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
         own = self.pipeline, "progress_bar"
         with shared(*own, partial(_install_bar, *own)) as bar:
             bar.checks = (*bar.checks, self.check_same)

@@ -13,8 +13,8 @@ from stg_hooks.errors import SettingError, closest
 SCOPES = ("context", "process")
 
 ENTER_THERE = (
-    "Pass scope='process' to have it in force in every thread and task while the `with` is open, or enter the `with` in "
-    "the thread that makes the calls."
+    "Pass scope='process' to have it in force in every thread and task while the `with` is open, or enter the `with` "
+    "in the thread that makes the calls."
 )
 
 
@@ -61,10 +61,17 @@ def leave(entry: Entry) -> None:
     """Undo one `enter`, from any thread or task: a generator may be closed elsewhere than it was started."""
     global _EVERYWHERE
     entry.session = None
+    active = list(_ACTIVE.get())  # loops, as an interrupt comes between calls of functions only
+    for position in reversed(range(len(active))):
+        if active[position].session is None:
+            del active[position]
+    _ACTIVE.set(tuple(active))
     with _LOCK:
-        _EVERYWHERE = tuple(other for other in _EVERYWHERE if other is not entry)
-    if entry in _ACTIVE.get():
-        _ACTIVE.set(_open())
+        everywhere = list(_EVERYWHERE)
+        for position in reversed(range(len(everywhere))):
+            if everywhere[position] is entry:
+                del everywhere[position]
+        _EVERYWHERE = tuple(everywhere)
 
 
 def _open() -> tuple[Entry, ...]:

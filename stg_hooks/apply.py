@@ -111,9 +111,9 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
                 processes (FSDP, tensor or context parallelism) is refused. Gradients do not pass.
             timeout: seconds that a process waits for the others before it is an error on all of them. On GPUs, NCCL's
                 own timeout holds for predictions that are on their way.
-            scope: where the `with` is in force: in the thread or asyncio task that enters it and the tasks that this one
-                starts (`"context"`), or in every thread and task of the process while it is open (`"process"`), as a
-                server needs it that enters once and answers in worker threads.
+            scope: where the `with` is in force: in the thread or asyncio task that enters it and the tasks that this
+                one starts (`"context"`), or in every thread and task of the process while it is open (`"process"`), as
+                a server needs it that enters once and answers in worker threads.
             strict: raise where there would be a warning that nothing, or less than asked for, was guided: in the first
                 call in which a skip changes nothing (this waits for the GPU once), or at the end of the `with`.
 
@@ -255,9 +255,9 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
             )
         # Several threads may have entered this object: leave what was entered here.
         here = [one for one in self._entered if activation.is_here(one[0])]
-        entry, stack = one = (here or self._entered)[-1]
-        self._entered.remove(one)
-        stack.close()
+        left = (here or self._entered)[-1]
+        self._entered.remove(left)
+        left[1].close()
         session = self._session
         if session.ranks is not None:
             session.ranks.leave(error)

@@ -56,8 +56,8 @@ class NotCopied:
         """
         name = f"stg.{type(self).__name__}"
         raise TargetError(
-            f"a {name} cannot be copied or pickled: it belongs to one model, as it is in this process. Copy the model (or "
-            f"pipeline) by itself, and make {name}(...) anew from the copy."
+            f"a {name} cannot be copied or pickled: it belongs to one model, as it is in this process. Copy the model "
+            f"(or pipeline) by itself, and make {name}(...) anew from the copy."
         )
 
 

@@ -200,7 +200,7 @@ class Guide:
         self._of_model.unguided = None
 
     def _forget_all(self) -> None:
-        """Let go of what the last calls of all threads have computed; those that called need not be the one that leaves."""
+        """Let go of what the last calls of all threads have computed: it may be another one that leaves."""
         self._local, self._of_model = _OfThread(), _OfModel()
 
     def _install(self) -> tuple[None, Undo]:

@@ -99,8 +99,8 @@ class Switch:
                 continue  # the latter: one that calls it, as torch.compile() gives
             raise LayerError(
                 f"layer {layer.name!r} of {type(self._model).__name__} was replaced after it had been chosen: it was "
-                f"{_phrase(layer.module)} and is {_phrase(found)} now. Make stg.apply(), stg.skip() or stg.Guider() anew, "
-                "after what replaces layers (as enable_free_noise() does)."
+                f"{_phrase(layer.module)} and is {_phrase(found)} now. Make stg.apply(), stg.skip() or stg.Guider() "
+                "anew, after what replaces layers (as enable_free_noise() does)."
             )
 
     @contextmanager
@@ -324,8 +324,8 @@ class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(m
                 with the identity as its map), another name among `perturb.MODES`, or a callable that takes a
                 `LayerCall` and returns what the layer should return.
             kind: in factorised models, only attention within frames (`"spatial"`) or across them (`"temporal"`).
-            scope: where the `with` is in force: in the thread or asyncio task that enters it and the tasks that this one
-                starts (`"context"`), or in every thread and task of the process while it is open (`"process"`).
+            scope: where the `with` is in force: in the thread or asyncio task that enters it and the tasks that this
+                one starts (`"context"`), or in every thread and task of the process while it is open (`"process"`).
             strict: end the `with` in an error instead of that warning.
 
         Raises:

@@ -84,7 +84,8 @@ def document() -> str:
 What `stg.apply` reads in the code of the {len(rows)} pipeline classes of diffusers {diffusers.__version__} that have a
 `transformer` or `unet`: it guides {len(rows) - refused} of them and refuses {refused}, with an error before anything is
 touched. Those marked as tested are run by `tests/test_pipelines.py` or `tests/test_stock_pipelines.py`. A refused
-pipeline can be guided through its denoiser, `with stg.apply(pipe.transformer, ..., batched_cfg=...):`, or in a loop of your own.
+pipeline can be guided through its denoiser, `with stg.apply(pipe.transformer, ..., batched_cfg=...):`, or in a loop of
+your own.
 
 A pipeline that normalises its combined prediction to the cond one (QwenImage, Lumina2, LongCat, JoyImageEdit, Z-Image's
 `cfg_normalization`, `guidance_rescale`) normalises the guided prediction to the guided cond one; `rescale=` gives the

@@ -1,4 +1,4 @@
-"""What is replaced after guidance was set up, and calls that are not the target's own: an error, or the right numbers."""
+"""What is replaced after guidance was set up, and calls that others make: an error, or the right numbers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_denoiser_that_is_replaced_by_a_callback() -> None:
 @pytest.mark.parametrize("name", ["transformer", "transformer_2"])
 def test_one_of_two_denoisers(name: str) -> None:
     pipe, call, case = pipelines.build_wan_2_2()
-    with stg.apply(pipe, layers=[1]), pytest.raises(stg.CallError, match=rf"the {name} of WanPipeline was replaced"):
+    with stg.apply(pipe, layers=[1]), pytest.raises(stg.CallError, match=rf"the {name} of WanPipeline was replaced"):  # noqa: PT012
         setattr(pipe, name, other_transformer(case))
         pipelines.run(pipe, call)
 
@@ -76,7 +76,7 @@ def test_a_denoiser_that_is_replaced_before_the_with() -> None:
     pipe, _, case = pipelines.build("wan")
     handle = stg.apply(pipe, layers=[1])
     pipe.transformer = other_transformer(case)
-    with pytest.raises(stg.CallError, match="replaced after stg.apply"), handle:
+    with pytest.raises(stg.CallError, match=r"replaced after stg\.apply"), handle:
         pass
     assert "progress_bar" not in vars(pipe)
 
@@ -252,7 +252,7 @@ def test_what_modular_pipelines_are_refused_for() -> None:
     with pytest.raises(stg.TargetError, match=r"guidance_rescale=0\.5.*stg\.apply\(\.\.\., rescale=0\.5\)"):
         stg.apply(pipe, layers=[1])
     pipe.update_components(guider=diffusers.TangentialClassifierFreeGuidance())
-    with pytest.raises(stg.TargetError, match="its guider is TangentialClassifierFreeGuidance.*update_components"):
+    with pytest.raises(stg.TargetError, match=r"its guider is TangentialClassifierFreeGuidance.*update_components"):
         stg.apply(pipe, layers=[1])
     with stg.apply(pipe.transformer, layers=[1]), pytest.raises(stg.CallError, match="its guider is Tangential"):
         pipe(**call, output="latents")
@@ -260,7 +260,7 @@ def test_what_modular_pipelines_are_refused_for() -> None:
 
 def test_a_denoiser_of_a_modular_pipeline_that_is_replaced() -> None:
     pipe, call = modular_wan()
-    with pytest.warns(stg.StgWarning, match="the transformer of WanModularPipeline was replaced"):  # noqa: SIM117
+    with pytest.warns(stg.StgWarning, match="the transformer of WanModularPipeline was replaced"):  # noqa: PT031, SIM117
         with stg.apply(pipe, layers=[1]):
             pipe(**call, output="latents")
             pipe.update_components(transformer=copy.deepcopy(pipe.transformer))

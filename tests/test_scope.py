@@ -150,7 +150,7 @@ def test_a_server_that_enters_at_its_start() -> None:
 def test_a_server_that_enters_at_its_start_in_the_default_scope() -> None:
     pipe, call = unet_pipeline()
     plain = pipe(**call)[0].flatten()
-    with pytest.warns(stg.StgWarning, match="scope='process'") as seen, serving(app_of(pipe, call)) as address:
+    with pytest.warns(stg.StgWarning, match="scope='process'") as seen, serving(app_of(pipe, call)) as address:  # noqa: PT031
         assert_close(get(address), plain, **close)
         assert_close(get(address), plain, **close)
     assert len([one for one in seen if one.category is stg.StgWarning]) == 1
@@ -206,7 +206,7 @@ def test_unknown_scope(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("make", [stg.apply, stg.skip])
 def test_a_module_that_is_called_elsewhere_only(make: Any, model: nn.Module) -> None:
-    with pytest.warns(stg.StgWarning, match=r"2 calls .* other threads.*scope='process'"), make(model, [2]):
+    with pytest.warns(stg.StgWarning, match=r"2 calls .* other threads.*scope='process'"), make(model, [2]):  # noqa: PT031
         elsewhere(lambda: model(**zoo.inputs()))
         elsewhere(lambda: model(**zoo.inputs()))
     with pytest.raises(stg.CallError, match="scope='process'"), make(model, [2], strict=True):
@@ -284,7 +284,7 @@ def test_a_task_that_outlives_the_with(model: nn.Module) -> None:
 
 
 def test_never_entered(model: nn.Module) -> None:
-    with pytest.warns(stg.StgWarning, match="never entered") as seen:
+    with pytest.warns(stg.StgWarning, match="never entered") as seen:  # noqa: PT031
         stg.apply(model, [2])
         gc.collect()
     assert seen[0].filename == __file__
