@@ -23,7 +23,7 @@ from stg_hooks.hosts import denoisers_of
 from stg_hooks.integrations import claims, media
 from stg_hooks.integrations import metrics as measures
 from stg_hooks.integrations.sweep_settings import asked_of, call_text, check_same, code_of
-from stg_hooks.layers import LayerSpec
+from stg_hooks.model.layers import LayerSpec
 from stg_hooks.results import (
     BASELINE,
     CELL_FILE,

@@ -18,7 +18,7 @@ from stg_hooks.errors import CallError, NotCopied, SettingError, StgWarning
 from stg_hooks.guide import Guide, Session
 from stg_hooks.guided_call import Stats
 from stg_hooks.hosts import Host, ModuleHost, pipeline_host
-from stg_hooks.layers import LayerSpec
+from stg_hooks.model.layers import LayerSpec
 from stg_hooks.perturb import Mode
 from stg_hooks.ranks import check_own_copy, ranks_from
 from stg_hooks.rules import Rule

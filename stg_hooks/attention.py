@@ -23,8 +23,8 @@ from stg_hooks.attention_calls import AttentionCall, HandMade, MultiHead, Scaled
 from stg_hooks.compiled import is_compiled
 from stg_hooks.errors import BlockError, StgError
 from stg_hooks.hosts import plain_attention
-from stg_hooks.inspection import bound_arguments, signature_text
-from stg_hooks.layers import attention_modules
+from stg_hooks.model.source import bound_arguments, signature_text
+from stg_hooks.model.layers import attention_modules
 from stg_hooks.patching import Action, Patch, patched, pushed
 from stg_hooks.provenance import NOTHING, Provenance, Runs
 from stg_hooks.streams import copied

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import CallError
-from stg_hooks.words import words_of
+from stg_hooks.model.words import words_of
 
 # Arguments of positions belong to tokens, not to rows, even where their number is a multiple of the batch.
 _POSITIONAL = words_of("rotary rope freqs ids coords position positions positional")

@@ -23,8 +23,8 @@ from stg_hooks.effects import Randomness, State
 from stg_hooks.errors import SettingError, StgWarning, closest
 from stg_hooks.guided_call import GuidedCall, Stats, checking, layout_of, weak_pass
 from stg_hooks.inputs import Inputs, Written
-from stg_hooks.inspection import parameter_names
-from stg_hooks.layers import Layer, find_layers
+from stg_hooks.model.source import parameter_names
+from stg_hooks.model.layers import Layer, find_layers
 from stg_hooks.patching import Patch, patched, pushed
 from stg_hooks.prefix import DRAWS_RANDOM_NUMBERS, Place, Prefix, PrefixMismatchError, prefix_units
 from stg_hooks.recording import Layout, Recording, Repetition

@@ -24,7 +24,7 @@ from stg_hooks.executions import Executions
 from stg_hooks.guided_call import GuidedCall, Stats, in_weak_pass, layout_of
 from stg_hooks.hosts import Host, Role, check_rows_apart
 from stg_hooks.inputs import Inputs, Written
-from stg_hooks.inspection import parameter_names
+from stg_hooks.model.source import parameter_names
 from stg_hooks.kept import Kept
 from stg_hooks.parallel import Share, check_alone
 from stg_hooks.patching import Patch, Undo, patched, shared

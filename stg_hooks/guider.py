@@ -23,7 +23,7 @@ from stg_hooks.executions import Executions
 from stg_hooks.guided_call import Stats, in_weak_pass
 from stg_hooks.inputs import Inputs, Written
 from stg_hooks.kept import Kept
-from stg_hooks.layers import LayerSpec
+from stg_hooks.model.layers import LayerSpec
 from stg_hooks.parallel import Share, check_alone
 from stg_hooks.perturb import Mode
 from stg_hooks.ranks import Ranks, check_own_copy, ranks_from

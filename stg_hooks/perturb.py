@@ -14,7 +14,7 @@ from stg_hooks.attention import AttentionSeam, Change
 from stg_hooks.branches import bypassed
 from stg_hooks.errors import BlockError, named
 from stg_hooks.feed_forward import FeedForwards
-from stg_hooks.inspection import bound_arguments
+from stg_hooks.model.source import bound_arguments
 from stg_hooks.streams import Streams, copied
 
 

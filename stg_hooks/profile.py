@@ -17,7 +17,7 @@ from stg_hooks.guide import Session
 from stg_hooks.guided_call import Stats
 from stg_hooks.guider import Guider
 from stg_hooks.hosts import Host, ModuleHost, pipeline_host
-from stg_hooks.layers import Layer, LayerSpec, find_layers, resolve
+from stg_hooks.model.layers import Layer, LayerSpec, find_layers, resolve
 from stg_hooks.probe import Meter, NoiseLevels, Observation, Probe
 from stg_hooks.results import Profile, ProfileRow, mean
 from stg_hooks.sampling import Sample, generator_of, prompts_from, sampler_of, takes_prompt

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from stg_hooks.calls import is_positional
-from stg_hooks.words import words_of
+from stg_hooks.model.words import words_of
 
 # What the argument that carries text, or whatever else is not denoised, is called.
 _TEXT_WORDS = words_of(

@@ -12,7 +12,7 @@ from torch import nn
 
 from stg_hooks.combine import Scale, check_rescale, check_scale, is_number, is_real
 from stg_hooks.errors import CallError, SettingError, closest
-from stg_hooks.layers import LayerSpec
+from stg_hooks.model.layers import LayerSpec
 from stg_hooks.perturb import Mode
 from stg_hooks.rules import Rule, find_rule
 from stg_hooks.settings import Branch, branches_from, preset_for, recommended

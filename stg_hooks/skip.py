@@ -21,7 +21,7 @@ from stg_hooks.compiled import is_compiled
 from stg_hooks.errors import CallError, LayerError, NotCopied, StgWarning
 from stg_hooks.feed_forward import FeedForwards
 from stg_hooks.frames import FrameKinds, Kind, kinds_of
-from stg_hooks.layers import Layer, LayerSpec, resolve
+from stg_hooks.model.layers import Layer, LayerSpec, resolve
 from stg_hooks.looking import Looks
 from stg_hooks.patching import Action, Patch, now, patched
 from stg_hooks.perturb import BLIND_TO_TEXT, MODES, OF_BLOCKS, LayerCall, Mode, find_mode

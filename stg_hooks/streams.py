@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import BlockError
-from stg_hooks.facts import stated
+from stg_hooks.model.facts import stated
 from stg_hooks.feed_forward import feed_forwards
-from stg_hooks.inspection import (
+from stg_hooks.model.source import (
     bound_arguments,
     class_forward,
     names_in_return,
@@ -22,7 +22,7 @@ from stg_hooks.inspection import (
     signature_of,
     signature_text,
 )
-from stg_hooks.layers import attention_modules, is_attention
+from stg_hooks.model.layers import attention_modules, is_attention
 
 # A block adds to its stream, so its output resembles what it was given: by the cosine between them, over all elements.
 _MARGIN = 0.1  # by which the input chosen must resemble it more than any other of the same shape

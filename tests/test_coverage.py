@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 import stg_hooks as stg
 from stg_hooks.feed_forward import feed_forwards
-from stg_hooks.layers import find_layers
+from stg_hooks.model.layers import find_layers
 from tests import model_table, tiny_models, zoo
 from tests.tiny_models import MODELS, HandThrough, expand
 

@@ -131,7 +131,7 @@ def test_arrows_point_one_way(folder: str) -> None:
         ("adapters", "def f():\n    import diffusers", ["diffusers"]),
         ("integrations", "from diffusers import DiffusionPipeline", ["diffusers.DiffusionPipeline"]),
         ("integrations", "from stg_hooks.adapters import wan", ["stg_hooks.adapters.wan"]),
-        ("stg_hooks", "import os, torch.nn\nfrom stg_hooks.layers import layers\ndef f():\n    import diffusers", []),
+        ("stg_hooks", "import os, torch.nn\nfrom stg_hooks.model.layers import layers\ndef f():\n    import diffusers", []),
         ("adapters", "from torch import nn\nfrom stg_hooks import skip\nfrom stg_hooks.adapters.table import T", []),
         ("integrations", "from __future__ import annotations\ndef f():\n    from diffusers import pipelines", []),
     ],

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import stg_hooks as stg
-from stg_hooks.layers import find_layers, is_attention, resolve
+from stg_hooks.model.layers import find_layers, is_attention, resolve
 from tests import zoo
 
 

@@ -19,7 +19,7 @@ from torch import nn
 import stg_hooks as stg
 from stg_hooks.executions import Executions
 from stg_hooks.guided_call import Stats
-from stg_hooks.layers import Layer, _glob_matches, resolve
+from stg_hooks.model.layers import Layer, _glob_matches, resolve
 from tests import zoo
 
 ROOT = Path(__file__).resolve().parent.parent

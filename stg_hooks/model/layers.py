@@ -12,9 +12,9 @@ from typing import SupportsIndex
 from torch import Tensor, nn
 
 from stg_hooks.errors import LayerError, TargetError, closest
-from stg_hooks.facts import stated
-from stg_hooks.inspection import running_order
-from stg_hooks.words import words_of
+from stg_hooks.model.facts import stated
+from stg_hooks.model.source import running_order
+from stg_hooks.model.words import words_of
 
 LayerSpec = SupportsIndex | str | range | nn.Module | Iterable["SupportsIndex | str | range | nn.Module"]
 """What may be passed as `layers`: indices, dotted names or globs, modules, or a list of those."""
