@@ -20,7 +20,7 @@ from stg_hooks.hosts import Role
 from stg_hooks.integrations.call_sites import Site, UnreadableError, holds
 from stg_hooks.integrations.expressions import evaluate
 from stg_hooks.integrations.pipeline_code import call_sites_of
-from stg_hooks.patching import Undo, set_attribute, shared
+from stg_hooks.hooks.forward import Undo, set_attribute, shared
 from stg_hooks.step import Step
 
 DENOISERS = ("transformer", "transformer_2", "unet")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from stg_hooks import activation
+from stg_hooks.hooks import activation
 from stg_hooks.combine import Scale, check_scale
 from stg_hooks.errors import CallError, NotCopied, SettingError, StgWarning
 from stg_hooks.guide import Guide, Session

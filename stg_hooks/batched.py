@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.calls import cut, is_positional, map_arguments, row_factor
-from stg_hooks.checkpointing import checkpointed
-from stg_hooks.patching import Action, Patch, pushed
+from stg_hooks.hooks.checkpointing import checkpointed
+from stg_hooks.hooks.forward import Action, Patch, pushed
 
 
 class RowsError(Exception):

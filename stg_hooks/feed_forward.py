@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import BlockError
-from stg_hooks.patching import Action, Patch, patched, pushed
+from stg_hooks.hooks.forward import Action, Patch, patched, pushed
 
 _CLASS = re.compile(r"feed_?forward|mlp|ffn|glumbconv|swiglu|transition|dense\w*actdense", re.IGNORECASE)
 # `linear2` is nn.TransformerEncoderLayer's, `down_proj` and `ff_out` are the ends of networks that are the block's own

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stg_hooks import activation
+from stg_hooks.hooks import activation
 from stg_hooks.calls import first_batch, halves, own_predictions, replace_predictions, take_rows
 from stg_hooks.combine import Scale, combine, correction, fitted, is_number
-from stg_hooks.compiled import is_compiled, untraced
+from stg_hooks.hooks.compiled import is_compiled, untraced
 from stg_hooks.errors import CallError, StgWarning
 from stg_hooks.execution import Execution
 from stg_hooks.executions import Executions
@@ -27,7 +27,7 @@ from stg_hooks.inputs import Inputs, Written
 from stg_hooks.model.source import parameter_names
 from stg_hooks.kept import Kept
 from stg_hooks.parallel import Share, check_alone
-from stg_hooks.patching import Patch, Undo, patched, shared
+from stg_hooks.hooks.forward import Patch, Undo, patched, shared
 from stg_hooks.ranks import Ranks
 from stg_hooks.rules import at_step
 from stg_hooks.schedule import Plan, Settings, known

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stg_hooks import activation
+from stg_hooks.hooks import activation
 from stg_hooks.calls import halves, own_predictions, predictions
 from stg_hooks.combine import Scale, check_scale, combine, correction, is_number, is_real
 from stg_hooks.errors import CallError, NotCopied, SettingError, TargetError

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.calls import is_positional
-from stg_hooks.compiled import eagerly
+from stg_hooks.hooks.compiled import eagerly
 from stg_hooks.model.source import bound_arguments
 from stg_hooks.model.layers import find_layers
-from stg_hooks.patching import Action, now, patched, set_aside
+from stg_hooks.hooks.forward import Action, now, patched, set_aside
 from stg_hooks.provenance import named_tensors, sounds_like_text
 from stg_hooks.streams import Streams
 

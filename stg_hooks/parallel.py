@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stg_hooks import activation
+from stg_hooks.hooks import activation
 from stg_hooks.calls import is_prediction, own_predictions
 from stg_hooks.errors import CallError
 from stg_hooks.execution import Execution

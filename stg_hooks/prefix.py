@@ -24,7 +24,7 @@ from stg_hooks.absent import Absent, AbsentError
 from stg_hooks.calls import leaves_of
 from stg_hooks.effects import Randomness
 from stg_hooks.model.layers import attention_modules, is_attention
-from stg_hooks.patching import Action, Patch, pushed
+from stg_hooks.hooks.forward import Action, Patch, pushed
 
 DRAWS_RANDOM_NUMBERS = "it draws random numbers"
 

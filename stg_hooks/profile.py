@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stg_hooks import activation, measures
+from stg_hooks import measures
+from stg_hooks.hooks import activation
 from stg_hooks.errors import LayerError, SettingError, StgWarning, TargetError
 from stg_hooks.executions import Executions
 from stg_hooks.guide import Session

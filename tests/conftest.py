@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from stg_hooks import activation, patching
+from stg_hooks.hooks import activation
+from stg_hooks.hooks import forward as patching
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
 import stg_hooks as stg
-from stg_hooks.compiled import eagerly
+from stg_hooks.hooks.compiled import eagerly
 from tests import pipelines, zoo
 
 SCALE, STEPS = 1.5, 3

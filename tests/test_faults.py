@@ -19,7 +19,8 @@ from torch.testing import assert_close
 from torch.utils.hooks import RemovableHandle
 
 import stg_hooks as stg
-from stg_hooks import activation, patching
+from stg_hooks.hooks import activation
+from stg_hooks.hooks import forward as patching
 from tests import zoo
 
 CORE = str(Path(stg.__file__).parent)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
-from stg_hooks import patching
+from stg_hooks.hooks import forward as patching
 from stg_hooks.execution import EXECUTIONS
 from tests import pipelines, zoo
 

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import stg_hooks as stg
-from stg_hooks import patching
+from stg_hooks.hooks import forward as patching
 from tests import zoo
 
 EXECUTIONS = ("sequential", "batched", "full")

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
-from stg_hooks import activation, patching
+from stg_hooks.hooks import activation
+from stg_hooks.hooks import forward as patching
 from tests import zoo
 from tests.zoo import snapshot
 

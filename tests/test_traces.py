@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import stg_hooks as stg
-from stg_hooks import patching
+from stg_hooks.hooks import forward as patching
 from tests import pipelines, zoo
 
 LAYER = 2

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from stg_hooks.compiled import is_compiled
+from stg_hooks.hooks.compiled import is_compiled
 from stg_hooks.errors import CallError
 
 Action = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
