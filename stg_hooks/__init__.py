@@ -18,7 +18,7 @@ from stg_hooks.errors import (
     TargetError,
 )
 from stg_hooks.guider import Guider
-from stg_hooks.perturb import LayerCall
+from stg_hooks.modes.modes import LayerCall
 from stg_hooks.profile import profile
 from stg_hooks.settings import Branch
 from stg_hooks.skip import skip

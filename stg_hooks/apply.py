@@ -19,12 +19,12 @@ from stg_hooks.guide import Guide, Session
 from stg_hooks.guided_call import Stats
 from stg_hooks.hosts import Host, ModuleHost, pipeline_host
 from stg_hooks.model.layers import LayerSpec
-from stg_hooks.perturb import Mode
+from stg_hooks.modes.modes import Mode
 from stg_hooks.ranks import check_own_copy, ranks_from
 from stg_hooks.rules import Rule
 from stg_hooks.schedule import Asked, Plan, Schedule, check_every, plan_from
 from stg_hooks.settings import Branch
-from stg_hooks.sites import Kind
+from stg_hooks.modes.sites import Kind
 from stg_hooks.step import Step
 from stg_hooks.trace import Trace
 from stg_hooks.uncond import UncondGuide, check_on, check_settings

@@ -12,7 +12,7 @@ from torch import nn
 from stg_hooks.caches import Caches
 from stg_hooks.execution import Execution
 from stg_hooks.guided_call import Stats
-from stg_hooks.perturb import find_mode
+from stg_hooks.modes.modes import find_mode
 from stg_hooks.schedule import Settings
 from stg_hooks.settings import Branch, hashable
 from stg_hooks.skip import Switch

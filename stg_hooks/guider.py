@@ -25,12 +25,12 @@ from stg_hooks.inputs import Inputs, Written
 from stg_hooks.kept import Kept
 from stg_hooks.model.layers import LayerSpec
 from stg_hooks.parallel import Share, check_alone
-from stg_hooks.perturb import Mode
+from stg_hooks.modes.modes import Mode
 from stg_hooks.ranks import Ranks, check_own_copy, ranks_from
 from stg_hooks.rules import AveragedApg, Rule, at_step
 from stg_hooks.schedule import Schedule, check_every, known, plan_from
 from stg_hooks.settings import Branch
-from stg_hooks.sites import Kind
+from stg_hooks.modes.sites import Kind
 from stg_hooks.skip import Switch
 from stg_hooks.step import Step, check_step, is_new_run, noise_levels, step_at
 from stg_hooks.trace import Trace

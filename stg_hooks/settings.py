@@ -12,8 +12,8 @@ from torch import nn
 from stg_hooks.combine import Scale, check_rescale, check_scale
 from stg_hooks.errors import SettingError, closest
 from stg_hooks.model.layers import LayerSpec, items_of, listed
-from stg_hooks.perturb import Mode, find_mode
-from stg_hooks.sites import Kind, check_kind
+from stg_hooks.modes.modes import Mode, find_mode
+from stg_hooks.modes.sites import Kind, check_kind
 
 
 @dataclasses.dataclass(frozen=True)

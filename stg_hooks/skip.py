@@ -14,20 +14,20 @@ import torch
 from torch import nn
 
 from stg_hooks.hooks import activation
-from stg_hooks.attention import AttentionSeam
+from stg_hooks.modes.attention import AttentionSeam
 from stg_hooks.caches import Caches
 from stg_hooks.hooks.checkpointing import checkpointed, skipped_in
 from stg_hooks.hooks.compiled import is_compiled
 from stg_hooks.errors import CallError, LayerError, NotCopied, StgWarning
-from stg_hooks.feed_forward import FeedForwards
-from stg_hooks.frames import FrameKinds, Kind, kinds_of
+from stg_hooks.modes.feed_forward import FeedForwards
+from stg_hooks.modes.frames import FrameKinds, Kind, kinds_of
 from stg_hooks.model.layers import Layer, LayerSpec, resolve
-from stg_hooks.looking import Looks
+from stg_hooks.modes.token_probe import Looks
 from stg_hooks.hooks.forward import Action, Patch, now, patched
-from stg_hooks.perturb import BLIND_TO_TEXT, MODES, OF_BLOCKS, LayerCall, Mode, find_mode
-from stg_hooks.sites import Site, find_sites
-from stg_hooks.streams import Streams
-from stg_hooks.text_tokens import TextTokens
+from stg_hooks.modes.modes import BLIND_TO_TEXT, MODES, OF_BLOCKS, LayerCall, Mode, find_mode
+from stg_hooks.modes.sites import Site, find_sites
+from stg_hooks.modes.residual import Streams
+from stg_hooks.modes.text_tokens import TextTokens
 
 
 class Switch:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from stg_hooks.frames import kinds_of
+from stg_hooks.modes.frames import kinds_of
 from stg_hooks.hosts import denoisers_of
 from stg_hooks.model.layers import Layer, find_layers, is_attention
 from stg_hooks.settings import Branch, Published, published_settings

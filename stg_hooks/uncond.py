@@ -24,7 +24,7 @@ from stg_hooks.hooks.forward import Action, patched
 from stg_hooks.schedule import Settings
 from stg_hooks.step import check_step
 from stg_hooks.streaming import weights_are_streamed
-from stg_hooks.streams import copied
+from stg_hooks.modes.residual import copied
 
 PREDICTIONS = ("cond", "uncond")
 

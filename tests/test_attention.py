@@ -198,7 +198,7 @@ def test_masked_text_stays_masked() -> None:
 
 
 def test_more_than_one_part_of_the_map_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stg_hooks import attention_calls
+    from stg_hooks.modes import attention_calls
 
     family = zoo.FAMILIES["cogvideox"]
     model = family.build()
@@ -527,7 +527,7 @@ def test_bad_input_is_refused_before_anything_is_touched(name: str) -> None:
 
 
 def test_kinds_are_found_by_name() -> None:
-    from stg_hooks.frames import kinds_of
+    from stg_hooks.modes.frames import kinds_of
 
     kinds = kinds_of(zoo.FAMILIES["svd"].build())
     assert {kind for name, kind in kinds.items() if "temporal" in name} == {"temporal"}

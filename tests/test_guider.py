@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import stg_hooks as stg
 from stg_hooks.guided_call import is_checking
-from stg_hooks.perturb import residual
+from stg_hooks.modes.modes import residual
 from tests import zoo
 
 exact: dict[str, Any] = {"rtol": 0, "atol": 0}

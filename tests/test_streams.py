@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import stg_hooks as stg
 from stg_hooks import adapters
-from stg_hooks.streams import Streams
+from stg_hooks.modes.residual import Streams
 from tests import zoo
 
 exact: dict[str, Any] = {"rtol": 0, "atol": 0}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import stg_hooks as stg
-from stg_hooks.provenance import sounds_like_text
+from stg_hooks.modes.token_labels import sounds_like_text
 from tests import awkward, zoo
 from tests.test_coverage import tensors
 from tests.test_modes import assert_close_in_std

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import stg_hooks as stg
 from stg_hooks import demo
 from stg_hooks.demo import clips, judge
-from stg_hooks.perturb import MODES
+from stg_hooks.modes.modes import MODES
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import BlockError
 from stg_hooks.model.layers import is_attention
-from stg_hooks.streams import copied
+from stg_hooks.modes.residual import copied
 
 # A trial gives a layer noise this many times as large as its input. What normalises and projects its input gives little
 # of it back, and in other directions; a residual connection gives back all of it.

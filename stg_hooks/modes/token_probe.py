@@ -22,8 +22,8 @@ from stg_hooks.hooks.compiled import eagerly
 from stg_hooks.model.source import bound_arguments
 from stg_hooks.model.layers import find_layers
 from stg_hooks.hooks.forward import Action, now, patched, set_aside
-from stg_hooks.provenance import named_tensors, sounds_like_text
-from stg_hooks.streams import Streams
+from stg_hooks.modes.token_labels import named_tensors, sounds_like_text
+from stg_hooks.modes.residual import Streams
 
 
 @dataclasses.dataclass

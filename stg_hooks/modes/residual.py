@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import BlockError
 from stg_hooks.model.facts import stated
-from stg_hooks.feed_forward import feed_forwards
+from stg_hooks.modes.feed_forward import feed_forwards
 from stg_hooks.model.source import (
     bound_arguments,
     class_forward,

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stg_hooks.attention import AttentionSeam, Change
-from stg_hooks.branches import bypassed
+from stg_hooks.modes.attention import AttentionSeam, Change
+from stg_hooks.modes.branches import bypassed
 from stg_hooks.errors import BlockError, named
-from stg_hooks.feed_forward import FeedForwards
+from stg_hooks.modes.feed_forward import FeedForwards
 from stg_hooks.model.source import bound_arguments
-from stg_hooks.streams import Streams, copied
+from stg_hooks.modes.residual import Streams, copied
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stg_hooks.errors import BlockError
-from stg_hooks.provenance import Runs
+from stg_hooks.modes.token_labels import Runs
 
 _PART = 2**24
 """Logits of video tokens and text that are held at once."""
