@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from stg_hooks.apply import apply
-from stg_hooks.combine import combine
+from stg_hooks.guidance.combine import combine
 from stg_hooks.errors import (
     BlockError,
     CallError,
@@ -20,7 +20,7 @@ from stg_hooks.errors import (
 from stg_hooks.guider import Guider
 from stg_hooks.modes.modes import LayerCall
 from stg_hooks.profile import profile
-from stg_hooks.settings import Branch
+from stg_hooks.guidance.settings import Branch
 from stg_hooks.skip import skip
 from stg_hooks.step import Step
 from stg_hooks.table import layers

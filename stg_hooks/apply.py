@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from stg_hooks.hooks import activation
-from stg_hooks.combine import Scale, check_scale
+from stg_hooks.guidance.combine import Scale, check_scale
 from stg_hooks.errors import CallError, NotCopied, SettingError, StgWarning
 from stg_hooks.guide import Guide, Session
 from stg_hooks.guided_call import Stats
@@ -21,14 +21,14 @@ from stg_hooks.hosts import Host, ModuleHost, pipeline_host
 from stg_hooks.model.layers import LayerSpec
 from stg_hooks.modes.modes import Mode
 from stg_hooks.ranks import check_own_copy, ranks_from
-from stg_hooks.rules import Rule
-from stg_hooks.schedule import Asked, Plan, Schedule, check_every, plan_from
-from stg_hooks.settings import Branch
+from stg_hooks.guidance.rules import Rule
+from stg_hooks.guidance.schedule import Asked, Plan, Schedule, check_every, plan_from
+from stg_hooks.guidance.settings import Branch
 from stg_hooks.modes.sites import Kind
 from stg_hooks.step import Step
-from stg_hooks.trace import Trace
+from stg_hooks.guidance.trace import Trace
 from stg_hooks.uncond import UncondGuide, check_on, check_settings
-from stg_hooks.watch import Watch
+from stg_hooks.guidance.watch import Watch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -28,7 +28,7 @@ from stg_hooks.model.layers import Layer, find_layers
 from stg_hooks.hooks.forward import Patch, patched, pushed
 from stg_hooks.prefix import DRAWS_RANDOM_NUMBERS, Place, Prefix, PrefixMismatchError, prefix_units
 from stg_hooks.recording import Layout, Recording, Repetition
-from stg_hooks.settings import Branch
+from stg_hooks.guidance.settings import Branch
 from stg_hooks.skip import Switch
 from stg_hooks.streaming import weights_are_streamed
 

@@ -13,8 +13,8 @@ from stg_hooks.caches import Caches
 from stg_hooks.execution import Execution
 from stg_hooks.guided_call import Stats
 from stg_hooks.modes.modes import find_mode
-from stg_hooks.schedule import Settings
-from stg_hooks.settings import Branch, hashable
+from stg_hooks.guidance.schedule import Settings
+from stg_hooks.guidance.settings import Branch, hashable
 from stg_hooks.skip import Switch
 
 _SPARE = 8

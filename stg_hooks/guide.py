@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stg_hooks.hooks import activation
 from stg_hooks.calls import first_batch, halves, own_predictions, replace_predictions, take_rows
-from stg_hooks.combine import Scale, combine, correction, fitted, is_number
+from stg_hooks.guidance.combine import Scale, combine, correction, fitted, is_number
 from stg_hooks.hooks.compiled import is_compiled, untraced
 from stg_hooks.errors import CallError, StgWarning
 from stg_hooks.execution import Execution
@@ -25,16 +25,16 @@ from stg_hooks.guided_call import GuidedCall, Stats, in_weak_pass, layout_of
 from stg_hooks.hosts import Host, Role, check_rows_apart
 from stg_hooks.inputs import Inputs, Written
 from stg_hooks.model.source import parameter_names
-from stg_hooks.kept import Kept
+from stg_hooks.guidance.reuse import Kept
 from stg_hooks.parallel import Share, check_alone
 from stg_hooks.hooks.forward import Patch, Undo, patched, shared
 from stg_hooks.ranks import Ranks
-from stg_hooks.rules import at_step
-from stg_hooks.schedule import Plan, Settings, known
-from stg_hooks.settings import Branch
+from stg_hooks.guidance.rules import at_step
+from stg_hooks.guidance.schedule import Plan, Settings, known
+from stg_hooks.guidance.settings import Branch
 from stg_hooks.step import Step, check_step
-from stg_hooks.trace import Trace
-from stg_hooks.watch import Watch
+from stg_hooks.guidance.trace import Trace
+from stg_hooks.guidance.watch import Watch
 
 
 @dataclasses.dataclass(eq=False)

@@ -15,7 +15,7 @@ from stg_hooks.execution import Execution
 from stg_hooks.executions import Executions
 from stg_hooks.guided_call import GuidedCall, weak_pass
 from stg_hooks.ranks import Ranks, samples_of
-from stg_hooks.settings import Branch
+from stg_hooks.guidance.settings import Branch
 from stg_hooks.skip import Switch
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]

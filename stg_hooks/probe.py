@@ -18,7 +18,7 @@ from stg_hooks.guide import Guide, Session
 from stg_hooks.guided_call import Stats, in_weak_pass, is_checking, weak_pass
 from stg_hooks.hosts import check_rows_apart
 from stg_hooks.model.source import parameter_names
-from stg_hooks.settings import Branch
+from stg_hooks.guidance.settings import Branch
 from stg_hooks.step import Step
 
 

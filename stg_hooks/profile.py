@@ -22,12 +22,12 @@ from stg_hooks.model.layers import Layer, LayerSpec, find_layers, resolve
 from stg_hooks.probe import Meter, NoiseLevels, Observation, Probe
 from stg_hooks.results import Profile, ProfileRow, mean
 from stg_hooks.sampling import Sample, generator_of, prompts_from, sampler_of, takes_prompt
-from stg_hooks.schedule import Plan, Settings
-from stg_hooks.settings import Branch
+from stg_hooks.guidance.schedule import Plan, Settings
+from stg_hooks.guidance.settings import Branch
 from stg_hooks.skip import Switch
 from stg_hooks.step import Step
-from stg_hooks.trace import Trace
-from stg_hooks.watch import Watch
+from stg_hooks.guidance.trace import Trace
+from stg_hooks.guidance.watch import Watch
 
 PROMPTS = ("A dog runs along a beach, waves behind it.", "A woman pours tea at a window, steam rising from the cup.")
 """What a profile is made with where no prompts are given."""

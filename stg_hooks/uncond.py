@@ -21,7 +21,7 @@ from stg_hooks.guide import Session
 from stg_hooks.guided_call import checking, in_weak_pass, layout_of, weak_pass
 from stg_hooks.hosts import check_rows_apart
 from stg_hooks.hooks.forward import Action, patched
-from stg_hooks.schedule import Settings
+from stg_hooks.guidance.schedule import Settings
 from stg_hooks.step import check_step
 from stg_hooks.streaming import weights_are_streamed
 from stg_hooks.modes.residual import copied

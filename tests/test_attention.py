@@ -536,7 +536,7 @@ def test_kinds_are_found_by_name() -> None:
 
 
 def test_svd_is_published_with_two_branches() -> None:
-    from stg_hooks.settings import published_settings
+    from stg_hooks.guidance.settings import published_settings
 
     model = zoo.FAMILIES["svd"].build()
     model.register_to_config(layers_per_block=2, transformer_layers_per_block=1, cross_attention_dim=1024)

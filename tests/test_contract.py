@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
-from stg_hooks import rules
+from stg_hooks.guidance import rules
 from tests import kdiffusion, zoo
 
 K = kdiffusion.load()

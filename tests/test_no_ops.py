@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stg_hooks as stg
-from stg_hooks import watch
+from stg_hooks.guidance import watch
 from tests import zoo
 
 EXECUTIONS = ("sequential", "batched", "full")

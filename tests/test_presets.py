@@ -16,8 +16,8 @@ from torch.testing import assert_close
 
 import stg_hooks as stg
 from stg_hooks.adapters import PUBLISHED
-from stg_hooks.schedule import plan_from
-from stg_hooks.settings import Published
+from stg_hooks.guidance.schedule import plan_from
+from stg_hooks.guidance.settings import Published
 from tests import stock_pipelines
 from tests.pipelines import build, build_pipeline, load_case, run, scheduler_inputs
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import stg_hooks as stg
 from stg_hooks import demo
 from stg_hooks.adapters import PUBLISHED
-from stg_hooks.settings import Published
+from stg_hooks.guidance.settings import Published
 from tests import recipes, stand_ins, stock_pipelines, zoo
 
 ROOT = Path(__file__).resolve().parents[1]

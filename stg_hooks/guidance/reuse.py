@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from stg_hooks.errors import CallError
-from stg_hooks.settings import Branch
+from stg_hooks.guidance.settings import Branch
 from stg_hooks.step import Step, check_once
 
 
