@@ -16,7 +16,7 @@ from stg_hooks.hooks import activation
 from stg_hooks.guidance.combine import Scale, check_scale
 from stg_hooks.errors import CallError, NotCopied, SettingError, StgWarning
 from stg_hooks.guide import Guide, Session
-from stg_hooks.guided_call import Stats
+from stg_hooks.passes.guided_call import Stats
 from stg_hooks.hosts import Host, ModuleHost, pipeline_host
 from stg_hooks.model.layers import LayerSpec
 from stg_hooks.modes.modes import Mode

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from stg_hooks.hooks import activation
-from stg_hooks.calls import first_batch, halves, own_predictions, replace_predictions, take_rows
+from stg_hooks.passes.rows import first_batch, halves, own_predictions, replace_predictions, take_rows
 from stg_hooks.guidance.combine import Scale, combine, correction, fitted, is_number
 from stg_hooks.hooks.compiled import is_compiled, untraced
 from stg_hooks.errors import CallError, StgWarning
-from stg_hooks.execution import Execution
-from stg_hooks.executions import Executions
-from stg_hooks.guided_call import GuidedCall, Stats, in_weak_pass, layout_of
+from stg_hooks.passes.execution import Execution
+from stg_hooks.passes.executions import Executions
+from stg_hooks.passes.guided_call import GuidedCall, Stats, in_weak_pass, layout_of
 from stg_hooks.hosts import Host, Role, check_rows_apart
-from stg_hooks.inputs import Inputs, Written
+from stg_hooks.passes.inputs import Inputs, Written
 from stg_hooks.model.source import parameter_names
 from stg_hooks.guidance.reuse import Kept
 from stg_hooks.parallel import Share, check_alone

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.hooks import activation
-from stg_hooks.calls import halves, own_predictions, predictions
+from stg_hooks.passes.rows import halves, own_predictions, predictions
 from stg_hooks.guidance.combine import Scale, check_scale, combine, correction, is_number, is_real
 from stg_hooks.errors import CallError, NotCopied, SettingError, TargetError
-from stg_hooks.executions import Executions
-from stg_hooks.guided_call import Stats, in_weak_pass
-from stg_hooks.inputs import Inputs, Written
+from stg_hooks.passes.executions import Executions
+from stg_hooks.passes.guided_call import Stats, in_weak_pass
+from stg_hooks.passes.inputs import Inputs, Written
 from stg_hooks.guidance.reuse import Kept
 from stg_hooks.model.layers import LayerSpec
 from stg_hooks.parallel import Share, check_alone

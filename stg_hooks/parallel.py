@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.hooks import activation
-from stg_hooks.calls import is_prediction, own_predictions
+from stg_hooks.passes.rows import is_prediction, own_predictions
 from stg_hooks.errors import CallError
-from stg_hooks.execution import Execution
-from stg_hooks.executions import Executions
-from stg_hooks.guided_call import GuidedCall, weak_pass
+from stg_hooks.passes.execution import Execution
+from stg_hooks.passes.executions import Executions
+from stg_hooks.passes.guided_call import GuidedCall, weak_pass
 from stg_hooks.ranks import Ranks, samples_of
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.skip import Switch

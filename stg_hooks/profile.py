@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from stg_hooks import measures
 from stg_hooks.hooks import activation
 from stg_hooks.errors import LayerError, SettingError, StgWarning, TargetError
-from stg_hooks.executions import Executions
+from stg_hooks.passes.executions import Executions
 from stg_hooks.guide import Session
-from stg_hooks.guided_call import Stats
+from stg_hooks.passes.guided_call import Stats
 from stg_hooks.guider import Guider
 from stg_hooks.hosts import Host, ModuleHost, pipeline_host
 from stg_hooks.model.layers import Layer, LayerSpec, find_layers, resolve

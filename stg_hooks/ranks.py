@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from stg_hooks.calls import leaves_of
+from stg_hooks.passes.rows import leaves_of
 from stg_hooks.errors import RankError, SettingError, TargetError
 
 if TYPE_CHECKING:

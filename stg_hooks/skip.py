@@ -15,7 +15,7 @@ from torch import nn
 
 from stg_hooks.hooks import activation
 from stg_hooks.modes.attention import AttentionSeam
-from stg_hooks.caches import Caches
+from stg_hooks.passes.caches import Caches
 from stg_hooks.hooks.checkpointing import checkpointed, skipped_in
 from stg_hooks.hooks.compiled import is_compiled
 from stg_hooks.errors import CallError, LayerError, NotCopied, StgWarning

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
-from stg_hooks.guided_call import in_weak_pass
+from stg_hooks.passes.guided_call import in_weak_pass
 from tests import pipelines, zoo
 
 SCALE, STEPS = 1.5, 6

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import stg_hooks as stg
-from stg_hooks.caches import Caches
-from stg_hooks.execution import EXECUTIONS, Execution
-from stg_hooks.guided_call import Stats
-from stg_hooks.streaming import weights_are_streamed
+from stg_hooks.passes.caches import Caches
+from stg_hooks.passes.execution import EXECUTIONS, Execution
+from stg_hooks.passes.guided_call import Stats
+from stg_hooks.passes.streaming import weights_are_streamed
 from tests import awkward, pipelines, zoo
 
 SHARING = ("sequential", "batched")

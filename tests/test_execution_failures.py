@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import stg_hooks as stg
-from stg_hooks import execution as execution_module
-from stg_hooks import prefix, recording
+from stg_hooks.passes import execution as execution_module
+from stg_hooks.passes import prefix
+from stg_hooks.passes import recording
 from tests import zoo
 
 SKIPPED = 2

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import stg_hooks as stg
-from stg_hooks.guided_call import is_checking
+from stg_hooks.passes.guided_call import is_checking
 from stg_hooks.modes.modes import residual
 from tests import zoo
 

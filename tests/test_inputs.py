@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 
 import stg_hooks as stg
-from stg_hooks.execution import EXECUTIONS
+from stg_hooks.passes.execution import EXECUTIONS
 from tests import awkward, zoo
 from tests.zoo import DIM, Block, DiT
 

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 import stg_hooks as stg
 from stg_hooks.hooks import forward as patching
-from stg_hooks.execution import EXECUTIONS
+from stg_hooks.passes.execution import EXECUTIONS
 from tests import pipelines, zoo
 
 accelerate = pytest.importorskip("accelerate")

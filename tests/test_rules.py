@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import stg_hooks as stg
 from stg_hooks.guidance import rules
-from stg_hooks.guided_call import is_checking
+from stg_hooks.passes.guided_call import is_checking
 from tests import zoo
 from tests.pipelines import build, run, scheduler_inputs
 

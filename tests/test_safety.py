@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import stg_hooks as stg
-from stg_hooks.executions import Executions
-from stg_hooks.guided_call import Stats
+from stg_hooks.passes.executions import Executions
+from stg_hooks.passes.guided_call import Stats
 from stg_hooks.model.layers import Layer, _glob_matches, resolve
 from tests import zoo
 

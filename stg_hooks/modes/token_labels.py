@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from stg_hooks.calls import is_positional
+from stg_hooks.passes.rows import is_positional
 from stg_hooks.model.words import words_of
 
 # What the argument that carries text, or whatever else is not denoised, is called.

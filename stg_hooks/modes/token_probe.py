@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stg_hooks.calls import is_positional
+from stg_hooks.passes.rows import is_positional
 from stg_hooks.hooks.compiled import eagerly
 from stg_hooks.model.source import bound_arguments
 from stg_hooks.model.layers import find_layers

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from stg_hooks.effects import count_of_writes
+from stg_hooks.passes.effects import count_of_writes
 from stg_hooks.errors import CallError
 
 Written: TypeAlias = dict[Hashable, frozenset[int]]

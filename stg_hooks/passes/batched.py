@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stg_hooks.calls import cut, is_positional, map_arguments, row_factor
+from stg_hooks.passes.rows import cut, is_positional, map_arguments, row_factor
 from stg_hooks.hooks.checkpointing import checkpointed
 from stg_hooks.hooks.forward import Action, Patch, pushed
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from stg_hooks.calls import leaves_of
-from stg_hooks.inputs import Inputs
-from stg_hooks.prefix import Prefix
+from stg_hooks.passes.rows import leaves_of
+from stg_hooks.passes.inputs import Inputs
+from stg_hooks.passes.prefix import Prefix
 
 
 class _Local(threading.local):

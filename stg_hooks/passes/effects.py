@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stg_hooks.calls import leaves_of
+from stg_hooks.passes.rows import leaves_of
 
 # What every module has; parameters, which those who save memory move about; and what these people leave on modules.
 _NO_STATE = {*nn.Module().__dict__, "_hf_hook", "_diffusers_hook"}
