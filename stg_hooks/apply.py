@@ -20,7 +20,7 @@ from stg_hooks.passes.guided_call import Stats
 from stg_hooks.hosts import Host, ModuleHost, pipeline_host
 from stg_hooks.model.layers import LayerSpec
 from stg_hooks.modes.modes import Mode
-from stg_hooks.ranks import check_own_copy, ranks_from
+from stg_hooks.ranks.link import check_own_copy, ranks_from
 from stg_hooks.guidance.rules import Rule
 from stg_hooks.guidance.schedule import Asked, Plan, Schedule, check_every, plan_from
 from stg_hooks.guidance.settings import Branch

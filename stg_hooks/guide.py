@@ -26,9 +26,9 @@ from stg_hooks.hosts import Host, Role, check_rows_apart
 from stg_hooks.passes.inputs import Inputs, Written
 from stg_hooks.model.source import parameter_names
 from stg_hooks.guidance.reuse import Kept
-from stg_hooks.parallel import Share, check_alone
+from stg_hooks.ranks.share import Share, check_alone
 from stg_hooks.hooks.forward import Patch, Undo, patched, shared
-from stg_hooks.ranks import Ranks
+from stg_hooks.ranks.link import Ranks
 from stg_hooks.guidance.rules import at_step
 from stg_hooks.guidance.schedule import Plan, Settings, known
 from stg_hooks.guidance.settings import Branch

@@ -24,9 +24,9 @@ from stg_hooks.passes.guided_call import Stats, in_weak_pass
 from stg_hooks.passes.inputs import Inputs, Written
 from stg_hooks.guidance.reuse import Kept
 from stg_hooks.model.layers import LayerSpec
-from stg_hooks.parallel import Share, check_alone
+from stg_hooks.ranks.share import Share, check_alone
 from stg_hooks.modes.modes import Mode
-from stg_hooks.ranks import Ranks, check_own_copy, ranks_from
+from stg_hooks.ranks.link import Ranks, check_own_copy, ranks_from
 from stg_hooks.guidance.rules import AveragedApg, Rule, at_step
 from stg_hooks.guidance.schedule import Schedule, check_every, known, plan_from
 from stg_hooks.guidance.settings import Branch

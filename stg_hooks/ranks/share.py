@@ -14,7 +14,7 @@ from stg_hooks.errors import CallError
 from stg_hooks.passes.execution import Execution
 from stg_hooks.passes.executions import Executions
 from stg_hooks.passes.guided_call import GuidedCall, weak_pass
-from stg_hooks.ranks import Ranks, samples_of
+from stg_hooks.ranks.link import Ranks, samples_of
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.skip import Switch
 
