@@ -19,18 +19,18 @@ from stg_hooks.errors import (
 )
 from stg_hooks.guider import Guider
 from stg_hooks.modes.modes import LayerCall
-from stg_hooks.profile import profile
+from stg_hooks.study.profile import profile
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.skip import skip
 from stg_hooks.step import Step
-from stg_hooks.table import layers
+from stg_hooks.study.table import layers
 
 __version__ = "0.1.0"
 
 
 if TYPE_CHECKING:
-    from stg_hooks.integrations.report import report
-    from stg_hooks.integrations.sweep import sweep
+    from stg_hooks.study.report import report
+    from stg_hooks.study.sweep import sweep
 
 
 def __getattr__(name: str) -> object:
@@ -38,9 +38,9 @@ def __getattr__(name: str) -> object:
     if name == "k_diffusion":
         return importlib.import_module("stg_hooks.integrations.k_diffusion")
     if name == "report":
-        return importlib.import_module("stg_hooks.integrations.report").report
+        return importlib.import_module("stg_hooks.study.report").report
     if name == "sweep":
-        return importlib.import_module("stg_hooks.integrations.sweep").sweep
+        return importlib.import_module("stg_hooks.study.sweep").sweep
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from stg_hooks import results
+from stg_hooks.study import results
 from stg_hooks.demo import clips
 from stg_hooks.integrations import media
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import stg_hooks as stg
 from benchmarks import measure
-from stg_hooks import demo, measures
+from stg_hooks import demo
+from stg_hooks.study import measures
 from tests import zoo
 from tests.pipelines import BATCHED_CFG, FAMILIES, Case, _half, build, build_wan_2_2, run, weak_copy, with_true_cfg
 from tests.test_flops import load

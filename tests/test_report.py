@@ -14,7 +14,7 @@ import pytest
 Image = pytest.importorskip("PIL.Image", reason="the demo extra is not installed")
 
 import stg_hooks as stg  # noqa: E402
-from stg_hooks import results  # noqa: E402
+from stg_hooks.study import results  # noqa: E402
 from tests import report_folder  # noqa: E402
 
 ONE = {"layers": [[1], [3]], "modes": ["residual"], "scales": [1.0], "seeds": [7]}

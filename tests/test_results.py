@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import stg_hooks as stg
-from stg_hooks import results
-from stg_hooks.results import Cell, Profile, ProfileRow, Sample, Sweep
+from stg_hooks.study import results
+from stg_hooks.study.results import Cell, Profile, ProfileRow, Sample, Sweep
 
 ROW = ProfileRow(0, "residual", 0.95, 3, 0.1, 0.2, 0.3, 0.4, 1.1, 0.136)
 PROFILE = Profile(

@@ -24,7 +24,7 @@ from torch import Tensor
 import stg_hooks as stg
 from stg_hooks import demo
 from stg_hooks.integrations import claims, media, metrics
-from stg_hooks.results import Sweep
+from stg_hooks.study.results import Sweep
 from tests import zoo
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -26,7 +26,7 @@ import stg_hooks as stg
 from benchmarks.demo_model import choosing_report
 from benchmarks.demo_model.sweep import RESULTS, ROOT, Bench, Cell, compute_all, write
 from stg_hooks.demo import judge
-from stg_hooks.integrations.metrics import BUILT_IN, DIFFERENCE, difference
+from stg_hooks.study.metrics import BUILT_IN, DIFFERENCE, difference
 
 OUTCOMES = ("all", "frechet_distance")
 """All three words right, and the Fréchet distance: names as in the rows of `sweep.py`."""

@@ -26,8 +26,8 @@ from stg_hooks.cli.calls import (
 from stg_hooks.cli.failures import FailureError, note, reported
 from stg_hooks.cli.files import check_folder, check_output, write_frames
 from stg_hooks.cli.models import Dtype, Offload, Source
-from stg_hooks.sampling import prompts_from, sampler_of
-from stg_hooks.table import LayerTable
+from stg_hooks.study.sampling import prompts_from, sampler_of
+from stg_hooks.study.table import LayerTable
 
 app = typer.Typer(
     name="stg-hooks",
@@ -142,7 +142,7 @@ def generate(
         prompts_from(text, pipe)
         with stg.apply(pipe, **guidance) as session:
             output = make(text, torch.Generator().manual_seed(seed))
-        media = importlib.import_module("stg_hooks.integrations.media")
+        media = importlib.import_module("stg_hooks.study.media")
         write_frames(out, media.frames_of(output), fps)
         note(f"{out}: {session.stats.guided_calls} of {session.stats.calls} calls of the model guided")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stg_hooks.cli.failures import USAGE, FailureError
-from stg_hooks.integrations.media import needs
+from stg_hooks.study.media import needs
 
 ENDINGS = (".mp4", ".webp", ".gif", ".png")
 _SMALL = 128  # pixels; a smaller picture is enlarged by whole pixels, to be seen at all

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from stg_hooks.errors import StgError
-from stg_hooks.results import write_whole
+from stg_hooks.study.results import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from stg_hooks.integrations.report.page import part
+from stg_hooks.study.report.page import part
 
 if TYPE_CHECKING:
     from torch import Tensor

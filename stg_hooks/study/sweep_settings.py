@@ -15,8 +15,8 @@ from torch import nn
 from stg_hooks.errors import ResultsError, SettingError
 from stg_hooks.hosts import denoisers_of
 from stg_hooks.model.layers import Layer, LayerSpec, find_layers, resolve
-from stg_hooks.results import Place
-from stg_hooks.sampling import Sample, guidance_scale_of, prompts_from, takes_prompt
+from stg_hooks.study.results import Place
+from stg_hooks.study.sampling import Sample, guidance_scale_of, prompts_from, takes_prompt
 
 _LOOKED_AT = 32  # parameters, and values of each
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from stg_hooks.integrations.report.tables import metrics_of
-from stg_hooks.results import CELLS, Cell, Profile, Sample, Sweep, grid
+from stg_hooks.study.report.tables import metrics_of
+from stg_hooks.study.results import CELLS, Cell, Profile, Sample, Sweep, grid
 
 _SCRIPTS = ("core", "copy", "heat", "player", "sheet", "scatter", "table", "chosen")
 _TYPES = {".webp": "image/webp", ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".gif": "image/gif"}
@@ -23,7 +23,7 @@ _TYPES = {".webp": "image/webp", ".png": "image/png", ".jpg": "image/jpeg", ".jp
 
 def part(name: str) -> str:
     """Read a file of the page."""
-    return (resources.files("stg_hooks.integrations.report") / "page" / name).read_text(encoding="utf-8")
+    return (resources.files("stg_hooks.study.report") / "page" / name).read_text(encoding="utf-8")
 
 
 def render(profile: Profile | None, sweep: Sweep | None, room: float) -> str:

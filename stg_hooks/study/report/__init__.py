@@ -6,8 +6,8 @@ from os import PathLike
 from pathlib import Path
 
 from stg_hooks.errors import ResultsError
-from stg_hooks.integrations.report import page, tables
-from stg_hooks.results import PROFILE_FILE, SWEEP_FILE, Profile, Sweep, write_whole
+from stg_hooks.study.report import page, tables
+from stg_hooks.study.results import PROFILE_FILE, SWEEP_FILE, Profile, Sweep, write_whole
 
 __all__ = ["report"]
 
@@ -43,7 +43,7 @@ def report(folder: str | PathLike[str], *, plots: bool = False, max_megabytes: f
         )
     files = {name: text.encode() for name, text in tables.write(profile, sweep).items()}
     if plots:
-        from stg_hooks.integrations.report.plots import draw
+        from stg_hooks.study.report.plots import draw
 
         files |= draw(profile, sweep)
     files["report.html"] = page.render(profile, sweep, max_megabytes * 1e6).encode()

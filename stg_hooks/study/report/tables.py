@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from stg_hooks.results import Cell, Profile, Sweep
+from stg_hooks.study.results import Cell, Profile, Sweep
 
 
 def metrics_of(sweep: Sweep) -> list[str]:

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from stg_hooks.apply import apply
-from stg_hooks.cost import CallCounter
+from stg_hooks.study.cost import CallCounter
 from stg_hooks.errors import SettingError, StgWarning
 from stg_hooks.hosts import denoisers_of
 from stg_hooks.integrations import claims, media
 from stg_hooks.integrations import metrics as measures
-from stg_hooks.integrations.sweep_settings import asked_of, call_text, check_same, code_of
+from stg_hooks.study.sweep_settings import asked_of, call_text, check_same, code_of
 from stg_hooks.model.layers import LayerSpec
-from stg_hooks.results import (
+from stg_hooks.study.results import (
     BASELINE,
     CELL_FILE,
     CELLS,
@@ -40,8 +40,8 @@ from stg_hooks.results import (
     read_json,
     write_json,
 )
-from stg_hooks.sampling import Sample as Sampler
-from stg_hooks.sampling import generator_of, sampler_of
+from stg_hooks.study.sampling import Sample as Sampler
+from stg_hooks.study.sampling import generator_of, sampler_of
 
 _CLAIMS = "claims"
 _PARTIAL = "partial"
@@ -83,7 +83,7 @@ def sweep(
         modes: what skipped layers do instead.
         seeds: how many, from 0 on; or which.
         metrics: functions of `(video, prompt)` that return a number, by name or as a list, beside those of
-            `stg_hooks.integrations.metrics`. The video is a numpy array `(F, H, W, 3)`, float32 from 0 to 1.
+            `stg_hooks.study.metrics`. The video is a numpy array `(F, H, W, 3)`, float32 from 0 to 1.
         sample: a function of `(prompt, generator)` that makes one sample, instead of `pipe(prompt=, generator=)`.
         fps: frames per second of the videos that are written.
         progress: show a progress bar.

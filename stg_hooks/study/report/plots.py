@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from stg_hooks.errors import ExtraError
-from stg_hooks.integrations.report.tables import metrics_of
-from stg_hooks.results import Cell, Profile, ProfileRow, Sweep
+from stg_hooks.study.report.tables import metrics_of
+from stg_hooks.study.results import Cell, Profile, ProfileRow, Sweep
 
 _MEASURES = {
     "norm": "strength, ‖d‖ / ‖cond‖",
