@@ -15,9 +15,9 @@ from stg_hooks.errors import CallError, TargetError
 from stg_hooks.step import Step
 
 # Top-level package of a target's class -> module with a `host(target)` function; imported when first needed.
-_INTEGRATIONS = {"diffusers": "stg_hooks.integrations.diffusers"}
+_INTEGRATIONS = {"diffusers": "stg_hooks.integrations.diffusers.host"}
 # What a host leaves on modules -> module with a `step_caches(modules)` function.
-_MARKS = {"_diffusers_hook": "stg_hooks.integrations.caches"}
+_MARKS = {"_diffusers_hook": "stg_hooks.integrations.diffusers.caches"}
 
 
 _PHRASES = {

@@ -52,7 +52,7 @@ def reads_of_ours() -> Iterator[list[str]]:
 
 
 def test_reading_is_noticed() -> None:
-    from stg_hooks.integrations.call_sites import _is_near
+    from stg_hooks.integrations.diffusers.call_sites import _is_near
 
     with reads_of_ours() as found:
         assert _is_near(torch.ones(2), 1.0)

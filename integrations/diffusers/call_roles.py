@@ -9,9 +9,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
-from stg_hooks.integrations.call_sites import KINDS, Combination, Guards, Site, UnreadableError
-from stg_hooks.integrations.formulas import formulas, tail
-from stg_hooks.integrations.predictions import Flow, Value, doubles
+from stg_hooks.integrations.diffusers.call_sites import KINDS, Combination, Guards, Site, UnreadableError
+from stg_hooks.integrations.diffusers.formulas import formulas, tail
+from stg_hooks.integrations.diffusers.predictions import Flow, Value, doubles
 
 _UNCOND = re.compile(r"(^|_)(neg|negative|uncond|unconditional|null)(_|$)")
 _GUIDED = re.compile(r"(^|_)(uncond|unconditional|cfg|classifier_free)(_|$)")

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from stg_hooks.integrations.expressions import evaluate
+from stg_hooks.integrations.diffusers.expressions import evaluate
 
 # Names of cache contexts, and of the guiders' batches.
 KINDS = {"cond": "cond", "pred_cond": "cond", "uncond": "uncond", "pred_uncond": "uncond", "cond_uncond": "both"}

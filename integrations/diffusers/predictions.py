@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from stg_hooks.integrations.formulas import Formula, formula, tail
+from stg_hooks.integrations.diffusers.formulas import Formula, formula, tail
 
 Part: TypeAlias = "tuple[int, str]"  # which of the calls that are made; which part of its prediction, "" for all of it
 Value: TypeAlias = "frozenset[Part]"

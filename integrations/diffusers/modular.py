@@ -10,8 +10,8 @@ from typing import Any
 
 from stg_hooks.errors import CallError, TargetError
 from stg_hooks.hosts import Role
-from stg_hooks.integrations.call_sites import Site
-from stg_hooks.integrations.diffusers import PipelineHost
+from stg_hooks.integrations.diffusers.call_sites import Site
+from stg_hooks.integrations.diffusers.host import PipelineHost
 from stg_hooks.step import Step
 
 _NAME = "__guidance_identifier__"  # what a guider writes on the inputs of each call

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from stg_hooks.errors import CallError, TargetError
 from stg_hooks.hosts import Role
-from stg_hooks.integrations.call_sites import Site, UnreadableError, holds
-from stg_hooks.integrations.expressions import evaluate
-from stg_hooks.integrations.pipeline_code import call_sites_of
+from stg_hooks.integrations.diffusers.call_sites import Site, UnreadableError, holds
+from stg_hooks.integrations.diffusers.expressions import evaluate
+from stg_hooks.integrations.diffusers.pipeline_code import call_sites_of
 from stg_hooks.hooks.forward import Undo, set_attribute, shared
 from stg_hooks.step import Step
 
@@ -320,7 +320,7 @@ def calling_host(pipeline: Any, denoiser: nn.Module) -> PipelineHost | None:
 def host_of_running(pipeline: Any) -> PipelineHost:
     """Return who answers for a pipeline, whatever guider it has."""
     if _is_modular(pipeline):
-        from stg_hooks.integrations.modular import ModularHost
+        from stg_hooks.integrations.diffusers.modular import ModularHost
 
         return ModularHost(pipeline)
     return PipelineHost(pipeline)

@@ -20,10 +20,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import CodeType, FunctionType
 from typing import TypeGuard
 
-from stg_hooks.integrations.call_roles import Found, channels_of, classified
-from stg_hooks.integrations.call_sites import Guards, Site, UnreadableError
-from stg_hooks.integrations.formulas import Plain, tail
-from stg_hooks.integrations.predictions import Flow, Helper
+from stg_hooks.integrations.diffusers.call_roles import Found, channels_of, classified
+from stg_hooks.integrations.diffusers.call_sites import Guards, Site, UnreadableError
+from stg_hooks.integrations.diffusers.formulas import Plain, tail
+from stg_hooks.integrations.diffusers.predictions import Flow, Helper
 
 _COMPOUND = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Match, ast.AsyncFor, ast.AsyncWith)
 
