@@ -11,20 +11,28 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stg_hooks.passes.rows import agree, first_batch, halves, own_predictions, predictions, replace_predictions, row_factor
-from stg_hooks.hooks.compiled import eagerly, is_compiled
-from stg_hooks.passes.effects import Randomness, State, count_of_writes
 from stg_hooks.errors import CallError, SettingError, StgWarning, closest
+from stg_hooks.guidance.schedule import Settings
+from stg_hooks.guide import Session
+from stg_hooks.hooks.compiled import eagerly, is_compiled
+from stg_hooks.hooks.forward import Action, patched
+from stg_hooks.hosts import check_rows_apart
+from stg_hooks.modes.residual import copied
+from stg_hooks.passes.effects import Randomness, State, count_of_writes
 from stg_hooks.passes.execution import Execution
 from stg_hooks.passes.executions import Executions
-from stg_hooks.guide import Session
 from stg_hooks.passes.guided_call import checking, in_weak_pass, layout_of, weak_pass
-from stg_hooks.hosts import check_rows_apart
-from stg_hooks.hooks.forward import Action, patched
-from stg_hooks.guidance.schedule import Settings
-from stg_hooks.step import check_step
+from stg_hooks.passes.rows import (
+    agree,
+    first_batch,
+    halves,
+    own_predictions,
+    predictions,
+    replace_predictions,
+    row_factor,
+)
 from stg_hooks.passes.streaming import weights_are_streamed
-from stg_hooks.modes.residual import copied
+from stg_hooks.step import check_step
 
 PREDICTIONS = ("cond", "uncond")
 

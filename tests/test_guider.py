@@ -19,8 +19,8 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import stg_hooks as stg
-from stg_hooks.passes.guided_call import is_checking
 from stg_hooks.modes.modes import residual
+from stg_hooks.passes.guided_call import is_checking
 from tests import zoo
 
 exact: dict[str, Any] = {"rtol": 0, "atol": 0}

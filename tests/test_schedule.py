@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
-from stg_hooks.modes.modes import residual as RESIDUAL
 from stg_hooks.guidance.schedule import Plan, Settings
+from stg_hooks.modes.modes import residual as RESIDUAL
 from tests import zoo
 from tests.pipelines import build, run, scheduler_inputs
 

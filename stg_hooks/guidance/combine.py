@@ -41,7 +41,7 @@ def combine(
         guidance_scale: CFG weight, 1 = off: then `uncond` is left out of account. A tensor as for `scale`.
         rescale: 0 = off, 1 = the result has the standard deviation of `cond`.
         rule: how they become one before `rescale`: `"cfg"` as above, `"zero_star"`, `"apg"` or `"orthogonal"` as in
-            `stg_hooks.guidance.rules`; or a function of `(cond, uncond, terms, guidance_scale)` in float32, where `terms` are
+            `stg.rules`; or a function of `(cond, uncond, terms, guidance_scale)` in float32, where `terms` are
             the `scale_i * (cond - weak_i)` and `uncond` is `None` where CFG is off.
 
     Returns:

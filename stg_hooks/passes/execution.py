@@ -14,22 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stg_hooks.errors import SettingError, StgWarning, closest
+from stg_hooks.guidance.settings import Branch
+from stg_hooks.hooks.compiled import compiled_among, eagerly, is_compiled, surrounding
+from stg_hooks.hooks.forward import Patch, patched, pushed
+from stg_hooks.model.layers import Layer, find_layers
+from stg_hooks.model.source import parameter_names
+from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.absent import AbsentError, absent_in
 from stg_hooks.passes.batched import BatchedPass, RowsError
 from stg_hooks.passes.caches import Caches
-from stg_hooks.passes.rows import agree, first_batch, halves, predictions, replace_predictions, take_rows
-from stg_hooks.hooks.compiled import compiled_among, eagerly, is_compiled, surrounding
 from stg_hooks.passes.effects import Randomness, State
-from stg_hooks.errors import SettingError, StgWarning, closest
 from stg_hooks.passes.guided_call import GuidedCall, Stats, checking, layout_of, weak_pass
 from stg_hooks.passes.inputs import Inputs, Written
-from stg_hooks.model.source import parameter_names
-from stg_hooks.model.layers import Layer, find_layers
-from stg_hooks.hooks.forward import Patch, patched, pushed
 from stg_hooks.passes.prefix import DRAWS_RANDOM_NUMBERS, Place, Prefix, PrefixMismatchError, prefix_units
 from stg_hooks.passes.recording import Layout, Recording, Repetition
-from stg_hooks.guidance.settings import Branch
-from stg_hooks.skip import Switch
+from stg_hooks.passes.rows import agree, first_batch, halves, predictions, replace_predictions, take_rows
 from stg_hooks.passes.streaming import weights_are_streamed
 
 EXECUTIONS = ("auto", "sequential", "batched", "full")

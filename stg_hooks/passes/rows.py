@@ -13,10 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import CallError
-from stg_hooks.model.words import words_of
-
-# Arguments of positions belong to tokens, not to rows, even where their number is a multiple of the batch.
-_POSITIONAL = words_of("rotary rope freqs ids coords position positions positional")
+from stg_hooks.model.words import is_positional
 
 
 def predictions(output: Any) -> list[Tensor]:
@@ -148,11 +145,6 @@ def leaves_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         else:
             leaves += pytree.tree_leaves(value)
     return leaves
-
-
-def is_positional(name: str) -> bool:
-    """Tell whether an argument of this name holds positions: one entry per token, not per row."""
-    return not _POSITIONAL.isdisjoint(words_of(name))
 
 
 def row_factor(tensor: Tensor, batch: int) -> int | None:
