@@ -22,6 +22,7 @@ from stg_hooks.guide import Session
 from stg_hooks.guided_call import checking, in_weak_pass, layout_of, weak_pass
 from stg_hooks.hosts import check_rows_apart
 from stg_hooks.patching import Action, patched
+from stg_hooks.samples import are_samples, check_told, takes_samples
 from stg_hooks.schedule import Settings
 from stg_hooks.step import check_step
 from stg_hooks.streaming import weights_are_streamed
@@ -128,6 +129,8 @@ class UncondGuide:
 
     def _both(self, execution: Execution, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
         """Make a call with rows `[uncond, cond]`: in one pass, where that gives what two would."""
+        if takes_samples(args, kwargs):  # halves of a list are no rows of the layers, so far as is known
+            return _apart(execution, proceed, args, kwargs)
         (switch,), batch = execution.switches, first_batch(args, kwargs)
         if batch is None or batch % 2:
             raise CallError(f"a call with {batch or 'no'} rows cannot be [uncond, cond], which batched_cfg=True says.")
@@ -141,6 +144,8 @@ class UncondGuide:
             # Who moves weights about may move buffers, too.
             state = None if weights_are_streamed(self._model) else State(self._model)
             output = proceed(*args, **kwargs)
+        if not isinstance(output, Tensor):
+            check_told(are_samples(predictions(output), *again), len(predictions(output)), "on='uncond'")
         if randomness.is_used() or (state is not None and state.is_changed()):
             return output  # the first time that may be a cache; else another pass could not be compared with this one
         output = replace_predictions(output, own_predictions(output))  # the next pass may use their memory
@@ -162,8 +167,18 @@ class UncondGuide:
 
 def _apart(execution: Execution, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     """Make each prediction in a pass of its own on all rows, of which nothing is assumed."""
+    again = copied(args, kwargs)
     weak = own_predictions(execution.full_pass(0, proceed, *copied(args, kwargs)))
     output = proceed(*args, **kwargs)
+    if isinstance(output, Tensor):
+        samples: bool | None = False
+    else:
+        samples = check_told(are_samples(weak, *again), len(weak), "on='uncond'")
+    if samples:
+        half, rest = divmod(len(weak), 2)
+        if rest:
+            raise CallError(f"a list of {len(weak)} samples cannot be [uncond, cond], which batched_cfg=True says.")
+        return replace_predictions(output, [*weak[:half], *predictions(output)[half:]])
     pairs = zip(_first_halves(weak), predictions(output), strict=True)
     return replace_predictions(output, [torch.cat([uncond, plain[len(uncond) :]]) for uncond, plain in pairs])
 
