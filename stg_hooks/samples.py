@@ -75,9 +75,9 @@ def check_told(samples: bool | None, count: int, what: str) -> bool:
     """
     if samples is None:
         raise CallError(
-            f"the denoiser takes and returns a list of {count} tensors, and the call does not tell whether each of them "
-            f"is one sample or holds all rows; {what} needs to know. Pass it the timestep as a tensor of one "
-            "value per row, (B,), in a call whose number of channels is another one."
+            f"the denoiser takes and returns a list of {count} tensors. {what} needs to know whether each of them is "
+            "one sample or holds all rows, and the call does not tell. Pass the timestep as a tensor of one value per "
+            "row, (B,), and not as many samples as each of them has channels."
         )
     return samples
 
