@@ -123,8 +123,8 @@ def test_the_weak_model_for_the_first_half_of_a_list() -> None:
 def test_an_odd_list_is_no_pair_of_halves() -> None:
     model = build()
     with (
-        stg.apply(model, ["blocks.2"], batched_cfg=True),
         pytest.raises(stg.CallError, match=r"cannot be \[uncond, cond\] samples"),
+        stg.apply(model, ["blocks.2"], batched_cfg=True),
     ):
         model(samples(3), torch.ones(3), texts(3))
 
@@ -175,8 +175,9 @@ def test_what_cannot_be_told_apart_is_an_error() -> None:
             return pair
 
     x = [random(2, 4, 3, seed=i) for i in range(2)]
-    with stg.apply(build(Pair), ["blocks.1"], batched_cfg=True) as applied, pytest.raises(stg.CallError, match="row"):
-        applied._session.models[0](x, torch.ones(2))
+    model = build(Pair)
+    with pytest.raises(stg.CallError, match="row"), stg.apply(model, ["blocks.1"], batched_cfg=True):
+        model(x, torch.ones(2))
 
 
 # --- what is returned
@@ -325,8 +326,10 @@ def test_twice_the_channels_are_pointed_out_once(with_apply: bool) -> None:
         return [str(w.message) for w in seen if issubclass(w.category, stg.StgWarning)]
 
     (text,) = told(None, 2 * CHANNELS, x)
-    assert f"channels={CHANNELS}" in text and f"channels={2 * CHANNELS}" in text
-    assert not told(2 * CHANNELS, 2 * CHANNELS, x) and not told(None, CHANNELS, x)
+    assert f"channels={CHANNELS}" in text
+    assert f"channels={2 * CHANNELS}" in text
+    assert not told(2 * CHANNELS, 2 * CHANNELS, x)
+    assert not told(None, CHANNELS, x)
     assert not told(None, 2 * CHANNELS, random(2, CHANNELS, 5, seed=1))  # a sequence
 
 
