@@ -141,7 +141,8 @@ def test_a_guider_of_lists(count: int, rescale: float, execution: str) -> None:
     guider = stg.Guider(model, ["blocks.2"], SCALE, guidance_scale=G, rescale=rescale, execution=execution)
     for _ in range(2):
         got = guider(x, t=t, cond={"context": positive}, uncond={"context": negative})
-        assert isinstance(got, list) and len(got) == count
+        assert isinstance(got, list)
+        assert len(got) == count
         for i in range(count):
             out = u[i] + G * (c[i] - u[i]) + SCALE * (c[i] - w[i])
             out = out * (rescale * c[i].std() / out.std() + 1 - rescale)
