@@ -31,6 +31,7 @@ from stg_hooks.passes.rows import (
     replace_predictions,
     row_factor,
 )
+from stg_hooks.passes.samples import are_samples, check_told, takes_samples
 from stg_hooks.passes.streaming import weights_are_streamed
 from stg_hooks.step import check_step
 
@@ -137,6 +138,8 @@ class UncondGuide:
 
     def _both(self, execution: Execution, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
         """Make a call with rows `[uncond, cond]`: in one pass, where that gives what two would."""
+        if takes_samples(args, kwargs):  # halves of a list are no rows of the layers, so far as is known
+            return _apart(execution, proceed, args, kwargs)
         (switch,), batch = execution.switches, first_batch(args, kwargs)
         if batch is None or batch % 2:
             raise CallError(f"a call with {batch or 'no'} rows cannot be [uncond, cond], which batched_cfg=True says.")
@@ -150,6 +153,8 @@ class UncondGuide:
             # Who moves weights about may move buffers, too.
             state = None if weights_are_streamed(self._model) else State(self._model)
             output = proceed(*args, **kwargs)
+        if not isinstance(output, Tensor):
+            check_told(are_samples(predictions(output), *again), len(predictions(output)), "on='uncond'")
         if randomness.is_used() or (state is not None and state.is_changed()):
             return output  # the first time that may be a cache; else another pass could not be compared with this one
         output = replace_predictions(output, own_predictions(output))  # the next pass may use their memory
@@ -171,8 +176,18 @@ class UncondGuide:
 
 def _apart(execution: Execution, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     """Make each prediction in a pass of its own on all rows, of which nothing is assumed."""
+    again = copied(args, kwargs)
     weak = own_predictions(execution.full_pass(0, proceed, *copied(args, kwargs)))
     output = proceed(*args, **kwargs)
+    if isinstance(output, Tensor):
+        samples: bool | None = False
+    else:
+        samples = check_told(are_samples(weak, *again), len(weak), "on='uncond'")
+    if samples:
+        half, rest = divmod(len(weak), 2)
+        if rest:
+            raise CallError(f"a list of {len(weak)} samples cannot be [uncond, cond], which batched_cfg=True says.")
+        return replace_predictions(output, [*weak[:half], *predictions(output)[half:]])
     pairs = zip(_first_halves(weak), predictions(output), strict=True)
     return replace_predictions(output, [torch.cat([uncond, plain[len(uncond) :]]) for uncond, plain in pairs])
 
