@@ -365,7 +365,7 @@ class Execution:
         if prefix.obstacle:
             self._stop_sharing(prefix.obstacle, "whole" if prefix.obstacle == DRAWS_RANDOM_NUMBERS else "full")
             return None
-        if prefix.has_new_state:  # the first time that may be a cache
+        if prefix.has_new_state or call.changes_state:  # the first time that may be a cache
             if self._seen[call.layout] > 1:
                 self._stop_sharing("it keeps something from one call to the next", "whole")
             return None
