@@ -136,6 +136,8 @@ class Execution:
         self._keeps_state = False
         self._runs: dict[Hashable, set[str]] = {}
         """By the layout of a call, the modules that run in it."""
+        skipped_names = {id(module) for switch in self.switches if switch.is_bypass for module in switch.modules}
+        self._skipped = {name for name, module in model.named_modules() if id(module) in skipped_names}
         self._copies = [Copies() for _ in branches]
         self._again: dict[Hashable, int] = {}  # how many calls of a layout could have been made once more
 
@@ -215,7 +217,7 @@ class Execution:
         self._keeps_state = self._keeps_state or call.changes_state
         if run:
             known = self._runs.setdefault(call.layout, run)
-            call.reuses = self._keeps_state and not known <= run
+            call.reuses = self._keeps_state and (not known <= run or (bool(self._skipped) and not run & self._skipped))
             known |= run
         call.inputs.compare()
         return output, call
@@ -347,8 +349,10 @@ class Execution:
             self._make_again(call)
             if call.conclude is not None:  # an error that has nothing to do with sharing has been raised again
                 call.conclude()
-        elif call.check is not None:
-            call.check(results)
+        else:
+            self._make_again(call)
+            if call.check is not None:
+                call.check(results)
         return results
 
     # --- passes that share the prefix
@@ -445,7 +449,7 @@ class Execution:
         self.way, self._uncompiled = way, []
         self._warn(
             f"{type(self._model).__name__} does not let the weak pass share work with the cond pass ({reason}). "
-            "Guidance stays exact, at the price of a full pass. execution='full' asks for that, without this warning."
+            "Weak passes are made in full from now on. execution='full' asks for that, without this warning."
         )
 
     # --- the textbook
@@ -535,8 +539,8 @@ class Execution:
     def _stop_cutting(self, reason: str) -> None:
         self.way = "whole"
         self._warn(
-            f"the calls of {type(self._model).__name__} cannot be cut down to their cond rows ({reason}). Guidance "
-            "stays exact: its weak passes are made with all rows."
+            f"the calls of {type(self._model).__name__} cannot be cut down to their cond rows ({reason}). Weak "
+            "passes are made with all rows from now on."
         )
 
     def _cond_rows(self, call: GuidedCall) -> tuple[tuple[Any, ...], dict[str, Any]]:

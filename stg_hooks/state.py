@@ -126,7 +126,7 @@ class _Walk:
             self._hold(_Attributes(values, start, _NO_ATTRIBUTE), values, _DEPTH)
             if with_buffers and module._buffers:
                 self.buffers |= {id(buffer) for buffer in module._buffers.values()}
-                self._hold(_Attributes(module._buffers), module._buffers, 1)
+                self._hold(_Attributes(module._buffers), module._buffers, 2)
             replaced = replaced_forward(module)
             if replaced is not None:
                 self._walk(replaced, _DEPTH)
@@ -162,10 +162,10 @@ class _Walk:
         elif isinstance(value, functools.partial):
             for inner in (value.func, value.args, value.keywords):
                 self._walk(inner, depth - 1)
+        elif isinstance(value, Iterator):
+            self.has_opaque = True
         elif _library(type(value)) not in _LIBRARIES and not type(value).__module__.startswith("diffusers.hooks"):
             self._object(value, depth)
-        elif not isinstance(value, types.BuiltinFunctionType) and isinstance(value, Iterator):
-            self.has_opaque = True
 
     def _object(self, value: object, depth: int) -> None:
         if hasattr(value, "__dict__"):
@@ -394,7 +394,9 @@ def counted(model: nn.Module) -> Iterator[set[str]]:
 def replaced_forward(module: nn.Module) -> Any:
     """Return the function that replaces `forward` on a module itself, unless it is ours or a known library's."""
     found = module.__dict__.get("forward")
-    while getattr(found, "__globals__", {}).get("__name__", "").startswith("stg_hooks.") and hasattr(found, "__wrapped__"):
+    while getattr(found, "__globals__", {}).get("__name__", "").startswith("stg_hooks.") and hasattr(
+        found, "__wrapped__"
+    ):
         found = found.__wrapped__  # what a patch of ours goes around
     if found is None or (isinstance(found, types.MethodType) and found.__func__ is type(module).forward):
         return None
