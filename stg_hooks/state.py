@@ -356,7 +356,7 @@ class Copies:
             self._tensors[id(tensor)] = tensor, tensor.detach().clone()
 
     def use(self, before: Snapshot, after: Snapshot) -> bool:
-        """Put what was kept where the cond pass between two looks has left everything as it was; tell if there is any."""
+        """Put what was kept where the cond pass between two looks has changed nothing; tell if there is any."""
         used = False
         old = {_place(holder): contents for holder, contents in zip(before.walk.holders, before.contents, strict=True)}
         new = {_place(holder): contents for holder, contents in zip(after.walk.holders, after.contents, strict=True)}
@@ -394,8 +394,10 @@ def counted(model: nn.Module) -> Iterator[set[str]]:
 def replaced_forward(module: nn.Module) -> Any:
     """Return the function that replaces `forward` on a module itself, unless it is ours or a known library's."""
     found = module.__dict__.get("forward")
-    while getattr(found, "__globals__", {}).get("__name__", "").startswith("stg_hooks.") and hasattr(
-        found, "__wrapped__"
+    while (
+        found is not None
+        and getattr(found, "__globals__", {}).get("__name__", "").startswith("stg_hooks.")
+        and hasattr(found, "__wrapped__")
     ):
         found = found.__wrapped__  # what a patch of ours goes around
     if found is None or (isinstance(found, types.MethodType) and found.__func__ is type(module).forward):
