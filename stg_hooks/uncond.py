@@ -167,7 +167,7 @@ class UncondGuide:
         self._is_apart = True
         warnings.warn(
             f"the uncond and cond rows of {type(self._model).__name__} cannot be mixed in one pass: it does not give "
-            "what the weak model does. on='uncond' stays exact, at the price of a full pass more per call.",
+            "what the weak model does. From now on on='uncond' makes them in passes of their own.",
             StgWarning,
             stacklevel=2,
         )
