@@ -149,7 +149,7 @@ class PipelineHost:
         """Say who calls the denoiser where the pipeline itself does not: a callback, most likely."""
         caller, inner = None, sys._getframe(1)
         while inner is not frame and inner.f_back is not None:
-            if str(inner.f_globals.get("__name__")).partition(".")[0] not in _LIBRARIES:
+            if _module_of(inner).partition(".")[0] not in _LIBRARIES:
                 caller = inner
             inner = inner.f_back
         if caller is None:
