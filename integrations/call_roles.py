@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import functools
 import sys
 import threading
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +22,15 @@ _PLAIN = (
     *(ast.Expression, ast.Name, ast.Attribute, ast.Subscript, ast.Constant, ast.Load),
     *(ast.UnaryOp, ast.BinOp, ast.BoolOp, ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop),
 )
-_NAME_THEM = "Name them in its code, as in `noise_uncond, noise_cond = noise.chunk(2)`"
+_IN_ONE = (
+    "it predicts the same latents twice in a call, and no name in its code tells that its rows are [uncond, cond] (if "
+    "they are, say so there: `uncond, cond = prediction.chunk(2)`)"
+)
+_IN_TWO = (
+    "it predicts the same latents in two calls, and no name in its code tells which is cond (make that one first, and "
+    "let what the other is given have a name there that begins with `negative_`)"
+)
+_DIFFERENT = "it combines predictions of different latents as if they were cond and uncond, and no name tells that"
 
 
 def evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
@@ -85,22 +91,20 @@ def role_of(site: Site, names: Mapping[str, Any], sums: dict[int, float]) -> Rol
         return None
     if kind == "perturbed":
         return Role("perturbed")
-    if kind == "uncond":
-        weight = _weight(site, names, sums)
-        return Role("cond") if weight is None and not site.is_named else Role("uncond", weight)
-    is_guided = site.context is not None or ((kind != "cond" or site.guards is not None) and holds(guards, names))
+    is_guided = site.context is not None or kind == "uncond" or (site.guards is not None and holds(guards, names))
     weight = _weight(site, names, sums) if is_guided else None
     is_guided = is_guided and (site.is_named or weight is not None)
     if kind == "samples":
         return Role("cond+uncond" if is_guided else "cond", weight, samples=True)
-    if kind == "cond":
-        return Role("cond", weight, uncond_follows=is_guided)
-    if is_guided:
+    if kind == "uncond" and is_guided:
+        return Role("uncond", weight)
+    if kind == "both" and is_guided:
         return Role("uncond+cond", weight)
     # Where an `else` takes a prediction in halves, the other branch has other rows.
-    if not holds(tuple(guard for guard in guards if _is_else(guard)), names):
-        raise UnreadableError(f"it adds perturbed rows of its own, as {ast.unparse(guards[0])} is false")
-    return Role("cond")
+    other = next((guard for guard in guards if _is_else(guard) and not evaluate(guard, names)), None)
+    if kind == "both" and other is not None:
+        raise UnreadableError(f"it adds perturbed rows of its own, as {ast.unparse(other)} is false")
+    return Role("cond", weight, uncond_follows=kind == "cond" and is_guided)
 
 
 def _is_else(guard: ast.expr) -> bool:
@@ -108,44 +112,40 @@ def _is_else(guard: ast.expr) -> bool:
 
 
 def _weight(site: Site, names: Mapping[str, Any], sums: dict[int, float]) -> float | Tensor | None:
-    """Return `g` of `uncond + g * (cond - uncond)`, or `None` if it is not known; without names, if it is not above 1.
-
-    Raises:
-        UnreadableError: the running function combines them in another way.
-    """
+    """Return `g` of `uncond + g * (cond - uncond)`; `None` if it is not known, or tells no more than names do."""
     combination = site.combination
     found = None if combination is None else _combined(combination, names, sums)
-    value = found if found is None or isinstance(found, Tensor) else float(found)
-    if combination is None or value is None or isinstance(value, Tensor):
-        return value if site.is_named else None
-    cond, uncond = combination.cond, combination.uncond
-    if value < 0 or (value == 0 and not site.is_named):
-        if site.is_named:
-            raise UnreadableError(f"it calls {uncond} what it uses as cond: {ast.unparse(combination.expression)}")
-        if site.kind == "both":
-            raise UnreadableError(f"its rows are [{uncond}, {cond}], and {uncond} is used as cond")
-        raise UnreadableError("it calls its denoiser for uncond first, before the cond prediction is known")
-    return value if site.is_named or value >= 1 else None
+    if found is None or combination is None or isinstance(found, Tensor):
+        return found if site.is_named else None
+    if found < 0 and site.is_named:
+        raise UnreadableError(
+            f"it calls {combination.uncond} what it uses as cond: {ast.unparse(combination.expression)}"
+        )
+    return float(found) if site.is_named or found >= 1 else None
 
 
 def _combined(combination: Combination, names: Mapping[str, Any], sums: dict[int, float]) -> Any:
+    """Evaluate the weight that cond has.
+
+    Raises:
+        UnreadableError: the running function combines the predictions in another way.
+    """
+    expression, cond, uncond = combination.expression, combination.cond, combination.uncond
     try:
         other = next((guard for guard in combination.guards if not evaluate(guard, names)), None)
         if other is not None:
             raise UnreadableError(f"it combines its predictions in another way, as {ast.unparse(other)} is false")
         if any(holds(guards, names) for guards in combination.changes):
             return None
-        cond, uncond = combination.cond, combination.uncond
-        g = evaluate(combination.expression, {**names, cond: 1.0, uncond: 0.0})
-        total = g + evaluate(combination.expression, {**names, cond: 0.0, uncond: 1.0})
+        g = evaluate(expression, {**names, cond: 1.0, uncond: 0.0})
+        total = g + evaluate(expression, {**names, cond: 0.0, uncond: 1.0})
     except (LookupError, TypeError):
         return None
     found = sums.get(id(combination)) if hasattr(total, "max") else None
     if found is None:
         found = next((value for value in (1.0, 0.0) if _is_near(total, value)), None)
         if found is None:
-            text = ast.unparse(combination.expression)
-            raise UnreadableError(f"the weights in {text} do not sum to one")
+            raise UnreadableError(f"the weights in {ast.unparse(expression)} do not sum to one")
         sums[id(combination)] = found
     return g if found else None  # 0: a difference, which is added to something
 
@@ -155,101 +155,88 @@ def _is_near(value: Any, wanted: float) -> bool:
     return float(error.max() if hasattr(error, "max") else error) < 1e-4
 
 
-@dataclasses.dataclass
-class _Made:
-    """A call that has been made: where, in which run, and for which latents."""
+class _Made(NamedTuple):
+    """A call that has been made."""
 
-    place: Any
-    run: Any
-    latents: weakref.ref[Tensor]
+    run: object
+    key: object
+    latents: Tensor
     version: int | None
     copy: Tensor
 
-    def is_for(self, latents: Tensor, version: int | None) -> bool:
-        """Return whether it was made with this very tensor."""
-        return self.latents() is latents and version is not None and version == self.version
-
 
 class Latents(threading.local):
-    """What the latents of calls say that no name in the code does.
+    """What the latents of calls say where no name in the code does.
 
-    CFG predicts the same latents twice: in two calls, or in two rows of one. Where the code combines two predictions,
-    their latents have to be the same; where it is not seen to, no latents may be predicted twice.
+    CFG predicts the same latents twice, in two calls or in two rows of one. Two predictions that the code was seen to
+    combine must be for the same latents, and none may be predicted twice where it was not seen to.
     """
 
     def __init__(self) -> None:
         """Know of no call."""
-        self._settled: set[Any] = set()
+        self._settled: set[object] = set()
         self._last: _Made | None = None
 
-    def check(self, role: Role, place: Any, run: Any, latents: Tensor, step: Step) -> None:
-        """Raise where the latents of a call do not go with what the code was understood to do.
+    def check(self, role: Role, place: object, run: object, latents: Tensor, step: Step) -> None:
+        """Raise where the latents of a call do not go with what it was understood to be for.
 
-        Values are read once for each place and shape of calls, as that waits for the GPU; whether it is the very same
-        tensor as before, always.
+        Values of an accelerator are read once for each place and shape of calls, as that waits for it.
 
         Args:
-            role: what the call is understood to be for.
+            role: what the call was understood to be for.
             place: where in the code it is made.
-            run: what is the same object during a run, and another one in the next.
+            run: an object that the run has for itself.
             latents: what it is made with.
             step: when.
 
         Raises:
-            UnreadableError: they do not.
+            UnreadableError: they do not go with it.
         """
         version = None if latents.is_inference() else latents._version
         last = self._last if self._last is not None and self._last.run is run else None
-        place = place, role.rows, latents.shape
-        is_same = last is not None and last.is_for(latents, version)
-        self._last = _Made(place, run, weakref.ref(latents), version, latents.detach().clone())
-        key = place, None if last is None else last.place
-        if latents.device.type == "meta" or (key in self._settled and not is_same):
+        here = place, role.rows, latents.shape
+        self._last = _Made(run, here, latents, version, latents.detach().clone())
+        key = here, None if last is None else last.key
+        is_same = last is not None and last.latents is latents and last.version == version is not None
+        if latents.is_meta or (key in self._settled and not is_same and not latents.is_cpu):
             return
         is_same = is_same or (last is not None and _equal(last.copy, latents))
-        if role.rows == "uncond" and not is_same:
-            raise UnreadableError("it combines predictions of different latents, and no name tells which are cond")
-        if role.rows == "uncond+cond" and not _equal(*latents.tensor_split(2)):
-            raise UnreadableError("it combines rows of different latents, and no name tells which are cond")
-        if role.rows == "cond":
-            if is_same:
-                raise UnreadableError("it predicts the same latents twice in a step, and which are cond is not clear")
-            if bool((latents[1:] == latents[:1]).flatten(1).all(1).any()):
-                # Samples from the same noise are different from the second step on.
-                if step.index == 0 and step.count is not None and step.count > 1:
-                    return
-                raise UnreadableError("it predicts the same latents twice in a call, and which are cond is not clear")
+        is_doubled = bool((latents[1:] == latents[:1]).flatten(1).all(1).any())
+        is_pair = is_same if role.rows == "uncond" else _equal(*latents.tensor_split(2))
+        if role.rows != "cond" and not is_pair:
+            raise UnreadableError(_DIFFERENT)
+        if role.rows == "cond" and is_same:
+            raise UnreadableError(_IN_TWO)
+        if role.rows == "cond" and is_doubled:
+            if step.index == 0 and step.count is not None and step.count > 1:
+                return  # samples from the same noise differ from the second step on
+            raise UnreadableError(_IN_ONE)
         self._settled.add(key)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device and one.equal(other)
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device) and one.equal(other)
 
 
 def latents_of(frame: FrameType) -> Tensor | None:
-    """Find the latents in the call of a denoiser that a running function is making: the first tensor of some dimensions.
+    """Find the latents in the call of a denoiser that a function is making: the first argument of some dimensions.
 
     Args:
-        frame: the function's.
+        frame: the running function's.
 
     Returns:
-        The latents, or a list of them in one tensor; `None` if there are none of one shape.
+        The latents, a list of them in one tensor; `None` if there are none, or none of one shape.
     """
-    call: FrameType | None = None
-    inner: FrameType | None = sys._getframe(1)
-    while inner is not None and inner is not frame:
+    call, inner = None, sys._getframe(1)
+    while inner is not frame and inner.f_back is not None:
         call = inner if inner.f_code is nn.Module.__call__.__code__ else call
         inner = inner.f_back
     if call is None:
         return None
     module, args, kwargs = (call.f_locals[name] for name in ("self", "args", "kwargs"))
-    order = parameter_names(module)
-    given = [*args, *(kwargs[name] for name in order if name in kwargs)]
-    return next((found for value in given if (found := _stacked(value)) is not None), None)
-
-
-def _stacked(value: Any) -> Tensor | None:
-    if isinstance(value, Sequence) and value and all(isinstance(one, Tensor) for one in value):
-        same = all(one.shape == value[0].shape for one in value)
-        return torch.stack(tuple(value)) if same and value[0].is_floating_point() and value[0].ndim > 1 else None
-    return value if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1 else None
+    for value in (*args, *(kwargs[name] for name in parameter_names(module) if name in kwargs)):
+        if isinstance(value, (list, tuple)) and len({getattr(one, "shape", None) for one in value}) == 1:
+            value = torch.stack(tuple(value)) if isinstance(value[0], Tensor) else None
+        if isinstance(value, Tensor) and value.ndim > 1:
+            return value
+    return None

@@ -25,6 +25,7 @@ KINDS = {"cond": "cond", "pred_cond": "cond", "uncond": "uncond", "pred_uncond":
 
 _UNCOND = re.compile(r"(^|_)(neg|negative|uncond|unconditional|null)(_|$)")
 _GUIDED = re.compile(r"(^|_)(uncond|unconditional|cfg|classifier_free)(_|$)")
+_CONTEXT = "cache_context"
 _CUTS = ("chunk", "split", "tensor_split", "unbind")
 _CONVERSIONS = ("float", "double", "half", "bfloat16", "to", "type", "clone", "contiguous", "detach")
 _APART = (
@@ -237,19 +238,23 @@ def _statements(
             yield from _statements(statement.body, (*guards, statement.test), context, loop)
             negated = ast.UnaryOp(ast.Not(), statement.test)
             yield from _statements(statement.orelse, (*guards, negated), context, loop)
-        elif isinstance(statement, ast.With):
-            names = [item.context_expr for item in statement.items]
-            named = [
-                n.args[0] for n in names if isinstance(n, ast.Call) and n.args and _tail(n.func) == "cache_context"
-            ]
-            yield from _statements(statement.body, guards, named[0] if named else context, loop)
-        elif isinstance(statement, (ast.For, ast.While)):
-            yield from _statements([*statement.body, *statement.orelse], guards, context, loop or statement)
-        elif isinstance(statement, ast.Try):
-            parts = [*statement.body, *(s for handler in statement.handlers for s in handler.body)]
-            yield from _statements([*parts, *statement.orelse, *statement.finalbody], guards, context, loop)
+        elif isinstance(statement, (ast.With, ast.For, ast.While, ast.Try)):
+            parts = [statement, *getattr(statement, "handlers", ())]
+            inner = [one for part in parts for one in part.body]
+            inner += [*getattr(statement, "orelse", ()), *getattr(statement, "finalbody", ())]
+            is_loop = isinstance(statement, (ast.For, ast.While))
+            named = _context(statement) if isinstance(statement, ast.With) else None
+            yield from _statements(inner, guards, named or context, loop or (statement if is_loop else None))
         elif not isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
             yield _Found(statement, guards, context, loop)
+
+
+def _context(statement: ast.With) -> ast.expr | None:
+    calls = [item.context_expr for item in statement.items]
+    names = (
+        call.args[0] for call in calls if isinstance(call, ast.Call) and call.args and _tail(call.func) == _CONTEXT
+    )
+    return next(names, None)
 
 
 def _callees(statements: Sequence[_Found], denoisers: tuple[str, ...]) -> set[str]:
@@ -443,11 +448,12 @@ def _sliced(call: _Found, statements: Sequence[_Found]) -> Site | None:
 
 def _channels(statements: Sequence[_Found]) -> ast.expr | None:
     """Find where a variance is split off, `prediction, variance = prediction.split(channels, dim=1)`: the channels."""
-    for found in statements:
-        if isinstance(found.value, ast.Call) and _tail(found.value.func) == "split" and len(found.value.args) == 1:
-            if any(word.arg == "dim" and ast.unparse(word.value) == "1" for word in found.value.keywords):
-                return found.value.args[0]
-    return None
+    calls = [found.value for found in statements if isinstance(found.value, ast.Call)]
+    splits = [call for call in calls if _tail(call.func) == "split" and len(call.args) == 1]
+    along = [
+        [word for word in call.keywords if word.arg == "dim" and ast.unparse(word.value) == "1"] for call in splits
+    ]
+    return next((call.args[0] for call, dims in zip(splits, along, strict=True) if dims), None)
 
 
 def _combination(
