@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stg_hooks.hosts import Role
 from stg_hooks.inspection import parameter_names
-from stg_hooks.integrations.pipeline_code import KINDS, Combination, Guards, Site, UnreadableError
+from stg_hooks.integrations.call_sites import KINDS, Combination, Guards, Site, UnreadableError
 from stg_hooks.step import Step
 
 _PLAIN = (
@@ -114,7 +114,12 @@ def _is_else(guard: ast.expr) -> bool:
 def _weight(site: Site, names: Mapping[str, Any], sums: dict[int, float]) -> float | Tensor | None:
     """Return `g` of `uncond + g * (cond - uncond)`; `None` if it is not known, or tells no more than names do."""
     combination = site.combination
-    found = None if combination is None else _combined(combination, names, sums)
+    try:
+        found = None if combination is None else _combined(combination, names, sums)
+    except UnreadableError:
+        if site.is_named:
+            raise
+        return None
     if found is None or combination is None or isinstance(found, Tensor):
         return found if site.is_named else None
     if found < 0 and site.is_named:

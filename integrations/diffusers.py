@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from stg_hooks.errors import CallError, TargetError
 from stg_hooks.hosts import Role
 from stg_hooks.integrations.call_roles import Latents, evaluate, latents_of, role_of
-from stg_hooks.integrations.pipeline_code import Site, UnreadableError, call_sites_of
+from stg_hooks.integrations.call_sites import Site, UnreadableError
+from stg_hooks.integrations.pipeline_code import call_sites_of
 from stg_hooks.patching import Undo, set_attribute, shared
 from stg_hooks.step import Step
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import diffusers
 
+from stg_hooks.integrations.call_sites import Site, UnreadableError
 from stg_hooks.integrations.diffusers import DENOISERS
-from stg_hooks.integrations.pipeline_code import Site, UnreadableError, call_sites_of
+from stg_hooks.integrations.pipeline_code import call_sites_of
 from tests.stock_pipelines import tested
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "pipelines.md"
