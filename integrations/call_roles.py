@@ -24,7 +24,8 @@ _PLAIN = (
 )
 _IN_ONE = (
     "it predicts the same latents twice in a call, and no name in its code tells that its rows are [uncond, cond] (if "
-    "they are, say so there: `uncond, cond = prediction.chunk(2)`)"
+    "they are, say so there: `uncond, cond = prediction.chunk(2)`; if all are cond, pass the denoiser to stg.apply() "
+    "with batched_cfg=False)"
 )
 _IN_TWO = (
     "it predicts the same latents in two calls, and no name in its code tells which is cond (make that one first, and "

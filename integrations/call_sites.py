@@ -206,8 +206,7 @@ def _cuts(statements: Sequence[Found]) -> Iterator[tuple[Found, str, list[str]]]
         target = found.statement.targets[0] if isinstance(found.statement, ast.Assign) else None
         if not (isinstance(found.value, ast.Call) and isinstance(target, ast.Tuple)):
             continue
-        dims = [word.value for word in found.value.keywords if word.arg == "dim"]
-        if tail(found.value.func) in _CUTS and all(ast.unparse(dim) == "0" for dim in dims):
+        if tail(found.value.func) in _CUTS and _dim(found.value) == "0":
             yield found, tail(found.value.func), [ast.unparse(one) for one in target.elts]
 
 
@@ -235,7 +234,7 @@ def _split_of(call: Found, calls: Sequence[Found], splits: Sequence[_Split]) -> 
 
 
 def _sliced(call: Found, statements: Sequence[Found]) -> Site | None:
-    """Understand `cond, uncond = outputs[:n], outputs[n:]`, combined sample by sample; `None` if it is not so."""
+    """Understand `cond = outputs[:n]` and `uncond = outputs[n:]`, combined sample by sample; `None` if it is not so."""
     parts, whole = {}, call.target
     for found in statements:
         value = found.value
@@ -249,10 +248,6 @@ def _sliced(call: Found, statements: Sequence[Found]) -> Site | None:
         return None
     if _UNCOND.search(cond) or not _UNCOND.search(uncond):
         return None
-    nodes = [node for found in statements if found.value for node in ast.walk(found.value)]
-    stacks = (node for node in nodes if isinstance(node, ast.Call) and tail(node.func) == "stack")
-    if not any(whole in _names(node) for node in stacks):
-        return None  # it may be a tensor
     made_of = [(found.target, set(_names(found.statement))) for found in statements]
     one, other = (next((x for x, names in made_of if x not in ("", name) and name in names), "") for name in parts)
     combination = _combination((call,), one, other, statements)
@@ -261,12 +256,13 @@ def _sliced(call: Found, statements: Sequence[Found]) -> Site | None:
 
 def channels_of(statements: Sequence[Found]) -> ast.expr | None:
     """Find where a variance is split off, `prediction, variance = prediction.split(channels, dim=1)`: the channels."""
-    calls = [found.value for found in statements if isinstance(found.value, ast.Call)]
-    splits = [call for call in calls if tail(call.func) == "split" and len(call.args) == 1]
-    along = [
-        [word for word in call.keywords if word.arg == "dim" and ast.unparse(word.value) == "1"] for call in splits
-    ]
-    return next((call.args[0] for call, dims in zip(splits, along, strict=True) if dims), None)
+    calls = (found.value for found in statements if isinstance(found.value, ast.Call))
+    splits = (call for call in calls if tail(call.func) == "split" and len(call.args) == 1 and _dim(call) == "1")
+    return next((call.args[0] for call in splits), None)
+
+
+def _dim(call: ast.Call) -> str:
+    return next((ast.unparse(word.value) for word in call.keywords if word.arg == "dim"), "0")
 
 
 def _combination(
@@ -298,11 +294,13 @@ def _combination(
 
 def _smallest(value: ast.expr, *wanted: str) -> ast.BinOp | None:
     """Find the smallest operation that holds these names, as often as the whole expression does."""
-    count = [list(_names(value)).count(name) for name in wanted]
-    if not all(count):
-        return None
-    inner = (node for node in ast.walk(value) if isinstance(node, ast.BinOp))
-    return next((node for node in [*inner][::-1] if [list(_names(node)).count(name) for name in wanted] == count), None)
+
+    def count(node: ast.AST) -> list[int]:
+        names = list(_names(node))
+        return [names.count(name) for name in wanted]
+
+    found = [node for node in ast.walk(value) if isinstance(node, ast.BinOp) and count(node) == count(value)]
+    return found[-1] if found and all(count(value)) else None
 
 
 def _changes(found: Found, names: set[str]) -> bool:
