@@ -240,7 +240,8 @@ def latents_of(frame: FrameType) -> Tensor | None:
     if call is None:
         return None
     module, args, kwargs = (call.f_locals[name] for name in ("self", "args", "kwargs"))
-    for value in (*args, *(kwargs[name] for name in parameter_names(module) if name in kwargs)):
+    order = {name: place for place, name in enumerate(parameter_names(module))}
+    for value in (*args, *(kwargs[name] for name in sorted(kwargs, key=lambda name: order.get(name, len(order))))):
         if isinstance(value, (list, tuple)) and len({getattr(one, "shape", None) for one in value}) == 1:
             value = torch.stack(tuple(value)) if isinstance(value[0], Tensor) else None
         if isinstance(value, Tensor) and value.ndim > 1:
