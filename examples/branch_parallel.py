@@ -27,7 +27,7 @@ def main() -> torch.Tensor:
     with torch.no_grad():
         for now, then in itertools.pairwise(times):
             t = torch.full((1,), 1000 * now, device=device)
-            velocity = guider(hidden_states=x, timestep=t, cond=cond, uncond=uncond)
+            velocity = guider(hidden_states=x, timestep=t, cond=cond, uncond=uncond).sample
             x = x + (then - now) * velocity
     return x
 

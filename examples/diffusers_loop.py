@@ -19,7 +19,7 @@ def main() -> torch.Tensor:
     with torch.no_grad():
         for i, t in enumerate(scheduler.timesteps):
             guider.step = stg.Step(index=i, count=demo.STEPS)  # only because of stop=
-            velocity = guider(hidden_states=x, timestep=t.expand(len(x)), cond=cond, uncond=uncond)
+            velocity = guider(hidden_states=x, timestep=t.expand(len(x)), cond=cond, uncond=uncond).sample
             x = scheduler.step(velocity, t, x).prev_sample
     return x
 

@@ -33,7 +33,7 @@ def main() -> Tensor:
     x, levels = torch.randn(1, 16, 16), torch.linspace(1, 0, 9)
     with torch.no_grad():
         for t, lower in itertools.pairwise(levels):
-            velocity = guider(x, timestep=t.expand(1), guidance=torch.tensor([3.5]), cond=condition)
+            velocity = guider(x, timestep=t.expand(1), guidance=torch.tensor([3.5]), cond=condition).sample
             x = x + (lower - t) * velocity
     return x
 

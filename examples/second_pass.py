@@ -16,7 +16,7 @@ def denoise(guider: stg.Guider, x: Tensor, levels: list[float]) -> Tensor:
         guider.step = stg.Step(i, len(levels), level, "flow")
         lower = levels[i + 1] if i + 1 < len(levels) else 0.0
         timestep = torch.full((len(x),), 1000 * level)
-        x = x + (lower - level) * guider(hidden_states=x, timestep=timestep, cond=COND, uncond=UNCOND)
+        x = x + (lower - level) * guider(hidden_states=x, timestep=timestep, cond=COND, uncond=UNCOND).sample
     return x
 
 

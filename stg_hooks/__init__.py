@@ -4,7 +4,6 @@ import importlib
 from typing import TYPE_CHECKING
 
 from stg_hooks.apply import apply
-from stg_hooks.guidance.combine import combine
 from stg_hooks.errors import (
     BlockError,
     CallError,
@@ -17,12 +16,13 @@ from stg_hooks.errors import (
     StgWarning,
     TargetError,
 )
+from stg_hooks.guidance.combine import combine
+from stg_hooks.guidance.settings import Branch
 from stg_hooks.guider import Guider
 from stg_hooks.modes.modes import LayerCall
-from stg_hooks.study.profile import profile
-from stg_hooks.guidance.settings import Branch
 from stg_hooks.skip import skip
 from stg_hooks.step import Step
+from stg_hooks.study.profile import profile
 from stg_hooks.study.table import layers
 
 __version__ = "0.1.0"

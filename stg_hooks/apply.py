@@ -12,23 +12,24 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from stg_hooks.hooks import activation
-from stg_hooks.guidance.combine import Scale, check_scale
 from stg_hooks.errors import CallError, NotCopied, SettingError, StgWarning
-from stg_hooks.guide import Guide, Session
-from stg_hooks.passes.guided_call import Stats
-from stg_hooks.hosts import Host, ModuleHost, pipeline_host
-from stg_hooks.model.layers import LayerSpec
-from stg_hooks.modes.modes import Mode
-from stg_hooks.ranks.link import check_own_copy, ranks_from
+from stg_hooks.guidance.combine import Scale, check_scale
 from stg_hooks.guidance.rules import Rule
 from stg_hooks.guidance.schedule import Asked, Plan, Schedule, check_every, plan_from
 from stg_hooks.guidance.settings import Branch
-from stg_hooks.modes.sites import Kind
-from stg_hooks.step import Step
 from stg_hooks.guidance.trace import Trace
-from stg_hooks.uncond import UncondGuide, check_on, check_settings
 from stg_hooks.guidance.watch import Watch
+from stg_hooks.guide import Guide, Session
+from stg_hooks.hooks import activation
+from stg_hooks.hosts import Host, ModuleHost, pipeline_host
+from stg_hooks.model.layers import LayerSpec
+from stg_hooks.modes.modes import Mode
+from stg_hooks.modes.sites import Kind
+from stg_hooks.passes.channels import VarianceWatch, check_channels
+from stg_hooks.passes.guided_call import Stats
+from stg_hooks.ranks.link import check_own_copy, ranks_from
+from stg_hooks.step import Step
+from stg_hooks.uncond import UncondGuide, check_on, check_settings
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,6 +66,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         every: int = 1,
         batched_cfg: bool | None = None,
         guidance_scale: Scale | None = None,
+        channels: int | None = None,
         execution: str = "auto",
         group: ProcessGroup | None = None,
         timeout: float = 300.0,
@@ -98,8 +100,11 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
                 approximation; 1, the default, is exact. A step makes one call with the prompt then: windows that are
                 predicted apart need an `apply` or `Guider` each. For the demo's model in 24 steps, 2 is off by 15 % of
                 what guidance changes, and 4 by 32 % (benchmarks/results/every.md).
-            batched_cfg: for a module: its rows are `[uncond, cond]`. Left out, every row counts as conditional.
+            batched_cfg: for a module: its rows are `[uncond, cond]`, or the samples in the lists that it takes and
+                returns. Left out, every row counts as conditional.
             guidance_scale: for a module with `batched_cfg` and `rescale`: the CFG weight that its caller applies.
+            channels: for a module: how many channels (dimension 1) of a prediction are guided, where the others are a
+                learned variance. Left out, all are. Pipelines are asked themselves.
             execution: how the weak prediction is computed: `"sequential"` (a second pass that starts at the first
                 skipped layer), `"batched"` (weak rows ride along in the same pass: one sweep over the weights, more
                 memory), `"full"` (the textbook's second pass), or `"auto"`, which chooses.
@@ -127,7 +132,8 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         """
         check_on(on, scale)
         self._scope = activation.check_scope(scope)
-        host = _find_host(target, batched_cfg, guidance_scale)
+        check_channels(channels)
+        host = _find_host(target, batched_cfg, guidance_scale, channels)
         denoisers = host.denoisers()
         plan = plan_from(
             next(iter(denoisers.values())),
@@ -147,8 +153,14 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         )
         check_every(every)
         self._session = Session(host, plan, every, ranks_from(group, timeout, on), watch=Watch("stg.apply", strict))
+        self._session.variance = VarianceWatch(channels is not None or not isinstance(host, ModuleHost))
         if on == "uncond":
             self._check_uncond(batched_cfg)
+            if channels is not None:
+                raise SettingError(
+                    f"channels={channels}: with on='uncond', all channels of the uncond rows come from the weak model. "
+                    "Leave channels out and use the variance of the cond rows, or use stg.Guider."
+                )
         replacing = [settings.why_replaces for settings in plan.known if settings.rescale or settings.rule != "cfg"]
         if replacing and not host.knows_guidance_scale:
             raise SettingError(
@@ -330,15 +342,15 @@ def _place_of_caller() -> tuple[str, int]:
     return ("", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
 
 
-def _find_host(target: object, batched_cfg: bool | None, guidance_scale: Scale | None) -> Host:
+def _find_host(target: object, batched_cfg: bool | None, guidance_scale: Scale | None, channels: int | None) -> Host:
     if guidance_scale is not None:
         check_scale("guidance_scale", guidance_scale)
     if isinstance(target, nn.Module):
-        return ModuleHost(target, batched_cfg, guidance_scale)
+        return ModuleHost(target, batched_cfg, guidance_scale, channels)
     host = pipeline_host(target)
-    if batched_cfg is not None or guidance_scale is not None:
+    if batched_cfg is not None or guidance_scale is not None or channels is not None:
         raise SettingError(
-            "batched_cfg= and guidance_scale= describe the calls of a module. A pipeline is asked itself: leave them "
-            "out, or pass its denoiser."
+            "batched_cfg=, guidance_scale= and channels= describe the calls of a module. A pipeline is asked itself: "
+            "leave them out, or pass its denoiser."
         )
     return host

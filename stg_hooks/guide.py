@@ -14,27 +14,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stg_hooks.hooks import activation
-from stg_hooks.passes.rows import first_batch, halves, own_predictions, replace_predictions, take_rows
-from stg_hooks.guidance.combine import Scale, combine, correction, fitted, is_number
-from stg_hooks.hooks.compiled import is_compiled, untraced
 from stg_hooks.errors import CallError, StgWarning
-from stg_hooks.passes.execution import Execution
-from stg_hooks.passes.executions import Executions
-from stg_hooks.passes.guided_call import GuidedCall, Stats, in_weak_pass, layout_of
-from stg_hooks.hosts import Host, Role, check_rows_apart
-from stg_hooks.passes.inputs import Inputs, Written
-from stg_hooks.model.source import parameter_names
+from stg_hooks.guidance.combine import Scale, combine, correction, fitted, is_number, of_sample
 from stg_hooks.guidance.reuse import Kept
-from stg_hooks.ranks.share import Share, check_alone
-from stg_hooks.hooks.forward import Patch, Undo, patched, shared
-from stg_hooks.ranks.link import Ranks
 from stg_hooks.guidance.rules import at_step
 from stg_hooks.guidance.schedule import Plan, Settings, known
 from stg_hooks.guidance.settings import Branch
-from stg_hooks.step import Step, check_step
 from stg_hooks.guidance.trace import Trace
 from stg_hooks.guidance.watch import Watch
+from stg_hooks.hooks import activation
+from stg_hooks.hooks.compiled import is_compiled, untraced
+from stg_hooks.hooks.forward import Patch, Undo, patched, shared
+from stg_hooks.hosts import Host, Role, check_rows_apart
+from stg_hooks.model.source import parameter_names
+from stg_hooks.passes.channels import VarianceWatch, guided_part, with_rest
+from stg_hooks.passes.execution import Execution
+from stg_hooks.passes.executions import Executions
+from stg_hooks.passes.guided_call import GuidedCall, Stats, in_weak_pass, layout_of
+from stg_hooks.passes.inputs import Inputs, Written
+from stg_hooks.passes.rows import first_batch, halves, own_predictions, replace_predictions, take_rows
+from stg_hooks.passes.samples import are_samples, check_told, takes_samples
+from stg_hooks.ranks.link import Ranks
+from stg_hooks.ranks.share import Share, check_alone
+from stg_hooks.step import Step, check_step
 
 
 @dataclasses.dataclass(eq=False)
@@ -49,6 +51,7 @@ class Session:
     stats: Stats = dataclasses.field(default_factory=Stats)
     trace: Trace = dataclasses.field(default_factory=Trace)
     watch: Watch = dataclasses.field(default_factory=lambda: Watch("stg.apply"))
+    variance: VarianceWatch = dataclasses.field(default_factory=lambda: VarianceWatch(is_told=True))
     models: tuple[nn.Module, ...] = ()
     lost_steps: int = 0
     calls_elsewhere: int = 0
@@ -85,6 +88,8 @@ class _Guided:
     settings: Settings
     conds: list[Tensor]
     weaks: list[list[Tensor]]
+    samples: bool = False
+    """Each prediction is one sample."""
 
     @property
     def scales(self) -> list[Scale]:
@@ -95,28 +100,36 @@ class _Guided:
         """Whether the final prediction is returned, instead of a term added."""
         return self.settings.replaces
 
-    def weight(self, role: Role) -> Scale | None:
+    def guidance_scale(self, role: Role) -> Scale | None:
         """The CFG weight of the step, where it is known."""
         return role.guidance_scale if self.settings.guidance_scale is None else self.settings.guidance_scale
 
     def trace(self, trace: Trace, terms: Sequence[Tensor], unconds: Sequence[Tensor | None], role: Role) -> None:
         """Add this step to a trace; where CFG is off, nothing points along it."""
-        trace.add(self.step, self.scales, terms, self.conds, () if is_number(self.weight(role), 1) else unconds)
+        trace.add(self.step, self.scales, terms, self.conds, () if is_number(self.guidance_scale(role), 1) else unconds)
 
     def terms(self) -> list[Tensor]:
         """What skip guidance adds to each prediction."""
-        return [correction(c, weaks, self.scales) for c, weaks in zip(self.conds, self.weaks, strict=True)]
+        pairs = zip(self.conds, self.weaks, strict=True)
+        return [correction(c, weaks, self._scales_of(i)) for i, (c, weaks) in enumerate(pairs)]
+
+    def weight(self, name: str, value: Scale, i: int) -> Scale:
+        """What a weight is for one of the predictions."""
+        return of_sample(name, value, i, len(self.conds)) if self.samples else value
+
+    def _scales_of(self, i: int) -> list[Scale]:
+        return [self.weight("scale", scale, i) for scale in self.scales]
 
     def final(self, role: Role, unconds: Sequence[Tensor | None]) -> list[Tensor]:
         """What the caller's own combination has to come to."""
-        g = self.weight(role)
+        g = self.guidance_scale(role)
         return [
             combine(
                 c,
                 weaks,
                 u,
-                scale=self.scales,
-                guidance_scale=1.0 if g is None else g,
+                scale=self._scales_of(i),
+                guidance_scale=1.0 if g is None else self.weight("guidance_scale", g, i),
                 rescale=self.settings.rescale,
                 rule=at_step(self.settings.rule, self.step, i),
             )
@@ -139,6 +152,8 @@ class _Call:
     share: Share | None = None
     inputs: Inputs | None = None
     """The arguments as they were made, where more passes are to be made with them."""
+    is_guess: bool = False
+    """Whether its predictions are samples is not known before they are there."""
 
     @property
     def is_cond(self) -> bool:
@@ -228,6 +243,9 @@ class Guide:
         if role is None:
             return
         assert kwargs is not None
+        is_guess = role.samples is None
+        if is_guess:
+            role = dataclasses.replace(role, samples=takes_samples(args, kwargs))
         check_alone(self._session, self._session.ranks, self._model)
         self._executions.caches.check_same()
         self._executions.caches.begin_pass()
@@ -241,9 +259,9 @@ class Guide:
                 call.inputs = Inputs(args, kwargs, self._written)
             return
         step = check_step(self._session.step) or self._session.host.step()
-        self._local.call = call = _Call(role, step, self._session.plan.at(step), args, kwargs)
+        self._local.call = call = _Call(role, step, self._session.plan.at(step), args, kwargs, is_guess=is_guess)
         if self._patch is not None and self._patch.bring_back() and self._session.ranks is None:
-            both = role.rows == "uncond+cond"  # from the next call on; this one has its forward already
+            both = role.is_halved  # from the next call on; this one has its forward already
             call.guided = GuidedCall(model, Inputs(args, kwargs, self._written), both)
             call.guided.layout = layout_of(args, kwargs, both)
             call.inputs = call.guided.inputs
@@ -260,13 +278,13 @@ class Guide:
             return proceed(*args, **kwargs)
         if self._session.ranks is not None:
             check_rows_apart(call.role, "group=")
-            both = call.role.rows == "uncond+cond"
+            both = call.role.is_halved
             call.share = Share(self._session.ranks, self._executions, call.branches, both)
             return call.share.first(proceed, partial(self._arguments, both, args, kwargs))
         if not call.branches:
             return proceed(*args, **kwargs)
         execution = self._executions.of(call.settings.active)
-        both = call.role.rows == "uncond+cond"
+        both = call.role.is_halved
         output, call.guided = execution.cond_pass(proceed, args, kwargs, both, call.inputs)
         return output
 
@@ -293,6 +311,8 @@ class Guide:
             self._local.last = self._local.guided = _Guided(call.step, call.settings, [], [])
             return unchanged
         now = own_predictions(output)
+        if call.is_guess:
+            self._find_samples(call, output, now)
         before = self._of_model.unguided
         if before is None:
             self._of_model.unguided = before = now
@@ -301,8 +321,7 @@ class Guide:
             before, now = (batches if before is now else [tensor[None] for tensor in before]), batches
         new = self._guided(call, before, now) if call.is_cond else self._moved_along(call, now)
         if new is not None and call.is_cond and call.role.channels is not None:  # the others are not guided
-            rest = slice(call.role.channels, None)
-            new = [torch.cat([n, o[:, rest]], dim=1) for n, o in zip(new, now, strict=True)]
+            new = [with_rest(n, o, call.role.channels) for n, o in zip(new, now, strict=True)]
         if new is None:
             return unchanged
         session.stats.guided_calls += 1
@@ -310,6 +329,27 @@ class Guide:
         if call.role.samples:
             new = [tensor[0] for tensor in new]
         return replace_predictions(output, new)
+
+    def _find_samples(self, call: _Call, output: Any, now: Sequence[Tensor]) -> None:
+        """Tell whether predictions are samples, by how they came out, too; put right what was guessed."""
+        samples: bool | None = False
+        if not isinstance(output, Tensor):
+            args, kwargs = (call.args, call.kwargs) if call.inputs is None else call.inputs.again()
+            samples = are_samples(now, args, kwargs)
+            of_rows = call.role.rows == "uncond+cond" or call.settings.of_samples or call.role.channels is not None
+            if samples is None and of_rows:
+                check_told(samples, len(now), "guidance")
+        if bool(samples) != call.role.samples:
+            call.role = dataclasses.replace(call.role, samples=bool(samples))
+            if call.share is not None:
+                check_rows_apart(call.role, "group=")
+            if call.guided is not None and call.share is None:  # nothing that was recorded has the right rows
+                call.guided.prefix = call.guided.weaks = call.guided.check = None
+                call.guided.batched_cfg = call.role.is_halved
+                call.guided.layout = layout_of(call.args, call.kwargs, call.role.is_halved)
+        if call.settings.active:
+            name = type(self._model).__name__
+            self._session.variance.look(name, call.args, call.kwargs, now, bool(call.role.samples))
 
     def _arguments(
         self, both: bool, args: tuple[Any, ...], kwargs: dict[str, Any], for_uncond: bool
@@ -334,7 +374,7 @@ class Guide:
             "rule": settings.rule,
         }
         assert call.inputs is not None
-        inputs, both = call.inputs, role.rows == "uncond+cond"
+        inputs, both = call.inputs, role.is_halved
         inputs.compare()
 
         def arguments(for_uncond: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -350,24 +390,27 @@ class Guide:
     def _guided(self, call: _Call, unguided: Sequence[Tensor], output: Sequence[Tensor]) -> list[Tensor]:
         """Return the guided `output`; `unguided` differs from it where another session came first."""
         role, is_first = call.role, unguided is output
-        both = role.rows == "uncond+cond"
+        both = role.is_halved
         unconds: list[Tensor | None] = [None] * len(output)
         conds = list(unguided)
         if both:
             pairs = [halves(tensor) for tensor in unguided]
             unconds, conds = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        elif role.rows == "cond+uncond":
-            conds, unconds = conds[: len(conds) // 2], [*conds[len(conds) // 2 :]]
+        elif role.is_list_of_both:
+            first, second = conds[: len(conds) // 2], conds[len(conds) // 2 :]
+            conds, unconds = (first, [*second]) if role.rows == "cond+uncond" else (second, [*first])
             if [c.shape for c in conds] != [u.shape for u in unconds if u is not None]:
                 shapes = [tuple(tensor.shape[1:]) for tensor in unguided]
-                raise CallError(f"a list of predictions of the shapes {shapes} cannot be [cond, uncond] samples.")
+                raise CallError(
+                    f"a list of predictions of the shapes {shapes} cannot be [{role.rows.replace('+', ', ')}] samples."
+                )
         weaks = self._weaks(call, conds, unconds)
         if role.channels is not None:
-            of_mean = (slice(None), slice(role.channels))
-            conds, output = [c[of_mean] for c in conds], [o[of_mean] for o in output]
-            unconds = [None if u is None else u[of_mean] for u in unconds]
-            weaks = [[weak[of_mean] for weak in found] for found in weaks]
-        guided = _Guided(call.step, call.settings, conds, weaks)
+            of_mean = partial(guided_part, channels=role.channels)
+            conds, output = [*map(of_mean, conds)], [*map(of_mean, output)]
+            unconds = [None if u is None else of_mean(u) for u in unconds]
+            weaks = [[*map(of_mean, found)] for found in weaks]
+        guided = _Guided(call.step, call.settings, conds, weaks, bool(role.samples))
         self._local.last = guided
         if guided.replaces:
             self._check_replaceable(guided, role, is_first)
@@ -382,10 +425,10 @@ class Guide:
             guided.trace(self._session.trace, terms, unconds, role)
         if guided.replaces:
             final = guided.final(role, unconds)
-            if role.rows == "cond+uncond":
+            if role.is_list_of_both:
                 return final + final
             return [torch.cat([tensor, tensor]) for tensor in final] if both else final
-        if role.rows == "cond+uncond":
+        if role.is_list_of_both:
             terms = terms + terms
         return [_add(o, torch.cat([t, t]) if both else t) for o, t in zip(output, terms, strict=True)]
 
@@ -429,9 +472,12 @@ class Guide:
         if not call.role.samples:
             return execution.weak_predictions(guided, conds)
         # A list of samples is not cut: the weak pass predicts all of them.
-        samples = [tensor[0] for tensor in (*conds, *unconds) if tensor is not None]
+        others = [tensor for tensor in unconds if tensor is not None]
+        uncond_first = call.role.rows == "uncond+cond"
+        samples = [tensor[0] for tensor in ([*others, *conds] if uncond_first else [*conds, *others])]
         found = execution.weak_predictions(guided, samples)
-        return [[weak[None] for weak in weaks[: len(conds)]] for weaks in found]
+        rows = slice(len(others), None) if uncond_first else slice(len(conds))
+        return [[weak[None] for weak in weaks[rows]] for weaks in found]
 
     def _check_replaceable(self, guided: _Guided, role: Role, first: bool) -> None:
         settings, what, name = guided.settings, guided.settings.why_replaces, self._session.host.name
@@ -486,8 +532,8 @@ class Guide:
         # The caller has cond already and will compute u' + g * (c - u'): choose u' so that this is the final one.
         assert role.guidance_scale is not None
         moved = []
-        for final, c in zip(guided.final(role, output), guided.conds, strict=True):
-            g = fitted("guidance_scale", role.guidance_scale, c)
+        for i, (final, c) in enumerate(zip(guided.final(role, output), guided.conds, strict=True)):
+            g = fitted("guidance_scale", guided.weight("guidance_scale", role.guidance_scale, i), c)
             moved.append(((final.float() - g * c.float()) / (1.0 - g)).to(c.dtype))
         return moved
 

@@ -15,27 +15,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stg_hooks.hooks import activation
-from stg_hooks.passes.rows import halves, own_predictions, predictions
-from stg_hooks.guidance.combine import Scale, check_scale, combine, correction, is_number, is_real
 from stg_hooks.errors import CallError, NotCopied, SettingError, TargetError
+from stg_hooks.guidance.combine import Scale, check_scale, combine, correction, is_number, is_real, of_sample
+from stg_hooks.guidance.reuse import Kept
+from stg_hooks.guidance.rules import AveragedApg, Rule, at_step
+from stg_hooks.guidance.schedule import Schedule, Settings, check_every, known, plan_from
+from stg_hooks.guidance.settings import Branch
+from stg_hooks.guidance.trace import Trace
+from stg_hooks.guidance.watch import Watch
+from stg_hooks.hooks import activation
+from stg_hooks.model.layers import LayerSpec
+from stg_hooks.modes.modes import Mode
+from stg_hooks.modes.sites import Kind
+from stg_hooks.modes.switch import Switch
+from stg_hooks.passes.channels import VarianceWatch, check_channels, guided_part, with_rest
 from stg_hooks.passes.executions import Executions
 from stg_hooks.passes.guided_call import Stats, in_weak_pass
 from stg_hooks.passes.inputs import Inputs, Written
-from stg_hooks.guidance.reuse import Kept
-from stg_hooks.model.layers import LayerSpec
-from stg_hooks.ranks.share import Share, check_alone
-from stg_hooks.modes.modes import Mode
+from stg_hooks.passes.rows import halves, own_predictions, predictions, replace_predictions
+from stg_hooks.passes.samples import are_samples, check_told, takes_samples
 from stg_hooks.ranks.link import Ranks, check_own_copy, ranks_from
-from stg_hooks.guidance.rules import AveragedApg, Rule, at_step
-from stg_hooks.guidance.schedule import Schedule, check_every, known, plan_from
-from stg_hooks.guidance.settings import Branch
-from stg_hooks.modes.sites import Kind
-from stg_hooks.skip import Switch
+from stg_hooks.ranks.share import Share, check_alone
 from stg_hooks.step import Step, check_step, is_new_run, noise_levels, step_at
-from stg_hooks.guidance.trace import Trace
 from stg_hooks.uncond import check_on, check_settings
-from stg_hooks.guidance.watch import Watch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -49,6 +51,8 @@ class _OfThread(threading.local):
 class _Made:
     """The predictions of a step; the weak ones branch by branch, each with its switch."""
 
+    output: Any = None
+    """What the denoiser returned for cond."""
     conds: list[Tensor] = dataclasses.field(default_factory=list)
     unconds: Sequence[Tensor | None] = ()
     weaks: Sequence[Sequence[Tensor]] = ()
@@ -82,6 +86,7 @@ class Guider(NotCopied):
         rule: str | Rule = "cfg",
         on: str = "cond",
         every: int = 1,
+        channels: int | None = None,
         sigmas: Tensor | Sequence[float] | None = None,
         model: nn.Module | None = None,
         execution: str = "auto",
@@ -112,6 +117,8 @@ class Guider(NotCopied):
             on: `"uncond"` lets the weak model make the *uncond* prediction instead, so that `uncond` in the formula is
                 what it predicts: no extra pass is made, and `scale` has no meaning.
             every: as for `apply`, counted in guided calls; the step must be known, as for `start`.
+            channels: how many channels (dimension 1) of a prediction are guided, where the others are a learned
+                variance: those stay as cond has them. Left out, all are.
             sigmas: the noise levels that the sampler goes through, from high to low, `(N + 1,)`; the step of a call is
                 the first one whose noise level is not above the call's `sigma`.
             model: the module that holds the layers, where `denoiser` is not itself a module.
@@ -158,6 +165,7 @@ class Guider(NotCopied):
             on=on,
         )
         check_every(every)
+        check_channels(channels)
         if on == "uncond":
             if every > 1:
                 raise SettingError(f"every={every}: on='uncond' makes no extra pass that could be left out.")
@@ -167,6 +175,8 @@ class Guider(NotCopied):
         self.model = model
         self._on = on
         self.every = every
+        self.channels = channels
+        self._variance = VarianceWatch(channels is not None)
         self._local = _OfThread()
         self._written: Written = {}
         self.guidance_scale = guidance_scale
@@ -205,7 +215,8 @@ class Guider(NotCopied):
             **kwargs: passed to every call of the denoiser.
 
         Returns:
-            A new tensor in the shape and dtype of the denoiser's prediction; a tuple of them where it makes several.
+            What the denoiser returns for cond (a tensor, or a list, tuple, dictionary or object that holds it), with
+            the guided predictions, new tensors, in place of its own.
 
         Raises:
             CallError: the settings depend on something about the step that is not known, or the noise level is 0 (on
@@ -235,6 +246,7 @@ class Guider(NotCopied):
         if not in_weak_pass():
             self._executions.caches.look()
             self._executions.caches.begin_pass()
+        inputs = _in_lists_of_their_own(args, positive)
         kept = self._kept(step, active)
         fresh = active if self._on == "cond" and kept is None else ()
         other = negative if cfg else None
@@ -258,20 +270,53 @@ class Guider(NotCopied):
                 now = step if isinstance(step, Step) else Step()
                 self._watch.look(now, conds, made.unconds, made.switches, made.weaks)
                 self._watch.report(wait=False)
-        scales = [branch.scale for branch in active] if self._on == "cond" else []
-        rules = [settings.rule] * len(conds)
-        if isinstance(step, Step):
-            rules = [at_step(rule, step, i) for i, rule in enumerate(rules)]
-        results = [
-            combine(c, w, u, scale=scales, guidance_scale=g, rescale=settings.rescale, rule=rule)
-            for c, w, u, rule in zip(conds, weaks, made.unconds, rules, strict=True)
-        ]
-        if changes and self._on == "cond":
-            terms = [correction(c, w, scales) for c, w in zip(conds, weaks, strict=True)]
-            self.trace.add(step, scales, terms, conds, made.unconds)
         self.stats.calls += 1
         self.stats.guided_calls += changes
-        return results[0] if len(results) == 1 else tuple(results)
+        made.weaks = weaks
+        samples = self._are_samples(made, settings, g, inputs)
+        if changes:
+            self._variance.look(type(self.model).__name__, *inputs, conds, samples)
+        return replace_predictions(made.output, self._combined(made, settings, g, step, samples))
+
+    def _are_samples(
+        self, made: _Made, settings: Settings, g: Scale, inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    ) -> bool:
+        """Tell whether each prediction is one sample, without a dimension for the batch."""
+        if isinstance(made.output, Tensor):
+            return False
+        samples = are_samples(made.conds, *inputs)
+        matters = settings.of_samples or self.channels is not None or (isinstance(g, Tensor) and g.ndim > 0)
+        return check_told(samples, len(made.conds), "guidance") if matters else bool(samples)
+
+    def _combined(
+        self, made: _Made, settings: Settings, g: Scale, step: Step | Callable[[], Step], samples: bool
+    ) -> list[Tensor]:
+        """Combine the predictions of a step; `made.weaks` holds those of all branches for each prediction."""
+        count = len(made.conds)
+
+        def part(tensor: Tensor) -> Tensor:
+            return guided_part(tensor[None] if samples else tensor, self.channels)
+
+        def weight(name: str, value: Scale, i: int) -> Scale:
+            return of_sample(name, value, i, count) if samples else value
+
+        conds = [part(c) for c in made.conds]
+        unconds = [None if u is None else part(u) for u in made.unconds]
+        weaks = [[part(w) for w in of_one] for of_one in made.weaks]
+        given = [branch.scale for branch in settings.active] if self._on == "cond" and not in_weak_pass() else []
+        results, terms = [], []
+        for i, (c, w, u) in enumerate(zip(conds, weaks, unconds, strict=True)):
+            scales = [weight("scale", scale, i) for scale in given]
+            rule = at_step(settings.rule, step, i) if isinstance(step, Step) else settings.rule
+            guidance_scale = weight("guidance_scale", g, i)
+            out = combine(c, w, u, scale=scales, guidance_scale=guidance_scale, rescale=settings.rescale, rule=rule)
+            whole = made.conds[i][None] if samples else made.conds[i]
+            out = with_rest(out, whole, self.channels)
+            results.append(out[0] if samples else out)
+            terms.append(correction(c, w, scales))
+        if settings.changes and self._on == "cond" and not in_weak_pass():
+            self.trace.add(step, given, terms, conds, unconds)
+        return results
 
     def _alone(
         self,
@@ -288,20 +333,20 @@ class Guider(NotCopied):
             joined = _joined(args, positive, negative)
         args_of_cond, kwargs_of_cond = joined or (args, positive)
         inputs = Inputs(args, negative, self._written) if negative is not None and joined is None else None
-        made = _Made()
+        made, is_joined = _Made(), joined is not None
         if fresh:
             with self._executions.installed(), activation.entered(self):
                 execution = self._executions.of(fresh)
                 made.switches = execution.switches
-                output, call = execution.cond_pass(self.denoiser, args_of_cond, kwargs_of_cond, joined is not None)
-                made.conds, made.unconds = _halved(own_predictions(output), joined is not None)
+                output, call = execution.cond_pass(self.denoiser, args_of_cond, kwargs_of_cond, is_joined)
+                made.output, made.conds, made.unconds = _halved(output, is_joined)
                 start = time.perf_counter()
                 call.is_comparable = not activation.others(self)
                 made.weaks = execution.weak_predictions(call, made.conds)
                 self.stats.seconds += time.perf_counter() - start
         else:
             output = self.denoiser(*args_of_cond, **kwargs_of_cond)
-            made.conds, made.unconds = _halved(own_predictions(output), joined is not None)
+            made.output, made.conds, made.unconds = _halved(output, is_joined)
         if inputs is not None:
             inputs.compare()
             made.switches, made.unconds = self._uncond(active, *inputs.again(), made.switches)
@@ -335,13 +380,14 @@ class Guider(NotCopied):
         inputs = [Inputs(args, condition, self._written) for condition in conditions]
         with self._executions.installed(), activation.entered(self):
             share = Share(ranks, self._executions, active, negative is not None)
-            first = own_predictions(share.first(self.denoiser, lambda for_uncond: (args, conditions[for_uncond])))
+            output = share.first(self.denoiser, lambda for_uncond: (args, conditions[for_uncond]))
+            first = own_predictions(output)
             for given in inputs:
                 given.compare()
             start = time.perf_counter()
             weaks = share.rest(self.denoiser, lambda for_uncond: inputs[for_uncond].again(), first, said)
             self.stats.seconds += time.perf_counter() - start
-        return _Made(share.conds, share.unconds or [None] * len(share.conds), weaks, share.switches)
+        return _Made(output, share.conds, share.unconds or [None] * len(share.conds), weaks, share.switches)
 
     def _uncond(
         self,
@@ -406,6 +452,13 @@ def _merged(kwargs: dict[str, Any], name: str, condition: Mapping[str, Any] | No
     return {**kwargs, **condition}
 
 
+def _in_lists_of_their_own(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Keep what a call was given, should the denoiser take lists apart."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    kept: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(leaves, spec)
+    return kept
+
+
 def _second_parameter(denoiser: Callable[..., Any]) -> str | None:
     function = type(denoiser).forward if isinstance(denoiser, nn.Module) else denoiser
     try:
@@ -416,18 +469,27 @@ def _second_parameter(denoiser: Callable[..., Any]) -> str | None:
     return names[1] if len(names) > 1 else None
 
 
-def _halved(outputs: Sequence[Tensor], joined: bool) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return the cond and the uncond predictions in what the denoiser returned."""
+def _halved(output: Any, joined: bool) -> tuple[Any, list[Tensor], list[Tensor | None]]:
+    """Return what the denoiser returned for cond, and the cond and the uncond predictions in it."""
+    outputs = own_predictions(output)
     if not joined:
-        return list(outputs), [None] * len(outputs)
+        return output, list(outputs), [None] * len(outputs)
     pairs = [halves(tensor) for tensor in outputs]
-    return [cond for _, cond in pairs], [uncond for uncond, _ in pairs]
+    rows = outputs[0].shape[0]
+
+    def cond_half(leaf: Any) -> Any:
+        is_of_rows = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows
+        return halves(leaf)[1] if is_of_rows else leaf
+
+    return pytree.tree_map(cond_half, output), [cond for _, cond in pairs], [uncond for uncond, _ in pairs]
 
 
 def _joined(
     args: tuple[Any, ...], positive: dict[str, Any], negative: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Put the calls for uncond and cond together, or return `None` where their arguments do not allow it."""
+    if takes_samples(args, positive):
+        return None
     (one, spec), (other, other_spec) = pytree.tree_flatten((args, negative)), pytree.tree_flatten((args, positive))
     tensors = [leaf for leaf in other if isinstance(leaf, Tensor)]
     if spec != other_spec or not tensors or tensors[0].ndim == 0:

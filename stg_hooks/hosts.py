@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -39,22 +39,33 @@ class Role:
     prediction comes from a call of its own, later in the same step. `channels` says how many channels (dimension 1) of
     a prediction are guided, where the others predict something else, a variance; all, if left out. With `samples`, the
     denoiser returns its predictions as a list of single samples, without a dimension for the batch; then rows may also
-    be `"cond+uncond"`: the first half of the list is conditional.
+    be `"cond+uncond"`: the first half of the list is conditional; with `"uncond+cond"`, the second one is. `None` lets
+    the call tell.
     """
 
     rows: Literal["cond", "uncond", "uncond+cond", "cond+uncond", "perturbed"]
     guidance_scale: float | Tensor | None = None
     uncond_follows: bool = False
     channels: int | None = None
-    samples: bool = False
+    samples: bool | None = False
+
+    @property
+    def is_halved(self) -> bool:
+        """Whether dimension 0 of the tensors holds `[uncond, cond]`."""
+        return self.rows == "uncond+cond" and not self.samples
+
+    @property
+    def is_list_of_both(self) -> bool:
+        """Whether a list of samples holds cond and uncond ones."""
+        return self.rows == "cond+uncond" or (self.rows == "uncond+cond" and bool(self.samples))
 
 
 def check_rows_apart(role: Role, what: str) -> None:
     """Raise where a call holds cond and uncond samples in one list, which is never cut, and `what` needs them apart."""
-    if role.rows == "cond+uncond":
+    if role.is_list_of_both:
         raise CallError(
-            f"{what} cannot be used with a pipeline that has cond and uncond predicted in one list of samples. Leave "
-            "it out, or use stg.Guider in a loop of your own."
+            f"{what} cannot be used where cond and uncond are predicted in one list of samples. Leave it out, or use "
+            "stg.Guider in a loop of your own."
         )
 
 
@@ -116,18 +127,25 @@ class ModuleHost:
     name = "the module"
     tells_when_it_runs = False
 
-    def __init__(self, module: nn.Module, batched_cfg: bool | None, guidance_scale: float | Tensor | None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        batched_cfg: bool | None,
+        guidance_scale: float | Tensor | None,
+        channels: int | None = None,
+    ) -> None:
         """Describe the module's calls.
 
         Args:
             module: the denoiser.
             batched_cfg: whether its rows are `[uncond, cond]`, or every row is conditional; `None` if nothing was said.
             guidance_scale: the CFG weight that its caller applies, if known.
+            channels: number of channels that are guided; all, if left out.
         """
         self._module = module
         self._said = batched_cfg
         self._caller: tuple[object, Host | None] = None, None
-        self._role = Role("uncond+cond" if batched_cfg else "cond", guidance_scale)
+        self._role = Role("uncond+cond" if batched_cfg else "cond", guidance_scale, channels=channels, samples=None)
         self.knows_guidance_scale = not batched_cfg or guidance_scale is not None
 
     def denoisers(self) -> dict[str, nn.Module]:
@@ -148,8 +166,9 @@ class ModuleHost:
         if caller is None or (found is None and self._said is not None):
             return self._role
         if found is None or self._said is None:
-            weight = self._role.guidance_scale
-            return found if found is None or weight is None else dataclasses.replace(found, guidance_scale=weight)
+            said = {"guidance_scale": self._role.guidance_scale, "channels": self._role.channels}
+            changes: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+            return found if found is None else dataclasses.replace(found, **changes)
         if found.rows != self._role.rows:
             raise CallError(
                 f"batched_cfg={self._said} says that the rows of this call are {_PHRASES[self._role.rows]}, but "

@@ -11,20 +11,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stg_hooks.passes.rows import agree, first_batch, halves, own_predictions, predictions, replace_predictions, row_factor
-from stg_hooks.hooks.compiled import eagerly, is_compiled
-from stg_hooks.passes.effects import Randomness, State, count_of_writes
 from stg_hooks.errors import CallError, SettingError, StgWarning, closest
+from stg_hooks.guidance.schedule import Settings
+from stg_hooks.guide import Session
+from stg_hooks.hooks.compiled import eagerly, is_compiled
+from stg_hooks.hooks.forward import Action, patched
+from stg_hooks.hosts import check_rows_apart
+from stg_hooks.modes.residual import copied
+from stg_hooks.passes.effects import Randomness, State, count_of_writes
 from stg_hooks.passes.execution import Execution
 from stg_hooks.passes.executions import Executions
-from stg_hooks.guide import Session
 from stg_hooks.passes.guided_call import checking, in_weak_pass, layout_of, weak_pass
-from stg_hooks.hosts import check_rows_apart
-from stg_hooks.hooks.forward import Action, patched
-from stg_hooks.guidance.schedule import Settings
-from stg_hooks.step import check_step
+from stg_hooks.passes.rows import (
+    agree,
+    first_batch,
+    halves,
+    own_predictions,
+    predictions,
+    replace_predictions,
+    row_factor,
+)
+from stg_hooks.passes.samples import are_samples, check_told, takes_samples
 from stg_hooks.passes.streaming import weights_are_streamed
-from stg_hooks.modes.residual import copied
+from stg_hooks.step import check_step
 
 PREDICTIONS = ("cond", "uncond")
 
@@ -129,6 +138,8 @@ class UncondGuide:
 
     def _both(self, execution: Execution, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
         """Make a call with rows `[uncond, cond]`: in one pass, where that gives what two would."""
+        if takes_samples(args, kwargs):  # halves of a list are no rows of the layers, so far as is known
+            return _apart(execution, proceed, args, kwargs)
         (switch,), batch = execution.switches, first_batch(args, kwargs)
         if batch is None or batch % 2:
             raise CallError(f"a call with {batch or 'no'} rows cannot be [uncond, cond], which batched_cfg=True says.")
@@ -142,6 +153,8 @@ class UncondGuide:
             # Who moves weights about may move buffers, too.
             state = None if weights_are_streamed(self._model) else State(self._model)
             output = proceed(*args, **kwargs)
+        if not isinstance(output, Tensor):
+            check_told(are_samples(predictions(output), *again), len(predictions(output)), "on='uncond'")
         if randomness.is_used() or (state is not None and state.is_changed()):
             return output  # the first time that may be a cache; else another pass could not be compared with this one
         output = replace_predictions(output, own_predictions(output))  # the next pass may use their memory
@@ -154,7 +167,7 @@ class UncondGuide:
         self._is_apart = True
         warnings.warn(
             f"the uncond and cond rows of {type(self._model).__name__} cannot be mixed in one pass: it does not give "
-            "what the weak model does. on='uncond' stays exact, at the price of a full pass more per call.",
+            "what the weak model does. From now on on='uncond' makes them in passes of their own.",
             StgWarning,
             stacklevel=2,
         )
@@ -163,8 +176,18 @@ class UncondGuide:
 
 def _apart(execution: Execution, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     """Make each prediction in a pass of its own on all rows, of which nothing is assumed."""
+    again = copied(args, kwargs)
     weak = own_predictions(execution.full_pass(0, proceed, *copied(args, kwargs)))
     output = proceed(*args, **kwargs)
+    if isinstance(output, Tensor):
+        samples: bool | None = False
+    else:
+        samples = check_told(are_samples(weak, *again), len(weak), "on='uncond'")
+    if samples:
+        half, rest = divmod(len(weak), 2)
+        if rest:
+            raise CallError(f"a list of {len(weak)} samples cannot be [uncond, cond], which batched_cfg=True says.")
+        return replace_predictions(output, [*weak[:half], *predictions(output)[half:]])
     pairs = zip(_first_halves(weak), predictions(output), strict=True)
     return replace_predictions(output, [torch.cat([uncond, plain[len(uncond) :]]) for uncond, plain in pairs])
 

@@ -450,4 +450,4 @@ def test_what_is_no_prediction_is_handed_on(batched_cfg: bool) -> None:
     assert output.note == "kept"
     assert torch.equal(loss, x.mean())
     if not batched_cfg:
-        assert_close(guided, output.sample, **exact)
+        assert_close(guided[0].sample, output.sample, **exact)

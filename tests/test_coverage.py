@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import stg_hooks as stg
-from stg_hooks.modes.feed_forward import feed_forwards
 from stg_hooks.model.layers import find_layers
+from stg_hooks.modes.feed_forward import feed_forwards
 from tests import model_table, tiny_models, zoo
 from tests.tiny_models import MODELS, HandThrough, expand
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 import stg_hooks as stg
 from stg_hooks.passes import execution as execution_module
-from stg_hooks.passes import prefix
-from stg_hooks.passes import recording
+from stg_hooks.passes import prefix, recording
 from tests import zoo
 
 SKIPPED = 2

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 import stg_hooks as stg
 from stg_hooks import adapters
 from stg_hooks.adapters import TEMPORAL
-from stg_hooks.modes.frames import FrameKinds, kinds_of
 from stg_hooks.model.layers import find_layers
+from stg_hooks.modes.frames import FrameKinds, kinds_of
 from stg_hooks.modes.token_probe import Looks
 from tests import zoo
 from tests.test_modes import assert_close_in_std, by_hand

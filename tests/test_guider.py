@@ -252,14 +252,17 @@ def test_output_types(model: nn.Module, style: str, as_function: bool) -> None:
     denoiser = Styled(model, STYLES[style])
     arguments: dict[str, Any] = {"model": model} if as_function else {}
     guider = stg.Guider(denoiser.forward if as_function else denoiser, ["blocks.2"], 1.5, **arguments)
-    assert_close(guider(X, POSITIVE), p.cond + 1.5 * (p.cond - p.weak), **close)
+    output = guider(X, POSITIVE)
+    assert type(output) is type(denoiser(X, POSITIVE))
+    prediction = output.sample if isinstance(output, Output) else output if isinstance(output, Tensor) else output[0]
+    assert_close(prediction, p.cond + 1.5 * (p.cond - p.weak), **close)
 
 
 def test_diffusers_output_object() -> None:
     family = zoo.FAMILIES["wan"]
     model, inputs = family.build(), {**family.inputs(), "return_dict": True}
     cond, weak = model(**inputs).sample, zoo.without(model, ["blocks.1"], zoo.KeepHiddenStates)(**inputs).sample
-    assert_close(stg.Guider(model, [1], 1.5)(**inputs), cond + 1.5 * (cond - weak), rtol=1e-4, atol=1e-4)
+    assert_close(stg.Guider(model, [1], 1.5)(**inputs).sample, cond + 1.5 * (cond - weak), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7])

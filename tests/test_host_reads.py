@@ -19,7 +19,7 @@ from tests import kdiffusion, stock_pipelines
 from tests.pipelines import build, run
 
 ROOT = Path(stg.__file__).parent
-OURS = {str(folder.resolve()) for folder in (ROOT, ROOT / "integrations")}
+OURS = (ROOT.resolve(), (ROOT / "integrations").resolve())
 READERS = ("item", "tolist", "numpy", "cpu", "__int__", "__float__", "__bool__", "__index__", "__format__", "__repr__")
 
 
@@ -35,7 +35,7 @@ def reads_of_ours() -> Iterator[list[str]]:
             caller = sys._getframe(1)
             file = Path(caller.f_code.co_filename).resolve()
             # States of random generators are on the CPU; watch.py reads what has arrived there (see test_no_ops.py).
-            if str(file.parent) in OURS and file.name not in ("effects.py", "watch.py"):
+            if any(file.is_relative_to(folder) for folder in OURS) and file.name not in ("effects.py", "watch.py"):
                 line = linecache.getline(str(file), caller.f_lineno).strip()
                 found.append(f"{file.name}:{caller.f_lineno}: {line}")
             return original(*args, **kwargs)

@@ -46,10 +46,12 @@ def modules_of(*folders: str) -> list[str]:
 
 
 def sources(folder: str) -> Iterator[tuple[str, Path]]:
-    """Yield (module name, file) for a folder; of the core, what lies directly in it."""
+    """Yield (module name, file) for a folder; of the core, what lies in none of its other parts."""
     core = folder == "stg_hooks"
-    for file in sorted((ROOT / folder).glob("*.py") if core else (ROOT / folder).rglob("*.py")):
+    for file in sorted((ROOT / folder).rglob("*.py")):
         parts = file.relative_to(ROOT).with_suffix("").parts
+        if core and parts[1] in PARTS:
+            continue
         name = ".".join(parts if core else ("stg_hooks", *parts)).removesuffix(".__init__")
         if not name.endswith("__main__"):
             yield name, file
@@ -91,6 +93,57 @@ def imports(tree: ast.AST, *, nested: bool) -> Iterator[str]:
             yield from imports(node, nested=nested)
 
 
+# The rooms of the core, from the ground up: none may import from one that comes later.
+ROOMS = ("errors", "step", "hosts", "model", "hooks", "modes", "guidance", "passes", "ranks", "faces", "study")
+FACES = ("rules", "skip", "guide", "uncond", "apply", "guider", "predictor")
+
+
+def room_of(module: str) -> int | None:
+    room = module.split(".")[1] if module.startswith("stg_hooks.") else ""
+    room = "faces" if room in FACES else room
+    return ROOMS.index(room) if room in ROOMS else None
+
+
+def upward(module: str, source: str) -> list[str]:
+    own = room_of(module)
+    if own is None:
+        return []
+    return [name for name in imports(ast.parse(source), nested=True) if (room_of(name) or 0) > own]
+
+
+def test_rooms_use_what_lies_below_them() -> None:
+    found = {name: upward(name, file.read_text(encoding="utf-8")) for name, file in sources("stg_hooks")}
+    assert {name for name in found if room_of(name) is None} == {"stg_hooks"}
+    assert {name: wrong for name, wrong in found.items() if wrong} == {}
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "wrong"),
+    [
+        ("stg_hooks.model.layers", "from stg_hooks.modes.switch import Switch", ["stg_hooks.modes.switch.Switch"]),
+        ("stg_hooks.passes.rows", "def f():\n    from stg_hooks.skip import skip", ["stg_hooks.skip.skip"]),
+        ("stg_hooks.guidance.trace", "from stg_hooks import step\nimport stg_hooks.model.layers", []),
+        ("stg_hooks.study.sweep", "from stg_hooks.apply import apply", []),
+    ],
+)
+def test_the_check_of_rooms_sees(module: str, source: str, wrong: list[str]) -> None:
+    assert upward(module, source) == wrong
+
+
+def test_no_circles() -> None:
+    known = dict(sources("stg_hooks"))
+    uses: dict[str, set[str]] = {}
+    for name, file in known.items():
+        found = {f"{used}." for used in imports(ast.parse(file.read_text()), nested=False)}
+        # A package is loaded before what is in it, whoever asks.
+        others = {other for other in known if not f"{name}.".startswith(f"{other}.")}
+        uses[name] = {other for other in others if any(used.startswith(f"{other}.") for used in found)}
+    while uses:
+        free = {name for name, others in uses.items() if not others & uses.keys()}
+        assert free, f"a circle among {sorted(uses)}"
+        uses = {name: others for name, others in uses.items() if name not in free}
+
+
 # Which parts of the house each part may import; torch and the standard library are everybody's.
 PARTS = ("adapters", "integrations", "demo", "cli")
 MAY_USE = {"stg_hooks": set(), "adapters": {"adapters"}, "integrations": {"integrations"}}
@@ -122,16 +175,20 @@ def test_arrows_point_one_way(folder: str) -> None:
     [
         ("stg_hooks", "import numpy as np", ["numpy"]),
         ("stg_hooks", "from stg_hooks import adapters", ["stg_hooks.adapters"]),
-        ("stg_hooks", "import stg_hooks.integrations.diffusers.host", ["stg_hooks.integrations.diffusers.host"]),
+        ("stg_hooks", "import stg_hooks.integrations.diffusers", ["stg_hooks.integrations.diffusers"]),
         ("stg_hooks", "try:\n    from stg_hooks.demo import clips\nexcept ImportError: pass", ["stg_hooks.demo.clips"]),
         ("stg_hooks", "class A:\n    import diffusers", ["diffusers"]),
         ("stg_hooks", "if TYPE_CHECKING:\n    import a\nelse:\n    import b", ["b"]),
         ("stg_hooks", "import adapters", ["adapters"]),
-        ("adapters", "from stg_hooks.integrations import diffusers", ["stg_hooks.integrations.diffusers.host"]),
+        ("adapters", "from stg_hooks.integrations import diffusers", ["stg_hooks.integrations.diffusers"]),
         ("adapters", "def f():\n    import diffusers", ["diffusers"]),
         ("integrations", "from diffusers import DiffusionPipeline", ["diffusers.DiffusionPipeline"]),
         ("integrations", "from stg_hooks.adapters import wan", ["stg_hooks.adapters.wan"]),
-        ("stg_hooks", "import os, torch.nn\nfrom stg_hooks.model.layers import layers\ndef f():\n    import diffusers", []),
+        (
+            "stg_hooks",
+            "import os, torch.nn\nfrom stg_hooks.model.layers import layers\ndef f():\n    import diffusers",
+            [],
+        ),
         ("adapters", "from torch import nn\nfrom stg_hooks import skip\nfrom stg_hooks.adapters.table import T", []),
         ("integrations", "from __future__ import annotations\ndef f():\n    from diffusers import pipelines", []),
     ],

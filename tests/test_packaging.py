@@ -61,7 +61,7 @@ def shipped_files() -> set[str]:
     for weights in (ROOT / "stg_hooks/demo/weights").glob("*"):
         if weights.suffix in {".safetensors", ".json"}:
             expected.add(weights.relative_to(ROOT).as_posix())
-    expected |= {f"stg_hooks/{part.relative_to(ROOT).as_posix()}" for part in ROOT.glob("integrations/report/page/*")}
+    expected |= {part.relative_to(ROOT).as_posix() for part in ROOT.glob("stg_hooks/study/report/page/*")}
     return expected
 
 

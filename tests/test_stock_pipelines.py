@@ -185,7 +185,7 @@ def test_lists_of_samples_are_not_cut_for_uncond_alone() -> None:
     stock = STOCK["ZImagePipeline"]
     one = Run(stock, stock.build(), cfg=True)
     with (
-        pytest.raises(stg.CallError, match="on='uncond' cannot be used with a pipeline that has cond and uncond"),
+        pytest.raises(stg.CallError, match="on='uncond' cannot be used where cond and uncond"),
         stg.apply(one.pipe, layers=[stock.layer], on="uncond"),
     ):
         one.whole()

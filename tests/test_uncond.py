@@ -299,4 +299,4 @@ def test_modes_of_a_guider(mode: str) -> None:
     with stg.skip(model, [1], mode=mode):
         wu = model(**inputs, **uncond)[0]
     guider = stg.Guider(model, [1], mode=mode, on="uncond", guidance_scale=G)
-    assert_close(guider(**inputs, cond=cond, uncond=uncond), wu + G * (c - wu), rtol=1e-4, atol=1e-4)
+    assert_close(guider(**inputs, cond=cond, uncond=uncond)[0], wu + G * (c - wu), rtol=1e-4, atol=1e-4)

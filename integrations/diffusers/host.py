@@ -16,11 +16,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from stg_hooks.errors import CallError, TargetError
+from stg_hooks.hooks.forward import Undo, set_attribute, shared
 from stg_hooks.hosts import Role
 from stg_hooks.integrations.diffusers.call_sites import Site, UnreadableError, holds
 from stg_hooks.integrations.diffusers.expressions import evaluate
 from stg_hooks.integrations.diffusers.pipeline_code import call_sites_of
-from stg_hooks.hooks.forward import Undo, set_attribute, shared
 from stg_hooks.step import Step
 
 DENOISERS = ("transformer", "transformer_2", "unet")

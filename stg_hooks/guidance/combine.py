@@ -37,11 +37,12 @@ def combine(
         weak: prediction of the weak model with the prompt, shape of `cond`; or one per branch.
         uncond: prediction without the prompt, shape of `cond`.
         scale: weight of `cond - weak`; one for all branches, or one per branch. 0 leaves `weak` out of account. A
-            tensor holds one value per sample, `(B,)`, or has the dimensions of `cond` (a value per frame, say).
+            tensor holds one value per sample, `(B,)`, or has the dimensions of `cond` (a value per frame, say); with
+            fewer values, of which B is a multiple, one per prompt, whose samples are neighbours.
         guidance_scale: CFG weight, 1 = off: then `uncond` is left out of account. A tensor as for `scale`.
         rescale: 0 = off, 1 = the result has the standard deviation of `cond`.
         rule: how they become one before `rescale`: `"cfg"` as above, `"zero_star"`, `"apg"` or `"orthogonal"` as in
-            `stg_hooks.guidance.rules`; or a function of `(cond, uncond, terms, guidance_scale)` in float32, where `terms` are
+            `stg.rules`; or a function of `(cond, uncond, terms, guidance_scale)` in float32, where `terms` are
             the `scale_i * (cond - weak_i)` and `uncond` is `None` where CFG is off.
 
     Returns:
@@ -136,19 +137,52 @@ def is_real(value: object) -> TypeGuard[float]:
 
 
 def fitted(name: str, scale: Scale, cond: Tensor) -> Scale:
-    """Give a weight of one value per sample the dimensions of a prediction, in float32; numbers stay numbers."""
+    """Give a weight of one value per sample the dimensions of a prediction, in float32; numbers stay numbers.
+
+    One value per prompt counts for the neighbouring samples that are made of the prompt.
+    """
     if not isinstance(scale, Tensor):
         return float(scale)
+    given, scale = tuple(scale.shape), _per_row(scale, cond.shape[0]) if scale.ndim in (1, cond.ndim) else scale
     shape = tuple(scale.shape)
     if len(shape) == 1 and shape[0] in (1, cond.shape[0]):
         shape += (1,) * (cond.ndim - 1)
     if len(shape) not in (0, cond.ndim) or any(n not in (1, m) for n, m in zip(shape, cond.shape, strict=False)):
         raise SettingError(
-            f"{name} has shape {tuple(scale.shape)}, which does not fit predictions of shape {tuple(cond.shape)}. "
-            f"Pass a number, one value per sample ({cond.shape[0]},), or a tensor of {cond.ndim} dimensions, each of "
+            f"{name} has shape {given}, which does not fit predictions of shape {tuple(cond.shape)}. Pass a number, "
+            f"one value per sample ({cond.shape[0]},) or per prompt, or a tensor of {cond.ndim} dimensions, each of "
             "them 1 or that of the prediction."
         )
     return scale.to(cond.device, torch.float32).reshape(shape)
+
+
+def of_sample(name: str, scale: Scale, index: int, count: int) -> Scale:
+    """Return the weight of one sample of a list, whose prediction has a dimension for the batch, of size 1.
+
+    Args:
+        name: what to call the weight in errors.
+        scale: a number, or a tensor whose dimension 0 holds one value per sample, or per prompt.
+        index: which sample.
+        count: number of samples.
+
+    Raises:
+        SettingError: a tensor for another number of samples.
+    """
+    if not isinstance(scale, Tensor) or scale.ndim == 0 or scale.shape[0] == 1:
+        return scale
+    rows = _per_row(scale, count)
+    if rows.shape[0] != count:
+        raise SettingError(
+            f"{name} has shape {tuple(scale.shape)}, which does not fit a list of {count} samples. Pass a number, or "
+            f"one value per sample ({count},) or per prompt."
+        )
+    return rows[index : index + 1]
+
+
+def _per_row(scale: Tensor, rows: int) -> Tensor:
+    """Repeat one value per prompt for its samples, which are neighbours where pipelines make several of a prompt."""
+    repeats, rest = divmod(rows, scale.shape[0]) if scale.shape[0] else (1, 0)
+    return scale if rest or repeats <= 1 or scale.shape[0] == 1 else scale.repeat_interleave(repeats, dim=0)
 
 
 def _std_factor(cond: Tensor, out: Tensor, rescale: float) -> Tensor:

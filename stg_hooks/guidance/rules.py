@@ -57,7 +57,7 @@ def zero_star(cond: Tensor, uncond: Tensor | None, terms: Sequence[Tensor], guid
 def zero_init(steps: int = 1) -> Callable[[Step], dict[str, Any]]:
     """Make a `schedule` that makes the prediction zero in the first steps, so that the sampler stays where it is.
 
-    CFG-Zero* as diffusers' guider has it: `rule="zero_star", schedule=stg_hooks.guidance.rules.zero_init(1)`. For models of
+    CFG-Zero* as diffusers' guider has it: `rule="zero_star", schedule=stg.rules.zero_init(1)`. For models of
     flow matching, whose first predictions with CFG are worse than none.
 
     Args:
@@ -103,7 +103,7 @@ def apg(
 
     `u + g * (d_orthogonal + eta * d_parallel) + sum_i t_i`, where `d = c - u`, shortened to the length `norm` if it is
     longer, and d_parallel is its projection onto c; per sample. With eta 1 and no `norm` this is `cfg`. For other
-    values than the defaults: `functools.partial(stg_hooks.guidance.rules.apg, eta=0.5, norm=15.0)`.
+    values than the defaults: `functools.partial(stg.rules.apg, eta=0.5, norm=15.0)`.
 
     Args:
         cond: as for `cfg`; the paper takes predictions of the clean sample.

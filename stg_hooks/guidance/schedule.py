@@ -8,14 +8,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
-from stg_hooks.guidance.combine import Scale, check_rescale, check_scale, is_number, is_real
 from stg_hooks.errors import CallError, SettingError, closest
-from stg_hooks.model.layers import LayerSpec
-from stg_hooks.modes.modes import Mode
+from stg_hooks.guidance.combine import Scale, check_rescale, check_scale, is_number, is_real
 from stg_hooks.guidance.rules import Rule, find_rule
 from stg_hooks.guidance.settings import Branch, branches_from, preset_for, recommended
+from stg_hooks.model.layers import LayerSpec
+from stg_hooks.modes.modes import Mode
 from stg_hooks.modes.sites import Kind
 from stg_hooks.step import Step
 
@@ -50,6 +50,12 @@ class Settings:
     def replaces(self) -> bool:
         """Whether the final prediction is returned, instead of a term added."""
         return self.rule != "cfg" or bool(self.rescale) or self.guidance_scale is not None
+
+    @property
+    def of_samples(self) -> bool:
+        """Whether it matters which part of a prediction is one sample."""
+        scales = [branch.scale for branch in self.branches]
+        return self.replaces or any(isinstance(scale, Tensor) and scale.ndim > 0 for scale in scales)
 
     @property
     def why_replaces(self) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stg_hooks.errors import LayerError, StgWarning
-from stg_hooks.skip import Switch
+from stg_hooks.modes.switch import Switch
 from stg_hooks.step import Step
 
 

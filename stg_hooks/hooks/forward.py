@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from stg_hooks.hooks.compiled import is_compiled
 from stg_hooks.errors import CallError
+from stg_hooks.hooks.compiled import is_compiled
 
 Action = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """What to do instead of `forward`: called with what would have run otherwise, and the call's arguments."""

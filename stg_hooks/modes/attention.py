@@ -19,16 +19,16 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from stg_hooks.modes.attention_calls import AttentionCall, HandMade, MultiHead, ScaledDotProduct
-from stg_hooks.hooks.compiled import is_compiled
 from stg_hooks.errors import BlockError, StgError
-from stg_hooks.hosts import plain_attention
-from stg_hooks.model.source import bound_arguments, signature_text
-from stg_hooks.model.layers import attention_modules
+from stg_hooks.hooks.compiled import is_compiled
 from stg_hooks.hooks.forward import Action, Patch, patched, pushed
-from stg_hooks.modes.token_labels import NOTHING, Provenance, Runs
+from stg_hooks.hosts import plain_attention
+from stg_hooks.model.layers import attention_modules
+from stg_hooks.model.source import bound_arguments, signature_text
+from stg_hooks.modes.attention_calls import AttentionCall, HandMade, MultiHead, ScaledDotProduct
 from stg_hooks.modes.residual import copied
 from stg_hooks.modes.text_tokens import TextTokens
+from stg_hooks.modes.token_labels import NOTHING, Provenance, Runs
 
 Change = Callable[[AttentionCall], Any]
 """What a computation of self-attention gives instead."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from stg_hooks.errors import BlockError
 from stg_hooks.model.facts import stated
-from stg_hooks.model.source import folds_into_batch
 from stg_hooks.model.layers import attention_modules, is_attention
+from stg_hooks.model.source import folds_into_batch
 from stg_hooks.modes.token_probe import Looks, latents_among
 
 Kind = Literal["spatial", "temporal"]

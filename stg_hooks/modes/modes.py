@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from stg_hooks.errors import BlockError, named
+from stg_hooks.model.source import bound_arguments
 from stg_hooks.modes.attention import AttentionSeam, Change
 from stg_hooks.modes.branches import bypassed
-from stg_hooks.errors import BlockError, named
 from stg_hooks.modes.feed_forward import FeedForwards
-from stg_hooks.model.source import bound_arguments
 from stg_hooks.modes.residual import Streams, copied
 
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import BlockError
 from stg_hooks.model.facts import stated
-from stg_hooks.modes.feed_forward import feed_forwards
+from stg_hooks.model.layers import attention_modules, is_attention
 from stg_hooks.model.source import (
     bound_arguments,
     class_forward,
@@ -22,7 +22,7 @@ from stg_hooks.model.source import (
     signature_of,
     signature_text,
 )
-from stg_hooks.model.layers import attention_modules, is_attention
+from stg_hooks.modes.feed_forward import feed_forwards
 
 # A block adds to its stream, so its output resembles what it was given: by the cosine between them, over all elements.
 _MARGIN = 0.1  # by which the input chosen must resemble it more than any other of the same shape

@@ -9,11 +9,11 @@ from typing import get_args
 from torch import nn
 
 from stg_hooks.errors import LayerError, SettingError, closest
+from stg_hooks.model.layers import Layer, attention_modules, find_layers, is_attention
+from stg_hooks.model.source import signature_text
 from stg_hooks.modes.feed_forward import feed_forwards
 from stg_hooks.modes.frames import Kind as Kind
 from stg_hooks.modes.frames import kinds_of, may_be_factorised, temporal_lines
-from stg_hooks.model.source import signature_text
-from stg_hooks.model.layers import Layer, attention_modules, find_layers, is_attention
 from stg_hooks.modes.modes import MODES, OF_ATTENTION, OF_BLOCKS, Mode
 
 

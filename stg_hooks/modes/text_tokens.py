@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from stg_hooks.errors import BlockError
 from stg_hooks.model.source import bound_arguments
-from stg_hooks.modes.token_probe import Looks, is_stream, latents_among, may_carry_tokens
 from stg_hooks.modes.token_labels import Runs, is_text_only, named_tensors, sounds_like_text
+from stg_hooks.modes.token_probe import Looks, is_stream, latents_among, may_carry_tokens
 
 
 class TextTokens:

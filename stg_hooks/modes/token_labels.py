@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from stg_hooks.passes.rows import is_positional
-from stg_hooks.model.words import words_of
+from stg_hooks.model.words import is_positional, words_of
 
 # What the argument that carries text, or whatever else is not denoised, is called.
 _TEXT_WORDS = words_of(

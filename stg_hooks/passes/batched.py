@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stg_hooks.passes.rows import cut, is_positional, map_arguments, row_factor
 from stg_hooks.hooks.checkpointing import checkpointed
 from stg_hooks.hooks.forward import Action, Patch, pushed
+from stg_hooks.model.words import is_positional
+from stg_hooks.passes.rows import cut, map_arguments, row_factor
 
 
 class RowsError(Exception):

@@ -7,29 +7,30 @@ import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stg_hooks.errors import CallError, SettingError, StgWarning, closest
+from stg_hooks.guidance.settings import Branch
+from stg_hooks.hooks.compiled import compiled_among, eagerly, is_compiled, surrounding
+from stg_hooks.hooks.forward import Patch, patched, pushed
+from stg_hooks.model.layers import Layer, find_layers
+from stg_hooks.model.source import parameter_names
+from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.absent import AbsentError, absent_in
 from stg_hooks.passes.batched import BatchedPass, RowsError
 from stg_hooks.passes.caches import Caches
-from stg_hooks.passes.rows import agree, first_batch, halves, predictions, replace_predictions, take_rows
-from stg_hooks.hooks.compiled import compiled_among, eagerly, is_compiled, surrounding
 from stg_hooks.passes.effects import Randomness, State
-from stg_hooks.errors import SettingError, StgWarning, closest
 from stg_hooks.passes.guided_call import GuidedCall, Stats, checking, layout_of, weak_pass
 from stg_hooks.passes.inputs import Inputs, Written
-from stg_hooks.model.source import parameter_names
-from stg_hooks.model.layers import Layer, find_layers
-from stg_hooks.hooks.forward import Patch, patched, pushed
 from stg_hooks.passes.prefix import DRAWS_RANDOM_NUMBERS, Place, Prefix, PrefixMismatchError, prefix_units
 from stg_hooks.passes.recording import Layout, Recording, Repetition
-from stg_hooks.guidance.settings import Branch
-from stg_hooks.skip import Switch
+from stg_hooks.passes.rows import agree, first_batch, halves, predictions, replace_predictions, take_rows
+from stg_hooks.passes.state import Copies, Kept, counted, parts_of
 from stg_hooks.passes.streaming import weights_are_streamed
 
 EXECUTIONS = ("auto", "sequential", "batched", "full")
@@ -130,6 +131,19 @@ class Execution:
         self._written: Written = {}
         self._seen: Counter[Hashable] = Counter()  # how often a layout had to be recorded
         self._cut: set[Hashable] = set()  # layouts whose cond rows are known to be found
+        # Who moves weights about may move buffers, too.
+        self._kept = Kept(model, with_buffers=not self._streams)
+        self._keeps_state = False
+        self._runs: dict[Hashable, set[str]] = {}
+        """By the layout of a call, the parts that run in it."""
+        skipped_names = {id(module) for switch in self.switches if switch.is_bypass for module in switch.modules}
+        skipped_parts = {name: module for name, module in model.named_modules() if id(module) in skipped_names}
+        self._skipped = set(skipped_parts)
+        # What is compiled would be compiled anew for each look.
+        is_any_compiled = any(map(is_compiled, model.modules()))
+        self._parts = {} if is_any_compiled else {**parts_of(model), **skipped_parts}
+        self._copies = [Copies() for _ in branches]
+        self._again: dict[Hashable, int] = {}  # how many calls of a layout could have been made once more
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -193,9 +207,52 @@ class Execution:
             inputs = self.inputs(args, kwargs)
         call = GuidedCall(denoiser, inputs, batched_cfg)
         call.layout = layout_of(args, kwargs, batched_cfg)
-        output = self._cond_pass(call, args, kwargs)
+        call.before = before = self._kept.look()
+        is_counted = bool(self._parts) and (self._keeps_state or call.layout not in self._runs)
+        with counted(self._parts) if is_counted else nullcontext(set[str]()) as run:
+            output = self._cond_pass(call, args, kwargs)
+        call.changes_state = call.changes_state or before.differs()
+        if call.changes_state and call.weaks is not None:  # it has kept what belongs to rows of ours
+            before.put_back()
+            self._stop_batching(RowsError("it keeps something from one call to the next"))
+            call.weaks, call.prefix, call.check = None, None, None
+            output = denoiser(*call.inputs.again()[0], **call.inputs.again()[1])
+        call.after = self._kept.look(before)
+        self._keeps_state = self._keeps_state or call.changes_state
+        if is_counted:
+            known = self._runs.setdefault(call.layout, run)
+            call.reuses = self._keeps_state and (not known <= run or (bool(self._skipped) and not run & self._skipped))
+            known |= run
         call.inputs.compare()
         return output, call
+
+    @contextmanager
+    def _transaction(self, call: GuidedCall, branch: int | None = None) -> Iterator[None]:
+        """Let a pass begin where the cond pass of a call has begun, and leave nothing behind.
+
+        In a call that reuses what an earlier one has computed, a branch reuses what it has computed itself.
+        """
+        before, after = call.before, call.after
+        if before is None or after is None:
+            yield
+            return
+        before.put_back()
+        try:
+            if branch is not None and call.reuses and not self._copies[branch].use(before, after):
+                raise self._not_found()
+            yield
+            if branch is not None and self._keeps_state:
+                self._copies[branch].keep(before)
+        finally:
+            after.put_back()
+
+    def _not_found(self) -> CallError:
+        replaced = "; ".join(self._kept.replaced()[:2])
+        return CallError(
+            f"{type(self._model).__name__} computes less in this call than in one before, so it reuses what that one "
+            f"has left, and what the weak model would reuse is not known{f' ({replaced})' if replaced else ''}. "
+            "Let guidance begin in a step in which everything is computed, or switch this cache off."
+        )
 
     def _cond_pass(self, call: GuidedCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         denoiser, batched_cfg, batch = call.denoiser, call.batched_cfg, first_batch(args, kwargs)
@@ -253,7 +310,7 @@ class Execution:
         """Make a call once more in one pass, and compare: some models let rows influence each other."""
         stats = dataclasses.replace(self._stats)
         try:
-            with weak_pass():
+            with self._transaction(call), weak_pass():
                 again = predictions(self._batched_pass(call, batch, cond))
             expected = [*own, *itertools.chain(*weaks)]
             got = [*again, *itertools.chain(*(call.weaks or []))]
@@ -286,17 +343,20 @@ class Execution:
         if call.weaks is not None:
             return call.weaks
         call.cond = cond
-        results = self._shared_passes(call)
+        results = None if call.reuses else self._shared_passes(call)
         if results is None:
-            is_cut = self.way == "full" and call.batched_cfg and not call.changes_state
+            is_cut = self.way == "full" and call.batched_cfg and not self._keeps_state
             if is_cut and self._is_to_be_checked(call):
                 is_cut = self._check_rows(call)
             # Where a check is only put off to the next call, nothing is known about cutting rows.
             results = [self._full_pass(call, branch, is_cut) for branch in range(len(self.switches))]
+            self._make_again(call)
             if call.conclude is not None:  # an error that has nothing to do with sharing has been raised again
                 call.conclude()
-        elif call.check is not None:
-            call.check(results)
+        else:
+            self._make_again(call)
+            if call.check is not None:
+                call.check(results)
         return results
 
     # --- passes that share the prefix
@@ -313,7 +373,7 @@ class Execution:
         if prefix.obstacle:
             self._stop_sharing(prefix.obstacle, "whole" if prefix.obstacle == DRAWS_RANDOM_NUMBERS else "full")
             return None
-        if prefix.has_new_state:  # the first time that may be a cache
+        if prefix.has_new_state or call.changes_state:  # the first time that may be a cache
             if self._seen[call.layout] > 1:
                 self._stop_sharing("it keeps something from one call to the next", "whole")
             return None
@@ -323,7 +383,7 @@ class Execution:
         results = []
         try:
             for branch, switch in enumerate(self.switches):
-                with switch.switched_on():
+                with self._transaction(call, branch), switch.switched_on():
                     results.append([tensor.clone() for tensor in self._shared_pass(call, prefix, branch)])
                 self._count(branch, prefix.answered(branch))
             if is_to_be_checked:
@@ -384,7 +444,7 @@ class Execution:
         by_length = sorted(range(len(self.switches)), key=lambda branch: prefix.ends[branch] or 0)
         for branch in {by_length[0], by_length[-1]}:
             # Without gradients: the one who computes this call again, for them, makes no such pass.
-            with torch.no_grad(), checking():
+            with torch.no_grad(), checking(), self._transaction(call):
                 again = self._shared_pass(call, prefix, branch)
             if not agree(again, call.cond):
                 raise NotSharedError("with nothing skipped, the cond rows alone do not give the cond prediction again")
@@ -393,7 +453,7 @@ class Execution:
         self.way, self._uncompiled = way, []
         self._warn(
             f"{type(self._model).__name__} does not let the weak pass share work with the cond pass ({reason}). "
-            "Guidance stays exact, at the price of a full pass. execution='full' asks for that, without this warning."
+            "Weak passes are made in full from now on. execution='full' asks for that, without this warning."
         )
 
     # --- the textbook
@@ -412,10 +472,45 @@ class Execution:
     def _full_pass(self, call: GuidedCall, branch: int, is_cut: bool) -> list[Tensor]:
         """Run a weak pass as the textbook does, on the cond rows alone or on all."""
         args, kwargs = self._cond_rows(call) if is_cut else call.inputs.again()
-        weak = predictions(self.full_pass(branch, call.denoiser, args, kwargs))
+        with self._transaction(call, branch):
+            weak = predictions(self.full_pass(branch, call.denoiser, args, kwargs))
         if call.batched_cfg and not is_cut:
             weak = [halves(tensor)[1] for tensor in weak]
         return [tensor.clone() for tensor in weak]  # the next call may use their memory
+
+    def _make_again(self, call: GuidedCall) -> None:
+        """Make the first calls of a layout once more with nothing skipped: what is kept out of sight shows in them.
+
+        Twice, because what is counted modulo two comes out right once.
+
+        Raises:
+            CallError: what comes out is another prediction than the cond pass has made.
+        """
+        replaced = self._kept.replaced()
+        is_first = self._made_again_of(call)
+        if not is_first or not call.is_comparable or self._caches.found is not None:
+            return
+        if not (replaced or self._keeps_state or self._kept.has_opaque()):
+            return
+        for _ in range(2):
+            args, kwargs = call.inputs.again()
+            randomness = Randomness.for_call(args, kwargs)
+            with self._transaction(call), torch.no_grad(), checking(), weak_pass(), eagerly():
+                again = predictions(call.denoiser(*args, **kwargs))
+            if randomness.is_used():
+                return
+            again = [halves(tensor)[1] for tensor in again] if call.batched_cfg else again
+            if not agree(again, call.cond):
+                found = "; ".join(replaced[:2])
+                raise CallError(
+                    f"{type(self._model).__name__} predicts something else when the same call is made once more, so it "
+                    "keeps something from one call to the next that cannot be put back after a weak pass"
+                    f"{f' ({found})' if found else ''}. Keep it in an attribute of the model, or switch it off."
+                )
+
+    def _made_again_of(self, call: GuidedCall) -> bool:
+        count = self._again[call.layout] = self._again.get(call.layout, 0) + 1
+        return count <= _PATIENCE
 
     def _is_to_be_checked(self, call: GuidedCall) -> bool:
         return call.batched_cfg and call.layout not in self._cut
@@ -429,7 +524,7 @@ class Execution:
         try:
             args, kwargs = self._cond_rows(call)
             no_caches = self._caches.apart(self, [self._model], bypassed=False)
-            with torch.no_grad(), checking(), weak_pass(), eagerly(), no_caches:
+            with self._transaction(call), torch.no_grad(), checking(), weak_pass(), eagerly(), no_caches:
                 again, cond = predictions(call.denoiser(*args, **kwargs)), call.cond
                 if self._caches.found is not None:  # which have made the cond pass another one than it is by itself
                     args, kwargs = call.inputs.again()
@@ -448,8 +543,8 @@ class Execution:
     def _stop_cutting(self, reason: str) -> None:
         self.way = "whole"
         self._warn(
-            f"the calls of {type(self._model).__name__} cannot be cut down to their cond rows ({reason}). Guidance "
-            "stays exact: its weak passes are made with all rows."
+            f"the calls of {type(self._model).__name__} cannot be cut down to their cond rows ({reason}). Weak "
+            "passes are made with all rows from now on."
         )
 
     def _cond_rows(self, call: GuidedCall) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from stg_hooks.passes.rows import leaves_of
 from stg_hooks.passes.inputs import Inputs
 from stg_hooks.passes.prefix import Prefix
+from stg_hooks.passes.rows import leaves_of
+from stg_hooks.passes.state import Snapshot
 
 
 class _Local(threading.local):
@@ -86,6 +87,12 @@ class GuidedCall:
     """Another pass that skips nothing has to give them again; not where others guide this call, too."""
     changes_state: bool = False
     """The model keeps something from it; the first time that may be a cache."""
+    before: Snapshot | None = None
+    """What the model kept before it."""
+    after: Snapshot | None = None
+    """What it kept after it, which weak passes leave as it is."""
+    reuses: bool = False
+    """It ran fewer modules than a call of its layout before: what they compute comes out of a cache."""
     weaks: list[list[Tensor]] | None = None
     """The weak predictions, where they came with the cond pass."""
     check: Callable[[list[list[Tensor]]], None] | None = None

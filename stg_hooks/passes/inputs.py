@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from stg_hooks.passes.effects import count_of_writes
 from stg_hooks.errors import CallError
+from stg_hooks.passes.effects import count_of_writes
 
 Written: TypeAlias = dict[Hashable, frozenset[int]]
 """By the structure of a call's arguments: which of its leaves the denoiser writes into."""

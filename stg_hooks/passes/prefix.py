@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stg_hooks.passes.absent import Absent, AbsentError
-from stg_hooks.passes.rows import leaves_of
-from stg_hooks.passes.effects import Randomness
-from stg_hooks.model.layers import attention_modules, is_attention
 from stg_hooks.hooks.forward import Action, Patch, pushed
+from stg_hooks.model.layers import attention_modules, is_attention
+from stg_hooks.passes.absent import Absent, AbsentError
+from stg_hooks.passes.effects import Randomness
+from stg_hooks.passes.rows import leaves_of
 
 DRAWS_RANDOM_NUMBERS = "it draws random numbers"
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
-from stg_hooks.passes.rows import cut, leaves_of, row_factor
 from stg_hooks.passes.effects import Arguments, State, count_of_writes
 from stg_hooks.passes.prefix import Given, Leaf, Origin, Place, Prefix, Record
+from stg_hooks.passes.rows import cut, leaves_of, row_factor
 
 
 class _LiveLeaf:

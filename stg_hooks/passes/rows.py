@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import CallError
-from stg_hooks.model.words import words_of
-
-# Arguments of positions belong to tokens, not to rows, even where their number is a multiple of the batch.
-_POSITIONAL = words_of("rotary rope freqs ids coords position positions positional")
+from stg_hooks.model.words import is_positional
 
 
 def predictions(output: Any) -> list[Tensor]:
     """Find the predictions in what a denoiser returned.
 
     Args:
-        output: a tensor, a tuple or list, a registered output object, or any object with `.sample`.
+        output: a tensor; a tuple, list, dictionary or registered output object; an object with `.sample`; or, where
+            none of these holds one, any object with predictions in its attributes.
 
     Returns:
         The floating-point tensors in it that have dimensions, in order; usually one, two for video with audio.
@@ -31,11 +29,12 @@ def predictions(output: Any) -> list[Tensor]:
     Raises:
         CallError: there is none.
     """
-    found = [t for t in map(_tensor_of, pytree.tree_leaves(output)) if t is not None and is_prediction(t)]
+    found = _found(output) or _found(output, is_open=True)
     if not found:
         raise CallError(
             f"the denoiser returned a {type(output).__name__} without a floating-point tensor that has dimensions. "
-            "Expected a tensor, a tuple of tensors, or an object with .sample."
+            "Expected a tensor, a list, tuple or dict of tensors, or an object with .sample or with tensors in its "
+            "attributes."
         )
     return found
 
@@ -65,33 +64,72 @@ def replace_predictions(output: Any, new: Sequence[Tensor]) -> Any:
     Returns:
         A new output of the same structure.
     """
+    return _replaced(output, iter(new), is_open=not _found(output))
+
+
+def _found(output: Any, is_open: bool = False) -> list[Tensor]:
+    found: list[Tensor] = []
+    for leaf in pytree.tree_leaves(output):
+        if not isinstance(leaf, Tensor):
+            for part in _parts(leaf, is_open).values():
+                found += _found(part)
+        elif is_prediction(leaf):
+            found.append(leaf)
+    return found
+
+
+def _replaced(output: Any, rest: Iterator[Tensor], is_open: bool = False) -> Any:
     leaves, spec = pytree.tree_flatten(output)
-    rest = iter(new)
     for i, leaf in enumerate(leaves):
-        tensor = _tensor_of(leaf)
-        if tensor is None or not is_prediction(tensor):
+        if isinstance(leaf, Tensor):
+            leaves[i] = next(rest) if is_prediction(leaf) else leaf
             continue
-        leaves[i] = next(rest) if isinstance(leaf, Tensor) else _with_sample(leaf, next(rest))
+        new = {name: _replaced(part, rest) for name, part in _parts(leaf, is_open).items() if _found(part)}
+        if new:
+            leaves[i] = _with_parts(leaf, new)
     return pytree.tree_unflatten(leaves, spec)
 
 
-def _with_sample(output: Any, sample: Tensor) -> Any:
-    try:
-        new = copy.copy(output)
-        new.sample = sample
-    except dataclasses.FrozenInstanceError:
-        return dataclasses.replace(output, sample=sample)
-    return new
+def _parts(leaf: Any, is_open: bool) -> dict[str, Any]:
+    """Name what may hold predictions in an object that pytree does not know.
+
+    That is its `.sample`. Other attributes count only where there is nothing else (`is_open`): beside a prediction, an
+    object is rather a cache.
+    """
+    if leaf is None or isinstance(leaf, (bool, int, float, str, type, nn.Module)):
+        return {}
+    sample = getattr(leaf, "sample", None)
+    if isinstance(sample, (Tensor, list, tuple, dict)) and not _is_read_only(leaf, "sample"):
+        return {"sample": sample}
+    if not is_open:
+        return {}
+    if isinstance(leaf, Mapping):
+        return dict(leaf)
+    slots = (getattr(cls, "__slots__", ()) for cls in type(leaf).__mro__)
+    names = [name for found in slots for name in ([found] if isinstance(found, str) else found)]
+    return {name: getattr(leaf, name) for name in (*getattr(leaf, "__dict__", {}), *names) if hasattr(leaf, name)}
+
+
+def _is_read_only(leaf: Any, name: str) -> bool:
+    found = getattr(type(leaf), name, None)
+    return isinstance(found, property) and found.fset is None
+
+
+def _with_parts(output: Any, new: dict[str, Any]) -> Any:
+    changed = copy.copy(output)
+    for name, value in new.items():
+        if isinstance(output, Mapping) and name in output:
+            changed[name] = value
+        elif dataclasses.is_dataclass(output):
+            object.__setattr__(changed, name, value)  # also where it is frozen
+        else:
+            setattr(changed, name, value)
+    return changed
 
 
 def is_prediction(tensor: Tensor) -> bool:
     """Tell whether a tensor that a denoiser returned may be a prediction, and not a count or a loss beside it."""
     return tensor.is_floating_point() and tensor.ndim > 0
-
-
-def _tensor_of(leaf: Any) -> Tensor | None:
-    value = leaf if isinstance(leaf, Tensor) else getattr(leaf, "sample", None)
-    return value if isinstance(value, Tensor) else None
 
 
 def take_rows(
@@ -148,11 +186,6 @@ def leaves_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         else:
             leaves += pytree.tree_leaves(value)
     return leaves
-
-
-def is_positional(name: str) -> bool:
-    """Tell whether an argument of this name holds positions: one entry per token, not per row."""
-    return not _POSITIONAL.isdisjoint(words_of(name))
 
 
 def row_factor(tensor: Tensor, batch: int) -> int | None:

@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from stg_hooks.passes.rows import leaves_of
 from stg_hooks.errors import RankError, SettingError, TargetError
+from stg_hooks.passes.rows import leaves_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

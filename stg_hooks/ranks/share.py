@@ -8,15 +8,15 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stg_hooks.hooks import activation
-from stg_hooks.passes.rows import is_prediction, own_predictions
 from stg_hooks.errors import CallError
+from stg_hooks.guidance.settings import Branch
+from stg_hooks.hooks import activation
+from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.execution import Execution
 from stg_hooks.passes.executions import Executions
 from stg_hooks.passes.guided_call import GuidedCall, weak_pass
+from stg_hooks.passes.rows import is_prediction, own_predictions
 from stg_hooks.ranks.link import Ranks, samples_of
-from stg_hooks.guidance.settings import Branch
-from stg_hooks.skip import Switch
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 ArgumentsOf: TypeAlias = Callable[[bool], Arguments]

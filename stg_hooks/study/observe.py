@@ -11,15 +11,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stg_hooks.passes.rows import halves, take_rows
-from stg_hooks.study.cost import Flops, is_compiled_anywhere
 from stg_hooks.errors import CallError, SettingError, StgWarning
+from stg_hooks.guidance.settings import Branch
 from stg_hooks.guide import Guide, Session
-from stg_hooks.passes.guided_call import Stats, in_weak_pass, is_checking, weak_pass
 from stg_hooks.hosts import check_rows_apart
 from stg_hooks.model.source import parameter_names
-from stg_hooks.guidance.settings import Branch
+from stg_hooks.passes.guided_call import Stats, in_weak_pass, is_checking, weak_pass
+from stg_hooks.passes.rows import halves, take_rows
 from stg_hooks.step import Step
+from stg_hooks.study.cost import Flops, is_compiled_anywhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +227,7 @@ class Probe(Guide):
     def _guided(self, call: Any, unguided: Sequence[Tensor], output: Sequence[Tensor]) -> Any:
         """Compute the weak predictions, and leave the output alone."""
         check_rows_apart(call.role, "profile")
-        both = call.role.rows == "uncond+cond"
+        both = call.role.is_halved
         if call.role.samples:
             output = [tensor[0] for tensor in output]
         unconds = [halves(tensor)[0] for tensor in output] if both else None
@@ -270,7 +270,7 @@ class Probe(Guide):
         weaks = self._executions.of(call.settings.active).weak_predictions(guided, conds)
         for branches in self._more:
             args, kwargs = call.inputs.again()
-            if call.role.rows == "uncond+cond":
+            if call.role.is_halved:
                 half = conds[0].shape[0]
                 args, kwargs = take_rows(args, kwargs, self._names, 2 * half, slice(half, None))
             execution = self._executions.of(branches)

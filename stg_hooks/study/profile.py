@@ -10,24 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stg_hooks.study import measures
-from stg_hooks.hooks import activation
 from stg_hooks.errors import LayerError, SettingError, StgWarning, TargetError
-from stg_hooks.passes.executions import Executions
+from stg_hooks.guidance.schedule import Plan, Settings
+from stg_hooks.guidance.settings import Branch
+from stg_hooks.guidance.trace import Trace
+from stg_hooks.guidance.watch import Watch
 from stg_hooks.guide import Session
-from stg_hooks.passes.guided_call import Stats
 from stg_hooks.guider import Guider
+from stg_hooks.hooks import activation
 from stg_hooks.hosts import Host, ModuleHost, pipeline_host
 from stg_hooks.model.layers import Layer, LayerSpec, find_layers, resolve
+from stg_hooks.modes.switch import Switch
+from stg_hooks.passes.executions import Executions
+from stg_hooks.passes.guided_call import Stats
+from stg_hooks.step import Step
+from stg_hooks.study import measures
 from stg_hooks.study.observe import Meter, NoiseLevels, Observation, Probe
 from stg_hooks.study.results import Profile, ProfileRow, mean
 from stg_hooks.study.sampling import Sample, generator_of, prompts_from, sampler_of, takes_prompt
-from stg_hooks.guidance.schedule import Plan, Settings
-from stg_hooks.guidance.settings import Branch
-from stg_hooks.skip import Switch
-from stg_hooks.step import Step
-from stg_hooks.guidance.trace import Trace
-from stg_hooks.guidance.watch import Watch
 
 PROMPTS = ("A dog runs along a beach, waves behind it.", "A woman pours tea at a window, steam rising from the cup.")
 """What a profile is made with where no prompts are given."""

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 
 from stg_hooks.apply import apply
-from stg_hooks.study.cost import CallCounter
 from stg_hooks.errors import SettingError, StgWarning
 from stg_hooks.hosts import denoisers_of
-from stg_hooks.integrations import claims, media
-from stg_hooks.integrations import metrics as measures
-from stg_hooks.study.sweep_settings import asked_of, call_text, check_same, code_of
 from stg_hooks.model.layers import LayerSpec
+from stg_hooks.study import claims, media
+from stg_hooks.study import metrics as measures
+from stg_hooks.study.cost import CallCounter
 from stg_hooks.study.results import (
     BASELINE,
     CELL_FILE,
@@ -42,6 +41,7 @@ from stg_hooks.study.results import (
 )
 from stg_hooks.study.sampling import Sample as Sampler
 from stg_hooks.study.sampling import generator_of, sampler_of
+from stg_hooks.study.sweep_settings import asked_of, call_text, check_same, code_of
 
 _CLAIMS = "claims"
 _PARTIAL = "partial"

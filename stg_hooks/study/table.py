@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from stg_hooks.modes.frames import kinds_of
+from stg_hooks.guidance.settings import Branch, Published, published_settings
 from stg_hooks.hosts import denoisers_of
 from stg_hooks.model.layers import Layer, find_layers, is_attention
-from stg_hooks.guidance.settings import Branch, Published, published_settings
+from stg_hooks.modes.frames import kinds_of
 
 
 def layers(target: object) -> LayerTable:

@@ -1,0 +1,1 @@
+"""Change what a module does in one thread, and put it back."""

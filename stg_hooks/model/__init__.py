@@ -1,0 +1,1 @@
+"""Look at a model without running it: its layers, what its forwards take and return."""

@@ -1,0 +1,1 @@
+"""What a skipped layer gives instead."""

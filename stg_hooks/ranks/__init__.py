@@ -1,0 +1,1 @@
+"""Predictions spread over the processes of a group; imported only with `group=`."""

@@ -1,0 +1,1 @@
+"""Which layer? Profiles, sweeps and reports."""

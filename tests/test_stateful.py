@@ -1,0 +1,406 @@
+"""Models that keep state between calls: a weak pass leaves none behind, and reuses what the weak model would have."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stg_hooks as stg
+
+WIDTH, SKIPPED = 8, 2
+COUNTS: dict[str, Any] = {"calls": 0, "kept": []}
+TOTAL = 0
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.ff = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.tanh(self.mix(x))
+        return x + torch.tanh(self.ff(x))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.out(self.run(x + t.view(-1, 1, 1)))
+
+    def run(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def every_other(self: Any, x: Tensor, t: Tensor) -> Tensor:
+    """As people add TeaCache: `forward` of the model replaced, counter and residuals kept on the model."""
+    x = x + t.view(-1, 1, 1)
+    if self.count % 2:
+        x = x + self.residual[0]
+    else:
+        before = x
+        x = self.run(x)
+        self.residual[0] = x - before
+    self.count = (self.count + 1) % 6
+    return self.out(x)
+
+
+def teacache() -> nn.Module:
+    model = Net()
+    model.count, model.residual = 0, {}
+    model.forward = types.MethodType(every_other, model)
+    return model
+
+
+class Threshold(Net):
+    """Reuses its residual until the accumulated distance of its inputs is large."""
+
+    previous: Tensor | None = None
+    residual: Tensor | None = None
+    distance = 0.0
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = x + t.view(-1, 1, 1)
+        if self.previous is not None:
+            self.distance += float((t - self.previous).abs().mean())
+        reuses = self.residual is not None and 0 < self.distance < 0.25 and float(t[0]) < 0.99
+        self.previous = t.clone()
+        if reuses:
+            return self.out(x + self.residual)
+        self.distance, before = 0.0, x
+        x = self.run(x)
+        self.residual = x - before
+        return self.out(x)
+
+
+class Attending(Block):
+    """Broadcasts its attention over steps, as Pyramid Attention Broadcast does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.cached = 0, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.count % 2 == 0:
+            self.cached = torch.tanh(self.mix(x))
+        self.count = (self.count + 1) % 6
+        x = x + self.cached
+        return x + torch.tanh(self.ff(x))
+
+
+def broadcast() -> nn.Module:
+    model = Net()
+    model.blocks = nn.ModuleList(Attending() for _ in range(4))
+    return model
+
+
+class History(Net):
+    """Keeps what it has seen, in a tensor that it writes into."""
+
+    def __init__(self, only_clean: bool) -> None:
+        super().__init__()
+        self.kv = [torch.zeros(1, 4, WIDTH) for _ in range(4)]
+        self.only_clean = only_clean
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = x + t.view(-1, 1, 1)
+        for kept, block in zip(self.kv, self.blocks, strict=True):
+            x = block(x + 0.3 * kept)
+            if not self.only_clean or float(t[0]) < 0.2:
+                kept.copy_(0.5 * kept[:1] + 0.5 * x[-1:])
+        return self.out(x)
+
+
+class InHelper(Net):
+    """Keeps its state in an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.helper = types.SimpleNamespace(n=0, seen=[], shift=torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        helper = self.helper
+        x = self.run(x + t.view(-1, 1, 1) + helper.shift)
+        helper.n += 1
+        helper.seen.append(x.mean((0, 1)).detach())
+        helper.shift = 0.1 * helper.seen[-1] + 0.01 * helper.n
+        return self.out(x)
+
+
+class RunningMean(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = self.run(x + t.view(-1, 1, 1) - self.mean)
+        self.mean.lerp_(x.mean((0, 1)).detach(), 0.3)
+        return self.out(x)
+
+
+class OfClass(Net):
+    calls = 0
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        OfClass.calls += 1
+        return super().forward(x, t) * (1 + OfClass.calls % 3)
+
+
+class OfModule(Net):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        global TOTAL
+        TOTAL += 1
+        COUNTS["calls"] += 1
+        COUNTS["kept"].append(x.mean())
+        return super().forward(x, t) * (1 + COUNTS["calls"] % 3 + TOTAL % 2) + COUNTS["kept"][0]
+
+
+def in_closure() -> nn.Module:
+    model, calls, kept = Net(), 0, {}
+    plain = model.forward
+
+    def forward(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        kept[calls % 2] = x.mean()
+        return plain(x, t) * calls + kept.get((calls + 1) % 2, 0)
+
+    model.forward = forward
+    return model
+
+
+class Controller:
+    """Counts the attention calls of a step, as prompt-to-prompt does, and keeps their maps."""
+
+    def __init__(self) -> None:
+        self.cur_step, self.layer, self.maps = 0, 0, []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.layer += 1
+        self.maps.append(x.mean((0, 1)).detach())
+        x = x * (1 + 0.1 * self.cur_step)
+        if self.layer == 4:
+            self.layer, self.cur_step, self.maps = 0, self.cur_step + 1, []
+        return x
+
+
+class Controlled(Block):
+    controller: Controller
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.controller(x))
+
+
+def controlled() -> nn.Module:
+    model, controller = Net(), Controller()
+    model.blocks = nn.ModuleList(Controlled() for _ in range(4))
+    for block in model.blocks:
+        block.controller = controller
+    return model
+
+
+ZOO: dict[str, Callable[[], nn.Module]] = {
+    "TeaCache": teacache,
+    "TeaCache with a threshold": Threshold,
+    "attention broadcast": broadcast,
+    "keys and values of every call": functools.partial(History, False),
+    "keys and values of clean calls": functools.partial(History, True),
+    "an object": InHelper,
+    "a buffer": RunningMean,
+    "a class": OfClass,
+    "a module of Python": OfModule,
+    "a closure": in_closure,
+    "an attention controller": controlled,
+}
+CACHES = ("TeaCache", "TeaCache with a threshold", "attention broadcast")
+EXECUTIONS = ("auto", "full", "batched")
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stg.StgWarning)
+        yield
+
+
+def reset() -> None:
+    global TOTAL
+    OfClass.calls = TOTAL = 0
+    COUNTS.update(calls=0, kept=[])
+
+
+def made(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return ZOO[name]().eval()
+
+
+def run(predict: Callable[..., Tensor], rows: int = 1) -> Tensor:
+    x = torch.randn(rows, 4, WIDTH, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for t in (1.0, 0.85, 0.7, 0.4, 0.3, 0.1):
+            x = x - 0.3 * predict(x, torch.full((rows,), t))
+    return x
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("name", ZOO)
+def test_own_passes_and_runs_afterwards_are_plain(name: str, execution: str, rows: int) -> None:
+    plain = made(name)
+    want = run(plain, rows), run(plain, rows)
+    reset()
+    model = made(name)
+    with stg.apply(model, layers=[f"blocks.{SKIPPED}"], scale=1e-9, execution=execution, batched_cfg=rows == 2):
+        got = run(model, rows)
+    if name == "keys and values of clean calls" and execution == "batched":  # whose own rows agree to rounding
+        torch.testing.assert_close(got, want[0])
+        return
+    assert torch.equal(got, want[0])
+    assert torch.equal(run(model, rows), want[1])
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_exception_in_a_weak_pass_leaves_nothing_behind(
+    name: str, execution: str, error: type[BaseException]
+) -> None:
+    plain = made(name)
+    x, t = torch.ones(1, 4, WIDTH), torch.ones(1)
+    with torch.no_grad():
+        plain(x, t)
+    want = run(plain)
+    reset()
+    model = made(name)
+    handle: Any = None
+
+    def fail(module: nn.Module, args: Any, output: Any) -> None:
+        if fail.calls:
+            raise error
+        fail.calls += 1
+
+    fail.calls = 0
+    handle = model.out.register_forward_hook(fail)
+    with (
+        pytest.raises(error),
+        stg.apply(model, layers=[f"blocks.{SKIPPED}"], scale=1.0, execution=execution, batched_cfg=False),
+        torch.no_grad(),
+    ):
+        model(x, t)
+    handle.remove()
+    assert torch.equal(run(model), want)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("name", ZOO)
+def test_numbers_are_those_of_two_models(name: str, execution: str) -> None:
+    plain = made(name)
+    weak = copy.deepcopy(plain)
+    if name == "TeaCache":
+        weak.forward = types.MethodType(every_other, weak)
+    weak.blocks[SKIPPED].forward = lambda x: x
+
+    def textbook(x: Tensor, t: Tensor) -> Tensor:
+        if name in CACHES:
+            w = weak(x, t)
+            c = plain(x, t)
+        elif name in ("a closure", "a class", "a module of Python"):
+            w, c = twice(plain, x, t)
+        else:
+            weak.__dict__.update({k: v for k, v in copy.deepcopy(plain).__dict__.items() if k in ("kv", "helper")})
+            weak._buffers.update(copy.deepcopy(plain)._buffers)
+            if name == "an attention controller":
+                state = copy.deepcopy(plain.blocks[0].controller)
+                for block in weak.blocks:
+                    block.controller = state
+            w, c = weak(x, t), plain(x, t)
+        return c + 1.5 * (c - w)
+
+    want = run(textbook)
+    reset()
+    model = made(name)
+    with stg.apply(model, layers=[f"blocks.{SKIPPED}"], scale=1.5, execution=execution, batched_cfg=False):
+        got = run(model)
+    torch.testing.assert_close(got, want)
+    reset()
+    assert not torch.allclose(run(made(name)), want, rtol=1e-3)
+
+
+def twice(plain: nn.Module, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Make a call of a model without its layer and put back, by hand, what that has changed; and the call itself."""
+    cells = dict(zip(plain.forward.__code__.co_freevars, plain.forward.__closure__ or (), strict=False))
+    before = (OfClass.calls, TOTAL, COUNTS["calls"], list(COUNTS["kept"]))
+    inner = {name: copy.copy(cell.cell_contents) for name, cell in cells.items() if name in ("calls", "kept")}
+    block = plain.blocks[SKIPPED]
+    block.forward = lambda x: x
+    weak = plain(x, t)
+    del block.forward
+    OfClass.calls, globals()["TOTAL"], COUNTS["calls"], COUNTS["kept"] = before
+    for name, value in inner.items():
+        if name == "kept":
+            cells[name].cell_contents.clear()
+            cells[name].cell_contents.update(value)
+        else:
+            cells[name].cell_contents = value
+    return weak, plain(x, t)
+
+
+class Iterating(Net):
+    """Counts in an object that cannot be looked into."""
+
+    def __init__(self, start: Callable[[], Iterator[int]], period: int) -> None:
+        super().__init__()
+        self.counter, self.period = start(), period
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x, t) * (1 + next(self.counter) % self.period)
+
+
+@pytest.mark.parametrize("period", [2, 3, 100])
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("start", [itertools.count, lambda: (i for i in range(1000))], ids=["count", "generator"])
+def test_state_out_of_reach_is_refused(start: Callable[[], Iterator[int]], execution: str, period: int) -> None:
+    torch.manual_seed(0)
+    model = Iterating(start, period)
+    with (
+        pytest.raises(stg.CallError, match="cannot be put back"),
+        stg.apply(model, layers=[f"blocks.{SKIPPED}"], scale=1.0, execution=execution, batched_cfg=False),
+    ):
+        run(model)
+
+
+def test_guidance_that_begins_where_a_cache_is_reused_is_refused() -> None:
+    torch.manual_seed(0)
+    model = teacache()
+    x, t = torch.ones(1, 4, WIDTH), torch.ones(1)
+    with torch.no_grad():
+        model(x, t)
+    with (
+        pytest.raises(stg.CallError, match="reuses"),
+        stg.apply(model, layers=[f"blocks.{SKIPPED}"], scale=1.0, batched_cfg=False),
+        torch.no_grad(),
+    ):
+        model(x, t)
+
+
+@pytest.mark.parametrize("name", ["TeaCache", "keys and values of every call", "a buffer", "an object"])
+def test_guider(name: str) -> None:
+    want = run(made(name))
+    model = made(name)
+    got = run(stg.Guider(model, layers=[f"blocks.{SKIPPED}"], scale=1e-9))
+    assert torch.equal(got, want)
