@@ -18,8 +18,6 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import stg_hooks as stg
-from stg_hooks.modes.modes import residual
-from stg_hooks.passes.guided_call import is_checking
 from tests import zoo
 
 exact: dict[str, Any] = {"rtol": 0, "atol": 0}
@@ -63,8 +61,6 @@ class Log:
 
     def __call__(self, x: Tensor, text: Tensor) -> Tensor:
         output = self.model(x, text)
-        if is_checking():  # made once, to see whether passes can share work
-            return output
         self.calls += [name for name, known in self._known.items() if torch.equal(known, output)] or ["unknown"]
         return output
 
@@ -190,7 +186,9 @@ def test_the_passes_are_those_that_the_prediction_needs(model: nn.Module, name: 
     settings, uncond, calls, expected = PASSES[name]
     log = Log(model)
     guider = stg.Guider(log, **{"layers": [2], **settings}, model=model)
-    got = guider(x=X, cond={"text": POSITIVE}, **({"uncond": {"text": NEGATIVE}} if uncond else {}))
+    for _ in range(2):  # in the first call, a pass is made to see whether passes can share work
+        log.calls.clear()
+        got = guider(x=X, cond={"text": POSITIVE}, **({"uncond": {"text": NEGATIVE}} if uncond else {}))
     assert " ".join(sorted(log.calls)) == calls
     assert_close(got, expected(parts(model)), **(close if "weak" in calls else exact))
 
@@ -219,12 +217,6 @@ def test_one_guider_in_two_threads(model: nn.Module) -> None:
 # --- what denoisers look like -----------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Output:
-    sample: Tensor
-    note: str = "kept by nobody"
-
-
 class Styled(nn.Module):
     """Returns its prediction in some wrapping."""
 
@@ -234,28 +226,6 @@ class Styled(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor) -> Any:
         return self.style(self.model(x, text))
-
-
-STYLES: dict[str, Callable[[Tensor], Any]] = {
-    "tensor": lambda t: t,
-    "tuple": lambda t: (t,),
-    "list": lambda t: [t],
-    "object": Output,
-    "with integers": lambda t: (t, torch.arange(3)),
-}
-
-
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("as_function", [False, True])
-def test_output_types(model: nn.Module, style: str, as_function: bool) -> None:
-    p = parts(model)
-    denoiser = Styled(model, STYLES[style])
-    arguments: dict[str, Any] = {"model": model} if as_function else {}
-    guider = stg.Guider(denoiser.forward if as_function else denoiser, ["blocks.2"], 1.5, **arguments)
-    output = guider(X, POSITIVE)
-    assert type(output) is type(denoiser(X, POSITIVE))
-    prediction = output.sample if isinstance(output, Output) else output if isinstance(output, Tensor) else output[0]
-    assert_close(prediction, p.cond + 1.5 * (p.cond - p.weak), **close)
 
 
 def test_diffusers_output_object() -> None:
@@ -369,7 +339,7 @@ def test_layers_of_a_function_cost_as_much_as_those_of_a_list() -> None:
 def test_only_the_layers_used_last_are_kept() -> None:
     model = zoo.DiT()
     x = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
-    guider = stg.Guider(model, [2], schedule=lambda step: {"mode": lambda call: residual(call)})
+    guider = stg.Guider(model, [2], schedule=lambda step: {"mode": lambda call: call.args[0]})
     for index in range(12):
         guider.step = stg.Step(index, 12)
         guider(*x)
