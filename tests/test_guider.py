@@ -7,6 +7,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any
 
@@ -198,6 +199,19 @@ def test_a_guider_inside_a_skip_guides_the_skipped_model(model: nn.Module) -> No
     guider = stg.Guider(model, [2], 1.5)
     with stg.skip(model, [0]):
         assert_close(guider(X, POSITIVE), cond + 1.5 * (cond - weak), **close)
+
+
+def test_one_guider_in_two_threads(model: nn.Module) -> None:
+    p = parts(model)
+    expected = p.uncond + 4.0 * (p.cond - p.uncond) + 1.5 * (p.cond - p.weak)
+    guider = stg.Guider(model, [2], 1.5, guidance_scale=4.0)
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(guider, X, cond={"text": POSITIVE}, uncond={"text": NEGATIVE}) for _ in range(12)]
+        jobs += [pool.submit(model, X, POSITIVE) for _ in range(4)]
+    for job in jobs[:12]:
+        assert_close(job.result(), expected, **close)
+    for job in jobs[12:]:
+        assert_close(job.result(), p.cond, **exact)
 
 
 # --- what denoisers look like -----------------------------------------------------------------------------------------

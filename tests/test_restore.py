@@ -10,8 +10,10 @@ import gc
 import io
 import pickle
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +219,17 @@ def test_after_entering_again(make: Callable[[nn.Module], Any], model: nn.Module
             assert snapshot(model) != unchanged
             assert_close(model(**zoo.inputs()), expected)
         assert snapshot(model) == unchanged
+
+
+@pytest.mark.filterwarnings("ignore::stg_hooks.StgWarning")
+def test_after_leaving_in_the_wrong_order(model: nn.Module, unchanged: dict[str, Any]) -> None:
+    sessions = [stg.skip(model, LAYERS), stg.apply(model, [2, 3], 1.0), stg.skip(model, [1])]
+    for session in sessions:
+        session.__enter__()
+    model(**zoo.inputs())
+    for session in sessions:
+        assert snapshot(model) != unchanged
+        session.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize("make", [lambda m: stg.skip(m, LAYERS), lambda m: stg.apply(m, LAYERS, 1.0)])
@@ -477,6 +490,54 @@ def test_accelerates_own_hooks_are_kept_and_called(model: nn.Module) -> None:
 
 
 # --- threads and tasks ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error::stg_hooks.StgWarning")
+def test_eight_threads_at_the_same_time(model: nn.Module, unchanged: dict[str, Any]) -> None:
+    """Skips, a guider, an applied guidance and plain calls of one model; every result is checked."""
+    inputs = zoo.inputs()
+    plain = model(**inputs)
+    weak = {layer: zoo.without(model, [f"blocks.{layer}"])(**inputs) for layer in (1, 2)}
+    guider, shared = stg.Guider(model, [2], 1.0), stg.skip(model, [1])
+    start = threading.Barrier(8, timeout=60)
+
+    def plainly() -> Tensor:
+        return model(**inputs)
+
+    def skipping(make: Callable[[], stg.skip]) -> Tensor:
+        with make():
+            return model(**inputs)
+
+    def applying() -> Tensor:
+        with stg.apply(model, [1], 1.0):
+            return model(**inputs)
+
+    jobs: list[tuple[Callable[[], Tensor], Tensor]] = [
+        (plainly, plain),
+        (plainly, plain),
+        (lambda: skipping(lambda: stg.skip(model, [1])), weak[1]),
+        (lambda: skipping(lambda: stg.skip(model, [2])), weak[2]),
+        (lambda: skipping(lambda: shared), weak[1]),
+        (lambda: skipping(lambda: shared), weak[1]),
+        (lambda: guider(**inputs), 2 * plain - weak[2]),
+        (applying, 2 * plain - weak[1]),
+    ]
+
+    def run(job: tuple[Callable[[], Tensor], Tensor]) -> None:
+        start.wait()
+        for _ in range(50):
+            assert_close(job[0](), job[1], rtol=1e-5, atol=1e-5)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # change threads more often than usual
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            results = [pool.submit(run, job) for job in jobs]
+    finally:
+        sys.setswitchinterval(interval)
+    for result in results:
+        result.result()
+    assert snapshot(model) == unchanged
 
 
 def test_tasks_that_take_turns_in_one_thread(model: nn.Module) -> None:
