@@ -70,6 +70,7 @@ def test_a_skip_that_changes_nothing(use: Callable[..., None], execution: str, m
     with pytest.warns(stg.StgWarning, match=text) as log:
         use(model, [2], execution=execution)
     assert len(log) == 1
+    assert log[0].filename == __file__
     with pytest.raises(stg.LayerError, match=text):
         use(model, [2], execution=execution, strict=True)
 
