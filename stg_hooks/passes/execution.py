@@ -37,6 +37,7 @@ EXECUTIONS = ("auto", "sequential", "batched", "full")
 
 _LAYOUTS = 64
 _PATIENCE = 2  # calls
+_TIMES = 2  # that a call is made once more: what is counted modulo two comes out right once
 _SUSPECTS = (RuntimeError, IndexError, TypeError, ValueError)  # themselves, not what derives from them
 
 
@@ -222,6 +223,12 @@ class Execution:
         if is_counted:
             known = self._runs.setdefault(call.layout, run)
             call.reuses = self._keeps_state and (not known <= run or (bool(self._skipped) and not run & self._skipped))
+            if self._keeps_state and not run <= known:
+                self._warn(
+                    f"{type(self._model).__name__} computes more in this call than in those before, which were guided. "
+                    "If they reused what earlier calls had left, so did their weak passes, and guidance was not exact. "
+                    "Let guidance begin in a step in which everything is computed."
+                )
             known |= run
         call.inputs.compare()
         return output, call
@@ -350,11 +357,11 @@ class Execution:
                 is_cut = self._check_rows(call)
             # Where a check is only put off to the next call, nothing is known about cutting rows.
             results = [self._full_pass(call, branch, is_cut) for branch in range(len(self.switches))]
-            self._make_again(call)
+            self._make_again(call, is_checked=False)
             if call.conclude is not None:  # an error that has nothing to do with sharing has been raised again
                 call.conclude()
         else:
-            self._make_again(call)
+            self._make_again(call, is_checked=True)
             if call.check is not None:
                 call.check(results)
         return results
@@ -444,10 +451,13 @@ class Execution:
         by_length = sorted(range(len(self.switches)), key=lambda branch: prefix.ends[branch] or 0)
         for branch in {by_length[0], by_length[-1]}:
             # Without gradients: the one who computes this call again, for them, makes no such pass.
-            with torch.no_grad(), checking(), self._transaction(call):
-                again = self._shared_pass(call, prefix, branch)
-            if not agree(again, call.cond):
-                raise NotSharedError("with nothing skipped, the cond rows alone do not give the cond prediction again")
+            for _ in range(_TIMES):
+                with torch.no_grad(), checking(), self._transaction(call):
+                    again = self._shared_pass(call, prefix, branch)
+                if not agree(again, call.cond):
+                    raise NotSharedError(
+                        "with nothing skipped, the cond rows alone do not give the cond prediction again"
+                    )
 
     def _stop_sharing(self, reason: str, way: str = "full") -> None:
         self.way, self._uncompiled = way, []
@@ -478,21 +488,24 @@ class Execution:
             weak = [halves(tensor)[1] for tensor in weak]
         return [tensor.clone() for tensor in weak]  # the next call may use their memory
 
-    def _make_again(self, call: GuidedCall) -> None:
+    def _make_again(self, call: GuidedCall, is_checked: bool) -> None:
         """Make the first calls of a layout once more with nothing skipped: what is kept out of sight shows in them.
 
-        Twice, because what is counted modulo two comes out right once.
+        Args:
+            call: what `cond_pass` gave.
+            is_checked: it has been compared with weak passes that share work with it.
 
         Raises:
             CallError: what comes out is another prediction than the cond pass has made.
         """
-        replaced = self._kept.replaced()
-        is_first = self._made_again_of(call)
-        if not is_first or not call.is_comparable or self._caches.found is not None:
+        count = self._again[call.layout] = self._again.get(call.layout, 0) + 1
+        if count > _PATIENCE or not call.is_comparable or self._caches.found is not None:
             return
-        if not (replaced or self._keeps_state or self._kept.has_opaque()):
+        replaced = [*self._kept.replaced(), *self._kept.hooked()]
+        is_suspect = bool(replaced) or self._keeps_state or self._kept.has_opaque()
+        if not is_suspect and (is_checked or count > 1):
             return
-        for _ in range(2):
+        for _ in range(_TIMES):
             args, kwargs = call.inputs.again()
             randomness = Randomness.for_call(args, kwargs)
             with self._transaction(call), torch.no_grad(), checking(), weak_pass(), eagerly():
@@ -507,10 +520,6 @@ class Execution:
                     "keeps something from one call to the next that cannot be put back after a weak pass"
                     f"{f' ({found})' if found else ''}. Keep it in an attribute of the model, or switch it off."
                 )
-
-    def _made_again_of(self, call: GuidedCall) -> bool:
-        count = self._again[call.layout] = self._again.get(call.layout, 0) + 1
-        return count <= _PATIENCE
 
     def _is_to_be_checked(self, call: GuidedCall) -> bool:
         return call.batched_cfg and call.layout not in self._cut
