@@ -37,7 +37,6 @@ EXECUTIONS = ("auto", "sequential", "batched", "full")
 
 _LAYOUTS = 64
 _PATIENCE = 2  # calls
-_TIMES = 2  # that a call is made once more: what is counted modulo two comes out right once
 _SUSPECTS = (RuntimeError, IndexError, TypeError, ValueError)  # themselves, not what derives from them
 
 
@@ -210,8 +209,11 @@ class Execution:
         call.layout = layout_of(args, kwargs, batched_cfg)
         call.before = before = self._kept.look()
         is_counted = bool(self._parts) and (self._keeps_state or call.layout not in self._runs)
+        is_first = call.layout not in self._again
+        randomness = Randomness.for_call(args, kwargs) if is_first else None
         with counted(self._parts) if is_counted else nullcontext(set[str]()) as run:
             output = self._cond_pass(call, args, kwargs)
+        call.is_random = randomness is not None and randomness.is_used()
         call.changes_state = call.changes_state or before.differs()
         if call.changes_state and call.weaks is not None:  # it has kept what belongs to rows of ours
             before.put_back()
@@ -357,7 +359,7 @@ class Execution:
                 is_cut = self._check_rows(call)
             # Where a check is only put off to the next call, nothing is known about cutting rows.
             results = [self._full_pass(call, branch, is_cut) for branch in range(len(self.switches))]
-            self._make_again(call, is_checked=False)
+            self._make_again(call, is_checked=is_cut)
             if call.conclude is not None:  # an error that has nothing to do with sharing has been raised again
                 call.conclude()
         else:
@@ -451,13 +453,10 @@ class Execution:
         by_length = sorted(range(len(self.switches)), key=lambda branch: prefix.ends[branch] or 0)
         for branch in {by_length[0], by_length[-1]}:
             # Without gradients: the one who computes this call again, for them, makes no such pass.
-            for _ in range(_TIMES):
-                with torch.no_grad(), checking(), self._transaction(call):
-                    again = self._shared_pass(call, prefix, branch)
-                if not agree(again, call.cond):
-                    raise NotSharedError(
-                        "with nothing skipped, the cond rows alone do not give the cond prediction again"
-                    )
+            with torch.no_grad(), checking(), self._transaction(call):
+                again = self._shared_pass(call, prefix, branch)
+            if not agree(again, call.cond):
+                raise NotSharedError("with nothing skipped, the cond rows alone do not give the cond prediction again")
 
     def _stop_sharing(self, reason: str, way: str = "full") -> None:
         self.way, self._uncompiled = way, []
@@ -501,11 +500,11 @@ class Execution:
         count = self._again[call.layout] = self._again.get(call.layout, 0) + 1
         if count > _PATIENCE or not call.is_comparable or self._caches.found is not None:
             return
-        replaced = [*self._kept.replaced(), *self._kept.hooked()]
+        replaced = self._kept.replaced()
         is_suspect = bool(replaced) or self._keeps_state or self._kept.has_opaque()
-        if not is_suspect and (is_checked or count > 1):
+        if not is_suspect and (is_checked or call.is_random or count > 1):
             return
-        for _ in range(_TIMES):
+        for _ in range(2 if is_suspect else 1):  # what is counted modulo two comes out right once
             args, kwargs = call.inputs.again()
             randomness = Randomness.for_call(args, kwargs)
             with self._transaction(call), torch.no_grad(), checking(), weak_pass(), eagerly():
@@ -514,7 +513,7 @@ class Execution:
                 return
             again = [halves(tensor)[1] for tensor in again] if call.batched_cfg else again
             if not agree(again, call.cond):
-                found = "; ".join(replaced[:2])
+                found = "; ".join([*replaced, *self._kept.hooked()][:2])
                 raise CallError(
                     f"{type(self._model).__name__} predicts something else when the same call is made once more, so it "
                     "keeps something from one call to the next that cannot be put back after a weak pass"

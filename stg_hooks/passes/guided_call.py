@@ -85,6 +85,8 @@ class GuidedCall:
     """Its own predictions on its cond rows."""
     is_comparable: bool = True
     """Another pass that skips nothing has to give them again; not where others guide this call, too."""
+    is_random: bool = False
+    """It drew random numbers, as far as that was looked at."""
     changes_state: bool = False
     """The model keeps something from it; the first time that may be a cache."""
     before: Snapshot | None = None

@@ -330,7 +330,6 @@ class Kept:
                 names.append(f"{name or type(module).__name__}.forward is {_module_of(function)}.{what}")
         return names
 
-
     def hooked(self) -> list[str]:
         """Name the modules with hooks that are neither ours nor a known library's, each with the function."""
         names = []
