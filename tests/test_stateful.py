@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -412,13 +412,13 @@ def of_a_context() -> Callable[[], float]:
 
     def count() -> float:
         number.set(number.get() + 1)
-        return number.get() % 3
+        return float(number.get() % 3)
 
     return count
 
 
 def of_numpy() -> Callable[[], float]:
-    numbers = numpy.zeros(1)
+    numbers = np.zeros(1)
 
     def count() -> float:
         numbers[0] += 1
@@ -430,6 +430,10 @@ def of_numpy() -> Callable[[], float]:
 def of_a_parameter() -> Callable[[], float]:
     parameter = nn.Parameter(torch.zeros(()), requires_grad=False)
     return lambda: float(parameter.add_(1))
+
+
+def assert_refused(error: stg.CallError) -> None:
+    assert "cannot be put back" in str(error)
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
@@ -444,7 +448,7 @@ def test_what_is_right_or_refused(start: Callable[[], Callable[[], float]], exec
         with stg.apply(model, layers=[f"blocks.{SKIPPED}"], scale=1e-9, execution=execution, batched_cfg=False):
             got = run(model)
     except stg.CallError as error:
-        assert "cannot be put back" in str(error)
+        assert_refused(error)
     else:
         assert torch.equal(got, want[0])
         assert torch.equal(run(model), want[1])
