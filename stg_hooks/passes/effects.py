@@ -88,6 +88,12 @@ class Randomness:
         """Tell whether random numbers were drawn since."""
         return any(not torch.equal(a, b) for a, b in zip(self._states, self._look(), strict=True))
 
+    def put_back(self) -> None:
+        """Let the next random numbers be those that came next then."""
+        torch.set_rng_state(self._states[0])
+        if len(self._states) > 1:
+            torch.cuda.set_rng_state(self._states[1], self._device)
+
     def _look(self) -> list[Tensor]:
         states = [torch.get_rng_state()]
         if self._device.type == "cuda":

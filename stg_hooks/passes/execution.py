@@ -133,7 +133,7 @@ class Execution:
         self._cut: set[Hashable] = set()  # layouts whose cond rows are known to be found
         # Who moves weights about may move buffers, too.
         self._kept = Kept(model, with_buffers=not self._streams)
-        self._keeps_state = False
+        self._keeps_state = self._keeps_tensors = False
         self._runs: dict[Hashable, set[str]] = {}
         """By the layout of a call in which the model keeps something, the parts that run in it."""
         # What is compiled would be compiled anew for each look.
@@ -205,8 +205,11 @@ class Execution:
         call.layout = layout_of(args, kwargs, batched_cfg)
         call.before = before = self._kept.look()
         is_counted = call.layout in self._runs
+        randomness = Randomness.for_call(args, kwargs)
         with counted(self._parts) if is_counted else nullcontext(set[str]()) as run:
             output = self._cond_pass(call, args, kwargs)
+        if randomness.is_used():
+            call.random_before, call.random_after = randomness, Randomness.for_call(args, kwargs)
         call.changes_state = call.changes_state or before.differs()
         if call.changes_state and call.weaks is not None:  # it has kept what belongs to rows of ours
             before.put_back()
@@ -215,9 +218,17 @@ class Execution:
             output = denoiser(*call.inputs.again()[0], **call.inputs.again()[1])
         call.after = self._kept.look(before)
         self._keeps_state = self._keeps_state or call.changes_state
+        self._keeps_tensors = self._keeps_tensors or (call.changes_state and before.has_new_tensors())
         if is_counted:
-            call.reuses = not self._runs[call.layout] <= run
-            self._runs[call.layout] |= run
+            known = self._runs[call.layout]
+            call.reuses = not known <= run
+            if not run <= known:
+                self._warn(
+                    f"{type(self._model).__name__} computes more in this call than in those before, which were guided. "
+                    "If they reused what earlier calls had left, so did their weak passes, and guidance was not exact. "
+                    "Let guidance begin in a step in which everything is computed."
+                )
+            known |= run
         call.inputs.compare()
         return output, call
 
@@ -232,14 +243,20 @@ class Execution:
             yield
             return
         before.put_back()
+        if call.random_before is not None:
+            call.random_before.put_back()
         try:
-            if branch is not None and call.reuses and not self._copies[branch].use(before, after):
-                raise self._not_found()
+            if branch is not None and call.reuses:
+                has_own = self._copies[branch].use(before, after)
+                if not has_own and (self._keeps_tensors or self._kept.replaced()):
+                    raise self._not_found()
             yield
             if branch is not None and self._keeps_state:
                 self._copies[branch].keep(before)
         finally:
             after.put_back()
+            if call.random_after is not None:
+                call.random_after.put_back()
 
     def _not_found(self, what: str = "computes less in this call than in one before") -> CallError:
         replaced = "; ".join(self._kept.replaced()[:2])
@@ -346,11 +363,11 @@ class Execution:
                 is_cut = self._check_rows(call)
             # Where a check is only put off to the next call, nothing is known about cutting rows.
             results = [self._full_pass(call, branch, is_cut) for branch in range(len(self.switches))]
-            self._make_again(call)
+            self._make_again(call, is_checked=is_cut)
             if call.conclude is not None:  # an error that has nothing to do with sharing has been raised again
                 call.conclude()
         else:
-            self._make_again(call)
+            self._make_again(call, is_checked=True)
             if call.check is not None:
                 call.check(results)
         return results
@@ -479,39 +496,35 @@ class Execution:
             weak = [halves(tensor)[1] for tensor in weak]
         return [tensor.clone() for tensor in weak]  # the next call may use their memory
 
-    def _make_again(self, call: GuidedCall) -> None:
+    def _make_again(self, call: GuidedCall, is_checked: bool) -> None:
         """Make the first calls of a layout once more with nothing skipped: what is kept out of sight shows in them.
 
-        Twice, because what is counted modulo two comes out right once.
+        Args:
+            call: what `cond_pass` gave.
+            is_checked: it has been compared with weak passes that share work with it.
 
         Raises:
             CallError: what comes out is another prediction than the cond pass has made.
         """
+        count = self._again[call.layout] = self._again.get(call.layout, 0) + 1
+        if count > _PATIENCE or not call.is_comparable or self._caches.found is not None:
+            return
         replaced = self._kept.replaced()
-        is_first = self._made_again_of(call)
-        if not is_first or not call.is_comparable or self._caches.found is not None:
+        is_suspect = bool(replaced) or self._keeps_state or self._kept.has_opaque()
+        if not is_suspect and (is_checked or count > 1):
             return
-        if not (replaced or self._keeps_state or self._kept.has_opaque()):
-            return
-        for _ in range(2):
+        for _ in range(2 if is_suspect else 1):  # what is counted modulo two comes out right once
             args, kwargs = call.inputs.again()
-            randomness = Randomness.for_call(args, kwargs)
             with self._transaction(call), torch.no_grad(), checking(), weak_pass(), eagerly():
                 again = predictions(call.denoiser(*args, **kwargs))
-            if randomness.is_used():
-                return
             again = [halves(tensor)[1] for tensor in again] if call.batched_cfg else again
             if not agree(again, call.cond):
-                found = "; ".join(replaced[:2])
+                found = "; ".join([*replaced, *self._kept.hooked()][:2])
                 raise CallError(
                     f"{type(self._model).__name__} predicts something else when the same call is made once more, so it "
                     "keeps something from one call to the next that cannot be put back after a weak pass"
                     f"{f' ({found})' if found else ''}. Keep it in an attribute of the model, or switch it off."
                 )
-
-    def _made_again_of(self, call: GuidedCall) -> bool:
-        count = self._again[call.layout] = self._again.get(call.layout, 0) + 1
-        return count <= _PATIENCE
 
     def _is_to_be_checked(self, call: GuidedCall) -> bool:
         return call.batched_cfg and call.layout not in self._cut

@@ -257,6 +257,15 @@ class Snapshot:
             for holder, contents in zip(self.walk.holders, self.contents, strict=True)
         )
 
+    def has_new_tensors(self) -> bool:
+        """Tell whether tensors were written into since, or put where there was something else."""
+        pairs = zip(self.walk.holders, self.contents, strict=True)
+        return bool(self.written()) or any(
+            contents.get(key, _MISSING) is not value and _has_tensors(value)
+            for holder, contents in pairs
+            for key, value in holder.read().items()
+        )
+
     def put_back(self) -> None:
         """Make everything what it was.
 
@@ -328,8 +337,18 @@ class Kept:
             function = replaced_forward(module)
             if function is not None:
                 what = getattr(function, "__qualname__", type(function).__qualname__)
-                where = getattr(function, "__module__", type(function).__module__)
-                names.append(f"{name or type(module).__name__}.forward is {where}.{what}")
+                names.append(f"{name or type(module).__name__}.forward is {_module_of(function)}.{what}")
+        return names
+
+    def hooked(self) -> list[str]:
+        """Name the modules with hooks that are neither ours nor a known library's, each with the function."""
+        names = []
+        for name, module in self._model.named_modules():
+            for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+                own = getattr(hook, "func", hook)
+                if _library(own) not in _LIBRARIES | {"diffusers"}:
+                    what = getattr(own, "__qualname__", type(own).__qualname__)
+                    names.append(f"{name or type(module).__name__} has the hook {_module_of(own)}.{what}")
         return names
 
 
@@ -453,6 +472,10 @@ def _same(a: Contents, b: Contents) -> bool:
 
 def _library(thing: Any) -> str:
     return str(getattr(thing, "__module__", None) or "").partition(".")[0]
+
+
+def _module_of(function: Any) -> str:
+    return str(getattr(function, "__module__", type(function).__module__))
 
 
 def _names(slots: Any) -> tuple[str, ...]:
