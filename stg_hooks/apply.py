@@ -15,7 +15,7 @@ from torch import nn
 from stg_hooks.errors import CallError, NotCopied, SettingError, StgWarning
 from stg_hooks.guidance.combine import Scale, check_scale
 from stg_hooks.guidance.rules import Rule
-from stg_hooks.guidance.schedule import Asked, Plan, Schedule, check_every, plan_from
+from stg_hooks.guidance.schedule import Asked, Plan, Request, Schedule, check_every, plan_from
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.guidance.trace import Trace
 from stg_hooks.guidance.watch import Watch
@@ -137,19 +137,21 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         denoisers = host.denoisers()
         plan = plan_from(
             next(iter(denoisers.values())),
-            layers=layers,
-            scale=scale,
-            mode=mode,
-            kind=kind,
-            rescale=rescale,
-            branches=branches,
-            preset=preset,
-            start=start,
-            stop=stop,
-            sigma_range=sigma_range,
-            schedule=schedule,
-            rule=rule,
-            on=on,
+            Request(
+                layers=layers,
+                scale=scale,
+                mode=mode,
+                kind=kind,
+                rescale=rescale,
+                branches=branches,
+                preset=preset,
+                start=start,
+                stop=stop,
+                sigma_range=sigma_range,
+                schedule=schedule,
+                rule=rule,
+                on=on,
+            ),
         )
         check_every(every)
         self._session = Session(host, plan, every, ranks_from(group, timeout, on), watch=Watch("stg.apply", strict))

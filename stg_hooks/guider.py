@@ -19,7 +19,7 @@ from stg_hooks.errors import CallError, NotCopied, SettingError, TargetError
 from stg_hooks.guidance.combine import Scale, check_scale, combine, correction, is_number, is_real, of_sample
 from stg_hooks.guidance.reuse import Kept
 from stg_hooks.guidance.rules import AveragedApg, Rule, at_step
-from stg_hooks.guidance.schedule import Schedule, Settings, check_every, known, plan_from
+from stg_hooks.guidance.schedule import Request, Schedule, Settings, check_every, known, plan_from
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.guidance.trace import Trace
 from stg_hooks.guidance.watch import Watch
@@ -150,19 +150,21 @@ class Guider(NotCopied):
         check_on(on, scale)
         self.plan = plan_from(
             model,
-            layers=layers,
-            scale=scale,
-            mode=mode,
-            kind=kind,
-            rescale=rescale,
-            branches=branches,
-            preset=preset,
-            start=start,
-            stop=stop,
-            sigma_range=sigma_range,
-            schedule=schedule,
-            rule=rule,
-            on=on,
+            Request(
+                layers=layers,
+                scale=scale,
+                mode=mode,
+                kind=kind,
+                rescale=rescale,
+                branches=branches,
+                preset=preset,
+                start=start,
+                stop=stop,
+                sigma_range=sigma_range,
+                schedule=schedule,
+                rule=rule,
+                on=on,
+            ),
         )
         check_every(every)
         check_channels(channels)
