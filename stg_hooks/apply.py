@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from stg_hooks.errors import CallError, NotCopied, SettingError, StgWarning
+from stg_hooks.guidance.channels import VarianceWatch, check_channels
 from stg_hooks.guidance.combine import Scale, check_scale
 from stg_hooks.guidance.rules import Rule
 from stg_hooks.guidance.schedule import Asked, Plan, Request, Schedule, check_every, plan_from
 from stg_hooks.guidance.settings import Branch
-from stg_hooks.guidance.trace import Trace
+from stg_hooks.guidance.trace import Stats, Trace
 from stg_hooks.guidance.watch import Watch
 from stg_hooks.guide import Guide, Session
 from stg_hooks.hooks import activation
@@ -25,8 +26,6 @@ from stg_hooks.hosts import Host, ModuleHost, pipeline_host
 from stg_hooks.model.layers import LayerSpec
 from stg_hooks.modes.modes import Mode
 from stg_hooks.modes.sites import Kind
-from stg_hooks.passes.channels import VarianceWatch, check_channels
-from stg_hooks.passes.guided_call import Stats
 from stg_hooks.ranks.link import check_own_copy, ranks_from
 from stg_hooks.step import Step
 from stg_hooks.uncond import UncondGuide, check_on, check_settings

@@ -15,25 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from stg_hooks.errors import CallError, StgWarning
+from stg_hooks.guidance.channels import VarianceWatch, guided_part, with_rest
 from stg_hooks.guidance.combine import Scale, combine, correction, fitted, is_number, of_sample
 from stg_hooks.guidance.reuse import Kept
 from stg_hooks.guidance.rules import at_step
+from stg_hooks.guidance.samples import are_samples, check_told, takes_samples
 from stg_hooks.guidance.schedule import Plan, Settings, known
 from stg_hooks.guidance.settings import Branch
-from stg_hooks.guidance.trace import Trace
+from stg_hooks.guidance.trace import Stats, Trace
 from stg_hooks.guidance.watch import Watch
 from stg_hooks.hooks import activation
 from stg_hooks.hooks.compiled import is_compiled, untraced
 from stg_hooks.hooks.forward import Patch, Undo, patched, shared
 from stg_hooks.hosts import Host, Role, check_rows_apart
 from stg_hooks.model.source import parameter_names
-from stg_hooks.passes.channels import VarianceWatch, guided_part, with_rest
 from stg_hooks.passes.execution import Execution
 from stg_hooks.passes.executions import Executions
-from stg_hooks.passes.guided_call import GuidedCall, Stats, in_weak_pass, layout_of
+from stg_hooks.passes.guided_call import GuidedCall, in_weak_pass, layout_of
 from stg_hooks.passes.inputs import Inputs, Written
 from stg_hooks.passes.rows import first_batch, halves, own_predictions, replace_predictions, take_rows
-from stg_hooks.passes.samples import are_samples, check_told, takes_samples
 from stg_hooks.ranks.link import Ranks
 from stg_hooks.ranks.share import Share, check_alone
 from stg_hooks.step import Step, check_step

@@ -16,24 +16,24 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import CallError, NotCopied, SettingError, TargetError
+from stg_hooks.guidance.channels import VarianceWatch, check_channels, guided_part, with_rest
 from stg_hooks.guidance.combine import Scale, check_scale, combine, correction, is_number, is_real, of_sample
 from stg_hooks.guidance.reuse import Kept
 from stg_hooks.guidance.rules import AveragedApg, Rule, at_step
+from stg_hooks.guidance.samples import are_samples, check_told, takes_samples
 from stg_hooks.guidance.schedule import Request, Schedule, Settings, check_every, known, plan_from
 from stg_hooks.guidance.settings import Branch
-from stg_hooks.guidance.trace import Trace
+from stg_hooks.guidance.trace import Stats, Trace
 from stg_hooks.guidance.watch import Watch
 from stg_hooks.hooks import activation
 from stg_hooks.model.layers import LayerSpec
 from stg_hooks.modes.modes import Mode
 from stg_hooks.modes.sites import Kind
 from stg_hooks.modes.switch import Switch
-from stg_hooks.passes.channels import VarianceWatch, check_channels, guided_part, with_rest
 from stg_hooks.passes.executions import Executions
-from stg_hooks.passes.guided_call import Stats, in_weak_pass
+from stg_hooks.passes.guided_call import in_weak_pass
 from stg_hooks.passes.inputs import Inputs, Written
 from stg_hooks.passes.rows import halves, own_predictions, predictions, replace_predictions
-from stg_hooks.passes.samples import are_samples, check_told, takes_samples
 from stg_hooks.ranks.link import Ranks, check_own_copy, ranks_from
 from stg_hooks.ranks.share import Share, check_alone
 from stg_hooks.step import Step, check_step, is_new_run, noise_levels, step_at

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import CallError, SettingError, StgWarning, closest
+from stg_hooks.guidance.samples import are_samples, check_told, takes_samples
 from stg_hooks.guidance.schedule import Settings
 from stg_hooks.guide import Session
 from stg_hooks.hooks.compiled import eagerly, is_compiled
@@ -31,7 +32,6 @@ from stg_hooks.passes.rows import (
     replace_predictions,
     row_factor,
 )
-from stg_hooks.passes.samples import are_samples, check_told, takes_samples
 from stg_hooks.passes.streaming import weights_are_streamed
 from stg_hooks.step import check_step
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import stg_hooks as stg
+from stg_hooks.guidance.trace import Stats
 from stg_hooks.model.layers import Layer, _glob_matches, resolve
 from stg_hooks.passes.executions import Executions
-from stg_hooks.passes.guided_call import Stats
 from tests import zoo
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stg_hooks.errors import CallError, SettingError, StgWarning, closest
 from stg_hooks.guidance.settings import Branch
+from stg_hooks.guidance.trace import Stats
 from stg_hooks.hooks.compiled import compiled_among, eagerly, is_compiled, surrounding
 from stg_hooks.hooks.forward import Patch, patched, pushed
 from stg_hooks.model.layers import Layer, find_layers
@@ -25,7 +26,7 @@ from stg_hooks.passes.absent import AbsentError, absent_in
 from stg_hooks.passes.batched import BatchedPass, RowsError
 from stg_hooks.passes.caches import Caches
 from stg_hooks.passes.effects import Randomness, State
-from stg_hooks.passes.guided_call import GuidedCall, Stats, checking, layout_of, weak_pass
+from stg_hooks.passes.guided_call import GuidedCall, checking, layout_of, weak_pass
 from stg_hooks.passes.inputs import Inputs, Written
 from stg_hooks.passes.prefix import DRAWS_RANDOM_NUMBERS, Place, Prefix, PrefixMismatchError, prefix_units
 from stg_hooks.passes.recording import Layout, Recording, Repetition

@@ -11,11 +11,11 @@ from torch import nn
 
 from stg_hooks.guidance.schedule import Settings
 from stg_hooks.guidance.settings import Branch, hashable
+from stg_hooks.guidance.trace import Stats
 from stg_hooks.modes.modes import find_mode
 from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.caches import Caches
 from stg_hooks.passes.execution import Execution
-from stg_hooks.passes.guided_call import Stats
 
 _SPARE = 8
 

@@ -1,4 +1,4 @@
-"""One call that is being guided, and what is counted of all of them."""
+"""One call that is being guided."""
 
 from __future__ import annotations
 
@@ -52,24 +52,6 @@ def checking() -> Iterator[None]:
         yield
     finally:
         _LOCAL.is_checking = before
-
-
-@dataclasses.dataclass
-class Stats:
-    """What has happened so far to calls that are guided."""
-
-    calls: int = 0
-    """Calls of the denoiser that the target made."""
-    guided_calls: int = 0
-    """Those to which a guidance term was added."""
-    weak_passes: int = 0
-    """Weak predictions that were computed, one per guided call and branch."""
-    blocks_run: int = 0
-    """Numbered layers that were computed for weak predictions."""
-    blocks_saved: int = 0
-    """Numbered layers that were not: skipped, or shared with the cond pass."""
-    seconds: float = 0.0
-    """Time spent on guidance after the cond pass has returned; on a GPU, the time to launch it."""
 
 
 @dataclasses.dataclass

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import CallError
+from stg_hooks.model.tensors import is_prediction as is_prediction
+from stg_hooks.model.tensors import leaves_of as leaves_of
 from stg_hooks.model.words import is_positional
 
 
@@ -127,11 +129,6 @@ def _with_parts(output: Any, new: dict[str, Any]) -> Any:
     return changed
 
 
-def is_prediction(tensor: Tensor) -> bool:
-    """Tell whether a tensor that a denoiser returned may be a prediction, and not a count or a loss beside it."""
-    return tensor.is_floating_point() and tensor.ndim > 0
-
-
 def take_rows(
     args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], batch: int, rows: slice
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -175,17 +172,6 @@ def map_arguments(
     named = zip([*names, *[""] * len(args)], args, strict=False)
     changed = tuple(pytree.tree_map(partial(change, name), value) for name, value in named)
     return changed, {name: pytree.tree_map(partial(change, name), value) for name, value in kwargs.items()}
-
-
-def leaves_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """List the leaves of a call's arguments; much faster than pytree where few of them are nested."""
-    leaves: list[Any] = []
-    for value in (*args, *kwargs.values()):
-        if value is None or isinstance(value, (Tensor, bool, int, float, str)):
-            leaves.append(value)
-        else:
-            leaves += pytree.tree_leaves(value)
-    return leaves
 
 
 def row_factor(tensor: Tensor, batch: int) -> int | None:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from stg_hooks.errors import CallError, SettingError, StgWarning
 from stg_hooks.guidance.settings import Branch
+from stg_hooks.guidance.trace import Stats
 from stg_hooks.guide import Guide, Session
 from stg_hooks.hosts import check_rows_apart
 from stg_hooks.model.source import parameter_names
-from stg_hooks.passes.guided_call import Stats, in_weak_pass, is_checking, weak_pass
+from stg_hooks.passes.guided_call import in_weak_pass, is_checking, weak_pass
 from stg_hooks.passes.rows import halves, take_rows
 from stg_hooks.step import Step
 from stg_hooks.study.cost import Flops, is_compiled_anywhere

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stg_hooks.errors import LayerError, SettingError, StgWarning, TargetError
 from stg_hooks.guidance.schedule import Plan, Settings
 from stg_hooks.guidance.settings import Branch
-from stg_hooks.guidance.trace import Trace
+from stg_hooks.guidance.trace import Stats, Trace
 from stg_hooks.guidance.watch import Watch
 from stg_hooks.guide import Session
 from stg_hooks.guider import Guider
@@ -22,7 +22,6 @@ from stg_hooks.hosts import Host, ModuleHost, pipeline_host
 from stg_hooks.model.layers import Layer, LayerSpec, find_layers, resolve
 from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.executions import Executions
-from stg_hooks.passes.guided_call import Stats
 from stg_hooks.step import Step
 from stg_hooks.study import measures
 from stg_hooks.study.observe import Meter, NoiseLevels, Observation, Probe
