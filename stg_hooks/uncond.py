@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stg_hooks.errors import CallError, SettingError, StgWarning, closest
+from stg_hooks.errors import CallError, SettingError, StgWarning
 from stg_hooks.guidance.samples import are_samples, check_told, takes_samples
 from stg_hooks.guidance.schedule import Settings
 from stg_hooks.guide import Session
@@ -35,31 +35,6 @@ from stg_hooks.passes.rows import (
 from stg_hooks.passes.streaming import weights_are_streamed
 from stg_hooks.step import check_step
 
-PREDICTIONS = ("cond", "uncond")
-
-
-def check_on(on: str, scale: object) -> None:
-    """Raise unless `on` names a prediction, and `scale` is left out where it has no meaning."""
-    if on not in PREDICTIONS:
-        names = " and ".join(map(repr, PREDICTIONS))
-        raise SettingError(f"on={on!r}: there is {names}.{closest(str(on), PREDICTIONS)}")
-    if on == "uncond" and scale is not None:
-        raise SettingError(
-            "scale= has no meaning with on='uncond', where nothing is added: the weak prediction takes the place of "
-            "uncond, and guidance_scale says how far to go from it. Leave scale out."
-        )
-
-
-def check_settings(settings: Settings) -> None:
-    """Raise if settings hold something that has no meaning where the weak model makes the uncond prediction."""
-    if len(settings.branches) > 1:
-        raise SettingError(
-            f"on='uncond' with {len(settings.branches)} branches: there is one uncond prediction. Give layers=[...]."
-        )
-    if any(isinstance(branch.scale, Tensor) or branch.scale not in (0, 1) for branch in settings.branches):
-        check_on("uncond", settings.branches[0].scale)
-
-
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
@@ -81,8 +56,8 @@ class UncondGuide:
         """
         self._session = session
         self._model = model
-        self._executions = Executions(model, "full", session.stats)
-        self._executions.prepare(session.plan.known)
+        self._executions = Executions(model, "full", session.guidance.stats)
+        self._executions.prepare(session.guidance.plan.known)
         self._compared: set[Hashable] = set()
         """Kinds of calls that one pass has been found to be right for."""
         self._is_apart = False
@@ -114,17 +89,17 @@ class UncondGuide:
         if role is None:
             return proceed(*args, **kwargs)
         self._executions.caches.check_same()
-        session.stats.calls += 1
+        guidance = session.guidance
+        guidance.stats.calls += 1
         check_rows_apart(role, "on='uncond'")
         step = check_step(session.step) or session.host.step()
-        settings = Settings(()) if role.rows in ("cond", "perturbed") else session.plan.at(step)
-        check_settings(settings)
+        settings = Settings(()) if role.rows in ("cond", "perturbed") else guidance.settings(step)
         if settings.replaces:
             raise SettingError(f"{settings.why_replaces} cannot be combined with on='uncond' here: use stg.Guider.")
         if not settings.active:
             return proceed(*args, **kwargs)
         execution = self._executions.of(settings.active)
-        session.stats.guided_calls += 1
+        guidance.stats.guided_calls += 1
         if role.rows == "uncond":
             with execution.switches[0].switched_on():
                 output = proceed(*args, **kwargs)
@@ -133,7 +108,7 @@ class UncondGuide:
         pairs = [halves(t) if role.rows == "uncond+cond" else (t, None) for t in predictions(output)]
         unconds, conds = [u for u, _ in pairs], [c for _, c in pairs if c is not None]
         # There are no weak predictions to compare with cond ones.
-        session.watch.look(step, conds, unconds, execution.switches)
+        guidance.watch.look(step, conds, unconds, execution.switches)
         return output
 
     def _both(self, execution: Execution, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:

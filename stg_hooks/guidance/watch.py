@@ -137,7 +137,7 @@ class Watch:
                 f"{self._name}: {report} is not finite (NaN or infinity). It is passed on as it is, and this is said "
                 "once. If the plain model gives none, try a lower scale or another precision."
             )
-            warnings.warn(text, StgWarning, stacklevel=4)
+            warnings.warn(text, StgWarning, stacklevel=5)
 
     def report(self, wait: bool, stacklevel: int = 3) -> None:
         """Report branches that did nothing, each once.
