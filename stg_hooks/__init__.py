@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from stg_hooks import rules
 from stg_hooks.apply import apply
 from stg_hooks.errors import (
     BlockError,
@@ -65,6 +66,7 @@ __all__ = [
     "layers",
     "profile",
     "report",
+    "rules",
     "skip",
     "sweep",
 ]

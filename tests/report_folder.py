@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from stg_hooks.demo import clips
-from stg_hooks.integrations import media
-from stg_hooks.study import results
+from stg_hooks.study import media, results
 
 PROMPTS = ("red circle left", "blue square up")
 LEVELS = (0.95, 0.8, 0.6, 0.4, 0.2)

@@ -7,7 +7,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -170,7 +170,7 @@ class Picky(nn.Module):
         super().__init__()
         self.model = zoo.DiT()
 
-    seen: ClassVar[list[dict[str, Any]]] = []  # not on the instance, where it would be a state that calls change
+    seen = zoo.Log()
 
     def forward(
         self,
@@ -214,17 +214,16 @@ def test_arguments_are_cut_to_the_cond_rows() -> None:
     assert args[0].shape[1] == 8  # a multiple of the batch
     plain = model(*args, **kwargs)
     weak = weak_of(model, ("model.blocks.2",))(*args, **kwargs)
-    model.seen.clear()
+    model.seen.taken()
     with stg.apply(model, ["blocks.2"], 1.0, batched_cfg=True):
         got = model(*args, **kwargs)
         assert len(model.seen) == 3  # the first time, cut rows are tried with nothing skipped
-        model.seen.clear()
+        model.seen.taken()
         model(*args, **kwargs)
     term = (plain - weak)[2:]
     assert_close(got, plain + torch.cat([term, term]), **close)
 
-    seen = model.seen[-1]
-    assert len(model.seen) == 2
+    _, seen = model.seen.taken()
     assert_close(seen["x"], args[0][2:], **exact)
     assert_close(seen["pixels"], kwargs["pixels"][6:], **exact)
     assert_close(seen["sizes"], kwargs["sizes"][6:], **exact)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import stg_hooks as stg
 from stg_hooks import demo
-from stg_hooks.integrations import claims, media, metrics
+from stg_hooks.study import claims, media, metrics
 from stg_hooks.study.results import Sweep
 from tests import zoo
 

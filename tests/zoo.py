@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import queue
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -639,6 +640,23 @@ def without(model: nn.Module, names: Sequence[str], identity: Callable[[], nn.Mo
         make = identity or getattr(model.get_submodule(name), "identity", Keep)
         model.set_submodule(name, make())
     return model
+
+
+class Log:
+    """A list of what has happened that is no part of any model's state: a weak pass does not take it back."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()  # into which nothing can look
+
+    def append(self, value: Any) -> None:
+        self._queue.put(value)
+
+    def taken(self) -> list[Any]:
+        """Return all, and forget it."""
+        return [self._queue.get() for _ in range(len(self))]
+
+    def __len__(self) -> int:
+        return self._queue.qsize()
 
 
 class Same:

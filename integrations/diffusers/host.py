@@ -149,7 +149,7 @@ class PipelineHost:
         """Say who calls the denoiser where the pipeline itself does not: a callback, most likely."""
         caller, inner = None, sys._getframe(1)
         while inner is not frame and inner.f_back is not None:
-            if str(inner.f_globals.get("__name__")).partition(".")[0] not in _LIBRARIES:
+            if _module_of(inner).partition(".")[0] not in _LIBRARIES:
                 caller = inner
             inner = inner.f_back
         if caller is None:
@@ -298,7 +298,9 @@ def calling_pipeline() -> object | None:
         if known is None:
             names = code.co_varnames[: code.co_argcount][:2]
             owner = next((name for name in ("components", "self") if name in names), "")
-            found = frame.f_locals.get(owner)
+            # Looking at the locals of a frame keeps them alive until it ends: not where no pipeline can be.
+            may_be = owner and (code.co_name == "__call__" or _module_of(frame).startswith("diffusers."))
+            found = frame.f_locals.get(owner) if may_be else None
             known = code, owner if isinstance(found, DiffusionPipeline) or _is_modular(found) else ""
             _OWNERS[id(code)] = known
         if known[1]:
@@ -306,6 +308,10 @@ def calling_pipeline() -> object | None:
             return pipeline
         frame = frame.f_back
     return None
+
+
+def _module_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
 
 
 def calling_host(pipeline: Any, denoiser: nn.Module) -> PipelineHost | None:

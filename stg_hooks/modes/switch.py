@@ -154,6 +154,11 @@ class Switch:
                     "skipped any more. Add and remove hooks, caches and offloading before stg.apply() or stg.skip()."
                 )
 
+    @property
+    def was_reached(self) -> bool:
+        """Whether the model has called one of the layers while they were switched on the last time."""
+        return any(reached.now for reached in self._reached.values())
+
     def forget(self) -> None:
         """Start afresh with what `unreached` tells."""
         for reached in self._reached.values():

@@ -136,13 +136,9 @@ class Execution:
         self._kept = Kept(model, with_buffers=not self._streams)
         self._keeps_state = False
         self._runs: dict[Hashable, set[str]] = {}
-        """By the layout of a call, the parts that run in it."""
-        skipped_names = {id(module) for switch in self.switches if switch.is_bypass for module in switch.modules}
-        skipped_parts = {name: module for name, module in model.named_modules() if id(module) in skipped_names}
-        self._skipped = set(skipped_parts)
+        """By the layout of a call in which the model keeps something, the parts that run in it."""
         # What is compiled would be compiled anew for each look.
-        is_any_compiled = any(map(is_compiled, model.modules()))
-        self._parts = {} if is_any_compiled else {**parts_of(model), **skipped_parts}
+        self._parts = {} if any(map(is_compiled, model.modules())) else parts_of(model)
         self._copies = [Copies() for _ in branches]
         self._again: dict[Hashable, int] = {}  # how many calls of a layout could have been made once more
 
@@ -209,7 +205,7 @@ class Execution:
         call = GuidedCall(denoiser, inputs, batched_cfg)
         call.layout = layout_of(args, kwargs, batched_cfg)
         call.before = before = self._kept.look()
-        is_counted = bool(self._parts) and (self._keeps_state or call.layout not in self._runs)
+        is_counted = call.layout in self._runs
         with counted(self._parts) if is_counted else nullcontext(set[str]()) as run:
             output = self._cond_pass(call, args, kwargs)
         call.changes_state = call.changes_state or before.differs()
@@ -221,9 +217,8 @@ class Execution:
         call.after = self._kept.look(before)
         self._keeps_state = self._keeps_state or call.changes_state
         if is_counted:
-            known = self._runs.setdefault(call.layout, run)
-            call.reuses = self._keeps_state and (not known <= run or (bool(self._skipped) and not run & self._skipped))
-            known |= run
+            call.reuses = not self._runs[call.layout] <= run
+            self._runs[call.layout] |= run
         call.inputs.compare()
         return output, call
 
@@ -247,11 +242,12 @@ class Execution:
         finally:
             after.put_back()
 
-    def _not_found(self) -> CallError:
+    def _not_found(self, what: str = "computes less in this call than in one before") -> CallError:
         replaced = "; ".join(self._kept.replaced()[:2])
+        by = f" ({replaced})" if replaced else ""
         return CallError(
-            f"{type(self._model).__name__} computes less in this call than in one before, so it reuses what that one "
-            f"has left, and what the weak model would reuse is not known{f' ({replaced})' if replaced else ''}. "
+            f"{type(self._model).__name__} keeps something from one call to the next and {what}, so it reuses what an "
+            f"earlier one has left, and what the weak model would reuse is not known{by}. "
             "Let guidance begin in a step in which everything is computed, or switch this cache off."
         )
 
@@ -473,8 +469,13 @@ class Execution:
     def _full_pass(self, call: GuidedCall, branch: int, is_cut: bool) -> list[Tensor]:
         """Run a weak pass as the textbook does, on the cond rows alone or on all."""
         args, kwargs = self._cond_rows(call) if is_cut else call.inputs.again()
-        with self._transaction(call, branch):
+        is_counted = self._keeps_state and call.layout not in self._runs
+        with self._transaction(call, branch), counted(self._parts if is_counted else {}) as run:
             weak = predictions(self.full_pass(branch, call.denoiser, args, kwargs))
+        if is_counted:  # in a pass of our own: in the cond pass it was not known yet that anything is kept
+            if not self.switches[branch].was_reached:
+                raise self._not_found("does not call the layers to skip in this call")
+            self._runs[call.layout] = run
         if call.batched_cfg and not is_cut:
             weak = [halves(tensor)[1] for tensor in weak]
         return [tensor.clone() for tensor in weak]  # the next call may use their memory

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-import threading
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from stg_hooks.errors import CallError
+from stg_hooks.hooks.forward import Action, patched, pushed
 from stg_hooks.model.layers import is_attention
 from stg_hooks.passes.effects import _NO_STATE, count_of_writes
 
 # What these keep is not what a prediction depends on, or is put right by themselves.
 _LIBRARIES = {"torch", "accelerate", "bitsandbytes", "torchao", "peft", "stg_hooks", "numpy", "builtins", "threading"}
 _CLASSES_KNOWN = _LIBRARIES | {"diffusers", "transformers"}
-_NO_ATTRIBUTE = {*_NO_STATE, "forward", "_old_forward", "_internal_dict"}
+_NO_ATTRIBUTE = {*_NO_STATE, "forward", "_old_forward", "_internal_dict", "__getstate__", "_compiled_call_impl"}
 _NUMBERS = (int, float, complex, str, bytes, bool, type(None))
 _STATELESS = (*_NUMBERS, nn.Module, nn.Parameter, type, types.ModuleType, torch.dtype, torch.device)
 _DEPTH = 12
@@ -44,10 +44,11 @@ class _Attributes:
         return list(self.mapping.values())[self.start :]
 
     def read(self) -> Contents:
-        return {k: v for k, v in self.mapping.items() if k not in self.apart}
+        # In one step: other threads may install something on the same module meanwhile.
+        return {k: v for k, v in dict(self.mapping).items() if k not in self.apart}
 
     def write(self, contents: Contents) -> None:
-        for key in [key for key in self.mapping if key not in self.apart and key not in contents]:
+        for key in [key for key in list(self.mapping) if key not in self.apart and key not in contents]:
             del self.mapping[key]
         for key, value in contents.items():
             self.mapping[key] = value
@@ -124,7 +125,7 @@ class _Walk:
             if _library(type(module)) in _LIBRARIES and "torch.nn" not in type(module).__module__:
                 continue
             values = module.__dict__
-            start = sum(1 for _ in itertools.takewhile(_NO_STATE.__contains__, values))
+            start = sum(1 for _ in itertools.takewhile(_NO_STATE.__contains__, list(values)))
             self._hold(_Attributes(values, start, _NO_ATTRIBUTE), values, _DEPTH)
             if with_buffers and module._buffers:
                 self.buffers |= {id(buffer) for buffer in module._buffers.values()}
@@ -380,18 +381,17 @@ class Copies:
 def counted(parts: Mapping[str, nn.Module]) -> Iterator[set[str]]:
     """Note which of these modules run in this thread within a `with`, by their names."""
     run: set[str] = set()
-    thread = threading.get_ident()
 
-    def noting(name: str) -> Callable[..., None]:
-        def note(*_: object) -> None:
-            if threading.get_ident() == thread:
-                run.add(name)
+    def noting(name: str) -> Action:
+        def note(proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            run.add(name)
+            return proceed(*args, **kwargs)
 
         return note
 
     with ExitStack() as stack:
-        for name, module in parts.items():
-            stack.enter_context(module.register_forward_pre_hook(noting(name)))
+        patches = [stack.enter_context(patched(module)) for module in parts.values()]
+        stack.enter_context(pushed(patches, list(map(noting, parts))))
         yield run
 
 

@@ -108,7 +108,7 @@ def sweep(
     asked = asked_of(pipe, prompts, layers, scales, modes, seeds, settings, fps, own, sample)
     for place in grid(asked):
         if place[0]:
-            _guidance(pipe, place)  # all of them can be made, or none is
+            _guidance(pipe, place).not_to_be_entered()  # all of them can be made, or none is
     run = _Run(pipe, make, own, Path(out), asked, call_text(pipe, sample, settings), stale_after)
     run.open()
     run.all_cells(progress)
