@@ -25,11 +25,10 @@ from stg_hooks.hooks.compiled import is_compiled, untraced
 from stg_hooks.hooks.forward import Patch, Undo, patched, shared
 from stg_hooks.hosts import Host, Role, check_rows_apart
 from stg_hooks.model.source import parameter_names
-from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.executions import Executions
 from stg_hooks.passes.guided_call import GuidedCall, in_weak_pass, layout_of
 from stg_hooks.passes.inputs import Inputs, Written
-from stg_hooks.passes.rows import first_batch, halves, own_predictions, replace_predictions, take_rows
+from stg_hooks.passes.rows import HALF, Rows, first_batch, halves, own_predictions, replace_predictions, take_rows
 from stg_hooks.ranks.link import Ranks
 from stg_hooks.ranks.share import Share, check_alone
 from stg_hooks.step import Step, check_step
@@ -93,6 +92,11 @@ class _Call:
     @property
     def is_cond(self) -> bool:
         return self.role.rows in ("cond", "uncond+cond", "cond+uncond")
+
+    @property
+    def rows(self) -> Rows | None:
+        """Its cond rows; `None` where all are."""
+        return HALF if self.role.is_halved else None
 
     @property
     def guidance_scale(self) -> Scale | None:
@@ -199,9 +203,9 @@ class Guide:
         settings = self._guidance.settings(step)
         self._local.call = call = _Call(role, step, settings, args, kwargs, is_guess=is_guess)
         if self._patch is not None and self._patch.bring_back() and self._session.ranks is None:
-            both = role.is_halved  # from the next call on; this one has its forward already
-            call.guided = GuidedCall(model, Inputs(args, kwargs, self._written), both)
-            call.guided.layout = layout_of(args, kwargs, both)
+            # From the next call on; this one has its forward already.
+            call.guided = GuidedCall(model, Inputs(args, kwargs, self._written), call.rows)
+            call.guided.layout = layout_of(args, kwargs, call.rows)
             call.inputs = call.guided.inputs
         call.branches = self._guidance.wanted(step, settings)
         if call.inputs is None and (call.branches or self._session.ranks is not None):
@@ -220,8 +224,7 @@ class Guide:
         if not call.branches:
             return proceed(*args, **kwargs)
         execution = self._executions.of(call.branches)
-        both = call.role.is_halved
-        output, call.guided = execution.cond_pass(proceed, args, kwargs, both, call.inputs)
+        output, call.guided = execution.cond_pass(proceed, args, kwargs, call.rows, call.inputs)
         return output
 
     def _around_compiled(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -271,8 +274,8 @@ class Guide:
                 check_rows_apart(call.role, "group=")
             if call.guided is not None and call.share is None:  # nothing that was recorded has the right rows
                 call.guided.prefix = call.guided.weaks = call.guided.check = None
-                call.guided.batched_cfg = call.role.is_halved
-                call.guided.layout = layout_of(call.args, call.kwargs, call.role.is_halved)
+                call.guided.rows = call.rows
+                call.guided.layout = layout_of(call.args, call.kwargs, call.rows)
         if call.settings.active:
             self._guidance.variance.look(type(self._model).__name__, call.args, call.kwargs, now, samples)
 
@@ -307,7 +310,7 @@ class Guide:
 
         weaks = share.rest(self._model, arguments, first, said)
         if call.branches:
-            call.guided = GuidedCall(self._model, inputs, False, weaks=weaks)
+            call.guided = GuidedCall(self._model, inputs, None, weaks=weaks)
         if share.unconds is None:
             return share.conds
         return [torch.cat([u, c]) for u, c in zip(share.unconds, share.conds, strict=True)]
@@ -316,9 +319,7 @@ class Guide:
         """Return the guided `output`; `unguided` differs from it where another session came first."""
         role, both = call.role, call.role.is_halved
         conds, unconds = _sides(role, unguided)
-        predictions = Predictions(conds, unconds)
-        if call.branches:
-            predictions.weaks, predictions.switches = self._weaks(call, conds, unconds)
+        predictions = self._weaks(call, conds, unconds) if call.branches else Predictions(conds, unconds)
         guidance, samples = self._guidance, bool(role.samples)
         guided = guidance.guided(call.step, call.settings, predictions, role.channels, samples)
         self._local.last = guided
@@ -339,10 +340,8 @@ class Guide:
         put = guided.whole if replaces else guided.added
         return [put(*pair) for pair in zip(new, output, strict=True)]
 
-    def _weaks(
-        self, call: _Call, conds: Sequence[Tensor], unconds: Sequence[Tensor | None]
-    ) -> tuple[list[list[Tensor]], Sequence[Switch | None]]:
-        """Return the weak predictions of each branch, and the skipped layers of each."""
+    def _weaks(self, call: _Call, conds: Sequence[Tensor], unconds: Sequence[Tensor | None]) -> Predictions:
+        """Make the weak predictions of a call."""
         if call.guided is None:
             raise CallError(
                 f"a call of {type(self._model).__name__} that is to be guided did not reach its forward: "
@@ -351,17 +350,21 @@ class Guide:
         # Weak passes go the whole way, so that other people's hooks see them as they saw the cond pass.
         assert call.inputs is not None
         call.inputs.compare()
-        call.guided.denoiser, call.guided.inputs = self._model, call.inputs
         execution = self._executions.of(call.branches)
-        switches = execution.switches if call.share is None else call.share.switches
+        found = Predictions(conds, unconds)
+        found.switches = execution.switches if call.share is None else call.share.switches
         if not call.role.samples:
-            return execution.weak_predictions(call.guided, conds), switches
+            found.weaks = execution.weak_predictions(call.guided, conds, self._model, call.inputs)
+            found.alone = [call.guided.alone.get(branch) for branch in range(len(found.weaks))]
+            return found
         # A list of samples is not cut: the weak pass predicts all of them.
         others = [tensor for tensor in unconds if tensor is not None]
         uncond_first = call.role.rows == "uncond+cond"
-        found = execution.weak_predictions(call.guided, [*others, *conds] if uncond_first else [*conds, *others])
+        samples = [*others, *conds] if uncond_first else [*conds, *others]
         rows = slice(len(others), None) if uncond_first else slice(len(conds))
-        return [weaks[rows] for weaks in found], switches
+        weaks = execution.weak_predictions(call.guided, samples, self._model, call.inputs)
+        found.weaks = [of_branch[rows] for of_branch in weaks]
+        return found
 
     def _check_replaceable(self, guided: Guided, role: Role, is_first: bool) -> None:
         settings, what, name = guided.settings, guided.settings.why_replaces, self._session.host.name

@@ -29,7 +29,7 @@ from stg_hooks.modes.sites import Kind
 from stg_hooks.passes.executions import Executions
 from stg_hooks.passes.guided_call import in_weak_pass
 from stg_hooks.passes.inputs import Inputs, Written
-from stg_hooks.passes.rows import halves, own_predictions, predictions, replace_predictions
+from stg_hooks.passes.rows import HALF, halves, own_predictions, predictions, replace_predictions
 from stg_hooks.ranks.link import Ranks, check_own_copy, ranks_from
 from stg_hooks.ranks.share import Share, check_alone
 from stg_hooks.step import Step, check_step, is_new_run, noise_levels, step_at
@@ -246,6 +246,7 @@ class Guider(NotCopied):
         else:
             output, found = self._alone(call, wanted)
         changes = settings.changes and not inside
+        self.stats.calls += 1
         of_rows = isinstance(g, Tensor) and g.ndim > 0
         samples = guidance.are_samples(output, found.conds, inputs, settings, of_rows)
         if not changes:
@@ -255,7 +256,6 @@ class Guider(NotCopied):
                 guided = guidance.guided(step, settings, found, guidance.channels, samples)
                 guidance.watch.report(wait=False)
             guidance.variance.look(type(self.model).__name__, *inputs, found.conds, samples)
-        self.stats.calls += 1
         self.stats.guided_calls += changes
         final = guided.final(g, found.unconds)
         if changes:
@@ -276,11 +276,14 @@ class Guider(NotCopied):
         if wanted:
             with self._executions.installed(), activation.entered(self):
                 execution = self._executions.of(wanted)
-                output, guided_call = execution.cond_pass(self.denoiser, args_of_cond, kwargs_of_cond, is_joined)
+                output, guided_call = execution.cond_pass(
+                    self.denoiser, args_of_cond, kwargs_of_cond, HALF if is_joined else None
+                )
                 output, found.conds, found.unconds = _halved(output, is_joined)
                 start = time.perf_counter()
                 guided_call.is_comparable = not activation.others(self)
                 found.weaks = execution.weak_predictions(guided_call, found.conds)
+                found.alone = [guided_call.alone.get(branch) for branch in range(len(found.weaks))]
                 found.switches = execution.switches
                 self.stats.seconds += time.perf_counter() - start
         else:
@@ -316,7 +319,7 @@ class Guider(NotCopied):
             weaks = share.rest(self.denoiser, lambda for_uncond: inputs[for_uncond].again(), first, said)
             self.stats.seconds += time.perf_counter() - start
         unconds: Sequence[Tensor | None] = share.unconds or [None] * len(share.conds)
-        return output, Predictions(share.conds, unconds, weaks if wanted else None, share.switches)
+        return output, Predictions(share.conds, unconds, weaks if wanted else None, switches=share.switches)
 
     def _add_uncond(
         self, found: Predictions, active: Sequence[Branch], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -24,6 +24,7 @@ from stg_hooks.passes.execution import Execution
 from stg_hooks.passes.executions import Executions
 from stg_hooks.passes.guided_call import checking, in_weak_pass, layout_of, weak_pass
 from stg_hooks.passes.rows import (
+    HALF,
     agree,
     first_batch,
     halves,
@@ -120,7 +121,7 @@ class UncondGuide:
             raise CallError(f"a call with {batch or 'no'} rows cannot be [uncond, cond], which batched_cfg=True says.")
         if self._is_apart:
             return _apart(execution, proceed, args, kwargs)
-        layout = switch.key, layout_of(args, kwargs, batched_cfg=True)
+        layout = switch.key, layout_of(args, kwargs, HALF)
         with switch.switched_on(instead=lambda action: _for_first_half(action, batch)):
             if layout in self._compared:
                 return proceed(*args, **kwargs)

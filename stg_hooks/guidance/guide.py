@@ -37,6 +37,9 @@ class Predictions:
     """One for each of `conds`."""
     weaks: Sequence[Sequence[Tensor]] | None = None
     """For each branch, one for each of `conds`; `None` where no weak pass was made, so that an older one serves."""
+    alone: Sequence[Sequence[Tensor] | None] | None = None
+    """For each branch, what its weak pass would give, bit for bit, if it skipped nothing; `None` where that is not
+    known. Left out, that is `conds`."""
     switches: Sequence[Switch | None] = ()
     """For each branch, its skipped layers; `None` for those that are skipped on other ranks."""
 
@@ -253,6 +256,7 @@ class Guidance:
             predictions.unconds,
             predictions.switches,
             predictions.weaks or (),
+            predictions.alone,
         )
         if not branches:
             weaks: list[list[Tensor]] = [[] for _ in conds]

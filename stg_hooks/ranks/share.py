@@ -81,7 +81,7 @@ class Share:
             job = self._jobs[0]
             args, kwargs = arguments(self._is_uncond(job))
             if job == 0 and self._execution is not None:
-                output, self._call = self._execution.cond_pass(denoiser, args, kwargs, False)
+                output, self._call = self._execution.cond_pass(denoiser, args, kwargs)
             elif job in self._weak_jobs:
                 output = self._weak(job, denoiser, args, kwargs)
             else:
@@ -119,8 +119,9 @@ class Share:
         with self._ranks.telling():
             found: dict[int, Sequence[Tensor]] = {self._jobs[0]: first}
             if self._call is not None and self._execution is not None:
-                self._call.denoiser, self._call.inputs = denoiser, self._execution.inputs(*arguments(False))
-                found.update(zip(self._weak_jobs, self._execution.weak_predictions(self._call, first), strict=True))
+                inputs = self._execution.inputs(*arguments(False))
+                weaks = self._execution.weak_predictions(self._call, first, denoiser, inputs)
+                found.update(zip(self._weak_jobs, weaks, strict=True))
             for job in self._jobs:
                 if job in self._weak_jobs and job not in found:
                     found[job] = own_predictions(self._weak(job, denoiser, *arguments(False)))

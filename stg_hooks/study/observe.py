@@ -334,8 +334,7 @@ class Probe(Guide):
         """Return the weak predictions of every branch."""
         guided = call.guided
         call.inputs.compare()
-        guided.denoiser, guided.inputs = self._model, call.inputs
-        weaks = self._executions.of(call.settings.active).weak_predictions(guided, conds)
+        weaks = self._executions.of(call.settings.active).weak_predictions(guided, conds, self._model, call.inputs)
         for branches in self._more:
             args, kwargs = call.inputs.again()
             if call.role.is_halved:
@@ -343,6 +342,6 @@ class Probe(Guide):
                 args, kwargs = take_rows(args, kwargs, self._names, 2 * half, slice(half, None))
             execution = self._executions.of(branches)
             with weak_pass(), self._observing.meter.paused():
-                _, again = execution.cond_pass(self._model, args, kwargs, False)
+                _, again = execution.cond_pass(self._model, args, kwargs)
             weaks += execution.weak_predictions(again, conds)
         return weaks
