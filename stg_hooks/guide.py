@@ -25,9 +25,9 @@ from stg_hooks.hooks.compiled import is_compiled, untraced
 from stg_hooks.hooks.forward import Patch, Undo, patched, shared
 from stg_hooks.hosts import Host, Role, check_rows_apart
 from stg_hooks.model.source import parameter_names
-from stg_hooks.passes.executions import Executions
 from stg_hooks.passes.guided_call import GuidedCall, in_weak_pass, layout_of
 from stg_hooks.passes.inputs import Inputs, Written
+from stg_hooks.passes.predict import Predictor
 from stg_hooks.passes.rows import HALF, Rows, first_batch, halves, own_predictions, replace_predictions, take_rows
 from stg_hooks.ranks.link import Ranks
 from stg_hooks.ranks.share import Share, check_alone
@@ -132,8 +132,8 @@ class Guide:
         self._session = session
         self._model = model
         self._guidance = session.guidance.for_another()
-        self._executions = Executions(model, execution, session.guidance.stats)
-        self._executions.prepare(session.guidance.plan.known)
+        self._predictor = Predictor(model, (), execution, session.guidance.stats)
+        self._predictor.prepare(session.guidance.plan.known)
         self._names = parameter_names(model)
         self._written: Written = {}
         self._local = _OfThread()
@@ -163,7 +163,7 @@ class Guide:
         with ExitStack() as stack:
             stack.callback(self._forget_all)
             self._of_model = stack.enter_context(shared(self._model, "guided", lambda: (_OfModel(), lambda: None)))
-            stack.enter_context(self._executions.installed())
+            stack.enter_context(self._predictor.installed())
             if is_compiled(self._model):  # there, hooks are compiled as well, and what we wrap is the call itself
                 stack.enter_context(stack.enter_context(patched(self._model)).everywhere(self._around_compiled))
                 return None, stack.pop_all().close
@@ -188,8 +188,8 @@ class Guide:
         if is_guess:
             role = dataclasses.replace(role, samples=takes_samples(args, kwargs))
         check_alone(self._session, self._session.ranks, self._model)
-        self._executions.caches.check_same()
-        self._executions.caches.begin_pass()
+        self._predictor.caches.check_same()
+        self._predictor.caches.begin_pass()
         if role.rows in ("uncond", "perturbed"):
             before = self._local.last
             if role.rows == "uncond":
@@ -219,11 +219,11 @@ class Guide:
         if self._session.ranks is not None:
             check_rows_apart(call.role, "group=")
             both = call.role.is_halved
-            call.share = Share(self._session.ranks, self._executions, call.branches, both)
+            call.share = Share(self._session.ranks, self._predictor, call.branches, both)
             return call.share.first(proceed, partial(self._arguments, both, args, kwargs))
         if not call.branches:
             return proceed(*args, **kwargs)
-        execution = self._executions.of(call.branches)
+        execution = self._predictor.of(call.branches)
         output, call.guided = execution.cond_pass(proceed, args, kwargs, call.rows, call.inputs)
         return output
 
@@ -350,7 +350,7 @@ class Guide:
         # Weak passes go the whole way, so that other people's hooks see them as they saw the cond pass.
         assert call.inputs is not None
         call.inputs.compare()
-        execution = self._executions.of(call.branches)
+        execution = self._predictor.of(call.branches)
         found = Predictions(conds, unconds)
         found.switches = execution.switches if call.share is None else call.share.switches
         if not call.role.samples:

@@ -26,9 +26,9 @@ from stg_hooks.hooks import activation
 from stg_hooks.model.layers import LayerSpec
 from stg_hooks.modes.modes import Mode
 from stg_hooks.modes.sites import Kind
-from stg_hooks.passes.executions import Executions
 from stg_hooks.passes.guided_call import in_weak_pass
 from stg_hooks.passes.inputs import Inputs, Written
+from stg_hooks.passes.predict import Predictor
 from stg_hooks.passes.rows import HALF, halves, own_predictions, predictions, replace_predictions
 from stg_hooks.ranks.link import Ranks, check_own_copy, ranks_from
 from stg_hooks.ranks.share import Share, check_alone
@@ -166,8 +166,8 @@ class Guider(NotCopied):
         self._takes_sigma = _second_parameter(denoiser) == "sigma"
         self._needs_step = not self.plan.is_constant or every > 1 or isinstance(rule, AveragedApg)
         self._reported: dict[str, Any] | None = None
-        self._executions = Executions(model, execution, self.stats)
-        self._executions.prepare(self.plan.known)
+        self._predictor = Predictor(model, (), execution, self.stats)
+        self._predictor.prepare(self.plan.known)
         self.models = [model]
         self.ranks = ranks_from(group, timeout, on)
         self._has_met = False
@@ -236,8 +236,8 @@ class Guider(NotCopied):
                 f"guidance_scale other than 1 (it is {g})."
             )
         if not inside:
-            self._executions.caches.look()
-            self._executions.caches.begin_pass()
+            self._predictor.caches.look()
+            self._predictor.caches.begin_pass()
         inputs = _in_lists_of_their_own(args, positive)
         call = _Step(args, positive, negative if cfg else None, step, settings, active, g)
         wanted = () if inside else guidance.wanted(step, settings)
@@ -274,21 +274,20 @@ class Guider(NotCopied):
         is_joined = joined is not None
         found = Predictions([])
         if wanted:
-            with self._executions.installed(), activation.entered(self):
-                execution = self._executions.of(wanted)
-                output, guided_call = execution.cond_pass(
-                    self.denoiser, args_of_cond, kwargs_of_cond, HALF if is_joined else None
+            with self._predictor.installed(), activation.entered(self):
+                made = self._predictor.predict(
+                    wanted,
+                    self.denoiser,
+                    args_of_cond,
+                    kwargs_of_cond,
+                    HALF if is_joined else None,
+                    is_comparable=not activation.others(self),
                 )
-                output, found.conds, found.unconds = _halved(output, is_joined)
-                start = time.perf_counter()
-                guided_call.is_comparable = not activation.others(self)
-                found.weaks = execution.weak_predictions(guided_call, found.conds)
-                found.alone = [guided_call.alone.get(branch) for branch in range(len(found.weaks))]
-                found.switches = execution.switches
-                self.stats.seconds += time.perf_counter() - start
+            output, found.weaks, found.alone, found.switches = made.output, made.weaks, made.alone, made.switches
         else:
             output = self.denoiser(*args_of_cond, **kwargs_of_cond)
-            output, found.conds, found.unconds = _halved(output, is_joined)
+            output = replace_predictions(output, own_predictions(output))
+        output, found.conds, found.unconds = _halved(output, is_joined)
         if inputs is not None:
             inputs.compare()
             self._add_uncond(found, call.active, *inputs.again())
@@ -309,8 +308,8 @@ class Guider(NotCopied):
         args, has_uncond = call.args, call.negative is not None
         conditions = [call.positive, call.positive if call.negative is None else call.negative]
         inputs = [Inputs(args, condition, self._written) for condition in conditions]
-        with self._executions.installed(), activation.entered(self):
-            share = Share(ranks, self._executions, wanted, has_uncond)
+        with self._predictor.installed(), activation.entered(self):
+            share = Share(ranks, self._predictor, wanted, has_uncond)
             output = share.first(self.denoiser, lambda for_uncond: (args, conditions[for_uncond]))
             first = own_predictions(output)
             for given in inputs:
@@ -326,12 +325,12 @@ class Guider(NotCopied):
     ) -> None:
         """Make the uncond prediction in a call of its own, by the weak model if that is asked for."""
         if not active or self._guidance.on == "cond":
-            with self._executions.caches.apart("uncond"):
+            with self._predictor.caches.apart("uncond"):
                 found.unconds = predictions(self.denoiser(*args, **kwargs))
             return
-        with self._executions.installed():
-            switch = self._executions.of(active).switches[0]
-            apart = self._executions.caches.apart(id(switch), switch.modules, switch.is_bypass)
+        with self._predictor.installed():
+            switch = self._predictor.of(active).switches[0]
+            apart = self._predictor.caches.apart(id(switch), switch.modules, switch.is_bypass)
             with apart, switch.switched_on():
                 found.unconds, found.switches = predictions(self.denoiser(*args, **kwargs)), [switch]
 
@@ -400,7 +399,7 @@ def _second_parameter(denoiser: Callable[..., Any]) -> str | None:
 
 def _halved(output: Any, joined: bool) -> tuple[Any, list[Tensor], list[Tensor | None]]:
     """Return what the denoiser returned for cond, and the cond and the uncond predictions in it."""
-    outputs = own_predictions(output)
+    outputs = predictions(output)
     if not joined:
         return output, list(outputs), [None] * len(outputs)
     pairs = [halves(tensor) for tensor in outputs]

@@ -21,8 +21,8 @@ from stg_hooks.hosts import check_rows_apart
 from stg_hooks.modes.residual import copied
 from stg_hooks.passes.effects import Randomness, State, count_of_writes
 from stg_hooks.passes.execution import Execution
-from stg_hooks.passes.executions import Executions
 from stg_hooks.passes.guided_call import checking, in_weak_pass, layout_of, weak_pass
+from stg_hooks.passes.predict import Predictor
 from stg_hooks.passes.rows import (
     HALF,
     agree,
@@ -57,15 +57,15 @@ class UncondGuide:
         """
         self._session = session
         self._model = model
-        self._executions = Executions(model, "full", session.guidance.stats)
-        self._executions.prepare(session.guidance.plan.known)
+        self._predictor = Predictor(model, (), "full", session.guidance.stats)
+        self._predictor.prepare(session.guidance.plan.known)
         self._compared: set[Hashable] = set()
         """Kinds of calls that one pass has been found to be right for."""
         self._is_apart = False
         self._check_caches()
 
     def _check_caches(self) -> None:
-        found = self._executions.caches.found
+        found = self._predictor.caches.found
         if found is not None:
             raise SettingError(
                 f"on='uncond' cannot be combined with {found.name}: what the cache keeps of cond and uncond rows is "
@@ -76,7 +76,7 @@ class UncondGuide:
     def installed(self) -> Iterator[None]:
         """Replace `forward` of the denoiser and of the layers; restore them at the end."""
         with ExitStack() as stack:
-            stack.enter_context(self._executions.installed())
+            stack.enter_context(self._predictor.installed())
             self._check_caches()
             patch = stack.enter_context(patched(self._model))
             stack.enter_context(patch.everywhere(self._around))
@@ -89,7 +89,7 @@ class UncondGuide:
         role = None if in_weak_pass() else session.role(self._model)
         if role is None:
             return proceed(*args, **kwargs)
-        self._executions.caches.check_same()
+        self._predictor.caches.check_same()
         guidance = session.guidance
         guidance.stats.calls += 1
         check_rows_apart(role, "on='uncond'")
@@ -99,7 +99,7 @@ class UncondGuide:
             raise SettingError(f"{settings.why_replaces} cannot be combined with on='uncond' here: use stg.Guider.")
         if not settings.active:
             return proceed(*args, **kwargs)
-        execution = self._executions.of(settings.active)
+        execution = self._predictor.of(settings.active)
         guidance.stats.guided_calls += 1
         if role.rows == "uncond":
             with execution.switches[0].switched_on():

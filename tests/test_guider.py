@@ -493,7 +493,7 @@ def test_only_the_layers_used_last_are_kept() -> None:
     for index in range(12):
         guider.step = stg.Step(index, 12)
         guider(*x)
-    assert len(guider._executions._made) == 1 + 8
+    assert len(guider._predictor._made) == 1 + 8
 
 
 def test_nothing_of_a_call_is_kept_with_its_layers() -> None:
@@ -511,7 +511,7 @@ def test_nothing_of_a_call_is_kept_with_its_layers() -> None:
         guider.step = stg.Step(index, 4)
         guider(torch.randn(2, 5, 8), torch.randn(2, 5, 8)).sum().backward()
     gc.collect()
-    assert len(guider._executions._made) == 3
+    assert len(guider._predictor._made) == 3
     assert len(seen) > 12
     assert not any(ref() is not None for ref in seen)
 

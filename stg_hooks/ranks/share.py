@@ -13,8 +13,8 @@ from stg_hooks.guidance.settings import Branch
 from stg_hooks.hooks import activation
 from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.execution import Execution
-from stg_hooks.passes.executions import Executions
 from stg_hooks.passes.guided_call import GuidedCall, weak_pass
+from stg_hooks.passes.predict import Predictor
 from stg_hooks.passes.rows import is_prediction, own_predictions
 from stg_hooks.ranks.link import Ranks, samples_of
 
@@ -32,7 +32,7 @@ class Share:
     def __init__(
         self,
         ranks: Ranks,
-        executions: Executions,
+        predictor: Predictor,
         branches: Sequence[Branch],
         has_uncond: bool,
     ) -> None:
@@ -40,18 +40,18 @@ class Share:
 
         Args:
             ranks: the ranks.
-            executions: where this rank finds the layers of its branches; installed.
+            predictor: where this rank finds the layers of its branches; installed.
             branches: one weak prediction each.
             has_uncond: whether there is an uncond prediction to make besides.
         """
         self._ranks = ranks
         self._branches = branches
-        self._executions = executions
+        self._predictor = predictor
         self._count = 1 + len(branches) + has_uncond
         self._jobs = ranks.jobs(self._count)
         self._weak_jobs = [job for job in self._jobs if 1 <= job <= len(branches)]
         mine = [branches[job - 1] for job in self._weak_jobs]
-        self._execution: Execution | None = executions.of(mine) if mine else None
+        self._execution: Execution | None = predictor.of(mine) if mine else None
         self._call: GuidedCall | None = None
         self._said: Mapping[str, object] = {}
         self.conds: list[Tensor] = []
@@ -149,7 +149,7 @@ class Share:
     def _described(self) -> list[object]:
         if not self._branches:
             return []
-        switches = self._executions.of(self._branches).switches
+        switches = self._predictor.of(self._branches).switches
         return [
             ([layer.name for layer in switch.layers], branch.mode, branch.kind, branch.scale)
             for switch, branch in zip(switches, self._branches, strict=True)

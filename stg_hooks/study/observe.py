@@ -284,7 +284,7 @@ class Probe(Guide):
         super().__init__(session, model, "sequential")
         self._more, self._observing, self._observed = more, guidance, observed
         for branches in more:
-            self._executions.make(branches)
+            self._predictor.make(branches)
         self._thread = _OfThread()
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -334,13 +334,13 @@ class Probe(Guide):
         """Return the weak predictions of every branch."""
         guided = call.guided
         call.inputs.compare()
-        weaks = self._executions.of(call.settings.active).weak_predictions(guided, conds, self._model, call.inputs)
+        weaks = self._predictor.of(call.settings.active).weak_predictions(guided, conds, self._model, call.inputs)
         for branches in self._more:
             args, kwargs = call.inputs.again()
             if call.role.is_halved:
                 half = conds[0].shape[0]
                 args, kwargs = take_rows(args, kwargs, self._names, 2 * half, slice(half, None))
-            execution = self._executions.of(branches)
+            execution = self._predictor.of(branches)
             with weak_pass(), self._observing.meter.paused():
                 _, again = execution.cond_pass(self._model, args, kwargs)
             weaks += execution.weak_predictions(again, conds)

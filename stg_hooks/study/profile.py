@@ -19,7 +19,7 @@ from stg_hooks.hooks import activation
 from stg_hooks.hosts import Host, ModuleHost, pipeline_host
 from stg_hooks.model.layers import Layer, LayerSpec, find_layers, resolve
 from stg_hooks.modes.switch import Switch
-from stg_hooks.passes.executions import Executions
+from stg_hooks.passes.predict import Predictor
 from stg_hooks.step import Step
 from stg_hooks.study import measures
 from stg_hooks.study.observe import NoiseLevels, Observation, Observing, Probe, observation_of
@@ -203,14 +203,14 @@ def _watched_guider(
         observed(observation_of(guided, guidance, uncond, guider.guidance_scale, **last, costs=guidance.meter.end()))
 
     guidance = Observing(guider.model, branches, levels, found)
-    executions = Executions(guider.model, "sequential", guidance.stats)
-    executions.prepare(guidance.plan.known)
-    own = guider.denoiser, guider._guidance, guider._executions
+    predictor = Predictor(guider.model, (), "sequential", guidance.stats)
+    predictor.prepare(guidance.plan.known)
+    own = guider.denoiser, guider._guidance, guider._predictor
     try:
-        guider.denoiser, guider._guidance, guider._executions = called, guidance, executions
+        guider.denoiser, guider._guidance, guider._predictor = called, guidance, predictor
         yield
     finally:
-        guider.denoiser, guider._guidance, guider._executions = own
+        guider.denoiser, guider._guidance, guider._predictor = own
 
 
 def _measured(observation: Observation, model: nn.Module, layout: str | None) -> list[dict[str, float | None]]:
