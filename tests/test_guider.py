@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import itertools
@@ -538,3 +539,23 @@ def test_a_mode_need_not_be_hashable() -> None:
             assert_close(model(*x), expected)
         mode.by = 0.0  # looked at in every call
         assert_close(guider(*x), model(*x))
+
+
+def test_a_guider_that_is_entered_prepares_the_model_once(model: nn.Module) -> None:
+    both: dict[str, Any] = {"cond": {"text": POSITIVE}, "uncond": {"text": NEGATIVE}}
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    plain, expected = model(X, POSITIVE), stg.Guider(model, [2], guidance_scale=3.0)(X, **both)
+    guider = stg.Guider(model, [2], guidance_scale=3.0)
+    with guider as entered:
+        assert entered is guider
+        forwards = [block.forward for block in model.blocks]
+        for _ in range(3):
+            assert_close(guider(X, **both), expected, rtol=0, atol=0)
+            assert [block.forward for block in model.blocks] == forwards
+        assert_close(model(X, POSITIVE), plain, rtol=0, atol=0)
+        assert_close(copy.deepcopy(model)(X, POSITIVE), plain, rtol=0, atol=0)
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+    assert_close(guider(X, **both), expected, rtol=0, atol=0)
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+    with pytest.raises(stg.CallError, match="without having been entered"):
+        guider.__exit__(None, None, None)
