@@ -21,7 +21,8 @@ from stg_hooks.guidance.combine import combine
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.guider import Guider
 from stg_hooks.modes.modes import LayerCall
-from stg_hooks.skip import skip
+from stg_hooks.passes.predict import Predictor
+from stg_hooks.skip import check, skip
 from stg_hooks.step import Step
 from stg_hooks.study.profile import profile
 from stg_hooks.study.table import layers
@@ -53,6 +54,7 @@ __all__ = [
     "Guider",
     "LayerCall",
     "LayerError",
+    "Predictor",
     "RankError",
     "ResultsError",
     "SettingError",
@@ -61,6 +63,7 @@ __all__ = [
     "StgWarning",
     "TargetError",
     "apply",
+    "check",
     "combine",
     "layers",
     "profile",

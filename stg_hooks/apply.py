@@ -13,23 +13,22 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from stg_hooks.errors import CallError, NotCopied, SettingError, StgWarning
+from stg_hooks.guidance.channels import VarianceWatch
 from stg_hooks.guidance.combine import Scale, check_scale
+from stg_hooks.guidance.guide import Guidance
 from stg_hooks.guidance.rules import Rule
-from stg_hooks.guidance.schedule import Asked, Plan, Schedule, check_every, plan_from
+from stg_hooks.guidance.schedule import Asked, Plan, Request, Schedule
 from stg_hooks.guidance.settings import Branch
-from stg_hooks.guidance.trace import Trace
-from stg_hooks.guidance.watch import Watch
+from stg_hooks.guidance.trace import Stats, Trace
 from stg_hooks.guide import Guide, Session
 from stg_hooks.hooks import activation
 from stg_hooks.hosts import Host, ModuleHost, pipeline_host
 from stg_hooks.model.layers import LayerSpec
 from stg_hooks.modes.modes import Mode
 from stg_hooks.modes.sites import Kind
-from stg_hooks.passes.channels import VarianceWatch, check_channels
-from stg_hooks.passes.guided_call import Stats
 from stg_hooks.ranks.link import check_own_copy, ranks_from
 from stg_hooks.step import Step
-from stg_hooks.uncond import UncondGuide, check_on, check_settings
+from stg_hooks.uncond import UncondGuide
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -130,13 +129,10 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
 
         Source: STG, arXiv 2411.18664, Eq. 13 and 20, Alg. 4.
         """
-        check_on(on, scale)
         self._scope = activation.check_scope(scope)
-        check_channels(channels)
         host = _find_host(target, batched_cfg, guidance_scale, channels)
         denoisers = host.denoisers()
-        plan = plan_from(
-            next(iter(denoisers.values())),
+        request = Request(
             layers=layers,
             scale=scale,
             mode=mode,
@@ -151,9 +147,10 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
             rule=rule,
             on=on,
         )
-        check_every(every)
-        self._session = Session(host, plan, every, ranks_from(group, timeout, on), watch=Watch("stg.apply", strict))
-        self._session.variance = VarianceWatch(channels is not None or not isinstance(host, ModuleHost))
+        guidance = Guidance("stg.apply", next(iter(denoisers.values())), request, every, channels, strict)
+        if not isinstance(host, ModuleHost):
+            guidance.variance = VarianceWatch(is_told=True)
+        self._session = Session(host, guidance, ranks_from(group, timeout, on))
         if on == "uncond":
             self._check_uncond(batched_cfg)
             if channels is not None:
@@ -161,7 +158,9 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
                     f"channels={channels}: with on='uncond', all channels of the uncond rows come from the weak model. "
                     "Leave channels out and use the variance of the cond rows, or use stg.Guider."
                 )
-        replacing = [settings.why_replaces for settings in plan.known if settings.rescale or settings.rule != "cfg"]
+        replacing = [
+            settings.why_replaces for settings in self.plan.known if settings.rescale or settings.rule != "cfg"
+        ]
         if replacing and not host.knows_guidance_scale:
             raise SettingError(
                 f"{replacing[0]} needs the final prediction, hence the CFG weight: pass guidance_scale=, the "
@@ -194,17 +193,17 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
     @property
     def stats(self) -> Stats:
         """What has happened so far."""
-        return self._session.stats
+        return self._session.guidance.stats
 
     @property
     def trace(self) -> Trace:
         """What guidance did, call by call."""
-        return self._session.trace
+        return self._session.guidance.trace
 
     @property
     def plan(self) -> Plan:
         """Which settings hold when."""
-        return self._session.plan
+        return self._session.guidance.plan
 
     @property
     def step(self) -> Step | None:
@@ -217,11 +216,8 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
 
     def _check_uncond(self, batched_cfg: bool | None) -> None:
         for settings in self.plan.known:
-            check_settings(settings)
             if settings.replaces:
                 raise SettingError(f"{settings.why_replaces} cannot be combined with on='uncond' here: use stg.Guider.")
-        if self._session.every > 1:
-            raise SettingError(f"every={self._session.every}: on='uncond' makes no extra pass that could be left out.")
         if isinstance(self._session.host, ModuleHost) and not batched_cfg:
             raise SettingError(
                 "on='uncond' needs to know which rows are unconditional: pass batched_cfg=True if the rows of this "
@@ -277,19 +273,19 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         try:
             if kind is not None:
                 return
-            session.watch.report(wait=True)
+            session.guidance.watch.report(wait=True)
             if not session.host.tells_when_it_runs:
                 try:
                     session.host.check_same()
                 except CallError as error:
                     self._complain(str(error))
-            name, calls = session.host.name, session.stats.calls - self._before.calls
+            name, calls = session.host.name, self.stats.calls - self._before.calls
             if lost:
                 self._complain(
                     f"stg.apply() did not guide {lost} of {calls} calls: the uncond call that {name} makes after them, "
                     "and that rescale has to wait for, did not come (as in a run that was interrupted)."
                 )
-            if not self._entered and session.stats.guided_calls == self._before.guided_calls:
+            if not self._entered and self.stats.guided_calls == self._before.guided_calls:
                 nothing = self._why_nothing(calls)
                 if nothing:
                     self._complain(f"stg.apply() guided nothing: {nothing}")
@@ -298,7 +294,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
                 self._complain(f"stg.apply() did not guide {self._elsewhere()}")
         finally:
             if not self._entered:
-                session.watch.forget()
+                session.guidance.watch.forget()
 
     def _why_nothing(self, calls: int) -> str:
         """Say why nothing was guided; nothing where that was asked for, or where a run is still to end."""
@@ -306,7 +302,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         if plan.is_off:
             return ""
         if not calls and self._session.calls_elsewhere:
-            is_told = not isinstance(self._session.host, ModuleHost) and not self._session.watch.strict
+            is_told = not isinstance(self._session.host, ModuleHost) and not self._session.guidance.watch.strict
             return "" if is_told else f"it did not guide {self._elsewhere()}"
         if plan.is_constant:
             seen = f"its denoiser was called {calls} times, but none of the calls was to be guided"
@@ -329,7 +325,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         )
 
     def _complain(self, text: str) -> None:
-        if self._session.watch.strict:
+        if self._session.guidance.watch.strict:
             raise CallError(text)
         warnings.warn(text, StgWarning, stacklevel=3)
 

@@ -15,25 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from stg_hooks.errors import CallError, StgWarning
-from stg_hooks.guidance.combine import Scale, combine, correction, fitted, is_number, of_sample
-from stg_hooks.guidance.reuse import Kept
-from stg_hooks.guidance.rules import at_step
-from stg_hooks.guidance.schedule import Plan, Settings, known
+from stg_hooks.guidance.combine import Scale, fitted, is_number
+from stg_hooks.guidance.guide import Guidance, Guided, Predictions
+from stg_hooks.guidance.samples import takes_samples
+from stg_hooks.guidance.schedule import Settings
 from stg_hooks.guidance.settings import Branch
-from stg_hooks.guidance.trace import Trace
-from stg_hooks.guidance.watch import Watch
 from stg_hooks.hooks import activation
 from stg_hooks.hooks.compiled import is_compiled, untraced
 from stg_hooks.hooks.forward import Patch, Undo, patched, shared
 from stg_hooks.hosts import Host, Role, check_rows_apart
 from stg_hooks.model.source import parameter_names
-from stg_hooks.passes.channels import VarianceWatch, guided_part, with_rest
-from stg_hooks.passes.execution import Execution
-from stg_hooks.passes.executions import Executions
-from stg_hooks.passes.guided_call import GuidedCall, Stats, in_weak_pass, layout_of
+from stg_hooks.passes.guided_call import GuidedCall, in_weak_pass, layout_of
 from stg_hooks.passes.inputs import Inputs, Written
-from stg_hooks.passes.rows import first_batch, halves, own_predictions, replace_predictions, take_rows
-from stg_hooks.passes.samples import are_samples, check_told, takes_samples
+from stg_hooks.passes.predict import Predictor
+from stg_hooks.passes.rows import HALF, Rows, first_batch, halves, own_predictions, replace_predictions, take_rows
 from stg_hooks.ranks.link import Ranks
 from stg_hooks.ranks.share import Share, check_alone
 from stg_hooks.step import Step, check_step
@@ -44,14 +39,9 @@ class Session:
     """What the guides of one `apply` share; it knows none of them, so that nothing keeps itself alive."""
 
     host: Host
-    plan: Plan
-    every: int = 1
+    guidance: Guidance
     ranks: Ranks | None = None
     step: Step | None = None
-    stats: Stats = dataclasses.field(default_factory=Stats)
-    trace: Trace = dataclasses.field(default_factory=Trace)
-    watch: Watch = dataclasses.field(default_factory=lambda: Watch("stg.apply"))
-    variance: VarianceWatch = dataclasses.field(default_factory=lambda: VarianceWatch(is_told=True))
     models: tuple[nn.Module, ...] = ()
     lost_steps: int = 0
     calls_elsewhere: int = 0
@@ -69,72 +59,15 @@ class Session:
         if is_own is False or any(model in getattr(other, "models", ()) for other in activation.others(self)):
             return None
         self.calls_elsewhere += 1
-        if is_own and (self.watch.strict or self.calls_elsewhere == 1):
+        if is_own and (self.guidance.watch.strict or self.calls_elsewhere == 1):
             text = (
                 f"{self.host.name} is called in another thread, task or context than the one in which its stg.apply() "
                 f"was entered, so this call is not guided. {activation.ENTER_THERE}"
             )
-            if self.watch.strict:
+            if self.guidance.watch.strict:
                 raise CallError(text)
             warnings.warn(text, StgWarning, stacklevel=3)
         return None
-
-
-@dataclasses.dataclass
-class _Guided:
-    """What a cond call has found out: its predictions, and for each of them the weak ones of all branches."""
-
-    step: Step
-    settings: Settings
-    conds: list[Tensor]
-    weaks: list[list[Tensor]]
-    samples: bool = False
-    """Each prediction is one sample."""
-
-    @property
-    def scales(self) -> list[Scale]:
-        return [branch.scale for branch in self.settings.active]
-
-    @property
-    def replaces(self) -> bool:
-        """Whether the final prediction is returned, instead of a term added."""
-        return self.settings.replaces
-
-    def guidance_scale(self, role: Role) -> Scale | None:
-        """The CFG weight of the step, where it is known."""
-        return role.guidance_scale if self.settings.guidance_scale is None else self.settings.guidance_scale
-
-    def trace(self, trace: Trace, terms: Sequence[Tensor], unconds: Sequence[Tensor | None], role: Role) -> None:
-        """Add this step to a trace; where CFG is off, nothing points along it."""
-        trace.add(self.step, self.scales, terms, self.conds, () if is_number(self.guidance_scale(role), 1) else unconds)
-
-    def terms(self) -> list[Tensor]:
-        """What skip guidance adds to each prediction."""
-        pairs = zip(self.conds, self.weaks, strict=True)
-        return [correction(c, weaks, self._scales_of(i)) for i, (c, weaks) in enumerate(pairs)]
-
-    def weight(self, name: str, value: Scale, i: int) -> Scale:
-        """What a weight is for one of the predictions."""
-        return of_sample(name, value, i, len(self.conds)) if self.samples else value
-
-    def _scales_of(self, i: int) -> list[Scale]:
-        return [self.weight("scale", scale, i) for scale in self.scales]
-
-    def final(self, role: Role, unconds: Sequence[Tensor | None]) -> list[Tensor]:
-        """What the caller's own combination has to come to."""
-        g = self.guidance_scale(role)
-        return [
-            combine(
-                c,
-                weaks,
-                u,
-                scale=self._scales_of(i),
-                guidance_scale=1.0 if g is None else self.weight("guidance_scale", g, i),
-                rescale=self.settings.rescale,
-                rule=at_step(self.settings.rule, self.step, i),
-            )
-            for i, (c, weaks, u) in enumerate(zip(self.conds, self.weaks, unconds, strict=True))
-        ]
 
 
 @dataclasses.dataclass
@@ -147,8 +80,9 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     guided: GuidedCall | None = None
-    before: _Guided | None = None  # for an uncond or perturbed call: the cond call before it
-    kept: Kept | None = None
+    before: Guided | None = None  # for an uncond or perturbed call: the cond call before it
+    branches: tuple[Branch, ...] = ()
+    """Those for which weak predictions are to be computed."""
     share: Share | None = None
     inputs: Inputs | None = None
     """The arguments as they were made, where more passes are to be made with them."""
@@ -160,18 +94,22 @@ class _Call:
         return self.role.rows in ("cond", "uncond+cond", "cond+uncond")
 
     @property
-    def branches(self) -> tuple[Branch, ...]:
-        """Those for which weak predictions are to be computed."""
-        return () if self.kept or not self.is_cond else self.settings.active
+    def rows(self) -> Rows | None:
+        """Its cond rows; `None` where all are."""
+        return HALF if self.role.is_halved else None
+
+    @property
+    def guidance_scale(self) -> Scale | None:
+        """The CFG weight of the step, where it is known."""
+        return _scale_of(self.settings, self.role)
 
 
 class _OfThread(threading.local):
     """What one stage of a step leaves for the next: the cond call for its hook, and for the uncond call."""
 
     call: _Call | None = None
-    guided: _Guided | None = None
-    last: _Guided | None = None  # the same for perturbed calls, of which there may be several
-    kept: Kept | None = None
+    guided: Guided | None = None
+    last: Guided | None = None  # the same for perturbed calls, of which there may be several
 
 
 class _OfModel(threading.local):
@@ -193,8 +131,9 @@ class Guide:
         """
         self._session = session
         self._model = model
-        self._executions = Executions(model, execution, session.stats)
-        self._executions.prepare(session.plan.known)
+        self._guidance = session.guidance.for_another()
+        self._predictor = Predictor(model, (), execution, session.guidance.stats)
+        self._predictor.prepare(session.guidance.plan.known)
         self._names = parameter_names(model)
         self._written: Written = {}
         self._local = _OfThread()
@@ -212,17 +151,19 @@ class Guide:
     def _forget(self) -> None:
         """Let go of what the last call of the thread that leaves has computed."""
         self._local.__dict__.clear()
+        self._guidance.forget()
         self._of_model.unguided = None
 
     def _forget_all(self) -> None:
         """Let go of what the last calls of all threads have computed: it may be another one that leaves."""
         self._local, self._of_model = _OfThread(), _OfModel()
+        self._guidance.forget_all()
 
     def _install(self) -> tuple[None, Undo]:
         with ExitStack() as stack:
             stack.callback(self._forget_all)
             self._of_model = stack.enter_context(shared(self._model, "guided", lambda: (_OfModel(), lambda: None)))
-            stack.enter_context(self._executions.installed())
+            stack.enter_context(self._predictor.installed())
             if is_compiled(self._model):  # there, hooks are compiled as well, and what we wrap is the call itself
                 stack.enter_context(stack.enter_context(patched(self._model)).everywhere(self._around_compiled))
                 return None, stack.pop_all().close
@@ -247,8 +188,8 @@ class Guide:
         if is_guess:
             role = dataclasses.replace(role, samples=takes_samples(args, kwargs))
         check_alone(self._session, self._session.ranks, self._model)
-        self._executions.caches.check_same()
-        self._executions.caches.begin_pass()
+        self._predictor.caches.check_same()
+        self._predictor.caches.begin_pass()
         if role.rows in ("uncond", "perturbed"):
             before = self._local.last
             if role.rows == "uncond":
@@ -259,15 +200,14 @@ class Guide:
                 call.inputs = Inputs(args, kwargs, self._written)
             return
         step = check_step(self._session.step) or self._session.host.step()
-        self._local.call = call = _Call(role, step, self._session.plan.at(step), args, kwargs, is_guess=is_guess)
+        settings = self._guidance.settings(step)
+        self._local.call = call = _Call(role, step, settings, args, kwargs, is_guess=is_guess)
         if self._patch is not None and self._patch.bring_back() and self._session.ranks is None:
-            both = role.is_halved  # from the next call on; this one has its forward already
-            call.guided = GuidedCall(model, Inputs(args, kwargs, self._written), both)
-            call.guided.layout = layout_of(args, kwargs, both)
+            # From the next call on; this one has its forward already.
+            call.guided = GuidedCall(model, Inputs(args, kwargs, self._written), call.rows)
+            call.guided.layout = layout_of(args, kwargs, call.rows)
             call.inputs = call.guided.inputs
-        kept = self._local.kept
-        if kept is not None and kept.serves(step, call.settings.active, self._session.every):
-            call.kept = kept
+        call.branches = self._guidance.wanted(step, settings)
         if call.inputs is None and (call.branches or self._session.ranks is not None):
             call.inputs = Inputs(args, kwargs, self._written)
 
@@ -279,13 +219,12 @@ class Guide:
         if self._session.ranks is not None:
             check_rows_apart(call.role, "group=")
             both = call.role.is_halved
-            call.share = Share(self._session.ranks, self._executions, call.branches, both)
+            call.share = Share(self._session.ranks, self._predictor, call.branches, both)
             return call.share.first(proceed, partial(self._arguments, both, args, kwargs))
         if not call.branches:
             return proceed(*args, **kwargs)
-        execution = self._executions.of(call.settings.active)
-        both = call.role.is_halved
-        output, call.guided = execution.cond_pass(proceed, args, kwargs, both, call.inputs)
+        execution = self._predictor.of(call.branches)
+        output, call.guided = execution.cond_pass(proceed, args, kwargs, call.rows, call.inputs)
         return output
 
     def _around_compiled(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -301,14 +240,14 @@ class Guide:
         call, self._local.call = self._local.call, None
         if call is None:
             return None
-        session, output = self._session, kwargs_and_output[-1]
-        session.stats.calls += 1
+        stats, output = self._guidance.stats, kwargs_and_output[-1]
+        stats.calls += 1
         start = time.perf_counter()
         unchanged = None
         if call.share is not None:
             unchanged = output = replace_predictions(output, self._together(call, call.share, own_predictions(output)))
         if call.is_cond and not call.settings.changes:
-            self._local.last = self._local.guided = _Guided(call.step, call.settings, [], [])
+            self._local.last = self._local.guided = Guided(call.step, call.settings, (), [], [])
             return unchanged
         now = own_predictions(output)
         if call.is_guess:
@@ -316,40 +255,29 @@ class Guide:
         before = self._of_model.unguided
         if before is None:
             self._of_model.unguided = before = now
-        if call.role.samples:
-            batches = [tensor[None] for tensor in now]
-            before, now = (batches if before is now else [tensor[None] for tensor in before]), batches
         new = self._guided(call, before, now) if call.is_cond else self._moved_along(call, now)
-        if new is not None and call.is_cond and call.role.channels is not None:  # the others are not guided
-            new = [with_rest(n, o, call.role.channels) for n, o in zip(new, now, strict=True)]
         if new is None:
             return unchanged
-        session.stats.guided_calls += 1
-        session.stats.seconds += time.perf_counter() - start
-        if call.role.samples:
-            new = [tensor[0] for tensor in new]
+        stats.guided_calls += 1
+        stats.seconds += time.perf_counter() - start
         return replace_predictions(output, new)
 
     def _find_samples(self, call: _Call, output: Any, now: Sequence[Tensor]) -> None:
         """Tell whether predictions are samples, by how they came out, too; put right what was guessed."""
-        samples: bool | None = False
-        if not isinstance(output, Tensor):
-            args, kwargs = (call.args, call.kwargs) if call.inputs is None else call.inputs.again()
-            samples = are_samples(now, args, kwargs)
-            of_rows = call.role.rows == "uncond+cond" or call.settings.of_samples or call.role.channels is not None
-            if samples is None and of_rows:
-                check_told(samples, len(now), "guidance")
-        if bool(samples) != call.role.samples:
-            call.role = dataclasses.replace(call.role, samples=bool(samples))
+        role = call.role
+        arguments = (call.args, call.kwargs) if call.inputs is None else call.inputs.again()
+        of_rows = role.rows == "uncond+cond" or role.channels is not None
+        samples = self._guidance.are_samples(output, now, arguments, call.settings, of_rows)
+        if samples != role.samples:
+            call.role = dataclasses.replace(role, samples=samples)
             if call.share is not None:
                 check_rows_apart(call.role, "group=")
             if call.guided is not None and call.share is None:  # nothing that was recorded has the right rows
                 call.guided.prefix = call.guided.weaks = call.guided.check = None
-                call.guided.batched_cfg = call.role.is_halved
-                call.guided.layout = layout_of(call.args, call.kwargs, call.role.is_halved)
+                call.guided.rows = call.rows
+                call.guided.layout = layout_of(call.args, call.kwargs, call.rows)
         if call.settings.active:
-            name = type(self._model).__name__
-            self._session.variance.look(name, call.args, call.kwargs, now, bool(call.role.samples))
+            self._guidance.variance.look(type(self._model).__name__, call.args, call.kwargs, now, samples)
 
     def _arguments(
         self, both: bool, args: tuple[Any, ...], kwargs: dict[str, Any], for_uncond: bool
@@ -382,65 +310,38 @@ class Guide:
 
         weaks = share.rest(self._model, arguments, first, said)
         if call.branches:
-            call.guided = GuidedCall(self._model, inputs, False, weaks=weaks)
+            call.guided = GuidedCall(self._model, inputs, None, weaks=weaks)
         if share.unconds is None:
             return share.conds
         return [torch.cat([u, c]) for u, c in zip(share.unconds, share.conds, strict=True)]
 
     def _guided(self, call: _Call, unguided: Sequence[Tensor], output: Sequence[Tensor]) -> list[Tensor]:
         """Return the guided `output`; `unguided` differs from it where another session came first."""
-        role, is_first = call.role, unguided is output
-        both = role.is_halved
-        unconds: list[Tensor | None] = [None] * len(output)
-        conds = list(unguided)
-        if both:
-            pairs = [halves(tensor) for tensor in unguided]
-            unconds, conds = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        elif role.is_list_of_both:
-            first, second = conds[: len(conds) // 2], conds[len(conds) // 2 :]
-            conds, unconds = (first, [*second]) if role.rows == "cond+uncond" else (second, [*first])
-            if [c.shape for c in conds] != [u.shape for u in unconds if u is not None]:
-                shapes = [tuple(tensor.shape[1:]) for tensor in unguided]
-                raise CallError(
-                    f"a list of predictions of the shapes {shapes} cannot be [{role.rows.replace('+', ', ')}] samples."
-                )
-        weaks = self._weaks(call, conds, unconds)
-        if role.channels is not None:
-            of_mean = partial(guided_part, channels=role.channels)
-            conds, output = [*map(of_mean, conds)], [*map(of_mean, output)]
-            unconds = [None if u is None else of_mean(u) for u in unconds]
-            weaks = [[*map(of_mean, found)] for found in weaks]
-        guided = _Guided(call.step, call.settings, conds, weaks, bool(role.samples))
+        role, both = call.role, call.role.is_halved
+        conds, unconds = _sides(role, unguided)
+        predictions = self._weaks(call, conds, unconds) if call.branches else Predictions(conds, unconds)
+        guidance, samples = self._guidance, bool(role.samples)
+        guided = guidance.guided(call.step, call.settings, predictions, role.channels, samples)
         self._local.last = guided
-        if guided.replaces:
-            self._check_replaceable(guided, role, is_first)
+        replaces = guided.settings.replaces
+        if replaces:
+            self._check_replaceable(guided, role, is_first=unguided is output)
         if role.uncond_follows:
-            if self._local.guided is not None and guided.replaces:
+            if self._local.guided is not None and replaces:
                 self._session.lost_steps += 1
             self._local.guided = guided
-            if guided.replaces and not is_number(role.guidance_scale, 1):
-                return conds  # the final prediction has to wait for uncond
+            if replaces and not is_number(role.guidance_scale, 1):
+                return [*conds]  # the final prediction has to wait for uncond
         terms = guided.terms()
         if not role.uncond_follows:
-            guided.trace(self._session.trace, terms, unconds, role)
-        if guided.replaces:
-            final = guided.final(role, unconds)
-            if role.is_list_of_both:
-                return final + final
-            return [torch.cat([tensor, tensor]) for tensor in final] if both else final
-        if role.is_list_of_both:
-            terms = terms + terms
-        return [_add(o, torch.cat([t, t]) if both else t) for o, t in zip(output, terms, strict=True)]
+            guidance.traced(guided, terms, unconds, call.guidance_scale)
+        new = guided.final(_or_one(call.guidance_scale), unconds) if replaces else terms
+        new = new + new if role.is_list_of_both else [torch.cat([tensor, tensor]) if both else tensor for tensor in new]
+        put = guided.whole if replaces else guided.added
+        return [put(*pair) for pair in zip(new, output, strict=True)]
 
-    def _weaks(self, call: _Call, conds: Sequence[Tensor], unconds: Sequence[Tensor | None]) -> list[list[Tensor]]:
-        """Return, for each prediction, the weak ones of all branches."""
-        watch = self._session.watch
-        if not call.settings.active or call.kept is not None:
-            watch.look(call.step, conds, unconds)
-        if not call.settings.active:
-            return [[] for _ in conds]
-        if call.kept is not None:
-            return call.kept.weaks(conds)
+    def _weaks(self, call: _Call, conds: Sequence[Tensor], unconds: Sequence[Tensor | None]) -> Predictions:
+        """Make the weak predictions of a call."""
         if call.guided is None:
             raise CallError(
                 f"a call of {type(self._model).__name__} that is to be guided did not reach its forward: "
@@ -449,39 +350,25 @@ class Guide:
         # Weak passes go the whole way, so that other people's hooks see them as they saw the cond pass.
         assert call.inputs is not None
         call.inputs.compare()
-        call.guided.denoiser, call.guided.inputs = self._model, call.inputs
-        execution = self._executions.of(call.settings.active)
-        by_branch = self._by_branch(execution, call, call.guided, conds, unconds)
-        switches = execution.switches if call.share is None else call.share.switches
-        watch.look(call.step, conds, unconds, switches, by_branch)
-        weaks = [list(weaks) for weaks in zip(*by_branch, strict=True)]
-        if self._session.every > 1:
-            known(call.step.index, f"every={self._session.every} counts steps", "index")
-            self._local.kept = Kept.after(conds, weaks, call.settings.active, call.step)
-        return weaks
-
-    def _by_branch(
-        self,
-        execution: Execution,
-        call: _Call,
-        guided: GuidedCall,
-        conds: Sequence[Tensor],
-        unconds: Sequence[Tensor | None],
-    ) -> list[list[Tensor]]:
-        """Return the weak predictions of each branch."""
+        execution = self._predictor.of(call.branches)
+        found = Predictions(conds, unconds)
+        found.switches = execution.switches if call.share is None else call.share.switches
         if not call.role.samples:
-            return execution.weak_predictions(guided, conds)
+            found.weaks = execution.weak_predictions(call.guided, conds, self._model, call.inputs)
+            found.alone = [call.guided.alone.get(branch) for branch in range(len(found.weaks))]
+            return found
         # A list of samples is not cut: the weak pass predicts all of them.
         others = [tensor for tensor in unconds if tensor is not None]
         uncond_first = call.role.rows == "uncond+cond"
-        samples = [tensor[0] for tensor in ([*others, *conds] if uncond_first else [*conds, *others])]
-        found = execution.weak_predictions(guided, samples)
+        samples = [*others, *conds] if uncond_first else [*conds, *others]
         rows = slice(len(others), None) if uncond_first else slice(len(conds))
-        return [[weak[None] for weak in weaks[rows]] for weaks in found]
+        weaks = execution.weak_predictions(call.guided, samples, self._model, call.inputs)
+        found.weaks = [of_branch[rows] for of_branch in weaks]
+        return found
 
-    def _check_replaceable(self, guided: _Guided, role: Role, first: bool) -> None:
+    def _check_replaceable(self, guided: Guided, role: Role, is_first: bool) -> None:
         settings, what, name = guided.settings, guided.settings.why_replaces, self._session.host.name
-        if not first:
+        if not is_first:
             raise CallError(
                 f"another stg.apply() has guided this call of {type(self._model).__name__} already, so {what} cannot "
                 "give the final prediction. Use one stg.apply(branches=[...])."
@@ -505,38 +392,63 @@ class Guide:
         With it the caller's own combination comes to the guided prediction, and `cond - perturbed` stays what it was.
         """
         guided, role = call.before, call.role
+        guidance = self._guidance
         if guided is not None and not guided.settings.changes:
             return None
         if guided is not None and role.rows == "uncond":
-            self._session.watch.look(guided.step, (), output)
-        if guided is None or [c.shape for c in guided.conds] != [o.shape for o in output]:
-            if self._session.plan.is_constant and not self._session.plan.base.changes:
+            assert isinstance(guided.step, Step)
+            guidance.watch.look(guided.step, (), output)
+        if guided is None or [c.shape for c in guided.conds] != [guided.part(o).shape for o in output]:
+            if guidance.plan.is_constant and not guidance.plan.base.changes:
                 return None
             raise CallError(
                 f"{self._session.host.name} made a call for {role.rows} rows without a matching cond call before it, "
                 "so the weak prediction of this step is not known. Use stg.Guider in a loop of your own."
             )
+        terms = guided.terms()
         if role.rows == "perturbed":
-            if guided.replaces:
+            if guided.settings.replaces:
                 raise CallError(
                     f"{self._session.host.name} adds a guidance of its own in this step, so rescale cannot give the "
                     "final prediction. Switch that guidance off, or use rescale=0.0."
                 )
-            return [_add(p, term) for p, term in zip(output, guided.terms(), strict=True)]
-        terms = guided.terms()
-        guided.trace(self._session.trace, terms, output, role)
-        if not guided.replaces:
-            return [_add(u, term) for u, term in zip(output, terms, strict=True)]
+            return [guided.added(*pair) for pair in zip(terms, output, strict=True)]
+        g = _scale_of(guided.settings, role)
+        guidance.traced(guided, terms, output, g)
+        if not guided.settings.replaces:
+            return [guided.added(*pair) for pair in zip(terms, output, strict=True)]
         if is_number(role.guidance_scale, 1):
             return None  # it has no weight, and cond is the final prediction already
         # The caller has cond already and will compute u' + g * (c - u'): choose u' so that this is the final one.
         assert role.guidance_scale is not None
         moved = []
-        for i, (final, c) in enumerate(zip(guided.final(role, output), guided.conds, strict=True)):
-            g = fitted("guidance_scale", guided.weight("guidance_scale", role.guidance_scale, i), c)
-            moved.append(((final.float() - g * c.float()) / (1.0 - g)).to(c.dtype))
+        for i, (final, c) in enumerate(zip(guided.final(_or_one(g), output), guided.conds, strict=True)):
+            applied = fitted("guidance_scale", guided.weight("guidance_scale", role.guidance_scale, i), c)
+            part = ((final.float() - applied * c.float()) / (1.0 - applied)).to(c.dtype)
+            moved.append(guided.whole(part, output[i]))
         return moved
 
 
-def _add(prediction: Tensor, term: Tensor) -> Tensor:
-    return (prediction.float() + term).to(prediction.dtype)
+def _scale_of(settings: Settings, role: Role) -> Scale | None:
+    return role.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+
+
+def _or_one(guidance_scale: Scale | None) -> Scale:
+    return 1.0 if guidance_scale is None else guidance_scale
+
+
+def _sides(role: Role, found: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Return the cond and the uncond predictions in what a call predicted."""
+    if role.is_halved:
+        pairs = [halves(tensor) for tensor in found]
+        return [cond for _, cond in pairs], [uncond for uncond, _ in pairs]
+    if not role.is_list_of_both:
+        return list(found), [None] * len(found)
+    first, second = list(found[: len(found) // 2]), list(found[len(found) // 2 :])
+    conds, unconds = (first, second) if role.rows == "cond+uncond" else (second, first)
+    if [c.shape for c in conds] != [u.shape for u in unconds]:
+        shapes = [tuple(tensor.shape) for tensor in found]
+        raise CallError(
+            f"a list of predictions of the shapes {shapes} cannot be [{role.rows.replace('+', ', ')}] samples."
+        )
+    return conds, [*unconds]

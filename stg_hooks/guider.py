@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,47 +15,41 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import CallError, NotCopied, SettingError, TargetError
-from stg_hooks.guidance.combine import Scale, check_scale, combine, correction, is_number, is_real, of_sample
-from stg_hooks.guidance.reuse import Kept
-from stg_hooks.guidance.rules import AveragedApg, Rule, at_step
-from stg_hooks.guidance.schedule import Schedule, Settings, check_every, known, plan_from
+from stg_hooks.guidance.combine import Scale, check_scale, is_number, is_real
+from stg_hooks.guidance.guide import Guidance, Guided, Predictions, StepOrLater
+from stg_hooks.guidance.rules import AveragedApg, Rule
+from stg_hooks.guidance.samples import takes_samples
+from stg_hooks.guidance.schedule import Plan, Request, Schedule, Settings
 from stg_hooks.guidance.settings import Branch
-from stg_hooks.guidance.trace import Trace
-from stg_hooks.guidance.watch import Watch
+from stg_hooks.guidance.trace import Stats, Trace
 from stg_hooks.hooks import activation
 from stg_hooks.model.layers import LayerSpec
 from stg_hooks.modes.modes import Mode
 from stg_hooks.modes.sites import Kind
-from stg_hooks.modes.switch import Switch
-from stg_hooks.passes.channels import VarianceWatch, check_channels, guided_part, with_rest
-from stg_hooks.passes.executions import Executions
-from stg_hooks.passes.guided_call import Stats, in_weak_pass
+from stg_hooks.passes.guided_call import in_weak_pass
 from stg_hooks.passes.inputs import Inputs, Written
-from stg_hooks.passes.rows import halves, own_predictions, predictions, replace_predictions
-from stg_hooks.passes.samples import are_samples, check_told, takes_samples
+from stg_hooks.passes.predict import Predictor
+from stg_hooks.passes.rows import HALF, halves, own_predictions, predictions, replace_predictions
 from stg_hooks.ranks.link import Ranks, check_own_copy, ranks_from
 from stg_hooks.ranks.share import Share, check_alone
 from stg_hooks.step import Step, check_step, is_new_run, noise_levels, step_at
-from stg_hooks.uncond import check_on, check_settings
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class _OfThread(threading.local):
-    kept: Kept | None = None
-
-
 @dataclasses.dataclass
-class _Made:
-    """The predictions of a step; the weak ones branch by branch, each with its switch."""
+class _Step:
+    """One call of a Guider: what it was given, and what holds in it."""
 
-    output: Any = None
-    """What the denoiser returned for cond."""
-    conds: list[Tensor] = dataclasses.field(default_factory=list)
-    unconds: Sequence[Tensor | None] = ()
-    weaks: Sequence[Sequence[Tensor]] = ()
-    switches: Sequence[Switch | None] = ()
+    args: tuple[Any, ...]
+    positive: dict[str, Any]
+    negative: dict[str, Any] | None
+    """`None` where no uncond prediction is to be made."""
+    step: StepOrLater
+    settings: Settings
+    active: tuple[Branch, ...]
+    guidance_scale: Scale
 
 
 class Guider(NotCopied):
@@ -65,6 +58,9 @@ class Guider(NotCopied):
     `out = uncond + guidance_scale * (cond - uncond) + sum_i scale_i * (cond - weak_i)`, with `rescale` as in
     `combine`. The model is changed only while a weak prediction is being computed. `stats` counts, and `trace` keeps
     what guidance did, as for `apply`.
+
+    Within `with guider:` the model stays prepared between calls, without effect on calls of its own. That makes the
+    calls of a run cheaper; leaving the `with` restores the model.
     """
 
     def __init__(
@@ -147,9 +143,7 @@ class Guider(NotCopied):
         if not isinstance(model, nn.Module):
             raise TargetError(f"model=: expected a torch.nn.Module to find layers in, not {type(model).__name__}.")
         check_scale("guidance_scale", guidance_scale)
-        check_on(on, scale)
-        self.plan = plan_from(
-            model,
+        request = Request(
             layers=layers,
             scale=scale,
             mode=mode,
@@ -164,38 +158,61 @@ class Guider(NotCopied):
             rule=rule,
             on=on,
         )
-        check_every(every)
-        check_channels(channels)
-        if on == "uncond":
-            if every > 1:
-                raise SettingError(f"every={every}: on='uncond' makes no extra pass that could be left out.")
-            for settings in self.plan.known:
-                check_settings(settings)
+        self._guidance = Guidance("stg.Guider", model, request, every, channels, strict)
         self.denoiser = denoiser
         self.model = model
-        self._on = on
-        self.every = every
-        self.channels = channels
-        self._variance = VarianceWatch(channels is not None)
-        self._local = _OfThread()
         self._written: Written = {}
         self.guidance_scale = guidance_scale
-        self.stats = Stats()
-        self.trace = Trace()
         self.step: Step | None = None
         """Where in the run the next calls are made; set it in a loop of your own if settings change during the run."""
         self.sigmas = None if sigmas is None else noise_levels(sigmas)
         self._takes_sigma = _second_parameter(denoiser) == "sigma"
         self._needs_step = not self.plan.is_constant or every > 1 or isinstance(rule, AveragedApg)
         self._reported: dict[str, Any] | None = None
-        self._executions = Executions(model, execution, self.stats)
-        self._executions.prepare(self.plan.known)
+        self._predictor = Predictor(model, (), execution, self.stats)
+        self._predictor.prepare(self.plan.known)
+        self._open: list[ExitStack] = []
         self.models = [model]
         self.ranks = ranks_from(group, timeout, on)
         self._has_met = False
         if self.ranks is not None:
             check_own_copy(model, self.ranks)
-        self._watch = Watch("stg.Guider", strict)
+
+    @property
+    def plan(self) -> Plan:
+        """Which settings hold when."""
+        return self._guidance.plan
+
+    @property
+    def stats(self) -> Stats:
+        """What has happened so far."""
+        return self._guidance.stats
+
+    @property
+    def trace(self) -> Trace:
+        """What guidance did, call by call."""
+        return self._guidance.trace
+
+    def __enter__(self) -> Guider:
+        """Prepare the model for the calls of a run."""
+        with ExitStack() as stack:
+            stack.enter_context(self._predictor.installed())
+            self._open.append(stack.pop_all())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Restore the model.
+
+        Raises:
+            CallError: `__enter__` was not called before.
+        """
+        if not self._open:
+            raise CallError("stg.Guider was left without having been entered. Write: with guider:")
+        self._open.pop().close()
+
+    def _prepared(self) -> AbstractContextManager[None]:
+        """Prepare the model for one call, unless it is."""
+        return nullcontext() if self._open else self._predictor.installed()
 
     def __call__(
         self,
@@ -232,154 +249,95 @@ class Guider(NotCopied):
                 f"cond has {sorted(cond or ())}, but uncond has {sorted(uncond)}: give the same arguments for both."
             )
         step = check_step(self.step) or self._step_of(args, kwargs)
-        settings = self.plan.at(step) if isinstance(step, Step) else self.plan.base
+        guidance = self._guidance
+        settings = guidance.settings(step)
         g = self.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
-        active = () if in_weak_pass() else settings.active
+        inside = in_weak_pass()  # of a caller, that is not to be guided again
+        active = () if inside else settings.active
         cfg = uncond is not None and not is_number(g, 1)
-        if active and self._on == "uncond":
-            check_settings(settings)
-            if not cfg:
-                raise CallError(
-                    "on='uncond' needs an uncond prediction, and there is none in this call: pass uncond={...} and a "
-                    f"guidance_scale other than 1 (it is {g})."
-                )
-        if not in_weak_pass():
-            self._executions.caches.look()
-            self._executions.caches.begin_pass()
+        if active and guidance.on == "uncond" and not cfg:
+            raise CallError(
+                "on='uncond' needs an uncond prediction, and there is none in this call: pass uncond={...} and a "
+                f"guidance_scale other than 1 (it is {g})."
+            )
+        if not inside:
+            if self._open:
+                self._predictor.caches.check_same()
+            else:
+                self._predictor.caches.look()
+            self._predictor.caches.begin_pass()
         inputs = _in_lists_of_their_own(args, positive)
-        kept = self._kept(step, active)
-        fresh = active if self._on == "cond" and kept is None else ()
-        other = negative if cfg else None
-        if self.ranks is not None and not in_weak_pass():
-            said = {
-                "step": step if isinstance(step, Step) else None,
-                "guidance_scale": g,
-                "rescale": settings.rescale,
-                "rule": settings.rule,
-            }
-            made = self._shared(self.ranks, fresh, args, positive, other, said)
+        call = _Step(args, positive, negative if cfg else None, step, settings, active, g)
+        wanted = () if inside else guidance.wanted(step, settings)
+        if self.ranks is not None and not inside:
+            output, found = self._shared(self.ranks, call, wanted)
         else:
-            made = self._alone(active, fresh, args, positive, other)
-        conds = made.conds
-        weaks = kept.weaks(conds) if kept else [[weak[i] for weak in made.weaks] for i in range(len(conds))]
-        if self.every > 1 and fresh and isinstance(step, Step):
-            self._local.kept = Kept.after(conds, weaks, active, step)
-        changes = settings.changes and not in_weak_pass()
-        if changes:
-            with self.ranks.telling() if self.ranks is not None else nullcontext():
-                now = step if isinstance(step, Step) else Step()
-                self._watch.look(now, conds, made.unconds, made.switches, made.weaks)
-                self._watch.report(wait=False)
+            output, found = self._alone(call, wanted)
+        changes = settings.changes and not inside
         self.stats.calls += 1
+        of_rows = isinstance(g, Tensor) and g.ndim > 0
+        samples = guidance.are_samples(output, found.conds, inputs, settings, of_rows)
+        if not changes:
+            guided = Guided.of(step, settings, (), found.conds, [[] for _ in found.conds], guidance.channels, samples)
+        else:
+            with self.ranks.telling() if self.ranks is not None else nullcontext():
+                guided = guidance.guided(step, settings, found, guidance.channels, samples)
+                guidance.watch.report(wait=False)
+            guidance.variance.look(type(self.model).__name__, *inputs, found.conds, samples)
         self.stats.guided_calls += changes
-        made.weaks = weaks
-        samples = self._are_samples(made, settings, g, inputs)
+        final = guided.final(g, found.unconds)
         if changes:
-            self._variance.look(type(self.model).__name__, *inputs, conds, samples)
-        return replace_predictions(made.output, self._combined(made, settings, g, step, samples))
+            guidance.traced(guided, guided.terms(), found.unconds, g)
+        return replace_predictions(output, [guided.whole(*pair) for pair in zip(final, found.conds, strict=True)])
 
-    def _are_samples(
-        self, made: _Made, settings: Settings, g: Scale, inputs: tuple[tuple[Any, ...], dict[str, Any]]
-    ) -> bool:
-        """Tell whether each prediction is one sample, without a dimension for the batch."""
-        if isinstance(made.output, Tensor):
-            return False
-        samples = are_samples(made.conds, *inputs)
-        matters = settings.of_samples or self.channels is not None or (isinstance(g, Tensor) and g.ndim > 0)
-        return check_told(samples, len(made.conds), "guidance") if matters else bool(samples)
-
-    def _combined(
-        self, made: _Made, settings: Settings, g: Scale, step: Step | Callable[[], Step], samples: bool
-    ) -> list[Tensor]:
-        """Combine the predictions of a step; `made.weaks` holds those of all branches for each prediction."""
-        count = len(made.conds)
-
-        def part(tensor: Tensor) -> Tensor:
-            return guided_part(tensor[None] if samples else tensor, self.channels)
-
-        def weight(name: str, value: Scale, i: int) -> Scale:
-            return of_sample(name, value, i, count) if samples else value
-
-        conds = [part(c) for c in made.conds]
-        unconds = [None if u is None else part(u) for u in made.unconds]
-        weaks = [[part(w) for w in of_one] for of_one in made.weaks]
-        given = [branch.scale for branch in settings.active] if self._on == "cond" and not in_weak_pass() else []
-        results, terms = [], []
-        for i, (c, w, u) in enumerate(zip(conds, weaks, unconds, strict=True)):
-            scales = [weight("scale", scale, i) for scale in given]
-            rule = at_step(settings.rule, step, i) if isinstance(step, Step) else settings.rule
-            guidance_scale = weight("guidance_scale", g, i)
-            out = combine(c, w, u, scale=scales, guidance_scale=guidance_scale, rescale=settings.rescale, rule=rule)
-            whole = made.conds[i][None] if samples else made.conds[i]
-            out = with_rest(out, whole, self.channels)
-            results.append(out[0] if samples else out)
-            terms.append(correction(c, w, scales))
-        if settings.changes and self._on == "cond" and not in_weak_pass():
-            self.trace.add(step, given, terms, conds, unconds)
-        return results
-
-    def _alone(
-        self,
-        active: tuple[Branch, ...],
-        fresh: tuple[Branch, ...],
-        args: tuple[Any, ...],
-        positive: dict[str, Any],
-        negative: dict[str, Any] | None,
-    ) -> _Made:
-        """Make the predictions of a step in this process, weak ones for the branches that are `fresh`."""
+    def _alone(self, call: _Step, wanted: tuple[Branch, ...]) -> tuple[Any, Predictions]:
+        """Make the predictions of a step in this process; return what the denoiser returned for cond, too."""
+        args, positive, negative = call.args, call.positive, call.negative
         joined = None
         # Only this kind of denoiser promises that dimension 0 is the sample, in all that it is given.
-        if negative is not None and self._takes_sigma and self._on == "cond" and self.ranks is None:
+        if negative is not None and self._takes_sigma and self._guidance.on == "cond" and self.ranks is None:
             joined = _joined(args, positive, negative)
         args_of_cond, kwargs_of_cond = joined or (args, positive)
         inputs = Inputs(args, negative, self._written) if negative is not None and joined is None else None
-        made, is_joined = _Made(), joined is not None
-        if fresh:
-            with self._executions.installed(), activation.entered(self):
-                execution = self._executions.of(fresh)
-                made.switches = execution.switches
-                output, call = execution.cond_pass(self.denoiser, args_of_cond, kwargs_of_cond, is_joined)
-                made.output, made.conds, made.unconds = _halved(output, is_joined)
-                start = time.perf_counter()
-                call.is_comparable = not activation.others(self)
-                made.weaks = execution.weak_predictions(call, made.conds)
-                self.stats.seconds += time.perf_counter() - start
+        is_joined = joined is not None
+        found = Predictions([])
+        if wanted:
+            with self._prepared(), activation.entered(self):
+                made = self._predictor.predict(
+                    wanted,
+                    self.denoiser,
+                    args_of_cond,
+                    kwargs_of_cond,
+                    HALF if is_joined else None,
+                    is_comparable=not activation.others(self),
+                )
+            output, found.weaks, found.alone, found.switches = made.output, made.weaks, made.alone, made.switches
         else:
             output = self.denoiser(*args_of_cond, **kwargs_of_cond)
-            made.output, made.conds, made.unconds = _halved(output, is_joined)
+            output = replace_predictions(output, own_predictions(output))
+        output, found.conds, found.unconds = _halved(output, is_joined)
         if inputs is not None:
             inputs.compare()
-            made.switches, made.unconds = self._uncond(active, *inputs.again(), made.switches)
-        return made
+            self._add_uncond(found, call.active, *inputs.again())
+        return output, found
 
-    def _kept(self, step: Step | Callable[[], Step], active: tuple[Branch, ...]) -> Kept | None:
-        """Return the differences to use again in this call, if any."""
-        if self.every == 1 or not isinstance(step, Step):
-            return None
-        if active:
-            known(step.index, f"every={self.every} counts steps", "index")
-        found = self._local.kept
-        return found if found is not None and found.serves(step, active, self.every) else None
-
-    def _shared(
-        self,
-        ranks: Ranks,
-        active: Sequence[Branch],
-        args: tuple[Any, ...],
-        positive: dict[str, Any],
-        negative: dict[str, Any] | None,
-        said: Mapping[str, object],
-    ) -> _Made:
+    def _shared(self, ranks: Ranks, call: _Step, wanted: tuple[Branch, ...]) -> tuple[Any, Predictions]:
         """Make the predictions of a step together with the other ranks."""
         if not self._has_met:
-            ranks.enter(self.models[0])
+            ranks.enter(self.model)
             self._has_met = True
-        check_alone(self, ranks, self.models[0])
-
-        conditions = [positive, positive if negative is None else negative]
+        check_alone(self, ranks, self.model)
+        said = {
+            "step": call.step if isinstance(call.step, Step) else None,
+            "guidance_scale": call.guidance_scale,
+            "rescale": call.settings.rescale,
+            "rule": call.settings.rule,
+        }
+        args, has_uncond = call.args, call.negative is not None
+        conditions = [call.positive, call.positive if call.negative is None else call.negative]
         inputs = [Inputs(args, condition, self._written) for condition in conditions]
-        with self._executions.installed(), activation.entered(self):
-            share = Share(ranks, self._executions, active, negative is not None)
+        with self._prepared(), activation.entered(self):
+            share = Share(ranks, self._predictor, wanted, has_uncond)
             output = share.first(self.denoiser, lambda for_uncond: (args, conditions[for_uncond]))
             first = own_predictions(output)
             for given in inputs:
@@ -387,26 +345,24 @@ class Guider(NotCopied):
             start = time.perf_counter()
             weaks = share.rest(self.denoiser, lambda for_uncond: inputs[for_uncond].again(), first, said)
             self.stats.seconds += time.perf_counter() - start
-        return _Made(output, share.conds, share.unconds or [None] * len(share.conds), weaks, share.switches)
+        unconds: Sequence[Tensor | None] = share.unconds or [None] * len(share.conds)
+        return output, Predictions(share.conds, unconds, weaks if wanted else None, switches=share.switches)
 
-    def _uncond(
-        self,
-        active: Sequence[Branch],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        switches: Sequence[Switch | None],
-    ) -> tuple[Sequence[Switch | None], list[Tensor | None]]:
+    def _add_uncond(
+        self, found: Predictions, active: Sequence[Branch], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Make the uncond prediction in a call of its own, by the weak model if that is asked for."""
-        if not active or self._on == "cond":
-            with self._executions.caches.apart("uncond"):
-                return switches, [*predictions(self.denoiser(*args, **kwargs))]
-        with self._executions.installed():
-            switch = self._executions.of(active).switches[0]
-            apart = self._executions.caches.apart(id(switch), switch.modules, switch.is_bypass)
+        if not active or self._guidance.on == "cond":
+            with self._predictor.caches.apart("uncond"):
+                found.unconds = predictions(self.denoiser(*args, **kwargs))
+            return
+        with self._prepared():
+            switch = self._predictor.of(active).switches[0]
+            apart = self._predictor.caches.apart(id(switch), switch.modules, switch.is_bypass)
             with apart, switch.switched_on():
-                return [switch], [*predictions(self.denoiser(*args, **kwargs))]
+                found.unconds, found.switches = predictions(self.denoiser(*args, **kwargs)), [switch]
 
-    def _step_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Step | Callable[[], Step]:
+    def _step_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> StepOrLater:
         """Find out the step by the noise level, where the denoiser is called with one.
 
         Looking waits for the GPU: where only the trace wants to know, it is for those who read the trace.
@@ -471,7 +427,7 @@ def _second_parameter(denoiser: Callable[..., Any]) -> str | None:
 
 def _halved(output: Any, joined: bool) -> tuple[Any, list[Tensor], list[Tensor | None]]:
     """Return what the denoiser returned for cond, and the cond and the uncond predictions in it."""
-    outputs = own_predictions(output)
+    outputs = predictions(output)
     if not joined:
         return output, list(outputs), [None] * len(outputs)
     pairs = [halves(tensor) for tensor in outputs]

@@ -211,4 +211,26 @@ class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(m
         return None
 
 
+def check(
+    model: nn.Module, layers: LayerSpec, mode: str | Mode = "residual", *, kind: Kind | None = None
+) -> list[Layer]:
+    """Check that layers can be skipped, without touching the model.
+
+    Args:
+        model: the module that holds them.
+        layers: what to skip, as for `skip`.
+        mode: what a skipped layer does instead, as for `skip`.
+        kind: which attention of factorised layers, as for `skip`.
+
+    Returns:
+        The layers, in running order.
+
+    Raises:
+        LayerError: a layer that does not exist, is ambiguous, or cannot be skipped in this mode.
+        SettingError: an unknown mode.
+        TargetError: `model` is not a module, or `layers` holds something that does not name a layer.
+    """
+    return list(Switch(model, layers, mode, kind).layers)
+
+
 _LOCK = threading.Lock()

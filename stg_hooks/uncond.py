@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from stg_hooks.errors import CallError, SettingError, StgWarning, closest
+from stg_hooks.errors import CallError, SettingError, StgWarning
+from stg_hooks.guidance.samples import are_samples, check_told, takes_samples
 from stg_hooks.guidance.schedule import Settings
 from stg_hooks.guide import Session
 from stg_hooks.hooks.compiled import eagerly, is_compiled
@@ -20,9 +21,10 @@ from stg_hooks.hosts import check_rows_apart
 from stg_hooks.modes.residual import copied
 from stg_hooks.passes.effects import Randomness, State, count_of_writes
 from stg_hooks.passes.execution import Execution
-from stg_hooks.passes.executions import Executions
 from stg_hooks.passes.guided_call import checking, in_weak_pass, layout_of, weak_pass
+from stg_hooks.passes.predict import Predictor
 from stg_hooks.passes.rows import (
+    HALF,
     agree,
     first_batch,
     halves,
@@ -31,34 +33,8 @@ from stg_hooks.passes.rows import (
     replace_predictions,
     row_factor,
 )
-from stg_hooks.passes.samples import are_samples, check_told, takes_samples
 from stg_hooks.passes.streaming import weights_are_streamed
 from stg_hooks.step import check_step
-
-PREDICTIONS = ("cond", "uncond")
-
-
-def check_on(on: str, scale: object) -> None:
-    """Raise unless `on` names a prediction, and `scale` is left out where it has no meaning."""
-    if on not in PREDICTIONS:
-        names = " and ".join(map(repr, PREDICTIONS))
-        raise SettingError(f"on={on!r}: there is {names}.{closest(str(on), PREDICTIONS)}")
-    if on == "uncond" and scale is not None:
-        raise SettingError(
-            "scale= has no meaning with on='uncond', where nothing is added: the weak prediction takes the place of "
-            "uncond, and guidance_scale says how far to go from it. Leave scale out."
-        )
-
-
-def check_settings(settings: Settings) -> None:
-    """Raise if settings hold something that has no meaning where the weak model makes the uncond prediction."""
-    if len(settings.branches) > 1:
-        raise SettingError(
-            f"on='uncond' with {len(settings.branches)} branches: there is one uncond prediction. Give layers=[...]."
-        )
-    if any(isinstance(branch.scale, Tensor) or branch.scale not in (0, 1) for branch in settings.branches):
-        check_on("uncond", settings.branches[0].scale)
-
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -81,15 +57,15 @@ class UncondGuide:
         """
         self._session = session
         self._model = model
-        self._executions = Executions(model, "full", session.stats)
-        self._executions.prepare(session.plan.known)
+        self._predictor = Predictor(model, (), "full", session.guidance.stats)
+        self._predictor.prepare(session.guidance.plan.known)
         self._compared: set[Hashable] = set()
         """Kinds of calls that one pass has been found to be right for."""
         self._is_apart = False
         self._check_caches()
 
     def _check_caches(self) -> None:
-        found = self._executions.caches.found
+        found = self._predictor.caches.found
         if found is not None:
             raise SettingError(
                 f"on='uncond' cannot be combined with {found.name}: what the cache keeps of cond and uncond rows is "
@@ -100,7 +76,7 @@ class UncondGuide:
     def installed(self) -> Iterator[None]:
         """Replace `forward` of the denoiser and of the layers; restore them at the end."""
         with ExitStack() as stack:
-            stack.enter_context(self._executions.installed())
+            stack.enter_context(self._predictor.installed())
             self._check_caches()
             patch = stack.enter_context(patched(self._model))
             stack.enter_context(patch.everywhere(self._around))
@@ -113,18 +89,18 @@ class UncondGuide:
         role = None if in_weak_pass() else session.role(self._model)
         if role is None:
             return proceed(*args, **kwargs)
-        self._executions.caches.check_same()
-        session.stats.calls += 1
+        self._predictor.caches.check_same()
+        guidance = session.guidance
+        guidance.stats.calls += 1
         check_rows_apart(role, "on='uncond'")
         step = check_step(session.step) or session.host.step()
-        settings = Settings(()) if role.rows in ("cond", "perturbed") else session.plan.at(step)
-        check_settings(settings)
+        settings = Settings(()) if role.rows in ("cond", "perturbed") else guidance.settings(step)
         if settings.replaces:
             raise SettingError(f"{settings.why_replaces} cannot be combined with on='uncond' here: use stg.Guider.")
         if not settings.active:
             return proceed(*args, **kwargs)
-        execution = self._executions.of(settings.active)
-        session.stats.guided_calls += 1
+        execution = self._predictor.of(settings.active)
+        guidance.stats.guided_calls += 1
         if role.rows == "uncond":
             with execution.switches[0].switched_on():
                 output = proceed(*args, **kwargs)
@@ -133,7 +109,7 @@ class UncondGuide:
         pairs = [halves(t) if role.rows == "uncond+cond" else (t, None) for t in predictions(output)]
         unconds, conds = [u for u, _ in pairs], [c for _, c in pairs if c is not None]
         # There are no weak predictions to compare with cond ones.
-        session.watch.look(step, conds, unconds, execution.switches)
+        guidance.watch.look(step, conds, unconds, execution.switches)
         return output
 
     def _both(self, execution: Execution, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
@@ -145,7 +121,7 @@ class UncondGuide:
             raise CallError(f"a call with {batch or 'no'} rows cannot be [uncond, cond], which batched_cfg=True says.")
         if self._is_apart:
             return _apart(execution, proceed, args, kwargs)
-        layout = switch.key, layout_of(args, kwargs, batched_cfg=True)
+        layout = switch.key, layout_of(args, kwargs, HALF)
         with switch.switched_on(instead=lambda action: _for_first_half(action, batch)):
             if layout in self._compared:
                 return proceed(*args, **kwargs)

@@ -98,7 +98,7 @@ def check_guided(
 
 
 def way_of(handle: stg.apply) -> str:
-    (execution,) = handle._guides[0]._executions._made.values()
+    (execution,) = handle._guides[0]._predictor._made.values()
     return str(execution.way)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import stg_hooks as stg
-from stg_hooks.passes.samples import are_samples
+from stg_hooks.guidance.samples import are_samples
 
 EXECUTIONS = ("auto", "sequential", "batched", "full")
 SCALE, G = 1.5, 4.0

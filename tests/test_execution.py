@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import stg_hooks as stg
+from stg_hooks.guidance.trace import Stats
 from stg_hooks.passes.caches import Caches
 from stg_hooks.passes.execution import EXECUTIONS, Execution
-from stg_hooks.passes.guided_call import Stats
 from stg_hooks.passes.streaming import weights_are_streamed
 from tests import awkward, pipelines, zoo
 

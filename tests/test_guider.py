@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import warnings
@@ -343,7 +344,7 @@ def test_only_the_layers_used_last_are_kept() -> None:
     for index in range(12):
         guider.step = stg.Step(index, 12)
         guider(*x)
-    assert len(guider._executions._made) == 1 + 8
+    assert len(guider._predictor._made) == 1 + 8
 
 
 def test_nothing_of_a_call_is_kept_with_its_layers() -> None:
@@ -361,7 +362,7 @@ def test_nothing_of_a_call_is_kept_with_its_layers() -> None:
         guider.step = stg.Step(index, 4)
         guider(torch.randn(2, 5, 8), torch.randn(2, 5, 8)).sum().backward()
     gc.collect()
-    assert len(guider._executions._made) == 3
+    assert len(guider._predictor._made) == 3
     assert len(seen) > 12
     assert not any(ref() is not None for ref in seen)
 
@@ -388,3 +389,23 @@ def test_a_mode_need_not_be_hashable() -> None:
             assert_close(model(*x), expected)
         mode.by = 0.0  # looked at in every call
         assert_close(guider(*x), model(*x))
+
+
+def test_a_guider_that_is_entered_prepares_the_model_once(model: nn.Module) -> None:
+    both: dict[str, Any] = {"cond": {"text": POSITIVE}, "uncond": {"text": NEGATIVE}}
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    plain, expected = model(X, POSITIVE), stg.Guider(model, [2], guidance_scale=3.0)(X, **both)
+    guider = stg.Guider(model, [2], guidance_scale=3.0)
+    with guider as entered:
+        assert entered is guider
+        forwards = [block.forward for block in model.blocks]
+        for _ in range(3):
+            assert_close(guider(X, **both), expected, rtol=0, atol=0)
+            assert [block.forward for block in model.blocks] == forwards
+        assert_close(model(X, POSITIVE), plain, rtol=0, atol=0)
+        assert_close(copy.deepcopy(model)(X, POSITIVE), plain, rtol=0, atol=0)
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+    assert_close(guider(X, **both), expected, rtol=0, atol=0)
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+    with pytest.raises(stg.CallError, match="without having been entered"):
+        guider.__exit__(None, None, None)

@@ -119,7 +119,7 @@ def test_the_textbook(tool: str, execution: str, tmp_path: Path) -> None:
         for seed, wanted in enumerate(expected):
             assert_close(call(model, seed), wanted, rtol=1e-4, atol=1e-5)
     assert forwards(model) == before
-    (used,) = handle._guides[0]._executions._made.values()
+    (used,) = handle._guides[0]._predictor._made.values()
     auto = "batched" if tool in STREAMED else "sequential"
     assert used.way == (auto if execution == "auto" else execution)
 

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 import stg_hooks as stg
 from stg_hooks.adapters import PUBLISHED
-from stg_hooks.guidance.schedule import plan_from
+from stg_hooks.guidance.schedule import Request, plan_from
 from stg_hooks.guidance.settings import Published
 from tests import stock_pipelines
 from tests.pipelines import build, build_pipeline, load_case, run, scheduler_inputs
@@ -237,9 +237,6 @@ SOURCES: dict[str, Source] = {
 }
 
 
-NOT_GIVEN = ("layers", "scale", "mode", "kind", "rescale", "branches", "start", "stop", "sigma_range", "schedule")
-
-
 def a_weak_prediction(cond: Tensor, layers: list[int], mode: str, kind: str | None = None) -> Tensor:
     """Return another one for each choice of layers, mode and kind."""
     generator = torch.Generator().manual_seed(sum(map(ord, f"{layers}{mode}{kind}")))
@@ -252,7 +249,7 @@ def test_every_published_setting_is_its_sources_formula(setting: Published, coun
     model = type(setting.model, (torch.nn.Module,), {"config": dict(setting.where)})()
     c, u = torch.randn(2, 1, 4, 3, 6, generator=torch.Generator().manual_seed(0))
     weak = functools.partial(a_weak_prediction, c)
-    plan = plan_from(model, preset=setting.name, rule="cfg", on="cond", **dict.fromkeys(NOT_GIVEN))
+    plan = plan_from(model, Request(preset=setting.name))
     for index in range(count):
         sigma = 1 - (index / count) ** 3  # many steps at much noise
         now = plan.at(stg.Step(index, count, sigma, "flow"))

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import stg_hooks as stg
+from stg_hooks.guidance.trace import Stats
 from stg_hooks.model.layers import Layer, _glob_matches, resolve
-from stg_hooks.passes.executions import Executions
-from stg_hooks.passes.guided_call import Stats
+from stg_hooks.passes.predict import Predictor
 from tests import zoo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -237,6 +237,6 @@ def test_a_list_that_holds_itself_is_refused() -> None:
 
 @pytest.mark.timeout(60)
 def test_layers_of_a_schedule_are_refused_as_well() -> None:
-    executions = Executions(MODEL, "auto", Stats())
-    with pytest.raises(stg.LayerError, match="has 4 layers"), executions.installed():
-        executions.of([stg.Branch(range(10**15))])
+    predictor = Predictor(MODEL, (), "auto", Stats())
+    with pytest.raises(stg.LayerError, match="has 4 layers"), predictor.installed():
+        predictor.of([stg.Branch(range(10**15))])

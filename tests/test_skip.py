@@ -635,3 +635,22 @@ def test_compiled_with_a_mode_that_cannot_be() -> None:
     expected = zoo.without(model, ["blocks.1"])(**inputs)
     with stg.skip(model, [1], mode=mode):  # what the message says works
         assert_close(model(**inputs), expected)
+
+
+def test_check_returns_the_layers_and_touches_nothing() -> None:
+    model = zoo.build("plain")
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    assert [layer.name for layer in stg.check(model, [-1, 1], "attention")] == ["blocks.1", "blocks.3"]
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize(
+    ("layers", "mode", "error"),
+    [([9], "residual", stg.LayerError), (["out"], "attention", stg.LayerError), ([1], "skip", stg.SettingError)],
+)
+def test_check_refuses_what_skip_refuses(layers: list[Any], mode: str, error: type[Exception]) -> None:
+    with pytest.raises(error) as by_check:
+        stg.check(zoo.build("plain"), layers, mode)
+    with pytest.raises(error) as by_skip:
+        stg.skip(zoo.build("plain"), layers, mode)
+    assert str(by_check.value) == str(by_skip.value)

@@ -272,40 +272,31 @@ def known(value: float | None, what: str, missing: str) -> float:
     return value
 
 
-def plan_from(
-    model: nn.Module,
-    *,
-    layers: LayerSpec | None,
-    scale: Scale | Callable[[Step], Scale] | None,
-    mode: str | Mode | None,
-    kind: Kind | None,
-    rescale: float | None,
-    branches: Sequence[Branch] | None,
-    preset: str | None,
-    start: float | None,
-    stop: float | None,
-    sigma_range: tuple[float, float] | None,
-    schedule: Schedule | None,
-    rule: str | Rule,
-    on: str,
-) -> Plan:
-    """Turn what a user gave to `apply` or `Guider` into a plan.
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a user asked for, as `apply` describes it."""
+
+    layers: LayerSpec | None = None
+    scale: Scale | Callable[[Step], Scale] | None = None
+    mode: str | Mode | None = None
+    kind: Kind | None = None
+    rescale: float | None = None
+    branches: Sequence[Branch] | None = None
+    preset: str | None = None
+    start: float | None = None
+    stop: float | None = None
+    sigma_range: tuple[float, float] | None = None
+    schedule: Schedule | None = None
+    rule: str | Rule = "cfg"
+    on: str = "cond"
+
+
+def plan_from(model: nn.Module, request: Request) -> Plan:
+    """Turn what a user asked for into a plan.
 
     Args:
         model: the module whose published setting counts when no layers are given.
-        layers: as for `apply`; so are all that follow.
-        scale: as for `apply`.
-        mode: as for `apply`.
-        kind: as for `apply`.
-        rescale: as for `apply`.
-        branches: as for `apply`.
-        preset: as for `apply`.
-        start: as for `apply`.
-        stop: as for `apply`.
-        sigma_range: as for `apply`.
-        schedule: as for `apply`.
-        rule: as for `apply`.
-        on: as for `apply`.
+        request: what was asked for.
 
     Returns:
         The plan, checked as far as this can be done before a run.
@@ -313,15 +304,18 @@ def plan_from(
     Raises:
         SettingError: a value that cannot be used, or a contradiction.
     """
+    layers, scale, schedule = request.layers, request.scale, request.schedule
+    mode, kind, branches, rule = request.mode, request.kind, request.branches, request.rule
+    start, stop, rescale, sigma_range = request.start, request.stop, request.rescale, request.sigma_range
     if callable(scale):
         if schedule is not None:
             raise SettingError("give either scale=function or schedule=, whose values may hold a scale, not both.")
         function = scale
         scale, schedule = None, lambda step: {"scale": function(step)}
-    if preset is not None or (layers is None and branches is None):
+    if request.preset is not None or (layers is None and branches is None):
         if layers is not None or branches is not None:
             raise SettingError("give either preset=, or layers or branches, not both.")
-        published = recommended(model) if preset is None else preset_for(model, preset)
+        published = recommended(model) if request.preset is None else preset_for(model, request.preset)
         if all(when is None for when in (start, stop, sigma_range, schedule)):
             start, stop = published.start, published.stop
         if published.schedule and schedule is None:
@@ -332,7 +326,7 @@ def plan_from(
             first = branches[0] if mode is None else dataclasses.replace(branches[0], kind=None)
             branches = [dataclasses.replace(first, **{name: v for name, v in own.items() if v is not None})]
             scale = mode = kind = None
-        if on == "uncond":  # what is published is for a term that is added
+        if request.on == "uncond":  # what is published is for a term that is added
             branches = [dataclasses.replace(branches[0], scale=1.0)]
         elif not all(is_number(branch.scale, 0) for branch in branches):
             rescale = published.rescale if rescale is None else rescale

@@ -1,4 +1,4 @@
-"""What guidance did in each step: how large its term was, and where it pointed."""
+"""What guidance did: counts, and for each step how large its term was and where it pointed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,24 @@ from torch import Tensor
 
 from stg_hooks.guidance.combine import Scale
 from stg_hooks.step import Step
+
+
+@dataclasses.dataclass
+class Stats:
+    """What has happened so far to calls that are guided."""
+
+    calls: int = 0
+    """Calls of the denoiser that the target made."""
+    guided_calls: int = 0
+    """Those to which a guidance term was added."""
+    weak_passes: int = 0
+    """Weak predictions that were computed, one per guided call and branch."""
+    blocks_run: int = 0
+    """Numbered layers that were computed for weak predictions."""
+    blocks_saved: int = 0
+    """Numbered layers that were not: skipped, or shared with the cond pass."""
+    seconds: float = 0.0
+    """Time spent on guidance after the cond pass has returned; on a GPU, the time to launch it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,6 +80,7 @@ class Watch:
         unconds: Sequence[Tensor | None] = (),
         switches: Sequence[Switch | None] = (),
         weaks: Sequence[Sequence[Tensor]] = (),
+        alone: Sequence[Sequence[Tensor] | None] | None = None,
     ) -> None:
         """Look at what was predicted in a guided call; report, once, what turns out not to be finite.
 
@@ -89,17 +90,23 @@ class Watch:
             unconds: those without it, where there are any.
             switches: the branches; `None` for those that are computed, and reported, on another rank.
             weaks: for each branch, the weak predictions; none where they replace the uncond ones.
+            alone: for each branch, what weak predictions that skip nothing are, bit for bit; `None` where that is not
+                known, because the call's own ones were made with more rows. Left out, these are the cond ones.
 
         Raises:
             LayerError: with `strict`, a skip changed nothing in this call or one before.
         """
         own = [switch for switch in switches if switch is not None]
-        weaks = [weak for weak, switch in zip(weaks, switches, strict=False) if switch is not None]
+        plain = [conds] * len(weaks) if alone is None else alone
+        made = list(zip(weaks, plain, switches, strict=False))
+        weaks = [weak for weak, _, switch in made if switch is not None]
+        compared = [(weak, c, switch) for weak, c, switch in made if switch is not None and c is not None]
         with torch.no_grad():
             known = [u for u in unconds if u is not None]
             named = [("cond", conds), *([("uncond", known)] if known else []), *(("weak", weak) for weak in weaks)]
             flags = [torch.stack([~t.isfinite().all() for t in tensors]).any() for _, tensors in named if tensors]
-            flags += [torch.stack([(w == c).all() for w, c in zip(weak, conds, strict=True)]).all() for weak in weaks]
+            for ours, others, _ in compared:
+                flags.append(torch.stack([(w == c).all() for w, c in zip(ours, others, strict=True)]).all())
             names = [name for name, tensors in named if tensors]
             found = _sent(torch.stack(flags)) if flags else None
         with self._lock:
@@ -108,7 +115,7 @@ class Watch:
                 self._seen[switch.key] = switch, *self._seen.get(switch.key, (switch, 0, 0))[1:]
             self._calls += bool(conds)
             if found is not None:
-                self._pending.append(_Look(self._where(step), names, own if weaks else (), *found))
+                self._pending.append(_Look(self._where(step), names, [switch for *_, switch in compared], *found))
         if self.strict:
             self.report(wait=is_new)
         else:
@@ -137,7 +144,7 @@ class Watch:
                 f"{self._name}: {report} is not finite (NaN or infinity). It is passed on as it is, and this is said "
                 "once. If the plain model gives none, try a lower scale or another precision."
             )
-            warnings.warn(text, StgWarning, stacklevel=4)
+            warnings.warn(text, StgWarning, stacklevel=5)
 
     def report(self, wait: bool, stacklevel: int = 3) -> None:
         """Report branches that did nothing, each once.

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from stg_hooks.hooks.checkpointing import checkpointed
 from stg_hooks.hooks.forward import Action, Patch, pushed
 from stg_hooks.model.words import is_positional
-from stg_hooks.passes.rows import cut, map_arguments, row_factor
+from stg_hooks.passes.rows import Indices, count_of, cut, map_arguments, row_factor
 
 
 class RowsError(Exception):
@@ -38,7 +38,7 @@ class BatchedPass:
     """One pass of a denoiser on its own rows and on those of every branch."""
 
     def __init__(
-        self, skipped: Sequence[Mapping[int, Action]], batch: int, cond: slice, units: Sequence[nn.Module]
+        self, skipped: Sequence[Mapping[int, Action]], batch: int, cond: Indices, units: Sequence[nn.Module]
     ) -> None:
         """Lay the rows out.
 
@@ -48,8 +48,7 @@ class BatchedPass:
             cond: which of them are conditional.
             units: blocks, none inside another, the skipped layers among them.
         """
-        start, stop, _ = cond.indices(batch)
-        self._size = stop - start
+        self._size = count_of(cond, batch)
         self._batch = batch
         self._cond = cond
         self._skipped = skipped

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stg_hooks.errors import CallError, SettingError, StgWarning, closest
 from stg_hooks.guidance.settings import Branch
+from stg_hooks.guidance.trace import Stats
 from stg_hooks.hooks.compiled import compiled_among, eagerly, is_compiled, surrounding
 from stg_hooks.hooks.forward import Patch, patched, pushed
 from stg_hooks.model.layers import Layer, find_layers
@@ -25,11 +26,11 @@ from stg_hooks.passes.absent import AbsentError, absent_in
 from stg_hooks.passes.batched import BatchedPass, RowsError
 from stg_hooks.passes.caches import Caches
 from stg_hooks.passes.effects import Randomness, State
-from stg_hooks.passes.guided_call import GuidedCall, Stats, checking, layout_of, weak_pass
+from stg_hooks.passes.guided_call import Arguments, GuidedCall, checking, layout_of, weak_pass
 from stg_hooks.passes.inputs import Inputs, Written
 from stg_hooks.passes.prefix import DRAWS_RANDOM_NUMBERS, Place, Prefix, PrefixMismatchError, prefix_units
 from stg_hooks.passes.recording import Layout, Recording, Repetition
-from stg_hooks.passes.rows import agree, first_batch, halves, predictions, replace_predictions, take_rows
+from stg_hooks.passes.rows import Indices, Rows, agree, first_batch, predictions, replace_predictions, take_rows
 from stg_hooks.passes.state import Copies, Kept, counted, parts_of
 from stg_hooks.passes.streaming import weights_are_streamed
 
@@ -184,8 +185,9 @@ class Execution:
         denoiser: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        batched_cfg: bool,
+        rows: Rows | None = None,
         inputs: Inputs | None = None,
+        cut: Arguments | None = None,
     ) -> tuple[Any, GuidedCall]:
         """Make a call that is going to be guided, and find out on the way what helps its weak passes.
 
@@ -193,16 +195,17 @@ class Execution:
             denoiser: the callable whose call is being guided.
             args: positional arguments of the call.
             kwargs: keyword arguments of the call.
-            batched_cfg: the rows of the call are `[uncond, cond]`.
-            inputs: the same arguments, where somebody has looked at them already.
+            rows: its cond rows; all, if left out.
+            inputs: the same arguments, where they have been looked at already.
+            cut: as in `GuidedCall`.
 
         Returns:
             What the denoiser returns for this call, and what to pass to `weak_predictions`.
         """
         if inputs is None or not inputs.are(args, kwargs):
             inputs = self.inputs(args, kwargs)
-        call = GuidedCall(denoiser, inputs, batched_cfg)
-        call.layout = layout_of(args, kwargs, batched_cfg)
+        call = GuidedCall(denoiser, inputs, rows, cut=cut)
+        call.layout = layout_of(args, kwargs, rows)
         call.before = before = self._kept.look()
         is_counted = call.layout in self._runs
         randomness = Randomness.for_call(args, kwargs)
@@ -268,7 +271,7 @@ class Execution:
         )
 
     def _cond_pass(self, call: GuidedCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        denoiser, batched_cfg, batch = call.denoiser, call.batched_cfg, first_batch(args, kwargs)
+        denoiser, rows, batch = call.denoiser, call.rows, first_batch(args, kwargs)
         if any(map(is_compiled, self._uncompiled)):
             self._stop_sharing("a part of it was compiled inside the `with`")
         # Who moves weights about may move buffers, too.
@@ -277,12 +280,13 @@ class Execution:
             output = denoiser(*args, **kwargs)
             call.changes_state = state.is_changed() or randomness.is_used()
             return output
-        if self.way in ("full", "whole") or batch is None or (batched_cfg and batch % 2):
+        if self.way in ("full", "whole") or batch is None or (rows is not None and not rows.fit(batch)):
             return denoiser(*args, **kwargs)
-        cond = slice(batch // 2, None) if batched_cfg else slice(None)
+        cond = slice(None) if rows is None else rows.of(batch)
         known = self._known.get(call.layout)
         once = dataclasses.replace(call)  # as it is made here: weak passes may go another way
-        if self.way == "batched" and known is not None and known.in_one_pass:
+        is_batched = self.way == "batched" and call.cut is None  # hosts say how to cut, not how to add rows
+        if is_batched and known is not None and known.in_one_pass:
             try:
                 return self._batched_pass(call, batch, cond)
             except RowsError as error:
@@ -301,12 +305,12 @@ class Execution:
             self._known.pop(call.layout, None)
         else:
             call.prefix = prefix
-        if self.way == "batched":
+        if is_batched:
             own = predictions(output)
             call.check = lambda weaks: self._try_batched(once, batch, cond, own, weaks)
         return output
 
-    def _batched_pass(self, call: GuidedCall, batch: int, cond: slice) -> Any:
+    def _batched_pass(self, call: GuidedCall, batch: int, cond: Indices) -> Any:
         skipped = [switch.actions for switch in self.switches]
         once = BatchedPass(skipped, batch, cond, self._batched)
         args, kwargs = once.arguments(*call.inputs.again(), self._names)
@@ -318,7 +322,7 @@ class Execution:
         return replace_predictions(output, own)
 
     def _try_batched(
-        self, call: GuidedCall, batch: int, cond: slice, own: list[Tensor], weaks: list[list[Tensor]]
+        self, call: GuidedCall, batch: int, cond: Indices, own: list[Tensor], weaks: list[list[Tensor]]
     ) -> None:
         """Make a call once more in one pass, and compare: some models let rows influence each other."""
         stats = dataclasses.replace(self._stats)
@@ -343,22 +347,38 @@ class Execution:
             "with execution='sequential' instead of 'batched', which gives the same results."
         )
 
-    def weak_predictions(self, call: GuidedCall, cond: Sequence[Tensor]) -> list[list[Tensor]]:
+    def weak_predictions(
+        self,
+        call: GuidedCall,
+        cond: Sequence[Tensor],
+        denoiser: Callable[..., Any] | None = None,
+        inputs: Inputs | None = None,
+    ) -> list[list[Tensor]]:
         """Compute the weak predictions of a call.
 
         Args:
             call: what `cond_pass` gave.
             cond: the call's own predictions on its cond rows.
+            denoiser: what makes weak passes, where that is not what made the cond pass.
+            inputs: its arguments, where they are others.
 
         Returns:
             For each branch, one weak prediction per prediction of the denoiser.
         """
+        call.cond = cond
+        if denoiser is not None:
+            call.denoiser = denoiser
+        if inputs is not None:
+            call.inputs = inputs
+        if call.rows is None:
+            call.alone = dict.fromkeys(range(len(self.switches)), cond)
         if call.weaks is not None:
             return call.weaks
-        call.cond = cond
         results = None if call.reuses else self._shared_passes(call)
         if results is None:
-            is_cut = self.way == "full" and call.batched_cfg and not self._keeps_state
+            if call.rows is not None:
+                call.alone.clear()
+            is_cut = self.way == "full" and call.rows is not None and not self._keeps_state
             if is_cut and self._is_to_be_checked(call):
                 is_cut = self._check_rows(call)
             # Where a check is only put off to the next call, nothing is known about cutting rows.
@@ -379,7 +399,7 @@ class Execution:
         prefix = call.prefix
         if prefix is None or self.way in ("full", "whole") or None in prefix.ends:
             return None
-        if prefix.batch != call.rows * (2 if call.batched_cfg else 1):
+        if prefix.batch != (call.count if call.rows is None else call.rows.batch_of(call.count)):
             return None
         if prefix.obstacle == DRAWS_RANDOM_NUMBERS and self._seen[call.layout] <= _PATIENCE:
             return None  # it may have been another thread
@@ -390,7 +410,7 @@ class Execution:
             if self._seen[call.layout] > 1:
                 self._stop_sharing("it keeps something from one call to the next", "whole")
             return None
-        is_to_be_checked = isinstance(prefix, Recording) and (call.batched_cfg or call.is_comparable)
+        is_to_be_checked = isinstance(prefix, Recording) and (call.rows is not None or call.is_comparable)
         prefix.is_reused = prefix.is_reused or is_to_be_checked
         stats = dataclasses.replace(self._stats)
         results = []
@@ -432,7 +452,7 @@ class Execution:
                 found = predictions(call.denoiser(*args, **kwargs))
         except _SUSPECTS as error:
             # Before rows have been cut successfully they are under suspicion; if innocent, a full pass fails as well.
-            if type(error) not in _SUSPECTS or not call.batched_cfg or not isinstance(prefix, Recording):
+            if type(error) not in _SUSPECTS or call.rows is None or not isinstance(prefix, Recording):
                 raise
             raise NotSharedError(f"{type(error).__name__}: {error}") from error
         if prefix.is_broken:
@@ -459,6 +479,8 @@ class Execution:
             # Without gradients: the one who computes this call again, for them, makes no such pass.
             with torch.no_grad(), checking(), self._transaction(call):
                 again = self._shared_pass(call, prefix, branch)
+                if call.rows is not None:
+                    call.alone[branch] = [tensor.clone() for tensor in again]
             if not agree(again, call.cond):
                 raise NotSharedError("with nothing skipped, the cond rows alone do not give the cond prediction again")
 
@@ -491,9 +513,12 @@ class Execution:
         if is_counted:  # in a pass of our own: in the cond pass it was not known yet that anything is kept
             if not self.switches[branch].was_reached:
                 raise self._not_found("does not call the layers to skip in this call")
-            self._runs[call.layout] = run
-        if call.batched_cfg and not is_cut:
-            weak = [halves(tensor)[1] for tensor in weak]
+            skipped = tuple(f"{layer.name}." for layer in self.switches[branch].layers)
+            self._runs[call.layout] = run | {name for name in self._parts if name.startswith(skipped)}
+        if call.rows is not None and not is_cut:
+            weak = [call.rows.take(tensor) for tensor in weak]
+        if call.rows is None or not is_cut:
+            call.alone[branch] = call.cond
         return [tensor.clone() for tensor in weak]  # the next call may use their memory
 
     def _make_again(self, call: GuidedCall, is_checked: bool) -> None:
@@ -517,7 +542,7 @@ class Execution:
             args, kwargs = call.inputs.again()
             with self._transaction(call), torch.no_grad(), checking(), weak_pass(), eagerly():
                 again = predictions(call.denoiser(*args, **kwargs))
-            again = [halves(tensor)[1] for tensor in again] if call.batched_cfg else again
+            again = again if call.rows is None else [call.rows.take(tensor) for tensor in again]
             if not agree(again, call.cond):
                 found = "; ".join([*replaced, *self._kept.hooked()][:2])
                 raise CallError(
@@ -527,7 +552,7 @@ class Execution:
                 )
 
     def _is_to_be_checked(self, call: GuidedCall) -> bool:
-        return call.batched_cfg and call.layout not in self._cut
+        return call.rows is not None and call.layout not in self._cut
 
     def _check_rows(self, call: GuidedCall) -> bool:
         """Make a pass on the cond rows with nothing skipped, once: it has to give what the cond pass gave.
@@ -535,6 +560,7 @@ class Execution:
         Returns:
             Whether it does.
         """
+        assert call.rows is not None
         try:
             args, kwargs = self._cond_rows(call)
             no_caches = self._caches.apart(self, [self._model], bypassed=False)
@@ -542,9 +568,12 @@ class Execution:
                 again, cond = predictions(call.denoiser(*args, **kwargs)), call.cond
                 if self._caches.found is not None:  # which have made the cond pass another one than it is by itself
                     args, kwargs = call.inputs.again()
-                    cond = [halves(t)[1] for t in predictions(call.denoiser(*args, **kwargs))]
+                    cond = [call.rows.take(t) for t in predictions(call.denoiser(*args, **kwargs))]
             if agree(again, cond):
                 self._cut.add(call.layout)
+                if self._caches.found is None:
+                    alone = [tensor.clone() for tensor in again]
+                    call.alone = dict.fromkeys(range(len(self.switches)), alone)
                 return True
             reason = "the cond rows alone do not give the cond prediction again"
         except _SUSPECTS as error:
@@ -563,9 +592,12 @@ class Execution:
 
     def _cond_rows(self, call: GuidedCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = call.inputs.again()
-        if not call.batched_cfg:
+        if call.rows is None:
             return args, kwargs
-        return take_rows(args, kwargs, self._names, 2 * call.rows, slice(call.rows, None))
+        if call.cut is not None:
+            return call.cut(args, kwargs)
+        batch = call.rows.batch_of(call.count)
+        return take_rows(args, kwargs, self._names, batch, call.rows.of(batch))
 
     def _warn(self, message: str) -> None:
         warnings.warn(message, StgWarning, stacklevel=2)

@@ -1,4 +1,4 @@
-"""One call that is being guided, and what is counted of all of them."""
+"""One call that is being guided."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import dataclasses
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from stg_hooks.passes.effects import Randomness
 from stg_hooks.passes.inputs import Inputs
 from stg_hooks.passes.prefix import Prefix
-from stg_hooks.passes.rows import leaves_of
+from stg_hooks.passes.rows import Rows, leaves_of
 from stg_hooks.passes.state import Snapshot
 
 
@@ -55,22 +55,7 @@ def checking() -> Iterator[None]:
         _LOCAL.is_checking = before
 
 
-@dataclasses.dataclass
-class Stats:
-    """What has happened so far to calls that are guided."""
-
-    calls: int = 0
-    """Calls of the denoiser that the target made."""
-    guided_calls: int = 0
-    """Those to which a guidance term was added."""
-    weak_passes: int = 0
-    """Weak predictions that were computed, one per guided call and branch."""
-    blocks_run: int = 0
-    """Numbered layers that were computed for weak predictions."""
-    blocks_saved: int = 0
-    """Numbered layers that were not: skipped, or shared with the cond pass."""
-    seconds: float = 0.0
-    """Time spent on guidance after the cond pass has returned; on a GPU, the time to launch it."""
+Arguments: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 @dataclasses.dataclass
@@ -79,8 +64,11 @@ class GuidedCall:
 
     denoiser: Callable[..., Any]
     inputs: Inputs
-    batched_cfg: bool
+    rows: Rows | None
+    """Its cond rows; `None` where all are."""
     layout: Hashable = None
+    cut: Arguments | None = None
+    """Takes the arguments of the call, and returns those of its cond rows; where the host knows that better."""
     prefix: Prefix | None = None
     cond: Sequence[Tensor] = ()
     """Its own predictions on its cond rows."""
@@ -97,6 +85,8 @@ class GuidedCall:
     """What it kept after it, which weak passes leave as it is."""
     reuses: bool = False
     """It ran fewer modules than a call of its layout before: what they compute comes out of a cache."""
+    alone: dict[int, Sequence[Tensor]] = dataclasses.field(default_factory=dict)
+    """For a branch, what its weak pass would give, bit for bit, if it skipped nothing; where that is known."""
     weaks: list[list[Tensor]] | None = None
     """The weak predictions, where they came with the cond pass."""
     check: Callable[[list[list[Tensor]]], None] | None = None
@@ -105,12 +95,12 @@ class GuidedCall:
     """What remains to be done once weak predictions could be computed in another way than tried first."""
 
     @property
-    def rows(self) -> int:
+    def count(self) -> int:
         """Number of its cond rows."""
         return self.cond[0].shape[0]
 
 
-def layout_of(args: tuple[Any, ...], kwargs: dict[str, Any], batched_cfg: bool) -> Hashable:
+def layout_of(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows | None) -> Hashable:
     """What two calls have in common that cut, keep and replay the same; numbers (timesteps) do not count."""
 
     def describe(leaf: Any) -> object:
@@ -120,4 +110,4 @@ def layout_of(args: tuple[Any, ...], kwargs: dict[str, Any], batched_cfg: bool) 
 
     positional = tuple(map(describe, leaves_of(args, {})))
     named = tuple((name, *map(describe, leaves_of((value,), {}))) for name, value in kwargs.items())
-    return batched_cfg, positional, named
+    return rows, positional, named

@@ -24,7 +24,7 @@ from stg_hooks.hooks.forward import Action, Patch, pushed
 from stg_hooks.model.layers import attention_modules, is_attention
 from stg_hooks.passes.absent import Absent, AbsentError
 from stg_hooks.passes.effects import Randomness
-from stg_hooks.passes.rows import leaves_of
+from stg_hooks.passes.rows import Indices, leaves_of
 
 DRAWS_RANDOM_NUMBERS = "it draws random numbers"
 
@@ -119,7 +119,7 @@ class Record:
 class Prefix:
     """What the weak passes of one call can share with its cond pass; filled while that runs."""
 
-    def __init__(self, starts: Sequence[Collection[int]], batch: int, rows: slice) -> None:
+    def __init__(self, starts: Sequence[Collection[int]], batch: int, rows: Indices) -> None:
         """Start with nothing.
 
         Args:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from stg_hooks.passes.effects import Arguments, State, count_of_writes
 from stg_hooks.passes.prefix import Given, Leaf, Origin, Place, Prefix, Record
-from stg_hooks.passes.rows import cut, leaves_of, row_factor
+from stg_hooks.passes.rows import Indices, cut, leaves_of, row_factor
 
 
 class _LiveLeaf:
@@ -36,7 +36,7 @@ class Recording(Prefix):
         self,
         starts: Sequence[Collection[int]],
         batch: int,
-        rows: slice,
+        rows: Indices,
         wanted: Collection[Place],
         state: State | None,
     ) -> None:
@@ -136,7 +136,7 @@ class Layout:
 class Repetition(Prefix):
     """The prefix of a call whose layout is known: nothing is copied but what will be asked for."""
 
-    def __init__(self, layout: Layout, starts: Sequence[Collection[int]], batch: int, rows: slice) -> None:
+    def __init__(self, layout: Layout, starts: Sequence[Collection[int]], batch: int, rows: Indices) -> None:
         """Start with nothing recorded.
 
         Args:

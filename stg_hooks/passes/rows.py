@@ -6,14 +6,84 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import CallError
+from stg_hooks.model.tensors import is_prediction as is_prediction
+from stg_hooks.model.tensors import leaves_of as leaves_of
 from stg_hooks.model.words import is_positional
+
+Indices: TypeAlias = slice | tuple[int, ...]
+"""Some rows of a call; a slice has step 1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Which rows of a call are conditional: the second half, or those that are listed."""
+
+    listed: tuple[int, ...] | None = None
+    batch: int | None = None
+    """Number of rows of a call, where they are listed."""
+
+    @classmethod
+    def chosen(cls, rows: slice | Sequence[int] | Sequence[bool] | Tensor | None, batch: int | None) -> Rows | None:
+        """Read what a host says; `None` for all rows.
+
+        Args:
+            rows: a slice, indices in any order, or a mask of one bool per row.
+            batch: number of rows of the call.
+
+        Raises:
+            CallError: rows that the call does not have, or none.
+        """
+        if rows is None:
+            return None
+        if batch is None:
+            raise CallError("rows= was given for a call without a tensor that has rows.")
+        given = range(batch)[rows] if isinstance(rows, slice) else rows.tolist() if isinstance(rows, Tensor) else rows
+        listed = [*given]
+        if listed and all(isinstance(row, bool) for row in listed):
+            if len(listed) != batch:
+                raise CallError(f"rows= is a mask of {len(listed)} rows, but the call has {batch}.")
+            listed = [i for i, is_cond in enumerate(listed) if is_cond]
+        if not listed or len({*listed}) < len(listed) or not all(0 <= row < batch for row in listed):
+            raise CallError(f"rows={rows!r}: expected some of the rows 0 to {batch - 1} of the call, each once.")
+        return None if listed == [*range(batch)] else cls(tuple(listed), batch)
+
+    def fit(self, batch: int) -> bool:
+        """Tell whether a call may have this many rows."""
+        return batch % 2 == 0 if self.listed is None else batch == self.batch
+
+    def batch_of(self, count: int) -> int:
+        """Return the number of rows of a call, of which so many are conditional."""
+        return 2 * count if self.batch is None else self.batch
+
+    def of(self, batch: int) -> Indices:
+        """Return the rows, as a slice where they follow each other."""
+        if self.listed is None:
+            return slice(batch // 2, batch)
+        first, last = self.listed[0], self.listed[-1]
+        return slice(first, last + 1) if self.listed == tuple(range(first, last + 1)) else self.listed
+
+    def take(self, prediction: Tensor) -> Tensor:
+        """Return the conditional rows of a prediction.
+
+        Raises:
+            CallError: it has another number of rows.
+        """
+        if self.listed is None:
+            return halves(prediction)[1]
+        if prediction.shape[0] != self.batch:
+            raise CallError(f"a call with {self.batch} rows gave a prediction with {prediction.shape[0]}.")
+        return cut(prediction, self.of(self.batch), self.batch, 1)
+
+
+HALF = Rows()
+"""The call's rows are `[uncond, cond]`."""
 
 
 def predictions(output: Any) -> list[Tensor]:
@@ -127,13 +197,8 @@ def _with_parts(output: Any, new: dict[str, Any]) -> Any:
     return changed
 
 
-def is_prediction(tensor: Tensor) -> bool:
-    """Tell whether a tensor that a denoiser returned may be a prediction, and not a count or a loss beside it."""
-    return tensor.is_floating_point() and tensor.ndim > 0
-
-
 def take_rows(
-    args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], batch: int, rows: slice
+    args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], batch: int, rows: Indices
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Cut a call down to some of its rows.
 
@@ -145,7 +210,7 @@ def take_rows(
         kwargs: keyword arguments of the call, nested tuples, lists and dicts included.
         names: parameter names that belong to `args`.
         batch: number of rows of the call.
-        rows: which of them to keep; step 1.
+        rows: which of them to keep; a slice has step 1.
 
     Returns:
         The arguments of the smaller call.
@@ -177,17 +242,6 @@ def map_arguments(
     return changed, {name: pytree.tree_map(partial(change, name), value) for name, value in kwargs.items()}
 
 
-def leaves_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """List the leaves of a call's arguments; much faster than pytree where few of them are nested."""
-    leaves: list[Any] = []
-    for value in (*args, *kwargs.values()):
-        if value is None or isinstance(value, (Tensor, bool, int, float, str)):
-            leaves.append(value)
-        else:
-            leaves += pytree.tree_leaves(value)
-    return leaves
-
-
 def row_factor(tensor: Tensor, batch: int) -> int | None:
     """Say how many entries of dimension 0 belong to one row of a call.
 
@@ -209,20 +263,30 @@ def row_factor(tensor: Tensor, batch: int) -> int | None:
     return None if folded > 1 and tensor.ndim == 2 else folded
 
 
-def cut(tensor: Tensor, rows: slice, batch: int, folded: int) -> Tensor:
+def cut(tensor: Tensor, rows: Indices, batch: int, folded: int) -> Tensor:
     """Cut a tensor down to some rows of its call.
 
     Args:
         tensor: the tensor.
-        rows: which rows to keep; step 1.
+        rows: which rows to keep; a slice has step 1.
         batch: number of rows of the call.
         folded: entries of dimension 0 per row, 0 for a tensor that is common to all rows.
 
     Returns:
-        A view.
+        A view, unless the rows are listed.
     """
-    start, stop, _ = rows.indices(batch)
-    return tensor[start * folded : stop * folded] if folded else tensor
+    if not folded:
+        return tensor
+    if isinstance(rows, slice):
+        start, stop, _ = rows.indices(batch)
+        return tensor[start * folded : stop * folded]
+    chosen: Tensor = tensor.unflatten(0, (batch, folded))[list(rows)]
+    return chosen.flatten(0, 1)
+
+
+def count_of(rows: Indices, batch: int) -> int:
+    """Count the rows that are chosen of a batch."""
+    return len(range(batch)[rows]) if isinstance(rows, slice) else len(rows)
 
 
 def first_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

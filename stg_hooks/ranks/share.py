@@ -13,8 +13,8 @@ from stg_hooks.guidance.settings import Branch
 from stg_hooks.hooks import activation
 from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.execution import Execution
-from stg_hooks.passes.executions import Executions
 from stg_hooks.passes.guided_call import GuidedCall, weak_pass
+from stg_hooks.passes.predict import Predictor
 from stg_hooks.passes.rows import is_prediction, own_predictions
 from stg_hooks.ranks.link import Ranks, samples_of
 
@@ -32,7 +32,7 @@ class Share:
     def __init__(
         self,
         ranks: Ranks,
-        executions: Executions,
+        predictor: Predictor,
         branches: Sequence[Branch],
         has_uncond: bool,
     ) -> None:
@@ -40,18 +40,18 @@ class Share:
 
         Args:
             ranks: the ranks.
-            executions: where this rank finds the layers of its branches; installed.
+            predictor: where this rank finds the layers of its branches; installed.
             branches: one weak prediction each.
             has_uncond: whether there is an uncond prediction to make besides.
         """
         self._ranks = ranks
         self._branches = branches
-        self._executions = executions
+        self._predictor = predictor
         self._count = 1 + len(branches) + has_uncond
         self._jobs = ranks.jobs(self._count)
         self._weak_jobs = [job for job in self._jobs if 1 <= job <= len(branches)]
         mine = [branches[job - 1] for job in self._weak_jobs]
-        self._execution: Execution | None = executions.of(mine) if mine else None
+        self._execution: Execution | None = predictor.of(mine) if mine else None
         self._call: GuidedCall | None = None
         self._said: Mapping[str, object] = {}
         self.conds: list[Tensor] = []
@@ -81,7 +81,7 @@ class Share:
             job = self._jobs[0]
             args, kwargs = arguments(self._is_uncond(job))
             if job == 0 and self._execution is not None:
-                output, self._call = self._execution.cond_pass(denoiser, args, kwargs, False)
+                output, self._call = self._execution.cond_pass(denoiser, args, kwargs)
             elif job in self._weak_jobs:
                 output = self._weak(job, denoiser, args, kwargs)
             else:
@@ -119,8 +119,9 @@ class Share:
         with self._ranks.telling():
             found: dict[int, Sequence[Tensor]] = {self._jobs[0]: first}
             if self._call is not None and self._execution is not None:
-                self._call.denoiser, self._call.inputs = denoiser, self._execution.inputs(*arguments(False))
-                found.update(zip(self._weak_jobs, self._execution.weak_predictions(self._call, first), strict=True))
+                inputs = self._execution.inputs(*arguments(False))
+                weaks = self._execution.weak_predictions(self._call, first, denoiser, inputs)
+                found.update(zip(self._weak_jobs, weaks, strict=True))
             for job in self._jobs:
                 if job in self._weak_jobs and job not in found:
                     found[job] = own_predictions(self._weak(job, denoiser, *arguments(False)))
@@ -148,7 +149,7 @@ class Share:
     def _described(self) -> list[object]:
         if not self._branches:
             return []
-        switches = self._executions.of(self._branches).switches
+        switches = self._predictor.of(self._branches).switches
         return [
             ([layer.name for layer in switch.layers], branch.mode, branch.kind, branch.scale)
             for switch, branch in zip(switches, self._branches, strict=True)

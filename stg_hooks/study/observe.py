@@ -12,11 +12,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from stg_hooks.errors import CallError, SettingError, StgWarning
+from stg_hooks.guidance.channels import VarianceWatch
+from stg_hooks.guidance.guide import Guidance, Guided, Predictions, StepOrLater
+from stg_hooks.guidance.schedule import Request, Settings
 from stg_hooks.guidance.settings import Branch
+from stg_hooks.guidance.trace import Stats
+from stg_hooks.guidance.watch import Watch
 from stg_hooks.guide import Guide, Session
 from stg_hooks.hosts import check_rows_apart
-from stg_hooks.model.source import parameter_names
-from stg_hooks.passes.guided_call import Stats, in_weak_pass, is_checking, weak_pass
+from stg_hooks.passes.guided_call import in_weak_pass, is_checking, weak_pass
 from stg_hooks.passes.rows import halves, take_rows
 from stg_hooks.step import Step
 from stg_hooks.study.cost import Flops, is_compiled_anywhere
@@ -176,6 +180,83 @@ class Meter:
         return [flops / plain for _, flops in sorted(self._weak.items())] if plain else None
 
 
+class _Unwatched(Watch):
+    """Says nothing: a profile shows which layers change nothing."""
+
+    def look(self, *_: object, **__: object) -> None:
+        """Look at nothing."""
+
+
+class Observing(Guidance):
+    """Wants all weak predictions where a noise level is to be looked at, and guides nothing."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        branches: Sequence[Branch],
+        levels: NoiseLevels,
+        observed: Callable[[Guided, Sequence[Tensor | None]], None] | None = None,
+    ) -> None:
+        """Check the branches.
+
+        Args:
+            model: the denoiser.
+            branches: one weak prediction each.
+            levels: chooses the steps.
+            observed: takes predictions, the uncond ones apart.
+        """
+
+        def schedule(step: Step) -> dict[str, Any] | None:
+            if not levels.wants(step):
+                return None
+            self.meter.begin()
+            return {}
+
+        super().__init__("stg.profile", model, Request(branches=branches, schedule=schedule))
+        self.levels, self.meter, self._observed = levels, Meter(self.stats, model), observed
+        self.watch = _Unwatched("stg.profile")
+        self.variance = VarianceWatch(is_told=True)
+
+    def guided(
+        self,
+        step: StepOrLater,
+        settings: Settings,
+        predictions: Predictions,
+        channels: int | None = None,
+        samples: bool = False,
+    ) -> Guided:
+        """Let predictions be observed; return what leaves them as they are."""
+        found = super().guided(step, settings, predictions, channels, samples)
+        if self._observed is not None:
+            self._observed(found, predictions.unconds)
+        return dataclasses.replace(found, settings=Settings(()), branches=(), weaks=[[] for _ in found.conds])
+
+
+def observation_of(
+    guided: Guided,
+    guidance: Observing,
+    uncond: Tensor | None,
+    guidance_scale: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    costs: list[float] | None = None,
+) -> Observation:
+    """Say what was found in a step, of several predictions in the first one."""
+    step = guidance.levels.step
+    assert step is not None
+    cond = guided.conds[0]
+    return Observation(
+        step=step,
+        cond=cond,
+        terms=[cond.float() - weak.float() for weak in guided.weaks[0]],
+        uncond=uncond,
+        args=args,
+        kwargs=kwargs,
+        guidance_scale=float(guidance_scale) if isinstance(guidance_scale, (int, float)) else None,
+        costs=costs,
+    )
+
+
 class _OfThread(threading.local):
     waiting: Observation | None = None  # of a cond call, until its uncond call comes
 
@@ -188,25 +269,22 @@ class Probe(Guide):
         session: Session,
         model: nn.Module,
         more: Sequence[Sequence[Branch]],
-        levels: NoiseLevels,
-        meter: Meter,
+        guidance: Observing,
         observed: Callable[[Observation], None],
     ) -> None:
         """Resolve all layers; touch nothing.
 
         Args:
-            session: what probes of the same pipeline share. Its plan asks for the first group of branches.
+            session: what probes of the same pipeline share.
             model: the denoiser.
             more: further groups of branches; for each of them a cond pass is made once more.
-            levels: chooses the steps.
-            meter: counts what they cost.
+            guidance: that of the session, which wants the first group of branches.
             observed: takes what was found.
         """
         super().__init__(session, model, "sequential")
-        self._more, self._levels, self._meter, self._observed = more, levels, meter, observed
+        self._more, self._observing, self._observed = more, guidance, observed
         for branches in more:
-            self._executions.make(branches)
-        self._names = parameter_names(model)
+            self._predictor.make(branches)
         self._thread = _OfThread()
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -220,7 +298,7 @@ class Probe(Guide):
             return super()._around(proceed, args, kwargs)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return self._meter.metered(proceed, args, kwargs)
+            return self._observing.meter.metered(proceed, args, kwargs)
 
         return super()._around(call, args, kwargs)
 
@@ -228,24 +306,14 @@ class Probe(Guide):
         """Compute the weak predictions, and leave the output alone."""
         check_rows_apart(call.role, "profile")
         both = call.role.is_halved
-        if call.role.samples:
-            output = [tensor[0] for tensor in output]
         unconds = [halves(tensor)[0] for tensor in output] if both else None
         conds = [halves(tensor)[1] for tensor in output] if both else list(output)
-        weaks = self._all_weaks(call, conds)
-        g = call.role.guidance_scale
-        step = self._levels.step
-        assert step is not None
-        found = Observation(
-            step=step,
-            cond=conds[0],
-            terms=[conds[0].float() - weak[0].float() for weak in weaks],
-            uncond=None if unconds is None else unconds[0],
-            args=call.args,
-            kwargs=call.kwargs,
-            guidance_scale=float(g) if isinstance(g, (int, float)) else None,
-            costs=None,
-        )
+        by_branch = self._all_weaks(call, conds)
+        weaks = [[weak[i] for weak in by_branch] for i in range(len(conds))]
+        guided = Guided.of(call.step, call.settings, (), conds, weaks, samples=bool(call.role.samples))
+        uncond = None if unconds is None else guided.part(unconds[0])
+        scale = call.role.guidance_scale
+        found = observation_of(guided, self._observing, uncond, scale, call.args, call.kwargs)
         self._thread.waiting = found
         if not call.role.uncond_follows:
             self._finish(found)
@@ -260,21 +328,20 @@ class Probe(Guide):
 
     def _finish(self, found: Observation) -> None:
         self._thread.waiting = None
-        self._observed(dataclasses.replace(found, costs=self._meter.end()))
+        self._observed(dataclasses.replace(found, costs=self._observing.meter.end()))
 
     def _all_weaks(self, call: Any, conds: Sequence[Tensor]) -> list[list[Tensor]]:
         """Return the weak predictions of every branch."""
         guided = call.guided
         call.inputs.compare()
-        guided.denoiser, guided.inputs = self._model, call.inputs
-        weaks = self._executions.of(call.settings.active).weak_predictions(guided, conds)
+        weaks = self._predictor.of(call.settings.active).weak_predictions(guided, conds, self._model, call.inputs)
         for branches in self._more:
             args, kwargs = call.inputs.again()
             if call.role.is_halved:
                 half = conds[0].shape[0]
                 args, kwargs = take_rows(args, kwargs, self._names, 2 * half, slice(half, None))
-            execution = self._executions.of(branches)
-            with weak_pass(), self._meter.paused():
-                _, again = execution.cond_pass(self._model, args, kwargs, False)
+            execution = self._predictor.of(branches)
+            with weak_pass(), self._observing.meter.paused():
+                _, again = execution.cond_pass(self._model, args, kwargs)
             weaks += execution.weak_predictions(again, conds)
         return weaks

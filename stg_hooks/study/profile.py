@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -11,21 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from stg_hooks.errors import LayerError, SettingError, StgWarning, TargetError
-from stg_hooks.guidance.schedule import Plan, Settings
+from stg_hooks.guidance.guide import Guided
 from stg_hooks.guidance.settings import Branch
-from stg_hooks.guidance.trace import Trace
-from stg_hooks.guidance.watch import Watch
 from stg_hooks.guide import Session
 from stg_hooks.guider import Guider
 from stg_hooks.hooks import activation
 from stg_hooks.hosts import Host, ModuleHost, pipeline_host
 from stg_hooks.model.layers import Layer, LayerSpec, find_layers, resolve
 from stg_hooks.modes.switch import Switch
-from stg_hooks.passes.executions import Executions
-from stg_hooks.passes.guided_call import Stats
+from stg_hooks.passes.predict import Predictor
 from stg_hooks.step import Step
 from stg_hooks.study import measures
-from stg_hooks.study.observe import Meter, NoiseLevels, Observation, Probe
+from stg_hooks.study.observe import NoiseLevels, Observation, Observing, Probe, observation_of
 from stg_hooks.study.results import Profile, ProfileRow, mean
 from stg_hooks.study.sampling import Sample, generator_of, prompts_from, sampler_of, takes_prompt
 
@@ -91,12 +88,11 @@ def profile(
     chosen = _numbered(model, layers)
     pairs = _possible(model, chosen, names, layers is None)
     branches = [Branch([layer.index], 1.0, mode) for layer, mode in pairs]  # type: ignore[list-item]
-    stats = Stats()
-    levels, meter = NoiseLevels(noise_levels, steps), Meter(stats, model)
+    levels = NoiseLevels(noise_levels, steps)
     found: list[tuple[Observation, list[dict[str, float | None]]]] = []
 
-    def observed(observation: Observation) -> None:
-        found.append((observation, _measured(observation, model, layout)))
+    def observed(one: Observation) -> None:
+        found.append((one, _measured(one, model, layout)))
 
     own = getattr(getattr(target, "stg_sample", None), "prompts", PROMPTS)
     pipe = target if sample is None else None
@@ -105,9 +101,9 @@ def profile(
     texts = prompts_from(prompts, pipe)
     watching: AbstractContextManager[None]
     if isinstance(target, Guider):
-        watching = _watched_guider(target, model, branches, levels, meter, stats, observed)
+        watching = _watched_guider(target, branches, levels, observed)
     else:
-        watching = _watched_host(_host(target, batched_cfg), branches, levels, meter, stats, layers_at_once, observed)
+        watching = _watched_host(_host(target, batched_cfg), branches, levels, layers_at_once, observed)
     with watching, torch.no_grad():
         for text in texts:
             levels.begin_run()
@@ -169,85 +165,52 @@ def _possible(model: nn.Module, layers: list[Layer], modes: Sequence[str], all_l
     return pairs
 
 
-class _Unwatched(Watch):
-    """A profile shows which layers do nothing: nobody need be told."""
-
-    def look(self, *_: object, **__: object) -> None:
-        """Look at nothing."""
-
-
-def _plan(branches: Sequence[Branch], levels: NoiseLevels, meter: Meter, **more: Any) -> Plan:
-    """Ask for all weak predictions where a noise level is to be looked at, and for none elsewhere."""
-
-    def schedule(step: Step) -> dict[str, Any] | None:
-        if not levels.wants(step):
-            return None
-        meter.begin()
-        return {}
-
-    return Plan(Settings(tuple(branches), **more), schedule=schedule)
-
-
 @contextmanager
 def _watched_host(
     host: Host,
     branches: list[Branch],
     levels: NoiseLevels,
-    meter: Meter,
-    stats: Stats,
     layers_at_once: int | None,
-    observed: Any,
+    observed: Callable[[Observation], None],
 ) -> Iterator[None]:
     size = layers_at_once or len(branches)
     groups = [branches[i : i + size] for i in range(0, len(branches), size)]
-    session = Session(host, _plan(groups[0], levels, meter), stats=stats)
     unique = {id(module): module for module in host.denoisers().values()}
+    guidance = Observing(next(iter(unique.values())), groups[0], levels)
+    session = Session(host, guidance)
     with ExitStack() as stack:
         for module in unique.values():
-            stack.enter_context(Probe(session, module, groups[1:], levels, meter, observed).installed())
+            stack.enter_context(Probe(session, module, groups[1:], guidance, observed).installed())
         stack.enter_context(activation.entered(session))
         yield
 
 
 @contextmanager
 def _watched_guider(
-    guider: Guider,
-    model: nn.Module,
-    branches: list[Branch],
-    levels: NoiseLevels,
-    meter: Meter,
-    stats: Stats,
-    observed: Any,
+    guider: Guider, branches: list[Branch], levels: NoiseLevels, observed: Callable[[Observation], None]
 ) -> Iterator[None]:
-    """Have a guider compute all weak predictions where they are wanted, and guide by CFG alone."""
+    """Have a guider make all weak predictions where they are wanted, and guide by CFG alone."""
     last: dict[str, Any] = {}
     denoiser = guider.denoiser
 
     def called(*args: Any, **kwargs: Any) -> Any:
         last.update(args=args, kwargs=kwargs)
-        return meter.metered(denoiser, args, kwargs)
+        return guidance.meter.metered(denoiser, args, kwargs)
 
-    def rule(cond: Tensor, uncond: Tensor | None, terms: Sequence[Tensor], guidance_scale: Any) -> Tensor:
-        if levels.step is not None:  # of several predictions, the first one
-            step, levels.step = levels.step, None
-            g = guider.guidance_scale
-            scale = float(g) if isinstance(g, (int, float)) else None
-            # Not yet over: in calls of its own, uncond has been computed by now.
-            observed(Observation(step, cond, list(terms), uncond, last["args"], last["kwargs"], scale, meter.end()))
-        return cond if uncond is None else uncond + guidance_scale * (cond - uncond)
+    def found(guided: Guided, unconds: Sequence[Tensor | None]) -> None:
+        uncond = None if unconds[0] is None else guided.part(unconds[0])
+        # Not yet over: in calls of its own, uncond has been computed by now.
+        observed(observation_of(guided, guidance, uncond, guider.guidance_scale, **last, costs=guidance.meter.end()))
 
-    before = dict(vars(guider))
+    guidance = Observing(guider.model, branches, levels, found)
+    predictor = Predictor(guider.model, (), "sequential", guidance.stats)
+    predictor.prepare(guidance.plan.known)
+    own = guider.denoiser, guider._guidance, guider._predictor
     try:
-        guider.denoiser = called
-        guider.stats, guider.trace = stats, Trace()
-        guider.plan = _plan(branches, levels, meter, rule=rule)
-        guider._executions = Executions(model, "sequential", stats)
-        guider._executions.prepare(guider.plan.known)
-        guider._on, guider._watch = "cond", _Unwatched("stg.profile")
+        guider.denoiser, guider._guidance, guider._predictor = called, guidance, predictor
         yield
     finally:
-        vars(guider).clear()
-        vars(guider).update(before)
+        guider.denoiser, guider._guidance, guider._predictor = own
 
 
 def _measured(observation: Observation, model: nn.Module, layout: str | None) -> list[dict[str, float | None]]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from stg_hooks.errors import CallError
-from stg_hooks.passes.rows import is_prediction, leaves_of
+from stg_hooks.model.tensors import is_prediction, leaves_of
 
 
 def are_samples(found: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stg_hooks.errors import SettingError, StgWarning
-from stg_hooks.passes.rows import leaves_of
+from stg_hooks.model.tensors import leaves_of
 
 
 def check_channels(channels: object) -> None:

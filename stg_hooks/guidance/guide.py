@@ -1,0 +1,366 @@
+"""Turn predictions into the guided one: what holds in a step, which weak predictions it needs, their sum."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from stg_hooks.errors import CallError, SettingError, closest
+from stg_hooks.guidance.channels import VarianceWatch, check_channels, guided_part, with_rest
+from stg_hooks.guidance.combine import Scale, combine, correction, is_number, of_sample
+from stg_hooks.guidance.rules import at_step
+from stg_hooks.guidance.samples import are_samples, check_told
+from stg_hooks.guidance.schedule import Request, Settings, check_every, known, plan_from
+from stg_hooks.guidance.settings import Branch
+from stg_hooks.guidance.trace import Stats, Trace
+from stg_hooks.guidance.watch import Watch
+from stg_hooks.modes.switch import Switch
+from stg_hooks.step import Step, check_once
+
+PREDICTIONS = ("cond", "uncond")
+
+StepOrLater: TypeAlias = Step | Callable[[], Step]
+"""A step, or a function that finds it out: for readers of the trace, where looking would wait for the GPU."""
+
+
+@dataclasses.dataclass
+class Predictions:
+    """What was predicted in a step; a denoiser may return several tensors."""
+
+    conds: Sequence[Tensor]
+    unconds: Sequence[Tensor | None] = ()
+    """One for each of `conds`."""
+    weaks: Sequence[Sequence[Tensor]] | None = None
+    """For each branch, one for each of `conds`; `None` where no weak pass was made, so that an older one serves."""
+    alone: Sequence[Sequence[Tensor] | None] | None = None
+    """For each branch, what its weak pass would give, bit for bit, if it skipped nothing; `None` where that is not
+    known. Left out, that is `conds`."""
+    switches: Sequence[Switch | None] = ()
+    """For each branch, its skipped layers; `None` for those that are skipped on other ranks."""
+
+
+@dataclasses.dataclass
+class Guided:
+    """The predictions of a step, and what they come to.
+
+    Where each prediction is one sample, it gets a dimension for the batch in here; channels that are not guided are
+    left out, until `whole` puts them back.
+    """
+
+    step: StepOrLater
+    settings: Settings
+    branches: tuple[Branch, ...]
+    """Those that have a weak prediction; none where the weak model makes the uncond prediction."""
+    conds: list[Tensor]
+    weaks: list[list[Tensor]]
+    """For each prediction, those of all branches."""
+    channels: int | None = None
+    samples: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        step: StepOrLater,
+        settings: Settings,
+        branches: tuple[Branch, ...],
+        conds: Sequence[Tensor],
+        weaks: Sequence[Sequence[Tensor]],
+        channels: int | None = None,
+        samples: bool = False,
+    ) -> Guided:
+        """Take the parts of predictions that are guided; `weaks` are those of all branches for each prediction."""
+        found = cls(step, settings, branches, [], [], channels, samples)
+        found.conds = [found.part(c) for c in conds]
+        found.weaks = [[found.part(weak) for weak in of_one] for of_one in weaks]
+        return found
+
+    @property
+    def scales(self) -> list[Scale]:
+        """The weight of each branch."""
+        return [branch.scale for branch in self.branches]
+
+    def part(self, prediction: Tensor) -> Tensor:
+        """Return the part of a prediction that is guided."""
+        return guided_part(prediction[None] if self.samples else prediction, self.channels)
+
+    def whole(self, guided: Tensor, prediction: Tensor) -> Tensor:
+        """Put the rest of a prediction back behind its guided part."""
+        found = with_rest(guided, prediction[None] if self.samples else prediction, self.channels)
+        return found[0] if self.samples else found
+
+    def added(self, term: Tensor, prediction: Tensor) -> Tensor:
+        """Add a term to the guided part of a prediction."""
+        part = self.part(prediction)
+        return self.whole((part.float() + term).to(part.dtype), prediction)
+
+    def weight(self, name: str, value: Scale, i: int) -> Scale:
+        """Return what a weight is for one of the predictions."""
+        return of_sample(name, value, i, len(self.conds)) if self.samples else value
+
+    def terms(self) -> list[Tensor]:
+        """Return what skip guidance adds to the guided part of each prediction."""
+        pairs = zip(self.conds, self.weaks, strict=True)
+        return [correction(c, weaks, self._scales_of(i)) for i, (c, weaks) in enumerate(pairs)]
+
+    def final(self, guidance_scale: Scale, unconds: Sequence[Tensor | None]) -> list[Tensor]:
+        """Return the guided part of each guided prediction; `unconds` are whole predictions."""
+        found = []
+        for i, (c, weaks, u) in enumerate(zip(self.conds, self.weaks, unconds, strict=True)):
+            rule = self.settings.rule
+            found.append(
+                combine(
+                    c,
+                    weaks,
+                    None if u is None else self.part(u),
+                    scale=self._scales_of(i),
+                    guidance_scale=self.weight("guidance_scale", guidance_scale, i),
+                    rescale=self.settings.rescale,
+                    rule=at_step(rule, self.step, i) if isinstance(self.step, Step) else rule,
+                )
+            )
+        return found
+
+    def _scales_of(self, i: int) -> list[Scale]:
+        return [self.weight("scale", scale, i) for scale in self.scales]
+
+
+class Guidance:
+    """What one `apply` or `Guider` does with predictions, and what it has done."""
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        request: Request,
+        every: int = 1,
+        channels: int | None = None,
+        strict: bool = False,
+    ) -> None:
+        """Check what was asked for.
+
+        Args:
+            name: what to call the user's own call in messages.
+            model: the module whose published setting counts when no layers are given.
+            request: what was asked for.
+            every: as for `apply`.
+            channels: as for `apply`.
+            strict: as for `apply`.
+
+        Raises:
+            SettingError: a value that cannot be used, or a contradiction.
+        """
+        _check_on(request.on, request.scale)
+        check_channels(channels)
+        self.on = request.on
+        self.plan = plan_from(model, request)
+        check_every(every)
+        self.every = every
+        self.channels = channels
+        self.stats = Stats()
+        self.trace = Trace()
+        self.watch = Watch(name, strict)
+        self.variance = VarianceWatch(channels is not None)
+        self._local = _OfThread()
+        if self.on == "uncond":
+            if every > 1:
+                raise SettingError(f"every={every}: on='uncond' makes no extra pass that could be left out.")
+            for settings in self.plan.known:
+                check_uncond(settings)
+
+    def for_another(self) -> Guidance:
+        """Return the same guidance for another denoiser of the same pipeline: what `every` uses again is its own."""
+        other = copy.copy(self)
+        other._local = _OfThread()
+        return other
+
+    def settings(self, step: StepOrLater) -> Settings:
+        """Return what holds in a step; one that is not known yet changes nothing."""
+        settings = self.plan.at(step) if isinstance(step, Step) else self.plan.base
+        if self.on == "uncond":
+            check_uncond(settings)
+        return settings
+
+    def wanted(self, step: StepOrLater, settings: Settings) -> tuple[Branch, ...]:
+        """Return the branches whose weak predictions a step needs; to be asked once in every step.
+
+        Raises:
+            CallError: `every` counts steps, and the step is not known, or has been guided already.
+        """
+        if self.on == "uncond":
+            return ()
+        if self.every > 1 and isinstance(step, Step):
+            if settings.active:
+                known(step.index, f"every={self.every} counts steps", "index")
+            kept = self._local.kept
+            if kept is not None and kept.serves(step, settings.active, self.every):
+                return ()
+        return settings.active
+
+    def are_samples(
+        self,
+        output: Any,
+        found: Sequence[Tensor],
+        call: tuple[tuple[Any, ...], dict[str, Any]],
+        settings: Settings,
+        of_rows: bool,
+    ) -> bool:
+        """Tell whether each prediction of a call is one sample, without a dimension for the batch.
+
+        Args:
+            output: what the denoiser returned.
+            found: the predictions in it.
+            call: its arguments.
+            settings: what holds in it.
+            of_rows: what is done with it depends on that.
+
+        Raises:
+            CallError: it cannot be told.
+        """
+        if isinstance(output, Tensor):
+            return False
+        samples = are_samples(found, *call)
+        if of_rows or settings.of_samples or self.channels is not None:
+            return check_told(samples, len(found), "guidance")
+        return bool(samples)
+
+    def guided(
+        self,
+        step: StepOrLater,
+        settings: Settings,
+        predictions: Predictions,
+        channels: int | None = None,
+        samples: bool = False,
+    ) -> Guided:
+        """Look at the predictions of a step that is guided, and return what they come to.
+
+        Args:
+            step: where in the run they were made.
+            settings: what holds there.
+            predictions: what was predicted.
+            channels: how many channels are guided; all, if left out.
+            samples: each prediction is one sample.
+
+        Raises:
+            CallError: differences of an earlier step do not fit.
+            LayerError: with `strict`, a skip changed nothing.
+        """
+        conds, branches = predictions.conds, settings.active if self.on == "cond" else ()
+        self.watch.look(
+            step if isinstance(step, Step) else Step(),
+            conds,
+            predictions.unconds,
+            predictions.switches,
+            predictions.weaks or (),
+            predictions.alone,
+        )
+        if not branches:
+            weaks: list[list[Tensor]] = [[] for _ in conds]
+        elif predictions.weaks is None:
+            assert self._local.kept is not None
+            weaks = self._local.kept.weaks(conds)
+        else:
+            weaks = [[weak[i] for weak in predictions.weaks] for i in range(len(conds))]
+            if self.every > 1 and isinstance(step, Step):
+                self._local.kept = _Differences.of(conds, weaks, branches, step)
+        return Guided.of(step, settings, branches, conds, weaks, channels, samples)
+
+    def traced(
+        self, guided: Guided, terms: Sequence[Tensor], unconds: Sequence[Tensor | None], guidance_scale: Scale | None
+    ) -> None:
+        """Add a step to the trace; where CFG is off, nothing points along it."""
+        if self.on == "cond":
+            parts = [None if u is None or is_number(guidance_scale, 1) else guided.part(u) for u in unconds]
+            self.trace.add(guided.step, guided.scales, terms, guided.conds, parts)
+
+    def forget(self) -> None:
+        """Let go of what this thread has computed."""
+        self._local.kept = None
+
+    def forget_all(self) -> None:
+        """Let go of what all threads have computed."""
+        self._local = _OfThread()
+
+
+@dataclasses.dataclass
+class _Differences:
+    """What `every` uses again: `cond - weak` of an earlier step."""
+
+    differences: list[list[Tensor]]
+    branches: tuple[Branch, ...]
+    step: Step
+    last: Step
+    """Of the call that was made last, guided or not."""
+    used: int = 1
+    is_over: bool = False
+    """Another run has begun."""
+
+    @classmethod
+    def of(
+        cls, conds: Sequence[Tensor], weaks: Sequence[Sequence[Tensor]], branches: tuple[Branch, ...], step: Step
+    ) -> _Differences:
+        """Keep the differences of a step; gradients do not pass from step to step."""
+        found = [[(c - weak).detach() for weak in of_one] for c, of_one in zip(conds, weaks, strict=True)]
+        return cls(found, branches, step, step)
+
+    def weaks(self, conds: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Return, for each prediction, weak ones that differ from it as they did then.
+
+        Raises:
+            CallError: predictions of another shape.
+        """
+        shapes = [[tuple(c.shape)] * len(self.branches) for c in conds]
+        then = [[tuple(difference.shape) for difference in found] for found in self.differences]
+        if shapes != then:
+            raise CallError(
+                f"every= would use differences of step {self.step.index} again, of the shapes {then}, in a call that "
+                f"predicts {shapes}. Give each size a stg.Guider or stg.apply of its own, or use every=1."
+            )
+        self.used += 1
+        return [[c - difference for difference in found] for c, found in zip(conds, self.differences, strict=True)]
+
+    def serves(self, call_of: Step, branches: tuple[Branch, ...], every: int) -> bool:
+        """Tell whether it may be used again in a call; ask in every call, also in those without guidance.
+
+        Raises:
+            CallError: it is the second guided call of one step.
+        """
+        before, self.last = self.last, call_of
+        if branches:
+            check_once(call_of, before, f"every={every}")
+        if call_of.index is None or before.index is None or self.step.index is None:
+            return False
+        self.is_over = self.is_over or (call_of.index < before.index and not call_of.of_sampler)
+        is_later = call_of.index > self.step.index
+        is_same = [branch.key for branch in branches] == [branch.key for branch in self.branches]
+        return not self.is_over and is_later and self.used < every and is_same
+
+
+class _OfThread(threading.local):
+    kept: _Differences | None = None
+
+
+def _check_on(on: str, scale: object) -> None:
+    """Raise unless `on` names a prediction, and `scale` is left out where it has no meaning."""
+    if on not in PREDICTIONS:
+        names = " and ".join(map(repr, PREDICTIONS))
+        raise SettingError(f"on={on!r}: there is {names}.{closest(str(on), PREDICTIONS)}")
+    if on == "uncond" and scale is not None:
+        raise SettingError(
+            "scale= has no meaning with on='uncond', where nothing is added: the weak prediction takes the place of "
+            "uncond, and guidance_scale says how far to go from it. Leave scale out."
+        )
+
+
+def check_uncond(settings: Settings) -> None:
+    """Raise if settings hold something that has no meaning where the weak model makes the uncond prediction."""
+    if len(settings.branches) > 1:
+        raise SettingError(
+            f"on='uncond' with {len(settings.branches)} branches: there is one uncond prediction. Give layers=[...]."
+        )
+    if any(isinstance(branch.scale, Tensor) or branch.scale not in (0, 1) for branch in settings.branches):
+        _check_on("uncond", settings.branches[0].scale)
