@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from stg_hooks.passes.inputs import Inputs
-from stg_hooks.passes.prefix import Prefix
+from stg_hooks.passes.shared import Prefix
 from stg_hooks.passes.rows import leaves_of
 from stg_hooks.passes.state import Snapshot
 

@@ -256,6 +256,19 @@ class Snapshot:
             for holder, contents in zip(self.walk.holders, self.contents, strict=True)
         )
 
+    def changes(self) -> list[tuple[Holder, Any, Any]]:
+        """List what holds other tensors now than it did: where, under which key, and what is there."""
+        found: list[tuple[Holder, Any, Any]] = []
+        if self.is_in_place():
+            return found
+        for holder, contents in zip(self.walk.holders, self.contents, strict=True):
+            if isinstance(holder, _Sequence) and isinstance(holder.owner, set):
+                continue
+            for key, value in holder.read().items():
+                if contents.get(key, _MISSING) is not value and _has_tensors(value):
+                    found.append((holder, key, value))
+        return found
+
     def put_back(self) -> None:
         """Make everything what it was.
 
@@ -345,15 +358,8 @@ class Copies:
 
     def keep(self, start: Snapshot) -> None:
         """Keep what a weak pass that has begun at `start` has left."""
-        for holder, contents in zip(start.walk.holders, start.contents, strict=True):
-            if isinstance(holder, _Sequence) and isinstance(holder.owner, set):
-                continue
-            for key, value in holder.read().items():
-                if contents.get(key, _MISSING) is not value and _has_tensors(value):
-                    self._places[id(holder.mapping if isinstance(holder, _Attributes) else holder.owner), key] = (
-                        holder,
-                        value,
-                    )
+        for holder, key, value in start.changes():
+            self._places[_place(holder), key] = holder, value
         for tensor in start.written():
             self._tensors[id(tensor)] = tensor, tensor.detach().clone()
 
