@@ -229,13 +229,15 @@ class Execution:
         is_counted = bool(self._parts) and (self._keeps_state or call.layout not in self._runs)
         with counted(self._parts) if is_counted else nullcontext(set[str]()) as run:
             output = self._cond_pass(call, args, kwargs)
-        call.changes_state = call.changes_state or before.differs()
+        after = self._kept.look(before)
+        call.changes_state = call.changes_state or (after is not before and before.differs())
         if call.changes_state and call.weaks is not None:  # it has kept what belongs to rows of ours
             before.put_back()
             self._stop_batching(RowsError("it keeps something from one call to the next"))
             call.weaks, call.prefix, call.check = None, None, None
             output = denoiser(*call.inputs.again()[0], **call.inputs.again()[1])
-        call.after = self._kept.look(before)
+            after = self._kept.look(before)
+        call.after = after
         self._keeps_state = self._keeps_state or call.changes_state
         if is_counted:
             known = self._runs.setdefault(call.layout, run)
@@ -372,7 +374,9 @@ class Execution:
                 call.conclude()
         else:
             self._make_again(call)
-            if call.check is not None:
+            if call.check is not None and call.changes_state:
+                self._stop_batching(RowsError("it keeps something from one call to the next"))
+            elif call.check is not None:
                 call.check(results)
         return results
 
