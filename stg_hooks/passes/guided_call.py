@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from stg_hooks.passes.inputs import Inputs
-from stg_hooks.passes.shared import Prefix
 from stg_hooks.passes.rows import leaves_of
+from stg_hooks.passes.shared import Prefix
 from stg_hooks.passes.state import Snapshot
 
 

@@ -391,7 +391,7 @@ class Recording(Prefix):
             for live in self._live:
                 live.is_needed = live.is_needed or live.storage in storages
             return
-        for i, tensor in into:
+        for _, tensor in into:
             lives[id(tensor)] = live = lives.get(id(tensor)) or self._new(tensor, is_watched)
             self._let_go([other for other in self._live if other.memory == live.memory])
         writes = [(i, lives[id(tensor)].output) for i, tensor in into]

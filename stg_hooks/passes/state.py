@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import operator
 import threading
@@ -276,7 +277,9 @@ class Snapshot:
     def is_in_place(self) -> bool:
         """Tell whether all containers hold the same objects still."""
         now, values = self.walk.values(), self.values
-        return now is not None and values is not None and len(now) == len(values) and all(map(operator.is_, now, values))
+        return (
+            now is not None and values is not None and len(now) == len(values) and all(map(operator.is_, now, values))
+        )
 
     def written(self) -> list[Tensor]:
         """List the tensors that were written into since."""
@@ -497,13 +500,17 @@ def _nothing(_: object) -> tuple[Any, ...]:
     return ()
 
 
-@functools.cache
+_OWN_ATTRIBUTES: dict[type, set[str]] = {}
+
+
 def _own_attributes(cls: type) -> set[str]:
     """Name what a module of torch has by its class; nothing for other classes, which may keep state anywhere."""
     if not cls.__module__.startswith("torch.nn.modules"):
         return set()
-    annotated = {name for base in cls.__mro__ for name in base.__dict__.get("__annotations__", ())}
-    return annotated | _NO_STATE | {*getattr(cls, "__constants__", ())}
+    if cls not in _OWN_ATTRIBUTES:
+        annotated = {name for base in cls.__mro__ for name in inspect.get_annotations(base)}
+        _OWN_ATTRIBUTES[cls] = annotated | _NO_STATE | {*getattr(cls, "__constants__", ())}
+    return _OWN_ATTRIBUTES[cls]
 
 
 def _place(holder: Holder) -> int:
