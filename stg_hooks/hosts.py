@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
+import operator
 import sys
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -248,11 +250,10 @@ def step_caches(modules: Sequence[nn.Module]) -> StepCaches | None:
     Raises:
         TargetError: one that cannot be used together with skip guidance.
     """
-    for module in modules:
-        for mark, name in _MARKS.items():
-            if mark in module.__dict__:
-                found: StepCaches | None = importlib.import_module(name).step_caches(modules)
-                return found
+    for mark, name in _MARKS.items():
+        if any(map(operator.contains, map(vars, modules), itertools.repeat(mark))):
+            found: StepCaches | None = importlib.import_module(name).step_caches(modules)
+            return found
     return None
 
 

@@ -22,15 +22,30 @@ from stg_hooks.hooks.forward import Patch, patched, pushed
 from stg_hooks.model.layers import Layer, find_layers
 from stg_hooks.model.source import parameter_names
 from stg_hooks.modes.switch import Switch
-from stg_hooks.passes.absent import AbsentError, absent_in
 from stg_hooks.passes.batched import BatchedPass, RowsError
 from stg_hooks.passes.caches import Caches
-from stg_hooks.passes.effects import Randomness, State
+from stg_hooks.passes.effects import Randomness
 from stg_hooks.passes.guided_call import Arguments, GuidedCall, checking, layout_of, weak_pass
 from stg_hooks.passes.inputs import Inputs, Written
-from stg_hooks.passes.prefix import DRAWS_RANDOM_NUMBERS, Place, Prefix, PrefixMismatchError, prefix_units
-from stg_hooks.passes.recording import Layout, Recording, Repetition
-from stg_hooks.passes.rows import Indices, Rows, agree, first_batch, predictions, replace_predictions, take_rows
+from stg_hooks.passes.rows import (
+    Indices,
+    Rows,
+    agree,
+    are_as_finite,
+    first_batch,
+    predictions,
+    replace_predictions,
+    take_rows,
+)
+from stg_hooks.passes.shared import (
+    DRAWS_RANDOM_NUMBERS,
+    Layout,
+    Prefix,
+    PrefixMismatchError,
+    Recording,
+    Repetition,
+    prefix_units,
+)
 from stg_hooks.passes.state import Copies, Kept, counted, parts_of
 from stg_hooks.passes.streaming import weights_are_streamed
 
@@ -43,6 +58,10 @@ _SUSPECTS = (RuntimeError, IndexError, TypeError, ValueError)  # themselves, not
 
 class NotSharedError(Exception):
     """Weak passes cannot be made on top of the cond pass."""
+
+
+class _GapsError(Exception):
+    """What was let go may be wanted."""
 
 
 @dataclasses.dataclass
@@ -127,7 +146,7 @@ class Execution:
         self._surrounding = {way: surrounding(model, units) for way, units in self._units.items()}
         self._uncompiled: list[nn.Module] = []
         self._patches: dict[int, Patch] = {}
-        self._wanted: set[Place] = set()
+        self._keeps_all: set[Hashable] = set()  # layouts of which nothing is let go
         self._known: dict[Hashable, _Known] = {}
         self._written: Written = {}
         self._seen: Counter[Hashable] = Counter()  # how often a layout had to be recorded
@@ -213,13 +232,15 @@ class Execution:
             output = self._cond_pass(call, args, kwargs)
         if randomness.is_used():
             call.random_before, call.random_after = randomness, Randomness.for_call(args, kwargs)
-        call.changes_state = call.changes_state or before.differs()
+        after = self._kept.look(before)
+        call.changes_state = call.changes_state or (after is not before and before.differs())
         if call.changes_state and call.weaks is not None:  # it has kept what belongs to rows of ours
             before.put_back()
             self._stop_batching(RowsError("it keeps something from one call to the next"))
             call.weaks, call.prefix, call.check = None, None, None
             output = denoiser(*call.inputs.again()[0], **call.inputs.again()[1])
-        call.after = self._kept.look(before)
+            after = self._kept.look(before)
+        call.after = after
         self._keeps_state = self._keeps_state or call.changes_state
         self._keeps_tensors = self._keeps_tensors or (call.changes_state and before.has_new_tensors())
         if is_counted:
@@ -274,11 +295,10 @@ class Execution:
         denoiser, rows, batch = call.denoiser, call.rows, first_batch(args, kwargs)
         if any(map(is_compiled, self._uncompiled)):
             self._stop_sharing("a part of it was compiled inside the `with`")
-        # Who moves weights about may move buffers, too.
         if self.way == "full" and self._is_to_be_checked(call) and not self._streams:
-            state, randomness = State(self._model), Randomness.for_call(args, kwargs)
+            randomness = Randomness.for_call(args, kwargs)
             output = denoiser(*args, **kwargs)
-            call.changes_state = state.is_changed() or randomness.is_used()
+            call.changes_state = randomness.is_used()
             return output
         if self.way in ("full", "whole") or batch is None or (rows is not None and not rows.fit(batch)):
             return denoiser(*args, **kwargs)
@@ -293,11 +313,11 @@ class Execution:
                 self._stop_batching(error)
         if known is None:
             self._seen[call.layout] += 1
-            # Who moves weights about may move buffers, too.
-            before = None if self._streams else State(self._model)
-            prefix: Prefix = Recording(self._starts, batch, cond, self._wanted, before)
+            prefix: Prefix = Recording(self._starts, batch, cond, call.layout in self._keeps_all)
         else:
             prefix = Repetition(known.prefix, self._starts, batch, cond)
+        if known is None or self._keeps_state:
+            prefix.look = partial(self._kept.look, call.before)
         with pushed(self._patches_of(self._prefix), [prefix.action(unit) for unit in self._prefix]):
             output = denoiser(*args, **kwargs)
         prefix.finish()
@@ -388,7 +408,9 @@ class Execution:
                 call.conclude()
         else:
             self._make_again(call, is_checked=True)
-            if call.check is not None:
+            if call.check is not None and call.changes_state:
+                self._stop_batching(RowsError("it keeps something from one call to the next"))
+            elif call.check is not None:
                 call.check(results)
         return results
 
@@ -406,7 +428,8 @@ class Execution:
         if prefix.obstacle:
             self._stop_sharing(prefix.obstacle, "whole" if prefix.obstacle == DRAWS_RANDOM_NUMBERS else "full")
             return None
-        if prefix.has_new_state or call.changes_state:  # the first time that may be a cache
+        if prefix.has_new_state or (call.changes_state and not self._sets_again(prefix)):
+            # The first time that may be a cache.
             if self._seen[call.layout] > 1:
                 self._stop_sharing("it keeps something from one call to the next", "whole")
             return None
@@ -416,19 +439,20 @@ class Execution:
         results = []
         try:
             for branch, switch in enumerate(self.switches):
-                with self._transaction(call, branch), switch.switched_on():
+                # Without a copy of what the branch leaves: it would have the cond rows alone.
+                with switch.switched_on():
                     results.append([tensor.clone() for tensor in self._shared_pass(call, prefix, branch)])
                 self._count(branch, prefix.answered(branch))
             if is_to_be_checked:
-                self._check_shared(call, prefix)
-        except (NotSharedError, PrefixMismatchError, AbsentError) as error:
+                self._check_shared(call, prefix, results)
+        except (NotSharedError, PrefixMismatchError, _GapsError) as error:
             vars(self._stats).update(vars(stats))
             self._known.pop(call.layout, None)
-            if prefix.asked():
-                self._wanted |= prefix.asked()  # kept from the next call on
-            elif prefix.is_broken:
+            if prefix.is_broken:
                 self._stop_sharing("it calls other blocks in the weak pass than in the cond pass")
-            elif not isinstance(error, AbsentError):
+            elif isinstance(error, _GapsError):
+                self._keeps_all.add(call.layout)  # from the next call on
+            else:
                 call.conclude = partial(self._stop_sharing, str(error))
             return None
         if isinstance(prefix, Recording):
@@ -436,6 +460,14 @@ class Execution:
                 self._known.clear()
             self._known[call.layout] = _Known(Layout(prefix))
         return results
+
+    def _sets_again(self, prefix: Prefix) -> bool:
+        """Tell whether a call has set what the model keeps before its blocks, as a weak pass will do again.
+
+        What it has set after them may come from them, and be reused in a later call.
+        """
+        started = prefix.started
+        return started is not None and not (started.changes() or started.written() or self._kept.replaced())
 
     def _shared_pass(self, call: GuidedCall, prefix: Prefix, branch: int) -> list[Tensor]:
         """Run a pass on the cond rows, up to the end of a branch's prefix from the record.
@@ -446,27 +478,37 @@ class Execution:
             AbsentError: outputs are wanted that were not kept.
         """
         try:
-            # The replay comes last, so that it is asked first: up to its end no layer is skipped.
-            args, kwargs = self._cond_rows(call)
-            with weak_pass(), prefix.replayed(branch, self._patches_of(self._prefix), self._prefix):
-                found = predictions(call.denoiser(*args, **kwargs))
+            found = self._replayed(call, prefix, branch)
         except _SUSPECTS as error:
+            if type(error) not in _SUSPECTS:
+                raise
+            if prefix.has_gaps:
+                raise _GapsError from error
             # Before rows have been cut successfully they are under suspicion; if innocent, a full pass fails as well.
-            if type(error) not in _SUSPECTS or call.rows is None or not isinstance(prefix, Recording):
+            if call.rows is None or not isinstance(prefix, Recording):
                 raise
             raise NotSharedError(f"{type(error).__name__}: {error}") from error
         if prefix.is_broken:
             raise PrefixMismatchError
-        absents = absent_in(found)
-        if absents:
-            raise AbsentError(origin for absent in absents for origin in absent.origins)
-        if prefix.asked():  # by code that swallowed the error
-            raise AbsentError([])
         if [tensor.shape for tensor in found] != [c.shape for c in call.cond]:
             raise NotSharedError("the rows of its hidden states cannot be told apart")
         return found
 
-    def _check_shared(self, call: GuidedCall, prefix: Prefix) -> None:
+    def _replayed(self, call: GuidedCall, prefix: Prefix, branch: int) -> list[Tensor]:
+        for _ in range(2):
+            args, kwargs = self._cond_rows(call)
+            try:
+                # The replay comes last, so that it is asked first: up to its end no layer is skipped.
+                patches = self._patches_of(self._prefix)
+                with self._transaction(call), weak_pass(), prefix.replayed(branch, patches, self._prefix):
+                    return predictions(call.denoiser(*args, **kwargs))
+            except RuntimeError as error:
+                if prefix.is_dense or "single memory location" not in str(error):
+                    raise
+                prefix.is_dense = True
+        raise AssertionError
+
+    def _check_shared(self, call: GuidedCall, prefix: Prefix, weaks: Sequence[Sequence[Tensor]]) -> None:
         """Make a pass once more with nothing skipped: it has to give what the cond pass gave.
 
         Of many branches, those with the shortest and the longest prefix are tried.
@@ -477,11 +519,15 @@ class Execution:
         by_length = sorted(range(len(self.switches)), key=lambda branch: prefix.ends[branch] or 0)
         for branch in {by_length[0], by_length[-1]}:
             # Without gradients: the one who computes this call again, for them, makes no such pass.
-            with torch.no_grad(), checking(), self._transaction(call):
+            with torch.no_grad(), checking():
                 again = self._shared_pass(call, prefix, branch)
                 if call.rows is not None:
                     call.alone[branch] = [tensor.clone() for tensor in again]
+            if prefix.has_gaps and not all(are_as_finite(found, call.cond) for found in (again, *weaks)):
+                raise _GapsError
             if not agree(again, call.cond):
+                if prefix.has_gaps:
+                    raise _GapsError
                 raise NotSharedError("with nothing skipped, the cond rows alone do not give the cond prediction again")
 
     def _stop_sharing(self, reason: str, way: str = "full") -> None:

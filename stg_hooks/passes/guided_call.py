@@ -12,8 +12,8 @@ from torch import Tensor
 
 from stg_hooks.passes.effects import Randomness
 from stg_hooks.passes.inputs import Inputs
-from stg_hooks.passes.prefix import Prefix
 from stg_hooks.passes.rows import Rows, leaves_of
+from stg_hooks.passes.shared import Prefix
 from stg_hooks.passes.state import Snapshot
 
 
