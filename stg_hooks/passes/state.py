@@ -10,11 +10,12 @@ import threading
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from stg_hooks.errors import CallError
 from stg_hooks.model.layers import is_attention
@@ -440,18 +441,17 @@ class Copies:
 def counted(parts: Mapping[str, nn.Module]) -> Iterator[set[str]]:
     """Note which of these modules run in this thread within a `with`, by their names."""
     run: set[str] = set()
+    names = {id(module): name for name, module in parts.items()}
     thread = threading.get_ident()
 
-    def noting(name: str) -> Callable[..., None]:
-        def note(*_: object) -> None:
-            if threading.get_ident() == thread:
-                run.add(name)
+    def note(module: nn.Module, _: object) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if id(module) in names and threading.get_ident() == thread:
+            run.add(names[id(module)])
 
-        return note
-
-    with ExitStack() as stack:
-        for name, module in parts.items():
-            stack.enter_context(module.register_forward_pre_hook(noting(name)))
+    # One hook for all modules of the process: on the model itself, copies that are made meanwhile would have it.
+    with register_module_forward_pre_hook(note):
         yield run
 
 
