@@ -434,6 +434,9 @@ class Execution:
                 self._stop_sharing("it keeps something from one call to the next", "whole")
             return None
         is_to_be_checked = isinstance(prefix, Recording) and (call.rows is not None or call.is_comparable)
+        if isinstance(prefix, Recording) and not is_to_be_checked and prefix.has_gaps:
+            self._keeps_all.add(call.layout)  # without a check nothing would tell that NaN has come through
+            return None
         prefix.is_reused = prefix.is_reused or is_to_be_checked
         stats = dataclasses.replace(self._stats)
         results = []
