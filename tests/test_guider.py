@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import stg_hooks as stg
-from stg_hooks.modes.modes import residual
+from stg_hooks.modes.modes import MODES
 from stg_hooks.passes.guided_call import is_checking
 from tests import zoo
 
@@ -489,7 +489,7 @@ def test_layers_of_a_function_cost_as_much_as_those_of_a_list() -> None:
 def test_only_the_layers_used_last_are_kept() -> None:
     model = zoo.DiT()
     x = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
-    guider = stg.Guider(model, [2], schedule=lambda step: {"mode": lambda call: residual(call)})
+    guider = stg.Guider(model, [2], schedule=lambda step: {"mode": lambda call: MODES["residual"](call)})
     for index in range(12):
         guider.step = stg.Step(index, 12)
         guider(*x)

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import stg_hooks as stg
 from stg_hooks.guidance.schedule import Plan, Settings
-from stg_hooks.modes.modes import residual as RESIDUAL
+from stg_hooks.modes.modes import MODES
 from tests import zoo
 from tests.pipelines import build, run, scheduler_inputs
 
@@ -338,7 +338,8 @@ def test_differences_of_another_run_are_not_used(model: nn.Module) -> None:
 def test_the_same_layers_written_otherwise_are_the_same(model: nn.Module) -> None:
     x = torch.randn(2, 2, 5, 8).unbind(0)
     layers: list[Any] = [[2], (2,), 2, [[2]]]
-    guider = stg.Guider(model, [2], every=4, schedule=lambda step: {"layers": layers[step.index], "mode": RESIDUAL})
+    mode = MODES["residual"]
+    guider = stg.Guider(model, [2], every=4, schedule=lambda step: {"layers": layers[step.index], "mode": mode})
     with torch.no_grad():
         for index in range(4):
             guider.step = stg.Step(index, 4)

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from torch import nn
 
 from stg_hooks.guidance.schedule import Settings
-from stg_hooks.guidance.settings import Branch, hashable
+from stg_hooks.guidance.settings import Branch
 from stg_hooks.modes.modes import find_mode
 from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.caches import Caches
@@ -52,7 +52,7 @@ class Executions:
         """
         key = _key(branches)
         if key not in self._made:
-            found = [dataclasses.replace(branch, mode=hashable(find_mode(branch.mode))) for branch in branches]
+            found = [dataclasses.replace(branch, mode=find_mode(branch.mode)) for branch in branches]
             self._made[key] = Execution(self._model, found, self._way, self._stats, self.caches)
         return self._made[key]
 
