@@ -484,7 +484,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "temporal in a model without": (
         lambda: stg.skip(wan(), 1, "attention", kind="temporal"),
         stg.LayerError,
-        "kind='temporal': WanTransformer3DModel has no attention of its own across frames",
+        "kind='temporal': no name or class in WanTransformer3DModel says that attention works across frames",
     ),
     "no temporal in this layer": (
         lambda: stg.skip(

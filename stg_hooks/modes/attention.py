@@ -42,7 +42,6 @@ class AttentionSeam:
         layer: nn.Module,
         targets: Sequence[tuple[str, nn.Module]],
         text: TextTokens | None = None,
-        choose: Callable[[Sequence[tuple[str, nn.Module]]], Sequence[tuple[str, nn.Module]]] = tuple,
         named: Collection[str] = (),
     ) -> None:
         """Prepare for one layer; touch nothing.
@@ -52,12 +51,10 @@ class AttentionSeam:
             targets: the attention modules inside whose attention is replaced, with names for messages; the layer
                 itself may be one of them.
             text: finds the text in what the layer is given as one stream; leave it out where text makes no difference.
-            choose: chooses among the targets, in a call of the layer.
             named: those among the targets that were asked for by name, each of which has to be perturbed.
         """
         self._layer = layer
         self._text = text
-        self._choose = choose
         self._named = named
         self._targets = targets
         self._opaque = [module for module in layer.modules() if _is_opaque(module)]
@@ -99,7 +96,7 @@ class AttentionSeam:
     def _run(self, change: Change, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mode = _Interception(change)
         known = self._text.given_to(self._layer, args, kwargs) if self._text else NOTHING
-        targets = self._choose(self._targets)
+        targets = self._targets
         if self._computes_itself:
             targets = [(type(self._layer).__name__, self._layer)]
         before = copied(args, kwargs) if self._computes_itself is None else None

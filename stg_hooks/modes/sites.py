@@ -13,7 +13,7 @@ from stg_hooks.model.layers import Layer, attention_modules, find_layers, is_att
 from stg_hooks.model.source import signature_text
 from stg_hooks.modes.feed_forward import feed_forwards
 from stg_hooks.modes.frames import Kind as Kind
-from stg_hooks.modes.frames import kinds_of, may_be_factorised, temporal_lines
+from stg_hooks.modes.frames import kinds_of, temporal_lines
 from stg_hooks.modes.modes import MODES, Needs, Perturbation
 
 
@@ -25,10 +25,7 @@ class Site:
     layers: tuple[Layer, ...]
     """The layers that were asked for in it: itself, or attention inside."""
     targets: tuple[tuple[str, nn.Module], ...]
-    """The attention modules inside that are replaced by an attention mode, with their full names.
-
-    Where names do not tell their kind, they are those of all kinds.
-    """
+    """The attention modules inside that are replaced by an attention mode, with their full names."""
 
 
 def check_kind(kind: object) -> None:
@@ -65,7 +62,7 @@ def find_sites(model: nn.Module, layers: Sequence[Layer], mode: Perturbation, ki
             f"kind={kind!r} chooses among the attention of a layer, which {mode} does not change. Choose from {names}."
         )
     if kind is not None:
-        _check_factorised(model, kind)
+        _check_factorised(model, layers, kind)
     blocks = find_layers(model)
     sites: dict[int, Site] = {}
     for layer in layers:
@@ -80,7 +77,7 @@ def find_sites(model: nn.Module, layers: Sequence[Layer], mode: Perturbation, ki
 def _targets(model: nn.Module, layer: Layer, kind: Kind | None) -> tuple[tuple[str, nn.Module], ...]:
     names = [layer.name] if is_attention(layer.module) else [f"{layer.name}.{name}" for name in layer.attention]
     kinds = kinds_of(model) if kind is not None else {}
-    return tuple((name, model.get_submodule(name)) for name in names if not kinds or kinds.get(name) == kind)
+    return tuple((name, model.get_submodule(name)) for name in names if kind is None or kinds[name] == kind)
 
 
 def _enclosing(blocks: Sequence[Layer], layer: Layer) -> Layer:
@@ -98,11 +95,12 @@ def _check_nesting(layers: Sequence[Layer]) -> None:
                 )
 
 
-def _check_factorised(model: nn.Module, kind: Kind) -> None:
-    if not kinds_of(model) and not may_be_factorised(model):
+def _check_factorised(model: nn.Module, layers: Sequence[Layer], kind: Kind) -> None:
+    if not kinds_of(model):
+        inside = [f"{layer.name}.{name}" for layer in layers for name in layer.attention]
         raise LayerError(
-            f"kind={kind!r}: {type(model).__name__} has no attention of its own across frames: every attention sees "
-            f"whatever its layer is given. {temporal_lines(model, attention_modules(model))}"
+            f"kind={kind!r}: no name or class in {type(model).__name__} says that attention works across frames. "
+            f"{temporal_lines(model, inside or attention_modules(model))}"
         )
 
 

@@ -16,7 +16,7 @@ from stg_hooks.hooks.forward import Action, Patch, now, patched
 from stg_hooks.model.layers import Layer, LayerSpec, resolve
 from stg_hooks.modes.attention import AttentionSeam
 from stg_hooks.modes.feed_forward import FeedForwards
-from stg_hooks.modes.frames import FrameKinds, Kind, kinds_of
+from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.modes import LayerCall, Mode, Perturbation, find_mode
 from stg_hooks.modes.residual import Streams
 from stg_hooks.modes.sites import Site, find_sites
@@ -46,7 +46,7 @@ class Switch:
         _check_tokens_are_whole(model, self._sites, self.mode)
         self._changes_attention = self.mode.needs in ("attention", "anything")
         self._looks = Looks(model) if self._changes_attention else None
-        self._seams = [self._seam(site, kind) for site in self._sites]
+        self._seams = [self._seam(site) for site in self._sites]
         self._feed_forwards = [FeedForwards(module) for module in self.modules]
         self._reached = {id(module): _Reached() for module in self.modules}
         parts = zip(self.modules, self._seams, self._feed_forwards, strict=True)
@@ -59,16 +59,10 @@ class Switch:
         """Whether the layers are not computed at all."""
         return self.mode.is_bypass
 
-    def _seam(self, site: Site, kind: Kind | None) -> AttentionSeam:
-        looks = self._looks
-        if looks is None:
-            return AttentionSeam(site.module, site.targets)
+    def _seam(self, site: Site) -> AttentionSeam:
         named = {layer.name for layer in site.layers}
-        text = TextTokens(looks) if self.mode.sees_text else None
-        if kind is None or kinds_of(looks.model):
-            return AttentionSeam(site.module, site.targets, text, named=named)
-        frames = FrameKinds(looks)
-        return AttentionSeam(site.module, site.targets, text, lambda targets: frames.chosen(targets, kind), named)
+        text = TextTokens(self._looks) if self._looks is not None and self.mode.sees_text else None
+        return AttentionSeam(site.module, site.targets, text, named)
 
     def _action(self, module: nn.Module, seam: AttentionSeam, feed_forwards: FeedForwards) -> Action:
         streams, mode, reached = Streams(module), self.mode, self._reached[id(module)]
