@@ -501,7 +501,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "unknown kind": (
         lambda: stg.Branch(1, kind="temporl"),
         stg.SettingError,
-        "kind='temporl': there is 'spatial', 'temporal'. Did",
+        "unknown kind='temporl'; choose from 'spatial', 'temporal'. Did",
     ),  # type: ignore[arg-type]
     "layer inside a layer": (
         lambda: stg.apply(wan(), branches=[stg.Branch(["blocks.1", "blocks.1.attn1"], 1.0, "attention")]),

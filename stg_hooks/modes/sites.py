@@ -29,10 +29,10 @@ class Site:
 
 
 def check_kind(kind: object) -> None:
-    """Raise `SettingError` if this is no kind of attention."""
+    """Raise `SettingError` for an unknown kind of attention."""
     if kind is not None and kind not in get_args(Kind):
         names = ", ".join(map(repr, get_args(Kind)))
-        raise SettingError(f"kind={kind!r}: there is {names}.{closest(str(kind), get_args(Kind))}")
+        raise SettingError(f"unknown kind={kind!r}; choose from {names}.{closest(str(kind), get_args(Kind))}")
 
 
 def find_sites(model: nn.Module, layers: Sequence[Layer], mode: Perturbation, kind: Kind | None) -> list[Site]:
@@ -52,7 +52,7 @@ def find_sites(model: nn.Module, layers: Sequence[Layer], mode: Perturbation, ki
 
     Raises:
         LayerError: a layer that cannot be skipped in this mode, has no attention of this kind, or lies in another one.
-        SettingError: a kind that does not exist, or with a mode that does not concern attention.
+        SettingError: an unknown kind, or a kind with a mode that does not concern attention.
     """
     check_kind(kind)
     _check_nesting(layers)

@@ -119,7 +119,7 @@ class Switch:
             instead: makes what a layer does out of what it would do.
 
         Raises:
-            CallError: a layer's `forward` was set by somebody else since, and it was not skipped.
+            CallError: a layer's `forward` was set by other code since, and it was not skipped.
         """
         since = now() if since is None else since
         before: list[tuple[Action | None, int]] = []
@@ -131,7 +131,7 @@ class Switch:
                 before.append(
                     patch.replace(action if outer is None else _checkpointed(action, modules[key], outer), since)
                 )
-                # Where another one answers for this layer, it is not up to us.
+                # Where another `with` skips this layer, that one checks it.
                 self._reached[key].now = before[-1][1] > since
                 if self._reached[key].now:
                     self._reached[key].yet = True
