@@ -484,7 +484,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "temporal in a model without": (
         lambda: stg.skip(wan(), 1, "attention", kind="temporal"),
         stg.LayerError,
-        "kind='temporal': WanTransformer3DModel has no attention of its own across frames",
+        "kind='temporal': no name or class in WanTransformer3DModel says that attention works across frames",
     ),
     "no temporal in this layer": (
         lambda: stg.skip(
@@ -501,7 +501,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "unknown kind": (
         lambda: stg.Branch(1, kind="temporl"),
         stg.SettingError,
-        "kind='temporl': there is 'spatial', 'temporal'. Did",
+        "unknown kind='temporl'; choose from 'spatial', 'temporal'. Did",
     ),  # type: ignore[arg-type]
     "layer inside a layer": (
         lambda: stg.apply(wan(), branches=[stg.Branch(["blocks.1", "blocks.1.attn1"], 1.0, "attention")]),

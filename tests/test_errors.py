@@ -65,7 +65,7 @@ BAD_LAYERS: list[tuple[str, Any, type[Exception], str]] = [
         rf"^layers=\['block\.3'\]: DiT has no module of that name\. Did you mean 'blocks\.3'(, 'blocks\.\d+')+\?{SEE}$",
     ),
     ("nothing near", "zzz", LookupError, rf"^layers=\['zzz'\]: DiT has no module of that name\. {THIRTY}{SEE}$"),
-    ("number as a string", ["40"], LookupError, r"^layers=\['40'\] is a name .* For an index write layers=\[40\]\.$"),
+    ("number as a string", ["40"], LookupError, r"^layers=\['40'\] is not .* For an index write layers=\[40\]\.$"),
     ("glob without a match", "blocks.x*", LookupError, rf"^layers=\['blocks\.x\*'\] matches no layer\. {THIRTY}{SEE}$"),
     (
         "ambiguous",

@@ -1,21 +1,18 @@
-"""Spatial and temporal attention: by name, and by looking at what a model does with frames."""
+"""Spatial and temporal attention: by names, classes and adapters, held against what models do with frames."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import stg_hooks as stg
 from stg_hooks import adapters
 from stg_hooks.adapters import TEMPORAL
-from stg_hooks.model.layers import find_layers
-from stg_hooks.modes.frames import FrameKinds, kinds_of
-from stg_hooks.modes.token_probe import Looks
+from stg_hooks.modes.frames import kinds_of
 from tests import zoo
 from tests.test_modes import assert_close_in_std, by_hand
 from tests.tiny_models import MODELS
@@ -67,10 +64,11 @@ def video(temporal_first: bool, frames: int = 4, size: int = 2) -> tuple[nn.Modu
 
 @pytest.mark.parametrize("mode", ["attention", "smoothed"])
 @pytest.mark.parametrize("temporal_first", [True, False])
-def test_kinds_are_found_by_what_a_model_does_with_frames(temporal_first: bool, mode: str) -> None:
+def test_the_kinds_that_an_adapter_states(temporal_first: bool, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = video(temporal_first)
     names = dict(zip(["temporal", "spatial"], ["one", "two"] if temporal_first else ["two", "one"], strict=True))
     assert kinds_of(model) == {}, "names do not tell"
+    monkeypatch.setitem(TEMPORAL, "Video", (f".{names['temporal']}",))
     for kind, name in names.items():
         expected = by_hand(model, [f"blocks.1.{name}"], mode)(x)
         assert (expected - model(x)).abs().max() > 1e-3 * expected.std()
@@ -80,7 +78,8 @@ def test_kinds_are_found_by_what_a_model_does_with_frames(temporal_first: bool, 
 
 
 @pytest.mark.parametrize("execution", ["full", "sequential", "batched"])
-def test_branches_of_both_kinds(execution: str) -> None:
+def test_branches_of_both_kinds(execution: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TEMPORAL, "Video", (".two",))
     model, x = video(temporal_first=False)
     x = torch.cat([x, x.flip(0)])
     plain = model(x)
@@ -101,18 +100,13 @@ def test_an_adapter_says_what_names_do_not(monkeypatch: pytest.MonkeyPatch) -> N
         assert_close_in_std(model(x), by_hand(model, ["blocks.1.two"], "values")(x))
 
 
-class Whole(Both):
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(1, 2)
-        return x + F.gelu(self.two(tokens, tokens)).view(-1, *x.shape[1:])
-
-
-def test_a_kind_that_a_layer_does_not_have_is_an_error() -> None:
-    model, x = video(temporal_first=False)
-    model.blocks[1] = Whole(False).eval()
-    told = r"'blocks.1.two' does not see frames alone(.|\n)*TEMPORAL\[\"Video\"\] = \(\".one\",\)$"
-    with pytest.raises(stg.BlockError, match=told), stg.skip(model, 1, "values", kind="temporal"):
-        model(x)
+@pytest.mark.parametrize("kind", ["spatial", "temporal"])
+def test_kinds_that_no_name_tells_are_an_error_at_once(kind: Any) -> None:
+    model, _ = video(temporal_first=False)
+    told = r"no name or class in Video says that attention works(.|\n)*TEMPORAL\[\"Video\"\] = \(\".one\",\)$"
+    for make in (stg.skip, stg.apply, stg.Guider):
+        with pytest.raises(stg.LayerError, match=told):
+            make(model, 1, **({} if make is stg.skip else {"scale": 1.0}), mode="values", kind=kind)
 
 
 FACTORISED = [
@@ -125,30 +119,28 @@ FACTORISED = [
 
 
 @pytest.mark.parametrize("name", FACTORISED)
-def test_looking_agrees_with_the_names_that_tell(name: str) -> None:
-    """Every self-attention of every factorised model of diffusers that has its own list of frames."""
+def test_names_agree_with_what_a_model_does(name: str) -> None:
+    """Every self-attention of every factorised model of diffusers: across frames, a row has a token per frame."""
     model, inputs = MODELS[name].build(name), MODELS[name].inputs()
-    named, looks, found = kinds_of(model), Looks(model), {}
-    frames, looking = FrameKinds(looks), False
+    latents = next(iter(inputs.values()))
+    frames = latents.shape[1 if name == "UNetSpatioTemporalConditionModel" else 2]
+    kinds, found = kinds_of(model), {}
 
-    def look(block: nn.Module, *_: Any) -> None:
-        nonlocal looking
-        if looking:
-            return
-        looking, inside = True, {id(m) for m in block.modules()}
-        for attention in named:
-            module = model.get_submodule(attention)
-            if id(module) in inside and attention.endswith("attn1"):
-                found[attention] = frames._kind(module)
-        looking = False
+    def note(attention: str) -> Callable[..., None]:
+        def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given = next(leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor))
+            assert given.shape[0] * given.shape[1] % (len(latents) * frames) == 0
+            found[attention] = "temporal" if given.shape[1] == frames else "spatial"
 
-    with looks.installed():
-        handles = [layer.module.register_forward_pre_hook(look) for layer in find_layers(model)]
-        model(**inputs)
-    for handle in handles:
-        handle.remove()
+        return look
+
+    for attention in kinds:
+        if attention.endswith("attn1"):
+            model.get_submodule(attention).register_forward_pre_hook(note(attention), with_kwargs=True)
+    model(**inputs)
     assert len(found) >= 4
-    assert found == {attention: named[attention] for attention in found}
+    assert set(found.values()) == {"spatial", "temporal"}
+    assert found == {attention: kinds[attention] for attention in found}
 
 
 class Alone(zoo.Attention):
@@ -163,7 +155,7 @@ def test_the_lines_of_adapter_that_name_temporal_attention_work(monkeypatch: pyt
     model, inputs = zoo.build("plain"), zoo.inputs()
     for block in model.blocks:
         block.attn = Alone().eval()
-    with pytest.raises(stg.LayerError, match="DiT has no attention of its own across frames") as error:
+    with pytest.raises(stg.LayerError, match="no name or class in DiT says") as error:
         stg.skip(model, 1, "values", kind="temporal")
     lines = [line.strip() for line in str(error.value).splitlines()[-2:]]
     assert lines == ["from stg_hooks.adapters import TEMPORAL", 'TEMPORAL["DiT"] = (".attn",)']
@@ -173,17 +165,11 @@ def test_the_lines_of_adapter_that_name_temporal_attention_work(monkeypatch: pyt
         assert_close_in_std(model(**inputs), by_hand(model, ["blocks.1.attn"], "values")(**inputs))
 
 
-@pytest.mark.parametrize("name", ["WanTransformer3DModel", "LTXVideoTransformer3DModel", "FluxTransformer2DModel"])
-def test_a_model_that_folds_nothing_into_the_batch_is_refused_at_once(name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["WanTransformer3DModel", "LTXVideoTransformer3DModel", "FluxTransformer2DModel", "MochiTransformer3DModel"],
+)
+def test_a_model_with_one_kind_of_attention_is_refused_at_once(name: str) -> None:
     model = MODELS[name].build(name)
-    with pytest.raises(stg.LayerError, match=f"{name} has no attention of its own across frames"):
+    with pytest.raises(stg.LayerError, match=f"no name or class in {name} says that attention works across frames"):
         stg.skip(model, 1, "attention", kind="temporal")
-
-
-@pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
-def test_a_model_that_folds_other_things_is_refused_in_its_first_call() -> None:
-    name = "MochiTransformer3DModel"
-    model, inputs = MODELS[name].build(name), MODELS[name].inputs()
-    skip = stg.skip(model, 1, "attention", kind="temporal")
-    with pytest.raises(stg.BlockError, match="attn1' does not see frames alone"), skip:
-        model(**inputs)

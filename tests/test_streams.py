@@ -114,7 +114,7 @@ def test_a_close_race_is_refused_with_what_to_type() -> None:
     first, *rest = str(error.value).splitlines()
     assert first == (
         "Mixing returns a tensor (2, 7, 8) that several inputs match in shape and dtype (inputs: (2, 7, 8), "
-        "(2, 7, 8)), so what it hands through is not known, and it cannot be bypassed."
+        "(2, 7, 8)), so which inputs pass through it is not known, and it cannot be bypassed."
     )
     assert rest == [
         "  it is:    Mixing.forward(one, other)",
@@ -199,8 +199,8 @@ def test_what_the_error_says_to_type_works() -> None:
     model, inputs = zoo.ObjectDiT(zoo.ObjectBlock).eval().requires_grad_(False), zoo.inputs()
     with pytest.raises(stg.BlockError) as error, stg.skip(model, [1]):
         model(**inputs)
-    typed = next(line.strip() for line in str(error.value).splitlines() if line.startswith("  def hand_through"))
-    assert typed == "def hand_through(call): return BlockOutput(call.args[0])"
+    typed = next(line.strip() for line in str(error.value).splitlines() if line.startswith("  def pass_through"))
+    assert typed == "def pass_through(call): return BlockOutput(call.args[0])"
     scope: dict[str, Any] = {"BlockOutput": zoo.BlockOutput}
     exec(typed, scope)
 
@@ -209,5 +209,5 @@ def test_what_the_error_says_to_type_works() -> None:
             return zoo.BlockOutput(x)
 
     expected = zoo.without(model, ["blocks.1"], KeepObject)(**inputs)
-    with stg.skip(model, [1], mode=scope["hand_through"]):
+    with stg.skip(model, [1], mode=scope["pass_through"]):
         assert_close(model(**inputs), expected, **exact)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -37,22 +37,12 @@ class Branch:
     @property
     def key(self) -> Hashable:
         """What is equal for branches whose weak predictions are the same, whatever their scales."""
-        return _key(self.layers), hashable(find_mode(self.mode)), self.kind
+        return _key(self.layers), find_mode(self.mode), self.kind
 
 
 def _key(layers: object) -> Hashable:
     """Return something that is equal for equal choices of layers; modules count by identity."""
     return tuple(item if isinstance(item, (str, int, range)) else id(item) for item in items_of(layers))
-
-
-def hashable(mode: Mode) -> Mode:
-    """Return a mode that can be looked up: itself or, where a value that may change cannot be, its bound method."""
-    try:
-        hash(mode)
-    except TypeError:
-        bound: Mode = cast(Any, mode).__call__
-        return bound
-    return mode
 
 
 @dataclasses.dataclass(frozen=True)

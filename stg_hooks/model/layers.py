@@ -160,7 +160,7 @@ def resolve(model: nn.Module, spec: object) -> list[Layer]:
     """Find the layers that a user asked for; all of them, or an error and none.
 
     Args:
-        model: the module to look into.
+        model: the module that holds the layers.
         spec: an index (negative ones count from the end), a range, a dotted name or an unambiguous tail of one, a
             glob whose `*` stays between two dots, a module, or a list of those.
 
@@ -168,8 +168,8 @@ def resolve(model: nn.Module, spec: object) -> list[Layer]:
         The layers, each once, numbered ones in running order.
 
     Raises:
-        LayerError: a layer that does not exist, an ambiguous name, an empty list, or a model without layers.
-        TargetError: `model` is no module, or `spec` holds something that names no layer.
+        LayerError: an unknown layer, an ambiguous name, an empty list, or a model without layers.
+        TargetError: `model` is not a module, or `spec` holds something that does not name a layer.
     """
     if not isinstance(model, nn.Module):
         raise TargetError(f"expected a torch.nn.Module to find layers in, not {type(model).__name__}.")
@@ -216,7 +216,7 @@ def _flat(spec: object, depth: int) -> Iterator[object]:
         yield index
     elif isinstance(spec, nn.Module) and not isinstance(spec, (nn.ModuleList, nn.Sequential)):
         yield spec
-    elif isinstance(spec, Iterable) and getattr(spec, "ndim", None) != 0:  # an array without dimensions is no list
+    elif isinstance(spec, Iterable) and getattr(spec, "ndim", None) != 0:  # an array without dimensions is not a list
         for item in spec:
             yield from _flat(item, depth + 1)
     else:
@@ -237,7 +237,7 @@ def _resolve_one(model: nn.Module, known: list[Layer], item: object) -> list[Lay
     if isinstance(item, int):
         return [_by_index(model, known, item)]
     if isinstance(item, range):
-        return [_by_index(model, known, index) for index in item]  # ends at the first one that does not exist
+        return [_by_index(model, known, index) for index in item]  # ends at the first that is out of range
     if isinstance(item, str):
         return _by_name(model, known, item)
     if isinstance(item, nn.Module):
@@ -293,7 +293,7 @@ def _by_name(model: nn.Module, known: list[Layer], name: str) -> list[Layer]:
         )
     if name.removeprefix("-").isdecimal() and len(name) < 10:
         raise LayerError(
-            f"layers=[{_shown(name)}] is a name that no module has. For an index write layers=[{int(name)}]."
+            f"layers=[{_shown(name)}] is not the name of a module. For an index write layers=[{int(name)}]."
         )
     asked = name[:_SHOWN]
     tails = [tail for layer in known for tail in (layer.name, layer.name.split(".", 1)[-1])]

@@ -6,8 +6,8 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Hashable, Iterator
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -244,31 +244,3 @@ def signature_text(module: nn.Module) -> str:
     parameters = list(_signature(class_forward(module)).parameters.values())[1:]
     plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
     return str(inspect.Signature(plain))
-
-
-@functools.cache
-def folds_into_batch(cls: Hashable) -> bool:
-    """Read whether the methods of a class put another dimension into dimension 0, as factorised models do with frames.
-
-    Args:
-        cls: a class of modules.
-
-    Returns:
-        Whether there is something like `x.reshape(b * t, ...)`, `x.flatten(0, 1)` or an einops `rearrange`.
-        True where there is no source.
-    """
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cast(type, cls))))
-    except (OSError, TypeError, SyntaxError):
-        return True
-    return any(_folds(node) for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args)
-
-
-def _folds(call: ast.Call) -> bool:
-    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-    first = call.args[0].elts[0] if isinstance(call.args[0], ast.Tuple) and call.args[0].elts else call.args[0]
-    if name in ("reshape", "view"):
-        return isinstance(first, ast.BinOp) or ast.unparse(first) == "-1"
-    if name == "flatten":
-        return ast.unparse(first) == "0"
-    return name == "rearrange" and "-> (" in " ".join(ast.unparse(call).split())

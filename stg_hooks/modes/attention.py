@@ -1,8 +1,9 @@
-"""The seam of the attention modes: the computation of attention inside a perturbed layer, whatever wraps it.
+"""Find the self-attention that a layer computes, and let a mode replace it.
 
 A `TorchFunctionMode`, in force in this thread while the layer runs, sees every torch function that the layer calls. It
-hands those that compute self-attention to the mode and leaves everything else alone: cross-attention, other layers,
-other threads. So processors old and new, fused projections and hand-made blocks need no code of their own.
+passes those that compute self-attention to the mode and leaves everything else alone: cross-attention, other layers,
+other threads. So attention processors, fused projections and hand-written blocks need no code of their own. What a mode
+can do with the attention that is found is in `attention_calls`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,6 @@ class AttentionSeam:
         layer: nn.Module,
         targets: Sequence[tuple[str, nn.Module]],
         text: TextTokens | None = None,
-        choose: Callable[[Sequence[tuple[str, nn.Module]]], Sequence[tuple[str, nn.Module]]] = tuple,
         named: Collection[str] = (),
     ) -> None:
         """Prepare for one layer; touch nothing.
@@ -52,12 +52,10 @@ class AttentionSeam:
             targets: the attention modules inside whose attention is replaced, with names for messages; the layer
                 itself may be one of them.
             text: finds the text in what the layer is given as one stream; leave it out where text makes no difference.
-            choose: chooses among the targets, in a call of the layer.
             named: those among the targets that were asked for by name, each of which has to be perturbed.
         """
         self._layer = layer
         self._text = text
-        self._choose = choose
         self._named = named
         self._targets = targets
         self._opaque = [module for module in layer.modules() if _is_opaque(module)]
@@ -97,9 +95,9 @@ class AttentionSeam:
         return run(change, forward, args, kwargs)
 
     def _run(self, change: Change, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        mode = _Interception(change)
+        mode = _SelfAttention(change)
         known = self._text.given_to(self._layer, args, kwargs) if self._text else NOTHING
-        targets = self._choose(self._targets)
+        targets = self._targets
         if self._computes_itself:
             targets = [(type(self._layer).__name__, self._layer)]
         before = copied(args, kwargs) if self._computes_itself is None else None
@@ -128,7 +126,7 @@ class AttentionSeam:
         is_named = any(name in self._named for name, _ in targets)
         return not is_named and len(targets) == len(attention_modules(self._layer))
 
-    def _explain(self, mode: _Interception, targets: Sequence[tuple[str, nn.Module]]) -> str:
+    def _explain(self, mode: _SelfAttention, targets: Sequence[tuple[str, nn.Module]]) -> str:
         kind = type(self._layer).__name__
         names = ", ".join(repr(name) for name, _ in targets)
         if mode.crossed:
@@ -141,7 +139,7 @@ class AttentionSeam:
         return f"a perturbed layer, {kind}, did not call its attention ({names}), so nothing was perturbed."
 
 
-class _Interception(TorchFunctionMode):
+class _SelfAttention(TorchFunctionMode):
     """Sees what a layer computes, follows where it comes from, and replaces its self-attention."""
 
     def __init__(self, change: Change) -> None:
@@ -189,7 +187,7 @@ class _Interception(TorchFunctionMode):
         return action
 
     def through(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Follow tensors through a module whatever it calls: kernels of its own are no torch functions."""
+        """Follow tensors through a module whatever it calls: custom kernels are not torch functions."""
         output = proceed(*args, **kwargs)
         self.provenance.follow(None, args, kwargs, output)
         return output
@@ -331,8 +329,8 @@ def _videos(runs: Runs) -> int:
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _MULTI_HEAD_ARGUMENTS = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
-_SEAMS: dict[Any, Callable[[_Interception, tuple[Any, ...], dict[str, Any]], Any]] = {
-    F.scaled_dot_product_attention: _Interception.scaled_dot_product,
-    F.multi_head_attention_forward: _Interception.multi_head,
+_SEAMS: dict[Any, Callable[[_SelfAttention, tuple[Any, ...], dict[str, Any]], Any]] = {
+    F.scaled_dot_product_attention: _SelfAttention.scaled_dot_product,
+    F.multi_head_attention_forward: _SelfAttention.multi_head,
 }
 _SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)

@@ -1,4 +1,8 @@
-"""One computation of self-attention inside a perturbed layer, as a mode sees it: in the three forms that there are."""
+"""What a mode can put in place of one computation of self-attention, in its three forms.
+
+The forms are a call of `scaled_dot_product_attention`, a call of `multi_head_attention_forward`, and a softmax over
+logits that the layer computes by hand. `attention` finds them and makes these objects.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +54,8 @@ class AttentionCall(abc.ABC):
     def own_inputs(self) -> Any:
         """Give every token its own input in place of what attention gives, before the output projection."""
         raise BlockError(
-            "mode='attention-input': this layer computes its attention map by hand, so there is no place to put its "
-            "input. Use mode='values'."
+            "mode='attention-input': this layer computes its attention map by hand, which leaves nowhere to put "
+            "its input. Use mode='values'."
         )
 
     def ranges(self, total: int) -> list[tuple[bool, slice]]:
@@ -197,7 +201,7 @@ class MultiHead(AttentionCall):
         return output.reshape(self.query.shape), None
 
     def own_values_and_text(self) -> tuple[Tensor, None]:
-        """Mask what a video token may not attend to; projections are inside, so that there is no shorter way."""
+        """Mask what a video token may not attend to; the call includes the projections, so the whole map is needed."""
         mask = _between_videos(self.ranges(len(self.query)), self.query)
         given = _added(self.options.get("attn_mask"), self.query.dtype)
         return self.compute(self.query, attn_mask=mask if given is None else mask + given, is_causal=False)

@@ -1,7 +1,7 @@
 """Tell a layer that adds to its input from a branch, to whose output the model adds the input.
 
-Bypassing the first hands its input through; bypassing the second adds nothing. A block with a feed-forward network is
-of the first kind. Others, bare attention above all, may be of either, which one trial tells.
+When the first is bypassed, its input passes through; when the second is, it adds nothing. A block with a feed-forward
+network is of the first kind. Others, bare attention above all, may be of either, which one trial tells.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def bypassed(
         return through
     if memory.get("is added") or torch.compiler.is_compiling():
         return pytree.tree_map_only(Tensor, torch.zeros_like, through)
-    return pytree.tree_map_only(Tensor, lambda stream: _Nothing.like(stream, module, memory), through)
+    return pytree.tree_map_only(Tensor, lambda stream: _BranchZeros.like(stream, module, memory), through)
 
 
 def _find(
@@ -81,7 +81,7 @@ def _kind_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], t
     try:
         with torch.no_grad(), torch.random.fork_rng(devices):
             output = _replica(module).forward(*own_args, **own_kwargs)
-    except Exception:  # whatever goes wrong in a call that nobody has asked for
+    except Exception:  # in a call that the caller did not make
         return "unclear"
     given = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
     if not streams or [leaf.shape for leaf in given] != [stream.shape for stream in streams]:
@@ -131,18 +131,18 @@ def _replica(module: nn.Module) -> nn.Module:
     return replica
 
 
-class _Nothing(Tensor):
+class _BranchZeros(Tensor):
     """What a bypassed branch gives: zeros that make sure that the model adds them to something."""
 
     _module: nn.Module
     _memory: dict[str, Any]
 
     @classmethod
-    def like(cls, stream: Tensor, module: nn.Module, memory: dict[str, Any]) -> _Nothing:
+    def like(cls, stream: Tensor, module: nn.Module, memory: dict[str, Any]) -> _BranchZeros:
         return cls._of(torch.zeros_like(stream).detach(), module, memory)
 
     @classmethod
-    def _of(cls, zeros: Tensor, module: nn.Module, memory: dict[str, Any]) -> _Nothing:
+    def _of(cls, zeros: Tensor, module: nn.Module, memory: dict[str, Any]) -> _BranchZeros:
         nothing = zeros.as_subclass(cls)
         nothing._module, nothing._memory = module, memory
         return nothing
@@ -187,6 +187,6 @@ def _lines(through: Any) -> str:
     hand = "call.streams.handed_through(call.forward, call.args, call.kwargs)"
     zeros = f"torch.zeros_like({hand})" if isinstance(through, Tensor) else f"tuple(map(torch.zeros_like, {hand}))"
     return (
-        f"  stg.skip(model, layers, mode=lambda call: {hand})   # hands its input through\n"
+        f"  stg.skip(model, layers, mode=lambda call: {hand})   # its input passes through\n"
         f"  stg.skip(model, layers, mode=lambda call: {zeros})   # adds nothing"
     )

@@ -35,7 +35,9 @@ def feed_forwards(block: nn.Module) -> list[nn.Module]:
     return [module for _, module in found]
 
 
-class _Watching(TorchFunctionMode):
+class _UnfusedOnly(TorchFunctionMode):
+    """Makes fused layers call their parts: they do so while a `TorchFunctionMode` is in force."""
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -71,8 +73,7 @@ class FeedForwards:
             BlockError: none of them was called.
         """
         called: list[nn.Module] = []
-        # Layers with a fused implementation, which does not call its parts, do without it where functions are watched.
-        with pushed(self._patches, [self._zero(module, called) for module in self.modules]), _Watching():
+        with pushed(self._patches, [self._zero(module, called) for module in self.modules]), _UnfusedOnly():
             yield
         if not called:
             raise BlockError(

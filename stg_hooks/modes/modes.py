@@ -1,10 +1,14 @@
-"""The modes: what a skipped layer gives back instead of its own output."""
+"""The modes: what a skipped layer gives instead of its own output, and what each needs of the layer.
+
+A mode is one class. To add one, write it below and put it into `MODES`: errors, checks and tests go through that table.
+"""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +17,7 @@ from torch.utils import _pytree as pytree
 from stg_hooks.errors import BlockError, named
 from stg_hooks.model.source import bound_arguments
 from stg_hooks.modes.attention import AttentionSeam, Change
+from stg_hooks.modes.attention_calls import AttentionCall
 from stg_hooks.modes.branches import bypassed
 from stg_hooks.modes.feed_forward import FeedForwards
 from stg_hooks.modes.residual import Streams, copied
@@ -30,7 +35,7 @@ class LayerCall:
     seam: AttentionSeam
     feed_forwards: FeedForwards
     memory: dict[str, Any]
-    """Whatever a mode wants to remember from one call of the layer to the next."""
+    """What a mode keeps from one call of the layer to the next."""
 
     def compute(self, attention: Change | None = None) -> Any:
         """Run the layer and return its real output.
@@ -45,83 +50,191 @@ class LayerCall:
 
 
 Mode = Callable[[LayerCall], Any]
+"""What a user may pass as a mode, besides a name: takes the call and returns what the layer should return."""
+
+Needs = Literal["block", "attention", "feed-forward", "anything"]
+"""What a layer must be or hold: a whole block, self-attention, a block with a feed-forward network."""
 
 
-def residual(call: LayerCall) -> Any:
+class Perturbation(abc.ABC):
+    """A mode that says what it needs."""
+
+    name: ClassVar[str]
+    needs: ClassVar[Needs]
+    sees_text: ClassVar[bool] = False
+    """Whether it has to know which tokens of a joint attention are text."""
+    is_bypass: ClassVar[bool] = False
+    """Whether the layer is not computed at all."""
+    mixes_tokens: ClassVar[bool] = False
+    """Whether tokens move to other places, so that it needs all of them on one device."""
+    verb: ClassVar[str] = "is for"
+    """What it does with a layer, for errors: `mode='residual' bypasses whole blocks`."""
+
+    @abc.abstractmethod
+    def __call__(self, call: LayerCall) -> Any:
+        """Return what the layer gives instead."""
+
+    def __str__(self) -> str:
+        """Write the mode as it is typed, for errors."""
+        return f"mode={self.name!r}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual(Perturbation):
     """Bypass a block: every stream leaves it as it entered, `z_{l+1} = z_l` (STG-R).
 
-    Args:
-        call: the call of the block; it is not computed, except once where its source does not tell what it returns.
-
-    Returns:
-        The block's inputs, in the structure of its output; zeros for a branch, to which the model itself adds them.
+    The block is not computed, except once where its source does not tell what it returns. It gives its inputs in the
+    structure of its output; zeros for a branch, to which the model itself adds them.
 
     Source: STG, arXiv 2411.18664, Eq. 15.
     """
-    through = call.streams.handed_through(call.forward, call.args, call.kwargs)
-    if not call.streams.may_be_branch:
-        return through
-    return bypassed(call.layer, call.args, call.kwargs, through, call.memory)
+
+    name = "residual"
+    needs = "block"
+    is_bypass = True
+    verb = "bypasses"
+
+    def __call__(self, call: LayerCall) -> Any:
+        """Return the inputs of the block."""
+        through = call.streams.handed_through(call.forward, call.args, call.kwargs)
+        if not call.streams.may_be_branch:
+            return through
+        return bypassed(call.layer, call.args, call.kwargs, through, call.memory)
 
 
-def attention(call: LayerCall) -> Any:
+class _OfAttention(Perturbation):
+    """A mode that computes the layer with its self-attention replaced."""
+
+    needs = "attention"
+
+    def __call__(self, call: LayerCall) -> Any:
+        """Compute the layer with its self-attention replaced."""
+        return call.compute(attention=self.change)
+
+    @abc.abstractmethod
+    def change(self, attention: AttentionCall) -> Any:
+        """Return what one computation of self-attention gives instead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention(_OfAttention):
     """Make the self-attention map the identity, `softmax(Q K^T) V -> I V`; projections, gate and residual stay (STG-A).
 
     In joint attention a video token attends to itself and to all text, and text to everything, as the authors run it.
 
     Source: STG, arXiv 2411.18664, Eq. 17; reference code, commit 9cdd383.
     """
-    return call.compute(attention=lambda a: a.own_values_and_text() if a.sees_text else a.own_values())
+
+    name = "attention"
+    sees_text = True
+
+    def change(self, attention: AttentionCall) -> Any:
+        """Return `I V`, with the text where there is any."""
+        return attention.own_values_and_text() if attention.sees_text else attention.own_values()
 
 
-def values(call: LayerCall) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Values(_OfAttention):
     """Give every token, text included, its own value in self-attention, `softmax(Q K^T) V -> V`.
 
     Source: PAG, arXiv 2403.17377, Eq. 14; LTX-2's perturbed attention.
     """
-    return call.compute(attention=lambda a: a.own_values())
+
+    name = "values"
+
+    def change(self, attention: AttentionCall) -> Any:
+        """Return `V`."""
+        return attention.own_values()
 
 
-def attention_input(call: LayerCall) -> Any:
+@dataclasses.dataclass(frozen=True)
+class AttentionInput(_OfAttention):
     """Put the (normalised) input of self-attention in its place, before the output projection, `softmax(Q K^T) V -> x`.
 
     Source: LTX-Video's `AttentionSkip`.
     """
-    return call.compute(attention=lambda a: a.own_inputs())
+
+    name = "attention-input"
+
+    def change(self, attention: AttentionCall) -> Any:
+        """Return `x`."""
+        return attention.own_inputs()
 
 
-def smoothed(call: LayerCall) -> Any:
+@dataclasses.dataclass(frozen=True)
+class FeedForward(Perturbation):
+    """Let the feed-forward of a block add nothing, `x + FF(x) -> x`."""
+
+    name = "feed-forward"
+    needs = "feed-forward"
+
+    def __call__(self, call: LayerCall) -> Any:
+        """Compute the layer with its feed-forward networks giving zero."""
+        with call.feed_forwards.giving_zero():
+            return call.compute()
+
+
+@dataclasses.dataclass(frozen=True)
+class Smoothed(_OfAttention):
     """Blur the queries of self-attention over all video tokens, `softmax(mean(Q) K^T) V`: the limit of infinite width.
 
     Source: SEG, arXiv 2408.00760, Eq. 11.
     """
-    return call.compute(attention=lambda a: a.mean_queries())
+
+    name = "smoothed"
+    sees_text = True
+
+    def change(self, attention: AttentionCall) -> Any:
+        """Return `softmax(mean(Q) K^T) V`."""
+        return attention.mean_queries()
 
 
-def feed_forward(call: LayerCall) -> Any:
-    """Let the feed-forward of a block add nothing, `x + FF(x) -> x`."""
-    with call.feed_forwards.giving_zero():
-        return call.compute()
-
-
-def shuffled(call: LayerCall) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Shuffled(Perturbation):
     """Permute the tokens of the denoised stream at the entry of a block and restore their order after it.
 
-    One permutation per number of tokens, the same in every call, so that no random numbers of the caller are used.
+    One permutation per number of tokens, the same in every call, so that the caller's random state is not used.
 
     Source: token perturbation guidance, arXiv 2506.10036.
     """
-    stream = _token_stream(call)
-    order = torch.randperm(stream.shape[1], generator=torch.Generator().manual_seed(0)).to(stream.device)
-    back = order.argsort()
-    handed_through = call.streams.handed_through(call.forward, call.args, call.kwargs)
-    real = None if call.memory.get("order matters") else _computed_apart(call)
-    args, kwargs = pytree.tree_map(lambda leaf: leaf[:, order] if leaf is stream else leaf, (call.args, call.kwargs))
-    output = call.forward(*args, **kwargs)
-    output = pytree.tree_map(lambda leaf, source: leaf[:, back] if source is stream else leaf, output, handed_through)
-    if not call.memory.get("order matters"):
-        _check_that_order_matters(call, output, real)
-    return output
+
+    name = "shuffled"
+    needs = "block"
+    mixes_tokens = True
+
+    def __call__(self, call: LayerCall) -> Any:
+        """Compute the layer on permuted tokens."""
+        stream = _token_stream(call)
+        order = torch.randperm(stream.shape[1], generator=torch.Generator().manual_seed(0)).to(stream.device)
+        back = order.argsort()
+        through = call.streams.handed_through(call.forward, call.args, call.kwargs)
+        real = None if call.memory.get("order matters") else _computed_apart(call)
+        args, kwargs = pytree.tree_map(
+            lambda leaf: leaf[:, order] if leaf is stream else leaf, (call.args, call.kwargs)
+        )
+        output = call.forward(*args, **kwargs)
+        output = pytree.tree_map(lambda leaf, source: leaf[:, back] if source is stream else leaf, output, through)
+        if not call.memory.get("order matters"):
+            _check_that_order_matters(call, output, real)
+        return output
+
+
+@dataclasses.dataclass(frozen=True)
+class Custom(Perturbation):
+    """A function of the user's, which may do anything with any layer. Equal for the same function, and hashable."""
+
+    function: Mode
+
+    needs = "anything"
+    sees_text = True
+
+    def __call__(self, call: LayerCall) -> Any:
+        """Call the function."""
+        return self.function(call)
+
+    def __str__(self) -> str:
+        """Write what was passed."""
+        return "the function passed as mode"
 
 
 def _computed_apart(call: LayerCall) -> Any:
@@ -151,33 +264,29 @@ def _token_stream(call: LayerCall) -> Tensor:
     )
 
 
-MODES: dict[str, Mode] = {
-    "residual": residual,
-    "attention": attention,
-    "values": values,
-    "attention-input": attention_input,
-    "feed-forward": feed_forward,
-    "smoothed": smoothed,
-    "shuffled": shuffled,
+MODES: dict[str, Perturbation] = {
+    mode.name: mode
+    for mode in (Residual(), Attention(), Values(), AttentionInput(), FeedForward(), Smoothed(), Shuffled())
 }
-OF_ATTENTION = (attention, values, attention_input, smoothed)
-"""Modes that replace the computation of attention inside a layer."""
-BLIND_TO_TEXT = (values, attention_input)
-"""Those among them that treat text and video alike."""
-OF_BLOCKS = (residual, feed_forward, shuffled)
-"""Modes that only a whole block can have."""
 
 
-def find_mode(mode: str | Mode) -> Mode:
+def find_mode(mode: str | Mode) -> Perturbation:
     """Look up a mode by name; a callable is a mode already.
 
     Args:
         mode: a name among `MODES`, or a callable that takes a `LayerCall` and returns what the layer should return.
 
     Returns:
-        The callable.
+        The mode.
 
     Raises:
-        SettingError: a name that is no mode, or something that is neither.
+        SettingError: an unknown name, or something that is neither a name nor a callable.
     """
-    return named("mode", mode, MODES)
+    found: Any = named("mode", mode, MODES)
+    if isinstance(found, Perturbation):
+        return found
+    try:
+        hash(found)
+    except TypeError:  # its values may change: its bound method is equal only to that of the same object
+        found = found.__call__
+    return Custom(found)

@@ -1,4 +1,4 @@
-"""Match what a block returns to what it was given, so that a bypassed block can hand its inputs through."""
+"""Match what a block returns to what it was given, so that the inputs of a bypassed block pass through."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _NOISE = 0.05  # what unrelated tensors reach by chance; less where there are mo
 
 
 @dataclasses.dataclass(frozen=True)
-class _Learned:
+class _Correspondence:
     """What one real output was made of."""
 
     given: tuple[pytree.TreeSpec, tuple[bool, ...]]
@@ -59,7 +59,7 @@ class Streams:
         self._signature = signature_of(block)
         self._stated: tuple[str, ...] | None = next(iter(stated("STREAMS", block)), None)
         self._names = return_names(class_forward(block)) if self._stated is None else None
-        self._learned: list[_Learned] = []
+        self._learned: list[_Correspondence] = []
         self.may_be_branch = is_attention(block) or bool(attention_modules(block) and not feed_forwards(block))
         """Whether its output may not contain its input: attention, and what holds it without a feed-forward network."""
 
@@ -154,7 +154,7 @@ class Streams:
                 raise BlockError(self._explain(args, kwargs, output, culprit, which[min(len(fits), 2)]))
             free.remove(source)
             sources.append(source)
-        self._learned.append(_Learned(structure, sources, constants, spec))
+        self._learned.append(_Correspondence(structure, sources, constants, spec))
 
     def _stand_ins(self, stated: tuple[str, ...], owned: list[tuple[int, str]], output: Any) -> list[int]:
         """Find what an adapter names, among the numbers of the tensors given and the arguments that they belong to."""
@@ -175,7 +175,7 @@ class Streams:
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor))
         found = f"{kind} returns {culprit} that {which} in shape and dtype (inputs: {shapes or 'none'})"
         return (
-            f"{found}, so what it hands through is not known, and it cannot be bypassed.\n"
+            f"{found}, so which inputs pass through it is not known, and it cannot be bypassed.\n"
             f"  it is:    {kind}.forward{signature_text(self._block)}\n"
             f"  it got:   {', '.join(f'{name}={_describe(value)}' for name, value in given.items())}\n"
             f"  it gave:  {_describe(output)}\n"
@@ -194,9 +194,9 @@ class Streams:
                 f'  STREAMS["{type(self._block).__name__}"] = {stand_ins}'.replace("'", '"')
             )
         return (
-            "say what it hands through, in the form that it gave:\n"
-            f"  def hand_through(call): return {_suggestion(args, kwargs, output)}\n"
-            "  stg.skip(model, layers, mode=hand_through)   # stg.apply and stg.Guider take mode= as well"
+            "say what passes through, in the form that it gave:\n"
+            f"  def pass_through(call): return {_suggestion(args, kwargs, output)}\n"
+            "  stg.skip(model, layers, mode=pass_through)   # stg.apply and stg.Guider take mode= as well"
         )
 
 

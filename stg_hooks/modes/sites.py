@@ -1,4 +1,4 @@
-"""Where a mode takes hold: which modules differ in the weak pass, and which attention inside them is replaced."""
+"""Where a mode acts: which modules differ in the weak pass, and which attention inside them is replaced."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from stg_hooks.model.layers import Layer, attention_modules, find_layers, is_att
 from stg_hooks.model.source import signature_text
 from stg_hooks.modes.feed_forward import feed_forwards
 from stg_hooks.modes.frames import Kind as Kind
-from stg_hooks.modes.frames import kinds_of, may_be_factorised, temporal_lines
-from stg_hooks.modes.modes import MODES, OF_ATTENTION, OF_BLOCKS, Mode
+from stg_hooks.modes.frames import kinds_of, temporal_lines
+from stg_hooks.modes.modes import MODES, Needs, Perturbation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,21 +25,18 @@ class Site:
     layers: tuple[Layer, ...]
     """The layers that were asked for in it: itself, or attention inside."""
     targets: tuple[tuple[str, nn.Module], ...]
-    """The attention modules inside that are replaced by an attention mode, with their full names.
-
-    Where names do not tell their kind, they are those of all kinds.
-    """
+    """The attention modules inside that are replaced by an attention mode, with their full names."""
 
 
 def check_kind(kind: object) -> None:
-    """Raise `SettingError` if this is no kind of attention."""
+    """Raise `SettingError` for an unknown kind of attention."""
     if kind is not None and kind not in get_args(Kind):
         names = ", ".join(map(repr, get_args(Kind)))
-        raise SettingError(f"kind={kind!r}: there is {names}.{closest(str(kind), get_args(Kind))}")
+        raise SettingError(f"unknown kind={kind!r}; choose from {names}.{closest(str(kind), get_args(Kind))}")
 
 
-def find_sites(model: nn.Module, layers: Sequence[Layer], mode: Mode, kind: Kind | None) -> list[Site]:
-    """Say where a mode takes hold.
+def find_sites(model: nn.Module, layers: Sequence[Layer], mode: Perturbation, kind: Kind | None) -> list[Site]:
+    """Find the modules in which a mode acts, and check that it can.
 
     A block that is skipped, or that holds perturbed attention, is a site: what happens to the tokens before the
     attention, and hence which of them are text, is seen in its call only.
@@ -55,24 +52,23 @@ def find_sites(model: nn.Module, layers: Sequence[Layer], mode: Mode, kind: Kind
 
     Raises:
         LayerError: a layer that cannot be skipped in this mode, has no attention of this kind, or lies in another one.
-        SettingError: a kind that does not exist, or with a mode that does not concern attention.
+        SettingError: an unknown kind, or a kind with a mode that does not concern attention.
     """
     check_kind(kind)
     _check_nesting(layers)
-    if kind is not None and mode in OF_BLOCKS:
-        names = ", ".join(repr(name) for name, other in MODES.items() if other in OF_ATTENTION)
+    if kind is not None and mode.needs not in ("attention", "anything"):
+        names = ", ".join(repr(name) for name, other in MODES.items() if other.needs == "attention")
         raise SettingError(
-            f"kind={kind!r} chooses among the attention of a layer, which mode={_mode_name(mode)!r} does not change. "
-            f"There is {names}."
+            f"kind={kind!r} chooses among the attention of a layer, which {mode} does not change. Choose from {names}."
         )
     if kind is not None:
-        _check_factorised(model, kind)
+        _check_factorised(model, layers, kind)
     blocks = find_layers(model)
     sites: dict[int, Site] = {}
     for layer in layers:
         targets = _targets(model, layer, kind)
         _check_mode(model, layer, targets, mode, kind)
-        module = _enclosing(blocks, layer).module if mode in OF_ATTENTION else layer.module
+        module = _enclosing(blocks, layer).module if mode.needs == "attention" else layer.module
         site = sites.get(id(module), Site(module, (), ()))
         sites[id(module)] = Site(module, (*site.layers, layer), (*site.targets, *targets))
     return list(sites.values())
@@ -81,7 +77,7 @@ def find_sites(model: nn.Module, layers: Sequence[Layer], mode: Mode, kind: Kind
 def _targets(model: nn.Module, layer: Layer, kind: Kind | None) -> tuple[tuple[str, nn.Module], ...]:
     names = [layer.name] if is_attention(layer.module) else [f"{layer.name}.{name}" for name in layer.attention]
     kinds = kinds_of(model) if kind is not None else {}
-    return tuple((name, model.get_submodule(name)) for name in names if not kinds or kinds.get(name) == kind)
+    return tuple((name, model.get_submodule(name)) for name in names if kind is None or kinds[name] == kind)
 
 
 def _enclosing(blocks: Sequence[Layer], layer: Layer) -> Layer:
@@ -99,42 +95,43 @@ def _check_nesting(layers: Sequence[Layer]) -> None:
                 )
 
 
-def _check_factorised(model: nn.Module, kind: Kind) -> None:
-    if not kinds_of(model) and not may_be_factorised(model):
+def _check_factorised(model: nn.Module, layers: Sequence[Layer], kind: Kind) -> None:
+    if not kinds_of(model):
+        inside = [f"{layer.name}.{name}" for layer in layers for name in layer.attention]
         raise LayerError(
-            f"kind={kind!r}: {type(model).__name__} has no attention of its own across frames: every attention sees "
-            f"whatever its layer is given. {temporal_lines(model, attention_modules(model))}"
+            f"kind={kind!r}: no name or class in {type(model).__name__} says that attention works across frames. "
+            f"{temporal_lines(model, inside or attention_modules(model))}"
         )
 
 
 def _check_mode(
-    model: nn.Module, layer: Layer, targets: Sequence[tuple[str, nn.Module]], mode: Mode, kind: Kind | None
+    model: nn.Module, layer: Layer, targets: Sequence[tuple[str, nn.Module]], mode: Perturbation, kind: Kind | None
 ) -> None:
-    asked, name = f"layers=[{layer.name!r}]", _mode_name(mode)
-    if mode in OF_BLOCKS and layer.index is None and is_attention(layer.module):
+    asked = f"layers=[{layer.name!r}]"
+    if mode.needs in ("block", "feed-forward") and not _has(layer, "block"):
         block = layer.name.rpartition(".")[0]
         raise LayerError(
-            f"{asked}: mode={name!r} {_WHAT.get(name, 'is for')} whole blocks, and this is an attention module "
-            f"inside one. Did you mean layers=[{block!r}]?"
+            f"{asked}: {mode} {mode.verb} whole blocks, and this is an attention module inside one. Did you mean "
+            f"layers=[{block!r}]?"
         )
-    if mode is MODES["feed-forward"] and not feed_forwards(layer.module):
+    if mode.needs == "feed-forward" and not _has(layer, "feed-forward"):
         raise LayerError(
             f"{asked}: {layer.block} has no feed-forward network to silence. It can have {_possible(layer)}."
         )
-    if mode not in OF_ATTENTION:
+    if mode.needs != "attention":
         return
     if not targets:
         what = "attention" if kind is None else f"{kind} attention"
         inside = [f"{layer.name}.{name}" for name in layer.attention]
         settle = _attention_lines(layer.module) if kind is None else temporal_lines(model, inside)
         raise LayerError(
-            f"{asked}: {layer.block} has no {what} for mode={name!r}. It can have {_possible(layer)}.\n"
+            f"{asked}: {layer.block} has no {what} for {mode}. It can have {_possible(layer)}.\n"
             f"  it is:    {layer.block}.forward{signature_text(layer.module)}\n"
             f"  it holds: {_children(layer.module)}\n{settle}".rstrip()
         )
     if is_attention(layer.module) and getattr(layer.module, "is_cross_attention", False):
         raise LayerError(
-            f"{asked} is cross-attention: its keys come from other tokens than its queries, and mode={name!r} replaces "
+            f"{asked} is cross-attention: its keys come from other tokens than its queries, and {mode} replaces "
             f"self-attention only. Name the self-attention, or the block around it.\n"
             f"  it is:    {layer.block}.forward{signature_text(layer.module)}"
         )
@@ -158,17 +155,15 @@ def _attention_lines(module: nn.Module) -> str:
     return ""
 
 
+def _has(layer: Layer, needs: Needs) -> bool:
+    """Tell whether a layer is or holds what a mode needs."""
+    is_whole = layer.index is not None or not is_attention(layer.module)
+    if needs == "attention":
+        return is_attention(layer.module) or bool(layer.attention)
+    if needs == "feed-forward":
+        return is_whole and bool(feed_forwards(layer.module))
+    return is_whole or needs == "anything"
+
+
 def _possible(layer: Layer) -> str:
-    if is_attention(layer.module):
-        able = [name for name, mode in MODES.items() if mode in OF_ATTENTION]
-    else:
-        able = [name for name, mode in MODES.items() if mode not in OF_ATTENTION or layer.attention]
-        able = [name for name in able if name != "feed-forward" or feed_forwards(layer.module)]
-    return ", ".join(map(repr, able))
-
-
-_WHAT = {"residual": "bypasses", "feed-forward": "is for", "shuffled": "is for"}
-
-
-def _mode_name(mode: Mode) -> str:
-    return next((name for name, other in MODES.items() if other is mode), getattr(mode, "__name__", "mode"))
+    return ", ".join(repr(name) for name, mode in MODES.items() if _has(layer, mode.needs))

@@ -16,8 +16,8 @@ from stg_hooks.hooks.forward import Action, Patch, now, patched
 from stg_hooks.model.layers import Layer, LayerSpec, resolve
 from stg_hooks.modes.attention import AttentionSeam
 from stg_hooks.modes.feed_forward import FeedForwards
-from stg_hooks.modes.frames import FrameKinds, Kind, kinds_of
-from stg_hooks.modes.modes import BLIND_TO_TEXT, MODES, OF_BLOCKS, LayerCall, Mode, find_mode
+from stg_hooks.modes.frames import Kind
+from stg_hooks.modes.modes import LayerCall, Mode, Perturbation, find_mode
 from stg_hooks.modes.residual import Streams
 from stg_hooks.modes.sites import Site, find_sites
 from stg_hooks.modes.text_tokens import TextTokens
@@ -44,8 +44,9 @@ class Switch:
         self.modules = [site.module for site in self._sites]
         """The modules that differ in the weak pass: the layers, or the blocks around perturbed attention."""
         _check_tokens_are_whole(model, self._sites, self.mode)
-        self._looks = None if self.mode in OF_BLOCKS else Looks(model)
-        self._seams = [self._seam(site, kind) for site in self._sites]
+        self._changes_attention = self.mode.needs in ("attention", "anything")
+        self._looks = Looks(model) if self._changes_attention else None
+        self._seams = [self._seam(site) for site in self._sites]
         self._feed_forwards = [FeedForwards(module) for module in self.modules]
         self._reached = {id(module): _Reached() for module in self.modules}
         parts = zip(self.modules, self._seams, self._feed_forwards, strict=True)
@@ -56,18 +57,12 @@ class Switch:
     @property
     def is_bypass(self) -> bool:
         """Whether the layers are not computed at all."""
-        return self.mode is MODES["residual"]
+        return self.mode.is_bypass
 
-    def _seam(self, site: Site, kind: Kind | None) -> AttentionSeam:
-        looks = self._looks
-        if looks is None:
-            return AttentionSeam(site.module, site.targets)
+    def _seam(self, site: Site) -> AttentionSeam:
         named = {layer.name for layer in site.layers}
-        text = None if self.mode in BLIND_TO_TEXT else TextTokens(looks)
-        if kind is None or kinds_of(looks.model):
-            return AttentionSeam(site.module, site.targets, text, named=named)
-        frames = FrameKinds(looks)
-        return AttentionSeam(site.module, site.targets, text, lambda targets: frames.chosen(targets, kind), named)
+        text = TextTokens(self._looks) if self._looks is not None and self.mode.sees_text else None
+        return AttentionSeam(site.module, site.targets, text, named)
 
     def _action(self, module: nn.Module, seam: AttentionSeam, feed_forwards: FeedForwards) -> Action:
         streams, mode, reached = Streams(module), self.mode, self._reached[id(module)]
@@ -103,10 +98,10 @@ class Switch:
         self.check_same()
         with ExitStack() as stack:
             self._patches = [stack.enter_context(patched(module)) for module in self.modules]
-            if self.mode is MODES["feed-forward"]:
+            if self.mode.needs == "feed-forward":
                 for networks in self._feed_forwards:
                     stack.enter_context(networks.installed())
-            elif self.mode not in OF_BLOCKS:
+            if self._changes_attention:
                 for seam in self._seams:
                     stack.enter_context(seam.installed())
             if self._looks is not None:
@@ -124,7 +119,7 @@ class Switch:
             instead: makes what a layer does out of what it would do.
 
         Raises:
-            CallError: a layer's `forward` was set by somebody else since, and it was not skipped.
+            CallError: a layer's `forward` was set by other code since, and it was not skipped.
         """
         since = now() if since is None else since
         before: list[tuple[Action | None, int]] = []
@@ -136,7 +131,7 @@ class Switch:
                 before.append(
                     patch.replace(action if outer is None else _checkpointed(action, modules[key], outer), since)
                 )
-                # Where another one answers for this layer, it is not up to us.
+                # Where another `with` skips this layer, that one checks it.
                 self._reached[key].now = before[-1][1] > since
                 if self._reached[key].now:
                     self._reached[key].yet = True
@@ -192,8 +187,7 @@ class Switch:
         if self.is_bypass:
             cause = "the block adds nothing (untrained, or its gate is zero), or nothing uses what it returns"
         else:
-            name = next((name for name, mode in MODES.items() if mode is self.mode), "a function of yours")
-            cause = f"what mode={name!r} changes adds nothing there (untrained, or its gate is zero)"
+            cause = f"what {self.mode} changes adds nothing there (untrained, or its gate is zero)"
         where = "" if equal == calls else f" in {equal} of {calls} guided calls"
         return (
             f"skipping {names} changed nothing{where}: the weak prediction equals cond bit for bit. Most likely "
@@ -218,17 +212,17 @@ class _Reached:
     now: bool = False
 
 
-def _check_tokens_are_whole(model: nn.Module, sites: Sequence[Site], mode: Mode) -> None:
+def _check_tokens_are_whole(model: nn.Module, sites: Sequence[Site], mode: Perturbation) -> None:
     """Raise where context parallelism (of diffusers) would make a skip do something else than on one device."""
     splits = {id(m) for m in model.modules() if any(name.startswith("cp_") for name in _hook_names(m))}
     if not splits:
         return
-    if mode is MODES["shuffled"]:
+    if mode.mixes_tokens:
         raise LayerError(
-            "mode='shuffled' mixes all tokens, of which context parallelism gives each device a part. Use 'residual'."
+            f"{mode} mixes all tokens, of which context parallelism gives each device a part. Use 'residual'."
         )
     for layer in (layer for site in sites for layer in site.layers):
-        if mode is MODES["residual"] and id(layer.module) in splits:
+        if mode.is_bypass and id(layer.module) in splits:
             raise LayerError(
                 f"layer {layer.name!r} cannot be skipped: at its entrance context parallelism splits the tokens over "
                 "devices. Choose another layer: stg.layers(model)."

@@ -1,7 +1,7 @@
 """Find the text among the tokens of a block that is given text and video as one stream, joined before the blocks.
 
-Inside such a block nothing tells one from the other. So, once for each layout of a call, a look is taken at what the
-block is given with other latents: tokens that stay the same are not video.
+The arguments of such a block do not tell one from the other. So, once for each layout of a call, the model runs up to
+the block with other latents: tokens that stay the same are not video.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class TextTokens:
         """Prepare for one model.
 
         Args:
-            looks: looks into the model that puts text and video together.
+            looks: runs up to the blocks of the model that joins text and video.
         """
         self._looks = looks
         self._known: dict[object, dict[str, Runs]] = {}
@@ -65,7 +65,7 @@ class TextTokens:
             one, other = self._looks.given(block, change)
             pairs = {name: (tensor, other[name]) for name, tensor in one.items()}
             runs = {name: _runs(*pair) for name, pair in pairs.items() if pair[0].shape == pair[1].shape}
-        except Exception as error:  # whatever goes wrong in a call that nobody has asked for
+        except Exception as error:  # in a call that the caller did not make
             model = type(self._looks.model).__name__
             raise BlockError(
                 f"{model} may put text and video together before {type(block).__name__}, and it cannot be found out "

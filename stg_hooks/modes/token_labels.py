@@ -80,7 +80,7 @@ class Provenance:
         others: list[str] = []  # what is known not to come from what is denoised
         try:
             for name, leaf in named_tensors(arguments):
-                label = _find(outer, leaf)
+                label = _label_of(outer, leaf)
                 before += [] if label is None else [label]
                 if _carries_tokens(name, leaf) and not any(leaf is a for a in self.arguments.values()):
                     self.arguments.setdefault(name, leaf)
@@ -101,7 +101,7 @@ class Provenance:
 
     def label(self, tensor: Tensor) -> Label | None:
         """Return where a tensor comes from; `None` where that is not known."""
-        return _find(self._labels, tensor)
+        return _label_of(self._labels, tensor)
 
     def follow(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Label what a torch function has returned."""
@@ -140,7 +140,7 @@ class Provenance:
             size, label = part.shape[changed[0]], self.label(part)
             known = label.runs_along(size) if label is not None else ()
             runs += known or ((label is None or self.main not in label.sources, size),)
-        # Joined along another dimension, or all of one kind: then there is nothing to tell apart.
+        # Joined along another dimension, or all of one kind: then the tokens need not be told apart.
         if len({is_text for is_text, _ in runs}) > 1:
             return tuple(runs)
         return next((label.runs for _, label in self._known(parts) if label.runs_along_any(whole)), ())
@@ -170,7 +170,7 @@ def named_tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name}{pytree.keystr(path)}", leaf
 
 
-def _find(labels: dict[int, tuple[weakref.ref[Tensor], Label]], tensor: Tensor) -> Label | None:
+def _label_of(labels: dict[int, tuple[weakref.ref[Tensor], Label]], tensor: Tensor) -> Label | None:
     found = labels.get(id(tensor))
     return found[1] if found is not None and found[0]() is tensor else None  # ids are used again
 

@@ -1,7 +1,7 @@
-"""Run a model up to one of its modules and see what that is given: for what neither names nor shapes tell.
+"""Run a model up to one of its modules and return what that is given: for what neither names nor shapes tell.
 
-A look happens within a call of the model, with that call's arguments or with other latents. Blocks before the module
-hand their inputs through, so that it costs little and that tokens do not mix.
+A probe runs within a call of the model, with that call's arguments or with other latents. Blocks before the module are
+bypassed, so that the probe is cheap and tokens do not mix.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Call:
         return [(name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor) and not is_positional(name)]
 
     @functools.cached_property
-    def layout(self) -> Hashable:  # reads masks, for which a GPU has to be waited: once, however many blocks ask
+    def layout(self) -> Hashable:  # reads masks, which synchronises with the GPU: once, however many blocks ask
         return tuple((name, *_layout(name, leaf)) for name, leaf in self.tensors)
 
 
@@ -51,11 +51,11 @@ class _OfThread(threading.local):
 
 
 class _ReachedError(Exception):
-    """Ends a look when the module has been reached."""
+    """Ends a probe when it has reached the module."""
 
 
 class Looks:
-    """Looks into the calls of one model."""
+    """Probes of one model, within its calls."""
 
     def __init__(self, model: nn.Module) -> None:
         """Prepare for one model; touch nothing.
@@ -144,7 +144,7 @@ def may_carry_tokens(leaf: Tensor) -> bool:
 
 
 def latents_among(given: list[tuple[str, Tensor]]) -> list[Tensor]:
-    """Choose what is denoised, and what comes in the same form and is no text; what is denoised comes first."""
+    """Choose what is denoised, and what comes in the same form and is not text; what is denoised comes first."""
     candidates = [(name, leaf) for name, leaf in given if may_carry_tokens(leaf) and "mask" not in name]
     candidates = [(name, leaf) for name, leaf in candidates if not sounds_like_text(name)]
     if not candidates:

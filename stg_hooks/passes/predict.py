@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stg_hooks.errors import CallError
 from stg_hooks.guidance.schedule import Settings
-from stg_hooks.guidance.settings import Branch, hashable
+from stg_hooks.guidance.settings import Branch
 from stg_hooks.guidance.trace import Stats
 from stg_hooks.hooks import activation
 from stg_hooks.modes.modes import find_mode
@@ -172,7 +172,7 @@ class Predictor:
         """
         key = _key(branches)
         if key not in self._made:
-            found = [dataclasses.replace(branch, mode=hashable(find_mode(branch.mode))) for branch in branches]
+            found = [dataclasses.replace(branch, mode=find_mode(branch.mode)) for branch in branches]
             self._made[key] = Execution(self._model, found, self._way, self.stats, self.caches)
         return self._made[key]
 
