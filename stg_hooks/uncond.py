@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stg_hooks.denoiser import Session
 from stg_hooks.errors import CallError, SettingError
 from stg_hooks.guidance.samples import are_samples, check_told, takes_samples
 from stg_hooks.guidance.schedule import Settings
-from stg_hooks.guide import Session
 from stg_hooks.hooks.compiled import is_compiled
 from stg_hooks.hooks.forward import patched
 from stg_hooks.hosts import check_rows_apart
@@ -33,7 +33,7 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
-class UncondGuide:
+class UncondDenoiser:
     """Bypasses layers for what a denoiser computes without the prompt.
 
     In calls with rows `[uncond, cond]`, each half is a call of its own, as `Execution.weak_halves` says.
