@@ -264,9 +264,8 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
                 "stg.apply was left without having been entered. Write: with stg.apply(pipe, layers=[...]):"
             )
         # Several threads may have entered this object: leave what was entered here.
-        here = [one for one in self._entered if activation.is_here(one[0])]
-        left = (here or self._entered)[-1]
-        self._entered.remove(left)
+        here = activation.innermost(self._entered)
+        left = self._entered.pop(-1 if here is None else here)
         left[1].close()
         session = self._session
         if session.ranks is not None:
@@ -291,7 +290,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
                 nothing = self._why_nothing(calls)
                 if nothing:
                     self._complain(f"stg.apply() guided nothing: {nothing}")
-            elif session.calls_elsewhere and not here and isinstance(session.host, ModuleHost):
+            elif session.calls_elsewhere and here is None and isinstance(session.host, ModuleHost):
                 # What is left elsewhere than it was entered, as a generator that threads take turns with, ran there.
                 self._complain(f"stg.apply() did not guide {self._elsewhere()}")
         finally:

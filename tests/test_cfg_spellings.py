@@ -1,13 +1,13 @@
-"""Custom pipelines spell CFG in many ways: each is guided as its formula says, or refused first."""
+"""Custom pipelines spell CFG in many ways: each is guided as its formula says, or refused."""
 
 from __future__ import annotations
 
 import copy
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,237 +16,153 @@ from torch.testing import assert_close
 import stg_hooks as stg
 from tests.test_pipeline_code import Denoiser, Pipeline
 
-SCALE = 0.7
-
-# What a pipeline of two steps does in each, from `x`, the embeddings `c` and `n`, and the weight `w`. A line that
-# begins with `def` begins a method instead.
-HALVES = "eps = self.transformer(torch.cat([x, x]), torch.cat([n, c]))\n"
-CALLS = "a = self.transformer(x, c)\nb = self.transformer(x, n)\n"
+# What a pipeline of two steps predicts in each, `p`, from `x`, the embeddings `c` and `n`, and the weight `w`; or the
+# next `x`. `T` is its denoiser; "; " begins a line, ";; " one that is indented; a method follows "|".
+HALVES = "e = T(torch.cat([x, x]), torch.cat([n, c])); "
+CALLS = "a = T(x, c); b = T(x, n); "
+METHOD = " | eps(self, x, e): return T(x, e)"
 READ = {
-    "halves": HALVES + "eps_u, eps_c = eps.chunk(2)\nx = x - 0.1 * (eps_u + w * (eps_c - eps_u))",
-    "halves, by a function": HALVES + "a, b = torch.chunk(eps, 2, dim=0)\nx = x - 0.1 * (a + w * (b - a))",
-    "halves of a call": "u, k = self.transformer(torch.cat([x] * 2), torch.cat([n, c])).chunk(2)\n"
-    "x = x - 0.1 * (u + w * (k - u))",
-    "one half has a name": "uncond, k = self.transformer(torch.cat([x] * 2), torch.cat([n, c])).chunk(2)\n"
-    "x = x - 0.1 * (uncond + w * (k - uncond))",
-    "halves, base": HALVES + "pred_base, pred_text = eps.chunk(2)\npred = pred_base + w * (pred_text - pred_base)\n"
-    "x = x - 0.1 * pred",
-    "halves, lerp": HALVES + "a, b = eps.chunk(2)\nx = x - 0.1 * torch.lerp(a, b, w)",
-    "halves, lerp of a tensor": HALVES + "a, b = eps.chunk(2)\nx = x - 0.1 * a.lerp(b, weight=w)",
-    "halves, other order": HALVES + "a, b = eps.chunk(2)\nx = x - 0.1 * ((b - a) * w + a)",
-    "halves, from cond": HALVES + "a, b = eps.chunk(2)\nx = x - 0.1 * (b + (w - 1) * (b - a))",
-    "halves, in place": HALVES + "a, b = eps.chunk(2)\na += w * (b - a)\nx = x - 0.1 * a",
-    "halves, annotated": "eps: Tensor = self.transformer(torch.cat([x, x]), torch.cat([n, c]))\n"
-    "a, b = eps.chunk(2)\nx = x - 0.1 * (a + w * (b - a))",
-    "halves, to a function": HALVES + "a, b = eps.chunk(2)\nx = self.move(x, a + w * (b - a))\n"
-    "def move(self, x, eps):\n    return x - 0.1 * eps",
-    "calls": CALLS + "x = x - 0.1 * (b + w * (a - b))",
-    "calls, from cond": CALLS + "x = x - 0.1 * (a + (w - 1) * (a - b))",
-    "calls, lerp": CALLS + "eps = torch.lerp(b, a, w)\nx = x - 0.1 * eps",
-    "calls, converted": CALLS + "a = a.double().float()\nb = b.double().float()\nx = x - 0.1 * (b + w * (a - b))",
-    "calls, if": "eps = self.transformer(x, c)\nif w > 1:\n    other = self.transformer(x, n)\n"
-    "    eps = other + w * (eps - other)\nx = x - 0.1 * eps",
-    "a method": "a = self.eps(x, c)\nb = self.eps(x, n)\nx = x - 0.1 * (b + w * (a - b))\n"
-    "def eps(self, x, e):\n    return self.transformer(x, e)",
-    "a method, named": "cond = self.eps(x, c)\nuncond = self.eps(x, n)\nx = x - 0.1 * (uncond + w * (cond - uncond))\n"
-    "def eps(self, x, e):\n    pred = self.transformer(x, e)\n    return pred",
-    "a method of a method": "a = self.outer(x, c)\nb = self.outer(x, n)\nx = x - 0.1 * (b + w * (a - b))\n"
-    "def outer(self, x, e):\n    return self.eps(x, e)\n"
-    "def eps(self, x, e):\n    return self.transformer(x, e)",
+    "halves": HALVES + "e_u, e_c = e.chunk(2); p = e_u + w * (e_c - e_u)",
+    "halves, by a function": HALVES + "a, b = torch.chunk(e, 2, dim=0); p = a + w * (b - a)",
+    "halves of a call": "u, k = T(torch.cat([x] * 2), torch.cat([n, c])).chunk(2); p = u + w * (k - u)",
+    "halves, one has a name": HALVES + "uncond, k = e.chunk(2); p = uncond + w * (k - uncond)",
+    "halves, base": HALVES + "pred_base, pred_text = e.chunk(2); p = pred_base + w * (pred_text - pred_base)",
+    "halves, lerp": HALVES + "a, b = e.chunk(2); p = torch.lerp(a, b, w)",
+    "halves, lerp of a tensor": HALVES + "a, b = e.chunk(2); p = a.lerp(b, weight=w)",
+    "halves, other order": HALVES + "a, b = e.chunk(2); p = (b - a) * w + a",
+    "halves, from cond": HALVES + "a, b = e.chunk(2); p = b + (w - 1) * (b - a)",
+    "halves, weighted": HALVES + "a, b = e.chunk(2); p = w * b + (1 - w) * a",
+    "halves, in place": HALVES + "a, b = e.chunk(2); a += w * (b - a); p = a",
+    "halves, annotated": HALVES.replace("e =", "e: Tensor =") + "a, b = e.chunk(2); p = a + w * (b - a)",
+    "halves, to a function": HALVES + "a, b = e.chunk(2); x = self.move(x, a + w * (b - a))"
+    " | move(self, x, eps): return x - 0.1 * eps",
+    "halves, by a method": "a, b = self.eps(x, torch.cat([n, c])).chunk(2); p = a + w * (b - a)"
+    " | eps(self, x, e): return T(torch.cat([x, x]), e)",
+    "two formulas": HALVES + "a, b = e.chunk(2); if w > 1:;; p = a + w * (b - a); else:;; p = b + w * (a - b)",
+    "calls": CALLS + "p = b + w * (a - b)",
+    "calls, from cond": CALLS + "p = a + (w - 1) * (a - b)",
+    "calls, the other sign": CALLS + "p = a + (1 - w) * (b - a)",
+    "calls, lerp": CALLS + "p = torch.lerp(b, a, w)",
+    "calls, converted": CALLS + "a = a.double().float(); b = b.double().float(); p = b + w * (a - b)",
+    "calls, if": "p = T(x, c); if w > 1:;; other = T(x, n);; p = other + w * (p - other)",
+    "a method": "a = self.eps(x, c); b = self.eps(x, n); p = b + w * (a - b)" + METHOD,
+    "a method, named": "cond = self.eps(x, c); uncond = self.eps(x, n); p = uncond + w * (cond - uncond)"
+    " | eps(self, x, e): pred = T(x, e); return pred",
+    "a method of a method": "a = self.outer(x, c); b = self.outer(x, n); p = b + w * (a - b)"
+    " | outer(self, x, e): return self.eps(x, e)" + METHOD,
 }
 
-SIDE_BY_SIDE = "combines predictions, and which are cond is not clear"
+ONE = "predicts the same latents twice in a call, and no name in its code tells"
+TWO = "predicts the same latents in two calls, and no name in its code tells"
+DIFFERENT = "combines predictions of different latents"
+UNSEEN = "in a condition, or in a function inside it"
+LOOP = "for i, e in ((0, n), (1, c)):;; "
 REFUSED = {
-    "cond first": (
-        "a, b = self.transformer(torch.cat([x, x]), torch.cat([c, n])).chunk(2)\nx = x - 0.1 * (b + w * (a - b))",
-        r"its rows are \[a, b\], and a is used as cond",
-    ),
+    "cond first": ("a, b = T(torch.cat([x, x]), torch.cat([c, n])).chunk(2); p = b + w * (a - b)", ONE),
     "names that lie": (
-        HALVES + "pred_uncond, pred_text = eps.chunk(2)\nx = x - 0.1 * (pred_text + w * (pred_uncond - pred_text))",
+        HALVES + "pred_uncond, pred_text = e.chunk(2); p = pred_text + w * (pred_uncond - pred_text)",
         "it calls pred_uncond what it uses as cond",
     ),
-    "slices": (HALVES + "x = x - 0.1 * (eps[:1] + w * (eps[1:] - eps[:1]))", SIDE_BY_SIDE),
-    "items": (HALVES + "x = x - 0.1 * (eps[0] + w * (eps[1] - eps[0]))", SIDE_BY_SIDE),
-    "items of chunk": (
-        HALVES + "parts = eps.chunk(2)\nx = x - 0.1 * (parts[0] + w * (parts[1] - parts[0]))",
-        SIDE_BY_SIDE,
-    ),
-    "view": (HALVES + "a, b = eps.view(2, -1, *x.shape[1:])\nx = x - 0.1 * (a + w * (b - a))", SIDE_BY_SIDE),
-    "split": (HALVES + "a, b = torch.split(eps, 1)\nx = x - 0.1 * (a + w * (b - a))", r"takes a prediction apart as"),
-    "another formula": (
-        HALVES + "a, b = eps.chunk(2)\nx = x - 0.1 * (w * b + (1 - w) * a)",
-        "takes a prediction apart",
-    ),
-    "a weight of the other sign": (
-        CALLS + "x = x - 0.1 * (a + (1 - w) * (b - a))",
-        SIDE_BY_SIDE,
-    ),
-    "two formulas": (
-        HALVES + "a, b = eps.chunk(2)\nif w > 1:\n    eps = a + w * (b - a)\nelse:\n    eps = b + w * (a - b)\n"
-        "x = x - 0.1 * eps",
-        "takes a prediction apart",
-    ),
-    "a difference of its own": (CALLS + "d = a - b\nx = x - 0.1 * (b + w * d)", SIDE_BY_SIDE),
-    "uncond first": (
-        "b = self.transformer(x, n)\na = self.transformer(x, c)\nx = x - 0.1 * (b + w * (a - b))",
-        "for uncond first",
-    ),
-    "a function of both": (
-        CALLS + "x = x - 0.1 * self.mix(a, b, w)\ndef mix(self, *all):\n    pass",
-        SIDE_BY_SIDE,
-    ),
+    "slices": (HALVES + "p = e[:1] + w * (e[1:] - e[:1])", ONE),
+    "items": (HALVES + "p = e[0] + w * (e[1] - e[0])", ONE),
+    "items of chunk": (HALVES + "e = e.chunk(2); p = e[0] + w * (e[1] - e[0])", ONE),
+    "view": (HALVES + "a, b = e.view(2, -1, *x.shape[1:]); p = a + w * (b - a)", ONE),
+    "split": (HALVES + "a, b = torch.split(e, 1); p = a + w * (b - a)", ONE),
+    "repeat": (HALVES.replace("torch.cat([x, x])", "x.repeat(2, 1, 1)") + "p = e[:1] + w * (e[1:] - e[:1])", ONE),
+    "interleaved": ("e = T(x.repeat(2, 1, 1), torch.cat([n, c])); p = e[::2] + w * (e[1::2] - e[::2])", ONE),
+    "thirds": ("e = T(torch.cat([x] * 3), torch.cat([n, c, c])); p = e[:1] + w * (e[1:2] - e[:1])", ONE),
     "a function of halves": (
-        HALVES + "x = x - 0.1 * self.mix(eps, w)\ndef mix(self, eps, w):\n    a, b = eps.chunk(2)\n"
-        "    return a + w * (b - a)",
-        SIDE_BY_SIDE,
+        HALVES + "p = self.mix(e, w) | mix(self, e, w): a, b = e.chunk(2); return a + w * (b - a)",
+        ONE,
     ),
-    "an unknown function of doubled latents": (HALVES + "x = x - 0.1 * self.mix(eps, w)", "the same latents twice"),
-    "a method, halves": (
-        (
-            "a, b = self.eps(x, torch.cat([n, c])).chunk(2)\nx = x - 0.1 * (a + w * (b - a))\n"
-            "def eps(self, x, e):\n    return self.transformer(torch.cat([x, x]), e)"
-        ),
-        "the same latents twice",
+    "an unknown function of doubled latents": (HALVES + "p = self.mix(e, w) | mix(self, *e): return e[0][:1]", ONE),
+    "halves that are swapped": (HALVES + "a, b = e.chunk(2); a, b = b, a; p = b + w * (a - b)", ONE),
+    "cond first, swapped": (
+        HALVES.replace("n, c", "c, n") + "a, b = e.chunk(2); a, b = b, a; p = a + w * (b - a)",
+        ONE,
     ),
-    "halves that are swapped": (
-        HALVES + "a, b = eps.chunk(2)\na, b = b, a\nx = x - 0.1 * (b + w * (a - b))",
-        "it calls a what it uses as cond",
-    ),
-    "a function inside, of nothing": (
-        CALLS + "if True:\n    def mix():\n        return b + w * (a - b)\nx = x - 0.1 * mix()",
-        SIDE_BY_SIDE,
-    ),
+    "a sum over halves": (HALVES + "p = (e * torch.tensor([1 - w, w])[:, None, None]).sum(0)", ONE),
+    "uncond first": ("b = T(x, n); a = T(x, c); p = b + w * (a - b)", TWO),
+    "a difference of its own": (CALLS + "d = a - b; p = b + w * d", TWO),
+    "scaled": (CALLS + "a = 2 * a; p = b + w * (a - b)", TWO),
+    "scaled in place": (CALLS + "a.mul_(2); p = b + w * (a - b)", TWO),
+    "a function of both": (CALLS + "p = self.mix(a, b, w) | mix(self, a, b, w): return b + w * (a - b)", TWO),
+    "a function inside": (CALLS + "if True:;; def mix():;;; return b + w * (a - b); p = mix()", TWO),
+    "a function of copies": ("p = sum(self.mix(T(1 * x, c), T(1 * x, n))) | mix(self, *all): return all", TWO),
     "kept, and combined elsewhere": (
-        (
-            "self.a = self.transformer(x, c)\nself.b = self.transformer(x, n)\nx = x - 0.1 * self.mix(w)\n"
-            "def mix(self, w):\n    return self.b + w * (self.a - self.b)"
-        ),
-        "several predictions side by side",
-    ),
-    "a match": (
-        CALLS + "match w:\n    case 4.0:\n        x = x - 0.1 * (w * a + (1 - w) * b)",
-        SIDE_BY_SIDE,
-    ),
-    "a sum over halves": (
-        (
-            "twice = torch.cat([x] * 2)\neps = self.transformer(twice, torch.cat([n, c]))\n"
-            "x = x - 0.1 * (eps * torch.tensor([1 - w, w])[:, None, None]).sum(0)"
-        ),
-        "the same latents twice",
-    ),
-    "a list": (
-        (
-            "found = []\nfor e in (n, c):\n    eps = self.transformer(x, e)\n    found.append(eps)\n"
-            "x = x - 0.1 * (found[0] + w * (found[1] - found[0]))"
-        ),
-        SIDE_BY_SIDE,
-    ),
-    "a sum": (
-        (
-            "total = 0\nfor e, g in ((n, 1 - w), (c, w)):\n    eps = self.transformer(x, e)\n    total += g * eps\n"
-            "x = x - 0.1 * total"
-        ),
-        SIDE_BY_SIDE,
-    ),
-    "a dictionary": (
-        (
-            "found = {}\nfound['a'] = self.transformer(x, c)\nfound['b'] = self.transformer(x, n)\n"
-            "x = x - 0.1 * (found['b'] + w * (found['a'] - found['b']))"
-        ),
-        SIDE_BY_SIDE,
-    ),
-    "alternating": (
-        (
-            "for i, e in ((0, n), (1, c)):\n    if i == 0:\n        b = self.transformer(x, e)\n    else:\n"
-            "        a = self.transformer(x, e)\nx = x - 0.1 * (b + w * (a - b))"
-        ),
-        SIDE_BY_SIDE,
-    ),
-    "one in a loop": (
-        (
-            "for i, e in ((0, n), (1, c)):\n    eps = self.transformer(x, e)\n    if i == 0:\n        b = eps\n"
-            "    else:\n        a = eps\nx = x - 0.1 * (b + w * (a - b))"
-        ),
-        SIDE_BY_SIDE,
-    ),
-    "a comprehension": (
-        "a, b = [self.transformer(x, e) for e in (c, n)]\nx = x - 0.1 * (b + w * (a - b))",
-        "in a condition, or in a function inside it",
-    ),
-    "a lambda": (
-        "eps = lambda e: self.transformer(x, e)\na, b = eps(c), eps(n)\nx = x - 0.1 * (b + w * (a - b))",
-        "in a condition, or in a function inside it",
-    ),
-    "an inner function": (
-        (
-            "if True:\n    def eps(e):\n        return self.transformer(x, e)\na = eps(c)\nb = eps(n)\n"
-            "x = x - 0.1 * (b + w * (a - b))"
-        ),
-        "in a condition, or in a function inside it",
-    ),
-    "in one expression": (
-        "x = x - 0.1 * (self.transformer(x, n) + w * (self.transformer(x, c) - self.transformer(x, n)))",
-        SIDE_BY_SIDE,
+        "self.a = T(x, c); self.b = T(x, n); p = self.mix(w) | mix(self, w): return self.b + w * (self.a - self.b)",
+        TWO,
     ),
     "kept for another method": (
-        (
-            "self.run(x, c)\nself.a = self.eps\nself.run(x, n)\nx = x - 0.1 * (self.eps + w * (self.a - self.eps))\n"
-            "def run(self, x, e):\n    self.eps = self.transformer(x, e)"
-        ),
-        "looks into its denoiser after a call",
+        "self.run(x, c); a = self.e; self.run(x, n); p = self.e + w * (a - self.e) | run(self, x, e): self.e = T(x, e)",
+        TWO,
     ),
     "a method that returns both": (
-        (
-            "a, b = self.both(x, c, n)\nx = x - 0.1 * (b + w * (a - b))\n"
-            "def both(self, x, c, n):\n    first = self.transformer(x, c)\n    return first, self.transformer(x, n)"
-        ),
-        "several predictions side by side",
+        "a, b = self.both(x, c, n); p = b + w * (a - b) | both(self, x, c, n): first = T(x, c); return first, T(x, n)",
+        TWO,
+    ),
+    "a match": (CALLS + "match w:;; case 4.0:;;; p = w * a + (1 - w) * b", TWO),
+    "a list": ("f = []; for e in (n, c):;; e = T(x, e);; f.append(e); p = f[0] + w * (f[1] - f[0])", TWO),
+    "a list, in the second step": (
+        "f = []; for e in (n, c)[1 - i :]:;; e = T(1 * x, e);; f.append(e); p = f[0] + w * (f[-1] - f[0])",
+        TWO,
+    ),
+    "a sum": ("p = 0; for e, g in ((n, 1 - w), (c, w)):;; e = T(x, e);; p += g * e", TWO),
+    "a dictionary": ("f = {}; f['a'] = T(x, c); f['b'] = T(x, n); p = f['b'] + w * (f['a'] - f['b'])", TWO),
+    "alternating": (LOOP + "if i == 0:;;; b = T(x, e);; else:;;; a = T(x, e); p = b + w * (a - b)", TWO),
+    "one in a loop": (LOOP + "e = T(x, e);; if i == 0:;;; b = e;; else:;;; a = e; p = b + w * (a - b)", TWO),
+    "in one expression": ("p = T(x, n) + w * (T(x, c) - T(x, n))", TWO),
+    "a comprehension": ("a, b = [T(x, e) for e in (c, n)]; p = b + w * (a - b)", UNSEEN),
+    "a lambda": ("eps = lambda e: T(x, e); a, b = eps(c), eps(n); p = b + w * (a - b)", UNSEEN),
+    "an inner function": ("if True:;; def eps(e):;;; return T(x, e); a = eps(c); b = eps(n); p = a + b", UNSEEN),
+    "an extrapolation": (
+        "a = T(x, c); b = T(x - a, c); p = b + w * (a - b)",
+        "combines predictions of different latents",
+    ),
+    "rows of two samples": (
+        "a, b = T(torch.cat([x, x + 1]), torch.cat([n, c])).chunk(2); p = a + w * (b - a)",
+        DIFFERENT,
     ),
 }
 
 # No CFG: what the pipeline does with its predictions, of which every row is cond.
 UNGUIDED = {
-    "one call": "x = x - 0.1 * self.transformer(x, c)",
-    "embedded weight": "eps = self.transformer(x, c + w)\nx = x - 0.1 * eps",
-    "a method": "x = x - 0.1 * self.eps(x, c)\ndef eps(self, x, e):\n    return self.transformer(x, e)",
-    "a method moves": "x = self.move(x, self.transformer(x, c))\ndef move(self, x, eps):\n    return x - 0.1 * eps",
-    "x0": "eps = self.transformer(x, c)\nx0 = x - 0.5 * eps\nx = x0 + 0.3 * (x - x0)",
-    "the step before": "eps = self.transformer(x, c)\nlast = eps if i == 0 else last\n"
-    "x = x - 0.1 * (eps + 0.5 * (eps - last))\nlast = eps",
-    "Heun": "first = self.transformer(x, c)\nsecond = self.transformer(x - 0.1 * first, c)\n"
-    "x = x - 0.1 * (first + 0.5 * (second - first))",
-    "a variance": "eps, var = torch.cat([self.transformer(x, c), x], dim=1).chunk(2, dim=1)\nx = x - 0.1 * eps ",
-    "a part of the tokens": "eps = self.transformer(torch.cat([x, x], dim=1), torch.cat([c, c], dim=1))\n"
-    "eps = eps[:, : x.shape[1]]\nx = x - 0.1 * eps",
-    "one of two branches": "if i == 0:\n    eps = self.transformer(x, c)\nelse:\n    eps = self.transformer(x, c + 1)\n"
-    "x = x - 0.1 * (eps + 0.1 * eps.mean())",
-    "tiles": "eps = torch.zeros_like(x)\nfor j in range(0, x.shape[1], 2):\n"
-    "    tile = self.transformer(x[:, j : j + 2], c[:, j : j + 2])\n    eps[:, j : j + 2] += tile\nx = x - 0.1 * eps",
+    "one call": "x = x - 0.1 * T(x, c)",
+    "embedded weight": "p = T(x, c + w)",
+    "a method": "p = self.eps(x, c)" + METHOD,
+    "a method moves": "x = self.move(x, T(x, c)) | move(self, x, eps): return x - 0.1 * eps",
+    "x0": "e = T(x, c); x0 = x - 0.5 * e; x = x0 + 0.3 * (x - x0)",
+    "the step before": "e = T(x, c); last = e if i == 0 else last; p = e + 0.5 * (e - last); last = e",
+    "Heun": "first = T(x, c); second = T(x - 0.1 * first, c); p = first + 0.5 * (second - first)",
+    "Heun, a sum": "first = T(x, c); second = T(x - 0.1 * first, c); p = 0.5 * (first + second)",
+    "Heun, extrapolated": "first = T(x, c); second = T(x - 0.1 * first, c); p = second + 0.5 * (second - first)",
+    "in place": "x = x.clone(); x -= 0.1 * T(x, c)",
+    "a variance": "e, var = torch.cat([T(x, c), x], dim=1).chunk(2, dim=1); p = e",
+    "a part of the tokens": "e = T(torch.cat([x, x], dim=1), torch.cat([c, c], dim=1)); p = e[:, : x.shape[1]]",
+    "one of two branches": "if i == 0:;; e = T(x, c); else:;; e = T(x, c + 1); p = e + 0.1 * e.mean()",
+    "tiles": "p = torch.zeros_like(x); for j in range(0, x.shape[1], 2):;; "
+    "tile = T(x[:, j : j + 2], c[:, j : j + 2]);; p[:, j : j + 2] += tile",
 }
 
 
-def pipeline(text: str, folder: Path) -> Pipeline:
-    """Build a pipeline whose steps do this."""
-    step, *methods = text.split("\ndef ")
-    lines = [
-        "import torch",
-        "from torch import Tensor",
-        "from tests.test_pipeline_code import Pipeline",
-        "class Custom(Pipeline):",
-        "    def __call__(self, x, c, n):",
-        "        w = self.guidance_scale",
-        "        for i in range(2):",
-        textwrap.indent(step, " " * 12),
-        "        return x",
-        *(textwrap.indent(f"def {method}", " " * 4) for method in methods),
-    ]
+def pipeline(text: str, folder: Path) -> Any:
+    """Build a pipeline whose steps do what a text says."""
+
+    def lines(text: str, depth: int) -> str:
+        text = re.sub(";+ ", lambda found: "\n" + "    " * (len(found[0]) - 2), text.replace("T(", "self.transformer("))
+        return textwrap.indent(text, "    " * depth)
+
+    step, *methods = text.split(" | ")
+    step = step if re.search(r"\bx -?= ", step) else f"{step}; x = x - 0.1 * p"
+    parts = ["class Custom(Pipeline):", "    def __call__(self, x, c, n):", "        w = self.guidance_scale"]
+    parts += ["        for i in range(2):", lines(step, 3), "        return x"]
+    for head, _, body in (method.partition(": ") for method in methods):
+        parts += [f"    def {head}:", lines(body, 2)]
     file = folder / "custom.py"
-    file.write_text("\n".join(lines), encoding="utf-8")
-    names: dict[str, Any] = {"__name__": "custom"}
+    file.write_text("\n".join(parts), encoding="utf-8")
+    names: dict[str, Any] = {"torch": torch, "Tensor": Tensor, "Pipeline": Pipeline}
     exec(compile(file.read_text(encoding="utf-8"), str(file), "exec"), names)
-    found = names["Custom"](Denoiser())
-    assert isinstance(found, diffusers.DiffusionPipeline)
-    return found
+    return names["Custom"](Denoiser())
 
 
 @pytest.fixture
@@ -260,63 +176,51 @@ def weak(model: nn.Module) -> nn.Module:
     return found
 
 
-def by_hand(pipe: Pipeline, x: Tensor, c: Tensor, n: Tensor) -> Tensor:
-    strong, w = pipe.transformer, pipe.guidance_scale
+def by_hand(model: nn.Module, x: Tensor, c: Tensor, n: Tensor, rescale: float = 0.0) -> Tensor:
     for _ in range(2):
-        cond, uncond = strong(x, c), strong(x, n)
-        x = x - 0.1 * (uncond + w * (cond - uncond) + SCALE * (cond - weak(strong)(x, c)))
+        cond, uncond = model(x, c), model(x, n)
+        out = uncond + 4.0 * (cond - uncond) + 0.7 * (cond - weak(model)(x, c))
+        x = x - 0.1 * out * (rescale * cond.std() / out.std() + 1 - rescale)
     return x
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rescale", [0.0, 0.6])
 @pytest.mark.parametrize("name", READ)
-def test_cfg_is_read_from_its_arithmetic(name: str, tmp_path: Path, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
-    pipe = pipeline(READ[name], tmp_path)
-    with stg.apply(pipe, layers=["blocks.1"], scale=SCALE) as applied:
-        guided = pipe(*arguments)
+def test_cfg_is_read_from_its_arithmetic(name: str, rescale: float, tmp_path: Path, arguments: Any) -> None:
+    pipe, (x, c, n) = pipeline(READ[name], tmp_path), arguments
+    with stg.apply(pipe, layers=["blocks.1"], scale=0.7, rescale=rescale) as applied:
+        guided = pipe(x, c, n)
     assert applied.stats.weak_passes == 2
-    assert (guided - pipe(*arguments)).abs().max() > 1e-3
-    assert_close(guided, by_hand(pipe, *arguments), rtol=1e-5, atol=1e-5)
+    assert (guided - pipe(x, c, n)).abs().max() > 1e-3
+    assert_close(guided, by_hand(pipe.transformer, x, c, n, rescale), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", READ)
-def test_its_weight_is_read_as_well(name: str, tmp_path: Path, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
-    pipe = pipeline(READ[name], tmp_path)
-    x, c, n = arguments
-    with stg.apply(pipe, layers=["blocks.1"], scale=SCALE, rescale=0.6):
-        guided = pipe(*arguments)
-    for _ in range(2):
-        cond, uncond = pipe.transformer(x, c), pipe.transformer(x, n)
-        out = uncond + 4.0 * (cond - uncond) + SCALE * (cond - weak(pipe.transformer)(x, c))
-        x = x - 0.1 * out * (0.6 * cond.std() / out.std() + 0.4)
-    assert_close(guided, x, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_clear_is_refused_before_anything_is_touched(name: str, tmp_path: Path) -> None:
+def test_what_is_not_clear_is_refused(name: str, tmp_path: Path, arguments: Any) -> None:
     text, why = REFUSED[name]
     pipe = pipeline(text, tmp_path)
-    with pytest.raises(stg.TargetError, match=rf"(?s){why}.*stg\.apply\(pipe\.transformer, \.\.\., batched_cfg=True\)"):
-        stg.apply(pipe, layers=["blocks.1"])
+    told = pytest.raises((stg.TargetError, stg.CallError), match=rf"(?s){why}.*use stg\.Guider in")
+    with told, stg.apply(pipe, layers=["blocks.1"]):
+        pipe(*arguments)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipe.transformer.modules())
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", UNGUIDED)
 def test_a_pipeline_without_cfg_is_guided(
-    name: str, tmp_path: Path, arguments: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, arguments: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = pipeline(UNGUIDED[name], tmp_path)
     plain = pipe(*arguments)
-    with stg.apply(pipe, layers=["blocks.1"], scale=SCALE) as applied:
+    with stg.apply(pipe, layers=["blocks.1"], scale=0.7) as applied:
         guided = pipe(*arguments)
-    calls = applied.stats.calls
-    assert applied.stats.weak_passes == calls >= 2
+    assert applied.stats.weak_passes == applied.stats.calls >= 2
 
     strong, without = pipe.transformer.forward, weak(pipe.transformer).forward
     monkeypatch.setattr(
-        pipe.transformer, "forward", lambda *args: strong(*args) + SCALE * (strong(*args) - without(*args))
+        pipe.transformer, "forward", lambda *args: strong(*args) + 0.7 * (strong(*args) - without(*args))
     )
     assert (guided - plain).abs().max() > 1e-3
     assert_close(guided, pipe(*arguments), rtol=1e-5, atol=1e-5)

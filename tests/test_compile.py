@@ -146,31 +146,23 @@ def test_a_way_that_a_compiled_whole_does_not_allow_is_told_once(how: str, execu
 
 
 @pytest.mark.parametrize(
-    "execution", ["sequential", *(pytest.param(e, marks=pytest.mark.slow) for e in EXECUTIONS[2:])]
+    ("how", "execution", "way"),
+    [
+        ("blocks", "sequential", "sequential"),
+        *(pytest.param("blocks", e, e, marks=pytest.mark.slow) for e in ("batched", "full")),
+        pytest.param("in place", "auto", "full", marks=pytest.mark.slow),
+    ],
 )
-def test_compiled_after_apply_was_made(execution: str) -> None:
+def test_compiled_after_apply_was_made(how: str, execution: str, way: str) -> None:
     model = zoo.build("plain")
     expected, counter = textbook(model, ["blocks.2"]), CompileCounter()
     handle = stg.apply(model, [2], SCALE, execution=execution)
-    compile_blocks(model, backend=counter, fullgraph=True)
+    WAYS[how](model, backend=counter, fullgraph=True)
     with handle:
         for seed in range(STEPS):
             assert_close(model(**zoo.inputs(2, seed)), expected(**zoo.inputs(2, seed)))
-    assert counter.frame_count > 0
-    assert way_of(handle) == execution
-
-
-@pytest.mark.slow
-def test_compiled_in_place_after_apply_was_made() -> None:
-    model = zoo.build("plain")
-    expected, counter = textbook(model, ["blocks.2"]), CompileCounter()
-    handle = stg.apply(model, [2], SCALE)
-    model.compile(backend=counter, fullgraph=True)
-    with handle:
-        for seed in range(STEPS):
-            assert_close(model(**zoo.inputs(2, seed)), expected(**zoo.inputs(2, seed)))
-    assert counter.frame_count == 2
-    assert way_of(handle) == "full"
+    assert counter.frame_count == 2 if how == "in place" else counter.frame_count > 0
+    assert way_of(handle) == way
 
 
 @pytest.mark.parametrize("execution", ["sequential", pytest.param("batched", marks=pytest.mark.slow)])

@@ -8,10 +8,12 @@ makes each prediction in a pass of its own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import diffusers
@@ -255,8 +257,11 @@ def silence(model: Model) -> None:
         layer.bias.zero_()
 
 
-def textbook(combine: Callable[..., Tensor], layers: Callable[[int], Sequence[int]]) -> list[Tensor]:
-    """Sample with copies of the model in which blocks are replaced, one pass per prediction."""
+def textbook(combine: Callable[..., Tensor], layers: Callable[[int], Sequence[int]] = lambda i: [1]) -> list[Tensor]:
+    """Sample with copies of the model in which blocks are replaced, one pass per prediction.
+
+    `combine` gets the index of the step, cond and uncond, and of each layer its weak cond and weak uncond.
+    """
     plain, weak = build(), {}
     cond, uncond = texts()
 
@@ -264,8 +269,8 @@ def textbook(combine: Callable[..., Tensor], layers: Callable[[int], Sequence[in
         t = SIGMAS[i].expand(2)
         for layer in layers(i):
             weak.setdefault(layer, zoo.without(plain, [f"inner.blocks.{layer}"]))
-        ws = [weak[layer](x, t, cond) for layer in layers(i)]
-        return combine(i, plain(x, t, cond), plain(x, t, uncond), ws)
+        ws, wus = ([weak[layer](x, t, text) for layer in layers(i)] for text in (cond, uncond))
+        return combine(i, plain(x, t, cond), plain(x, t, uncond), ws, wus)
 
     with torch.no_grad():
         return euler(predict)
@@ -279,9 +284,11 @@ def rescaled(out: Tensor, c: Tensor, factor: float) -> Tensor:
 MODES = ("residual", "attention", "values", "attention-input", "feed-forward", "smoothed")
 SETTINGS: dict[str, Settings] = {
     **{f"mode {mode}": {"layers": [1], "scale": 1.5, "mode": mode} for mode in MODES},
+    "two residual branches": {"branches": [stg.Branch([1], 1.0), stg.Branch([2], -0.5)]},
     "two branches": {"branches": [stg.Branch([1], 1.0), stg.Branch([2], 0.5, "values")]},
     "scale per sample": {"layers": [1], "scale": torch.tensor([0.5, 2.0])},
     "scale 0": {"layers": [1], "scale": 0.0},
+    "off": {"layers": [1], "start": 0.4, "stop": 0.4},
     "rescale": {"layers": [1], "scale": 1.5, "rescale": 0.7},
     "rescale alone": {"layers": [1], "scale": 0.0, "rescale": 0.7},
     "zero_star": {"layers": [1], "scale": 1.5, "rule": "zero_star"},
@@ -294,6 +301,7 @@ SETTINGS: dict[str, Settings] = {
     "sigma_range": {"layers": [1], "scale": 1.5, "sigma_range": (0.9, 4.0)},
     "levels": {"layers": [1], "schedule": [(4.0, None), (1.0, {"scale": 2.0, "layers": [2]}), (0.0, {"rescale": 0.5})]},
     "levels with CFG": {"layers": [1], "schedule": [(2.0, {"guidance_scale": 5.0}), (0.0, {"guidance_scale": 1.0})]},
+    "levels with CFG, rescaled": {"layers": [1], "schedule": [(0.0, {"guidance_scale": 2.0, "rescale": 0.7})]},
     "schedule that leaves rescale": {"layers": [1], "schedule": lambda step: {"scale": 0.0, "rescale": 0.7}},
     "every": {"layers": [1], "scale": 1.5, "every": 2},
     "every with rescale": {"layers": [1], "scale": 1.5, "every": 3, "rescale": 0.7},
@@ -310,6 +318,11 @@ FRESH: dict[str, Callable[[], Settings]] = {
 
 def settings_of(name: str) -> Settings:
     return FRESH[name]() if name in FRESH else SETTINGS[name]
+
+
+@functools.cache
+def reference(name: str, bad_below: float = 0.0) -> Run:
+    return run_face("Guider", settings_of(name), bad_below)
 
 
 def check_same(run: Run, other: Run, face: str) -> None:
@@ -348,24 +361,50 @@ def check_same(run: Run, other: Run, face: str) -> None:
 @pytest.mark.parametrize("face", [face for face in FACES if face != "Guider"])
 @pytest.mark.parametrize("name", [*SETTINGS, *FRESH])
 def test_all_faces_do_the_same(name: str, face: str) -> None:
-    reference = run_face("Guider", settings_of(name))
-    assert len(reference.predictions) == STEPS
-    check_same(run_face(face, settings_of(name)), reference, face)
+    assert len(reference(name).predictions) == STEPS
+    check_same(run_face(face, settings_of(name)), reference(name), face)
 
 
-TEXTBOOK: dict[str, tuple[Callable[..., Tensor], Callable[[int], Sequence[int]]]] = {
-    "mode residual": (lambda i, c, u, ws: u + G * (c - u) + 1.5 * (c - ws[0]), lambda i: [1]),
-    "scale per sample": (
-        lambda i, c, u, ws: u + G * (c - u) + torch.tensor([0.5, 2.0]).reshape(2, 1, 1) * (c - ws[0]),
-        lambda i: [1],
+def cfg(c: Tensor, u: Tensor, g: float = G) -> Tensor:
+    return u + g * (c - u)
+
+
+def window(i: int) -> list[int]:
+    return [1] if 1 <= i < 4 else []
+
+
+def by_level(i: int, c: Tensor, u: Tensor, ws: list[Tensor], _: Any) -> Tensor:
+    if i < 2:
+        return cfg(c, u)
+    return cfg(c, u) + 2.0 * (c - ws[0]) if i < 4 else rescaled(cfg(c, u) + (c - ws[0]), c, 0.5)
+
+
+PER_SAMPLE = torch.tensor([0.5, 2.0]).reshape(2, 1, 1)
+TEXTBOOK: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("mode residual", "full", "batched"), (lambda i, c, u, w, _: cfg(c, u) + 1.5 * (c - w[0]),)),
+    "two residual branches": (
+        lambda i, c, u, w, _: cfg(c, u) + (c - w[0]) - 0.5 * (c - w[1]),
+        lambda i: [1, 2],
     ),
-    "rescale": (lambda i, c, u, ws: rescaled(u + G * (c - u) + 1.5 * (c - ws[0]), c, 0.7), lambda i: [1]),
-    "rescale alone": (lambda i, c, u, ws: rescaled(u + G * (c - u), c, 0.7), lambda i: []),
-    "window": (lambda i, c, u, ws: u + G * (c - u) + (1.5 * (c - ws[0]) if ws else 0), lambda i: [[], [1]][1 <= i < 4]),
-    "levels with CFG": (
-        lambda i, c, u, ws: u + (5.0 if i < 3 else 1.0) * (c - u) + (c - ws[0]),
-        lambda i: [1],
+    "scale per sample": (lambda i, c, u, w, _: cfg(c, u) + PER_SAMPLE * (c - w[0]),),
+    "scale 0": (lambda i, c, u, w, _: cfg(c, u),),
+    "rescale": (lambda i, c, u, w, _: rescaled(cfg(c, u) + 1.5 * (c - w[0]), c, 0.7),),
+    **dict.fromkeys(
+        ("rescale alone", "schedule that leaves rescale"), (lambda i, c, u, w, _: rescaled(cfg(c, u), c, 0.7),)
     ),
+    # Rules are held against their formulas in test_rules.py.
+    "zero_star": (lambda i, c, u, w, _: stg.combine(c, w, u, scale=1.5, guidance_scale=G, rule="zero_star"),),
+    "apg alone": (lambda i, c, u, w, _: stg.combine(c, [], u, guidance_scale=G, rule="apg"),),
+    "a rule of one's own": (lambda i, c, u, w, _: c + G * (c - u).tanh() + (c - w[0]),),
+    "function of the step": (lambda i, c, u, w, _: cfg(c, u) + 2.0 * (1 - i / STEPS) * (c - w[0]),),
+    **dict.fromkeys(
+        ("window", "sigma_range"), (lambda i, c, u, w, _: cfg(c, u) + (1.5 * (c - w[0]) if w else 0), window)
+    ),
+    "levels": (by_level, lambda i: [1] if i == 4 else [2]),
+    "levels with CFG": (lambda i, c, u, w, _: cfg(c, u, 5.0 if i < 3 else 1.0) + (c - w[0]),),
+    "levels with CFG, rescaled": (lambda i, c, u, w, _: rescaled(cfg(c, u, 2.0) + (c - w[0]), c, 0.7),),
+    "on uncond": (lambda i, c, u, w, wu: cfg(c, wu[0]),),
+    "on uncond in a window": (lambda i, c, u, w, wu: cfg(c, wu[0] if wu else u), window),
 }
 
 
@@ -377,15 +416,69 @@ def test_every_face_does_what_the_textbook_does(name: str, face: str) -> None:
         assert_close(found, prediction, **close)
 
 
+ALL = list(range(STEPS))
+COUNTED: dict[str, tuple[int, int, list[int]]] = {
+    # guided calls, weak passes, and the steps of the trace
+    "mode residual": (5, 5, ALL),
+    "two branches": (5, 10, ALL),
+    "scale 0": (0, 0, []),
+    "off": (0, 0, []),
+    "rescale alone": (5, 0, ALL),
+    "window": (3, 3, [1, 2, 3]),
+    "sigma_range": (3, 3, [1, 2, 3]),
+    "levels": (3, 3, [2, 3, 4]),
+    "every": (5, 3, ALL),
+    "every with rescale": (5, 2, ALL),
+    "on uncond": (5, 0, []),
+    "on uncond in a window": (3, 0, []),
+    "full": (5, 5, ALL),
+    "batched": (5, 5, ALL),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_what_was_guided_is_counted(name: str) -> None:
+    """By a Guider; the other faces do the same."""
+    guider = reference(name).guidance
+    steps = [row.step.index for row in guider.trace]
+    assert guider.stats.calls == STEPS
+    assert (guider.stats.guided_calls, guider.stats.weak_passes, steps) == COUNTED[name]
+
+
+FIRST_GUIDED = {"scale 0": STEPS, "off": STEPS, "window": 1, "sigma_range": 1, "on uncond in a window": 1}
+TWO_ROWS = ("on uncond in a window", "k-diffusion")  # makes one call per prediction, and the plain run one for both
+
+
+@pytest.mark.filterwarnings("ignore:.* was made but never entered:stg_hooks.StgWarning")
+@pytest.mark.parametrize(("name", "face"), [(n, f) for n in FIRST_GUIDED for f in FACES if (n, f) != TWO_ROWS])
+def test_steps_before_the_first_guided_one_are_bit_equal_to_those_of_a_plain_run(name: str, face: str) -> None:
+    make, cls = FACES[face]
+    target, sample = make(build(cls), SETTINGS["scale 0"])
+    with torch.no_grad():
+        plain = sample(target)  # without `with`
+    found, first = run_face(face, SETTINGS[name]).predictions, FIRST_GUIDED[name]
+    assert [torch.equal(one, other) for one, other in zip(found, plain, strict=True)][: first + 1] == (
+        [True] * first + [False] * (first < STEPS)
+    )
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("name", ["window", "every", "every with rescale", "apg with momentum"])
+def test_a_second_run_starts_again(name: str, face: str) -> None:
+    make, cls = FACES[face]
+    target, sample = make(build(cls), settings_of(name))
+    with torch.no_grad(), target if isinstance(target, stg.apply) else nullcontext():
+        assert_close(sample(target), sample(target), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("face", [face for face in FACES if face != "Guider"])
 @pytest.mark.parametrize(
     "name", ["mode residual", "rescale alone", "schedule that leaves rescale", "on uncond", "every"]
 )
 def test_all_faces_tell_of_nan_alike(name: str, face: str) -> None:
-    reference = run_face("Guider", settings_of(name), bad_below=3.0)
-    assert len(reference.said) == 1
-    assert "not finite" in reference.said[0]
-    check_same(run_face(face, settings_of(name), bad_below=3.0), reference, face)
+    (said,) = reference(name, bad_below=3.0).said
+    assert "not finite" in said
+    check_same(run_face(face, settings_of(name), bad_below=3.0), reference(name, bad_below=3.0), face)
 
 
 @pytest.mark.parametrize("face", FACES)
@@ -400,35 +493,98 @@ def test_no_face_tells_of_what_it_does_not_guide(name: str, face: str) -> None:
 @pytest.mark.parametrize("face", [face for face in FACES if face != "Guider"])
 @pytest.mark.parametrize("name", ["mode residual", "window", "rescale", "full"])
 def test_all_faces_tell_of_a_skip_that_changes_nothing(name: str, face: str, strict: bool) -> None:
-    reference = run_face("Guider", {**settings_of(name), "strict": strict}, silent=True)
-    run = run_face(face, {**settings_of(name), "strict": strict}, silent=True)
-    said = [reference.error] if strict else reference.said
-    assert len(said) == 1
-    assert "changed nothing" in said[0]
-    check_same(run, reference, face)
+    one, other = (run_face(way, {**settings_of(name), "strict": strict}, silent=True) for way in (face, "Guider"))
+    (said,) = [other.error] if strict else other.said
+    assert "changed nothing" in said
+    check_same(one, other, face)
 
 
-BAD: dict[str, Settings] = {
-    "no such layer": {"layers": [9]},
-    "no such mode": {"layers": [1], "mode": "skip"},
-    "no such rule": {"layers": [1], "rule": "cgf"},
-    "no such execution": {"layers": [1], "execution": "fast"},
-    "scale that is not finite": {"layers": [1], "scale": math.inf},
-    "rescale too large": {"layers": [1], "rescale": 1.5},
-    "window the wrong way": {"layers": [1], "start": 0.8, "stop": 0.2},
-    "every 0": {"layers": [1], "every": 0},
-    "on cond and uncond": {"layers": [1], "on": "both"},
-    "scale on uncond": {"layers": [1], "on": "uncond", "scale": 1.0},
-    "equal branches": {"branches": [stg.Branch([1], 1.0), stg.Branch([1], 0.5)]},
-    "schedule that gives nonsense": {"layers": [1], "schedule": lambda step: {"scales": 1.0}},
-    "scale that fits no sample": {"layers": [1], "scale": torch.ones(3)},
+# Settings, and what is said of them before anything is called.
+REFUSED: dict[str, tuple[Settings, str]] = {
+    "no such layer": ({"layers": [9]}, r"layers=\[9\].* has 4 layers \(0\.\.\.3\)"),
+    "no such layer, of scale 0": ({"branches": [stg.Branch([9], 0.0), stg.Branch([2], 1.5)]}, r"layers=\[9\]"),
+    "no such mode": ({"layers": [1], "mode": "skip"}, r"mode='skip'"),
+    "no such rule": ({"layers": [1], "rule": "zero-star"}, r"rule='zero-star' .*Did you mean 'zero_star'\?"),
+    "class for a rule": ({"layers": [1], "rule": rules.AveragedApg}, "rule=AveragedApg is a class: pass an object"),
+    "number for a rule": ({"layers": [1], "rule": 3}, "rule=3: expected a name or a callable, not int"),
+    "no such execution": ({"layers": [1], "execution": "fast"}, "execution='fast'"),
+    "scale that is not finite": ({"layers": [1], "scale": math.inf}, "scale=inf"),
+    "rescale too large": ({"layers": [1], "rescale": 1.5}, r"rescale=1\.5"),
+    "equal branches": ({"branches": [stg.Branch([1], 1.0), stg.Branch([1], 0.5)]}, "branches 0 and 1 perturb the same"),
+    "window the wrong way": ({"start": 0.6, "stop": 0.4}, r"start=0\.6 lies after stop=0\.4"),
+    "start below 0": ({"start": -0.1}, r"start=-0\.1: expected a part of the run, from 0 to 1"),
+    "stop above 1": ({"stop": 1.5}, r"stop=1\.5: expected a part of the run, from 0 to 1"),
+    "stop at NaN": ({"stop": math.nan}, "stop=nan: expected a part"),
+    "start at True": ({"start": True}, "start=True: expected a part"),
+    "range the wrong way": ({"sigma_range": (0.9, 0.1)}, "the first one is the lowest"),
+    "range of one number": ({"sigma_range": 0.5}, r"sigma_range=0\.5: expected \(lowest, highest\)"),
+    "every 0": ({"every": 0}, "every=.*expected a number of steps, 1 or more"),
+    "every -1": ({"every": -1}, "every=.*expected a number of steps, 1 or more"),
+    "every 1.5": ({"every": 1.5}, "every=.*expected a number of steps, 1 or more"),
+    "every in words": ({"every": "2"}, "every=.*expected a number of steps, 1 or more"),
+    "every on uncond": ({"every": 2, "on": "uncond"}, "every=2: on='uncond' makes no extra pass"),
+    "on the weak": ({"on": "weak"}, "on='weak': there is 'cond' and 'uncond'"),
+    "scale on uncond": ({"on": "uncond", "scale": 1.0}, "scale= has no meaning with on='uncond'.*Leave scale out"),
+    "scale of a branch on uncond": ({"on": "uncond", "branches": [stg.Branch([1], 2.0)]}, "scale= has no meaning"),
+    "scale on uncond, scheduled": (
+        {"on": "uncond", "schedule": [(0.5, {"scale": 2.0})]},
+        "scale= has no meaning with on='uncond'",
+    ),
+    "branches on uncond": (
+        {"on": "uncond", "branches": [stg.Branch([1]), stg.Branch([2])]},
+        "on='uncond' with 2 branches: there is one uncond prediction",
+    ),
+    "two functions": (
+        {"scale": lambda step: 1.0, "schedule": lambda step: None},
+        "give either scale=function or schedule=",
+    ),
+    **{
+        f"schedule of {name}": ({"schedule": schedule}, text)
+        for name, schedule, text in (
+            ("nothing", [], "expected noise levels from high to low"),
+            ("levels the wrong way", [(0.1, {}), (0.9, {})], "expected noise levels from high to low"),
+            ("NaN", [(math.nan, {})], "expected noise levels from high to low"),
+            ("one level twice", [(0.5, {}), (0.5, {})], "expected noise levels from high to low, each once"),
+            ("levels alone", [0.1, 0.9], "expected a function of the step, or a list of"),
+            ("numbers", [(0.9, 1.0)], r"gave 1\.0: expected a dict"),
+            (
+                "branches in dicts",
+                [(0.9, {"branches": [{"layers": [1]}]})],
+                r"gave branches=.*expected a list of stg\.Branch",
+            ),
+            ("3 for branches", [(0.9, {"branches": 3})], r"gave branches=3: expected a list of stg\.Branch"),
+            ("CFG at NaN", [(0.9, {"guidance_scale": math.nan})], r"guidance_scale=1\.0 to switch it off"),
+            ("a slip", [(0.9, {"scal": 1.0})], r"gave 'scal': there is layers, scale.* Did you mean 'scale'"),
+            ("scale at inf", [(0.9, {"scale": math.inf})], "scale"),
+            ("rescale 2", [(0.9, {"rescale": 2})], "rescale"),
+        )
+    },
+    "schedule of scale for two branches": (
+        {"branches": [stg.Branch([1]), stg.Branch([2])], "schedule": [(0.5, {"scale": 1.0})]},
+        "gave scale for 2 branches: give branches=",
+    ),
+}
+REFUSED_IN_A_RUN: dict[str, tuple[Settings, str]] = {
+    "schedule that gives a slip": ({"schedule": lambda step: {"scales": 1.0}}, "gave 'scales': there is layers, sc"),
+    "schedule that gives a number": ({"schedule": lambda step: 3.0}, r"gave 3\.0: expected a dict"),
+    "scale on uncond, by a function": (
+        {"on": "uncond", "schedule": lambda step: {"scale": 2.0}},
+        "scale= has no meaning with on='uncond'",
+    ),
+    "scale that fits no sample": (
+        {"scale": torch.ones(3)},
+        r"scale has shape \(3,\), which does not fit predictions of shape \(2, ",
+    ),
 }
 
 
-@pytest.mark.parametrize("face", [face for face in FACES if face != "Guider"])
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("name", [*REFUSED, *REFUSED_IN_A_RUN])
 def test_all_faces_refuse_the_same(name: str, face: str) -> None:
-    reference = run_face("Guider", BAD[name])
-    assert reference.error
-    run = run_face(face, BAD[name])
-    assert run.error == reference.error
+    settings, text = {**REFUSED, **REFUSED_IN_A_RUN}[name]
+    if "branches" not in settings:
+        settings = {"layers": [1], **settings}
+    run = run_face(face, settings)
+    assert re.match(rf"(Setting|Layer)Error: (.|\n)*{text}", run.error), run.error
+    assert run.error == run_face("Guider", settings).error
+    assert (run.guidance is None) == (name in REFUSED)

@@ -52,12 +52,12 @@ def reads_of_ours() -> Iterator[list[str]]:
 
 
 def test_reading_is_noticed() -> None:
-    from stg_hooks.integrations.diffusers.call_sites import _is_near
+    from stg_hooks.integrations.diffusers.call_roles import _is_near
 
     with reads_of_ours() as found:
         assert _is_near(torch.ones(2), 1.0)
     assert len(found) == 1
-    assert found[0].startswith("call_sites.py:")
+    assert found[0].startswith("call_roles.py:")
 
 
 def later_reads(pipe: Any, once: Any, applied: stg.apply) -> list[str]:

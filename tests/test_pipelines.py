@@ -30,6 +30,7 @@ from tests.pipelines import (
     with_true_cfg,
     without_cfg,
 )
+from tests.zoo import snapshot
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),
@@ -84,6 +85,8 @@ KINDS = [
     "hunyuan_video true cfg",
 ]
 all_kinds = pytest.mark.parametrize("kind", KINDS)
+TWO_CALLS = ("wan", "wan 2.2", "hunyuan_video true cfg")
+"""Those that call for cond and for uncond, one after the other."""
 
 
 # --- what is computed ---
@@ -96,9 +99,11 @@ def test_every_step_gets_the_textbook_prediction(kind: str, execution: str, scal
     plain = run(pipe, call)
     with textbook(pipe, case, [(case.layers, scale)], cfg_weights(kind, case)) as expected:
         expected_latents = run(pipe, call)
-    with scheduler_inputs(pipe) as received, stg.apply(pipe, layers=case.layers, scale=scale, execution=execution):
+    settings = {"layers": case.layers, "scale": scale, "execution": execution}
+    with scheduler_inputs(pipe) as received, stg.apply(pipe, **settings) as applied:
         latents = run(pipe, call)
-    assert len(received) == case.steps
+    assert len(received) == applied.stats.weak_passes == case.steps
+    assert applied.stats.calls == applied.stats.guided_calls == case.steps * (1 + (kind in TWO_CALLS))
     for actual, prediction in zip(received, expected, strict=True):
         assert_same(actual, prediction)
     assert_same(latents, expected_latents)
@@ -125,19 +130,6 @@ def test_several_layers_and_branches(family: str, branches: list[tuple[list[int]
 
 
 @all_kinds
-def test_guidance_is_linear_in_scale(kind: str) -> None:
-    pipe, call, case = built(kind)
-
-    def prediction(scale: float) -> Tensor:
-        return first_prediction(pipe, call, layers=case.layers, scale=scale)
-
-    base, once = prediction(0.0), prediction(1.0)
-    assert_far(once, base)
-    for scale in (-0.5, 2.5):
-        assert_same(prediction(scale) - base, scale * (once - base))
-
-
-@all_kinds
 def test_scale_zero_and_afterwards_are_bit_equal_to_the_plain_pipeline(kind: str) -> None:
     pipe, call, case = built(kind)
     plain = run(pipe, call)
@@ -149,26 +141,6 @@ def test_scale_zero_and_afterwards_are_bit_equal_to_the_plain_pipeline(kind: str
     assert torch.equal(run(pipe, call), plain)
 
 
-@pytest.mark.parametrize(
-    ("kind", "calls", "weak_passes"),
-    [
-        ("mochi", 4, 4),
-        ("ltx no cfg", 4, 4),
-        ("hunyuan_video", 4, 4),
-        ("hunyuan_video true cfg", 8, 4),
-        ("wan", 8, 4),
-        ("wan no cfg", 4, 4),
-        ("wan 2.2", 8, 4),
-    ],
-)
-def test_one_weak_pass_per_step(kind: str, calls: int, weak_passes: int) -> None:
-    pipe, call, case = built(kind)
-    with stg.apply(pipe, layers=case.layers) as session:
-        run(pipe, call)
-    assert (session.stats.calls, session.stats.guided_calls) == (calls, calls)
-    assert session.stats.weak_passes == weak_passes
-
-
 @all_families
 def test_pipeline_outputs_of_either_form(family: str) -> None:
     pipe, call, case = build(family)
@@ -177,25 +149,6 @@ def test_pipeline_outputs_of_either_form(family: str) -> None:
         generator = torch.Generator().manual_seed(7)
         frames = pipe(**{**call, **SHORT, "return_dict": True}, generator=generator).frames
     assert torch.equal(as_tuple, frames)
-
-
-@pytest.mark.parametrize("return_dict", [True, False])
-@pytest.mark.parametrize("family", ["mochi", "wan"])
-def test_denoiser_outputs_keep_their_form(family: str, return_dict: bool) -> None:
-    """The same denoiser, guided as a module: what it returns has the type that it has without us."""
-    pipe, call, case = build(family)
-    inputs = {"encoder_hidden_states": call["prompt_embeds"], "timestep": torch.tensor([500.0])}
-    if family == "mochi":
-        inputs["encoder_attention_mask"] = call["prompt_attention_mask"]
-    inputs["hidden_states"] = noise_like(case.expected["base"], seed=1)
-    with torch.no_grad():
-        plain = pipe.transformer(**inputs, return_dict=return_dict)
-        with stg.apply(pipe.transformer, layers=case.layers):
-            guided = pipe.transformer(**inputs, return_dict=return_dict)
-    assert type(guided) is type(plain)
-    assert_far(guided[0], plain[0])
-    if return_dict:
-        assert guided.sample is guided[0]
 
 
 # --- which rows, which prompt ---
@@ -266,19 +219,6 @@ def test_negative_prompt_is_not_looked_at_when_cfg_is_off(family: str) -> None:
     with stg.apply(pipe, layers=case.layers):
         assert torch.equal(run(pipe, call), run(pipe, other))
         assert_far(run(pipe, {**call, "prompt_embeds": other["negative_prompt_embeds"]}), run(pipe, call))
-
-
-@pytest.mark.parametrize("kind", ["mochi", "ltx", "cogvideox", "wan", "wan 2.2", "hunyuan_video true cfg"])
-def test_guidance_term_does_not_depend_on_the_negative_prompt(kind: str) -> None:
-    pipe, call, case = built(kind)
-    other = {**call, "negative_prompt_embeds": noise_like(call["negative_prompt_embeds"], seed=5)}
-
-    def predictions(scale: float) -> list[Tensor]:
-        return [first_prediction(pipe, one, layers=case.layers, scale=scale) for one in (call, other)]
-
-    base, guided = predictions(0.0), predictions(1.0)
-    assert_far(base[0], base[1])
-    assert_same(guided[0] - base[0], guided[1] - base[1])
 
 
 @pytest.mark.parametrize("quiet", ["transformer", "transformer_2"])
@@ -430,11 +370,6 @@ def test_cfg_weight_that_changes_during_the_run() -> None:
 # --- who is guided ---
 
 
-def sibling(pipe: Any, case: Case) -> Any:
-    """Build another pipeline around the same denoiser."""
-    return build_pipeline(case, pipe.transformer)
-
-
 def in_thread(work: Callable[[], Tensor]) -> Tensor:
     results: list[Tensor] = []
     thread = threading.Thread(target=lambda: results.append(work()))
@@ -446,7 +381,7 @@ def in_thread(work: Callable[[], Tensor]) -> Tensor:
 @all_families
 def test_another_pipeline_on_the_same_denoiser_is_not_guided(family: str) -> None:
     pipe, call, case = build(family)
-    other = sibling(pipe, case)
+    other = build_pipeline(case, pipe.transformer)
     plain = run(other, call)
     with stg.apply(pipe, layers=case.layers) as session:
         assert torch.equal(run(other, call), plain)
@@ -466,7 +401,7 @@ def test_another_pipeline_on_the_same_denoiser_is_not_guided(family: str) -> Non
 def test_another_pipeline_in_the_middle_of_a_guided_run_is_not_guided(family: str, where: str) -> None:
     """A callback runs it; the guided run does not notice."""
     pipe, call, case = build(family)
-    other = sibling(pipe, case)
+    other = build_pipeline(case, pipe.transformer)
     plain = run(other, call)
     with stg.apply(pipe, layers=case.layers):
         guided = run(pipe, call)
@@ -535,7 +470,7 @@ def test_asyncio_task_started_before_the_with_is_not_guided() -> None:
 def test_a_with_inside_a_with_on_another_pipeline() -> None:
     """Each pipeline gets its own guidance from the denoiser that they share."""
     pipe, call, case = build("ltx")
-    other = sibling(pipe, case)
+    other = build_pipeline(case, pipe.transformer)
     with stg.apply(pipe, layers=[1]):
         one = run(pipe, call)
     with stg.apply(other, layers=[4]):
@@ -549,20 +484,10 @@ def test_a_with_inside_a_with_on_another_pipeline() -> None:
 # --- restored ---
 
 
-def state_of(pipe: Any) -> dict[str, Any]:
-    """Everything that guiding a pipeline could leave behind."""
-    state: dict[str, Any] = {"class": type(pipe), "attributes": set(vars(pipe))}
-    for name in ("transformer", "transformer_2"):
-        model = getattr(pipe, name, None)
-        if model is None:
-            continue
-        state[name] = list(model.state_dict())
-        for path, module in model.named_modules():
-            hooks = {key: list(value) for key, value in vars(module).items() if key.endswith("_hooks")}
-            own = {key: id(value) for key, value in vars(module).items() if not key.startswith("_")}
-            assert "forward" not in own
-            state[f"{name}.{path}"] = (type(module), set(vars(module)), own, hooks, module.training)
-    return state
+def state_of(pipe: Any) -> tuple[Any, ...]:
+    """All that guiding a pipeline could leave behind."""
+    models = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
+    return type(pipe), set(vars(pipe)), [snapshot(model) for model in models if model is not None]
 
 
 @contextmanager
@@ -583,15 +508,6 @@ def test_nothing_is_left_after_a_run(kind: str) -> None:
     pipe.transformer.get_submodule("norm_out").train()  # flags are nobody's business, and stay as they are
     with left_no_trace(pipe, call), stg.apply(pipe, layers=case.layers):
         run(pipe, call)
-
-
-def test_the_look_for_traces_sees_them() -> None:
-    pipe, call, case = build("wan")
-    run(pipe, call)
-    before = state_of(pipe)
-    with pytest.raises(AssertionError), stg.apply(pipe, layers=case.layers, scale=0.0):
-        assert state_of(pipe) == before
-    assert state_of(pipe) == before
 
 
 @pytest.mark.parametrize("kind", RESTORED)
@@ -733,15 +649,6 @@ def test_no_layers_means_the_published_setting() -> None:
     assert stg.apply(pipe, scale=0.5).plan.base.branches == (stg.Branch([34], 0.5, "residual"),)
 
 
-def test_layers_of_a_published_model_are_marked() -> None:
-    pipe, _, _ = published_mochi()
-    table = stg.layers(pipe)
-    marked = [line.split()[:2] for line in repr(table).splitlines() if line.endswith("<- published")]
-    assert marked == [["34", "transformer_blocks.34"]]
-    (published,) = table.to_dict()["transformer"]["published"]
-    assert (published["layers"], published["scale"]) == ([34], 1.0)
-
-
 NAMES = {
     "mochi": [f"transformer_blocks.{i}" for i in range(6)],
     "ltx": [f"transformer_blocks.{i}" for i in range(6)],
@@ -790,7 +697,7 @@ def test_text_refiners_are_listed_without_a_number() -> None:
 
 def test_guiding_nothing_is_reported() -> None:
     pipe, call, case = build("wan")
-    other = sibling(pipe, case)
+    other = build_pipeline(case, pipe.transformer)
     with (
         pytest.warns(stg.StgWarning, match="WanPipeline made no call") as caught,
         stg.apply(pipe, layers=case.layers),

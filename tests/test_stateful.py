@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import functools
 import itertools
+import random
 import types
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -384,6 +387,115 @@ def test_state_out_of_reach_is_refused(start: Callable[[], Iterator[int]], execu
         run(model)
 
 
+class Scaled(Net):
+    """Multiplies what it predicts by a number that something out of reach gives."""
+
+    def __init__(self, start: Callable[[], Callable[[], float]]) -> None:
+        super().__init__()
+        self.number = start()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x, t) * (1 + self.number())
+
+
+def of_a_generator() -> Callable[[], float]:
+    generator = torch.Generator().manual_seed(0)
+    return lambda: float(torch.rand((), generator=generator))
+
+
+def of_python() -> Callable[[], float]:
+    return random.Random(0).random
+
+
+def of_a_context() -> Callable[[], float]:
+    number: contextvars.ContextVar[int] = contextvars.ContextVar("number", default=0)
+
+    def count() -> float:
+        number.set(number.get() + 1)
+        return float(number.get() % 3)
+
+    return count
+
+
+def of_numpy() -> Callable[[], float]:
+    numbers = np.zeros(1)
+
+    def count() -> float:
+        numbers[0] += 1
+        return float(numbers[0])
+
+    return count
+
+
+def of_a_parameter() -> Callable[[], float]:
+    parameter = nn.Parameter(torch.zeros(()), requires_grad=False)
+    return lambda: float(parameter.add_(1))
+
+
+def assert_refused(error: stg.CallError) -> None:
+    assert "cannot be put back" in str(error)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("start", [of_a_generator, of_python, of_a_context, of_numpy, of_a_parameter])
+def test_what_is_right_or_refused(start: Callable[[], Callable[[], float]], execution: str) -> None:
+    torch.manual_seed(0)
+    plain = Scaled(start)
+    want = run(plain), run(plain)
+    torch.manual_seed(0)
+    model = Scaled(start)
+    try:
+        with stg.apply(model, layers=[f"blocks.{SKIPPED}"], scale=1e-9, execution=execution, batched_cfg=False):
+            got = run(model)
+    except stg.CallError as error:
+        assert_refused(error)
+    else:
+        assert torch.equal(got, want[0])
+        assert torch.equal(run(model), want[1])
+
+
+@pytest.mark.parametrize("block", [SKIPPED, 3])
+@pytest.mark.parametrize("kind", ["pre_hook", "hook"])
+def test_a_hook_that_counts_is_refused(kind: str, block: int) -> None:
+    torch.manual_seed(0)
+    model, calls = Net(), 0
+
+    def count(module: nn.Module, args: tuple[Any, ...], *output: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return (output or args)[0] * (1 + calls % 3)
+
+    of = model.blocks[block]
+    of.register_forward_pre_hook(count) if kind == "pre_hook" else of.register_forward_hook(count)
+    with (
+        pytest.raises(stg.CallError, match=rf"blocks\.{block} has the hook .*count"),
+        stg.apply(model, layers=[f"blocks.{SKIPPED}"], scale=1.0, batched_cfg=False),
+    ):
+        run(model)
+
+
+class Passed:
+    """A cache that is an argument of the call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+
+def test_an_object_among_the_arguments_that_changes_is_refused() -> None:
+    class Taking(Net):
+        def forward(self, x: Tensor, t: Tensor, cache: Passed) -> Tensor:
+            cache.calls += 1
+            return super().forward(x, t) * cache.calls
+
+    torch.manual_seed(0)
+    model, cache = Taking(), Passed()
+    with (
+        pytest.raises(stg.CallError, match="cannot be put back"),
+        stg.apply(model, layers=[f"blocks.{SKIPPED}"], scale=1.0, batched_cfg=False),
+    ):
+        run(functools.partial(model, cache=cache))
+
+
 def test_guidance_that_begins_where_a_cache_is_reused_is_refused() -> None:
     torch.manual_seed(0)
     model = teacache()
@@ -396,6 +508,17 @@ def test_guidance_that_begins_where_a_cache_is_reused_is_refused() -> None:
         torch.no_grad(),
     ):
         model(x, t)
+
+
+def test_guidance_that_began_where_attention_was_reused_is_told() -> None:
+    model = made("attention broadcast")
+    x, t = torch.ones(1, 4, WIDTH), torch.ones(1)
+    with torch.no_grad():
+        model(x, t)
+    with stg.apply(model, layers=[f"blocks.{SKIPPED}"], scale=1.0, batched_cfg=False), torch.no_grad():
+        model(x, t)
+        with pytest.warns(stg.StgWarning, match="computes more in this call than in those before"):
+            model(x, t)
 
 
 @pytest.mark.parametrize("name", ["TeaCache", "keys and values of every call", "a buffer", "an object"])

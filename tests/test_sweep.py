@@ -37,13 +37,16 @@ pytestmark = pytest.mark.filterwarnings("error::stg_hooks.StgWarning")
 class Toy:
     """A tiny denoiser in a loop of four steps, and the samples that it is asked for."""
 
-    def __init__(self, frames: int = 3) -> None:
+    def __init__(self, frames: int = 3, watch: Callable[[int], None] = lambda count: None) -> None:
         self.model = zoo.build("plain")
         self.frames = frames
+        self.watch = watch
+        """Called with the number of samples that were asked for, this one included."""
         self.asked: list[str] = []
 
     def __call__(self, prompt: str, generator: torch.Generator) -> Tensor:
         self.asked.append(prompt)
+        self.watch(len(self.asked))
         x = torch.randn(1, 18, zoo.DIM, generator=generator)
         text = torch.full((1, 3, zoo.DIM), len(prompt) / 10)
         for _ in range(4):
@@ -52,6 +55,16 @@ class Toy:
 
     def sweep(self, out: Path, **changes: Any) -> Sweep:
         return stg.sweep(self.model, ["a", "bb"], out=out, sample=self, **{**GRID, **changes})
+
+
+def failing(error: BaseException, *counts: int) -> Callable[[int], None]:
+    """Let some samples fail."""
+
+    def watch(count: int) -> None:
+        if count in counts:
+            raise error
+
+    return watch
 
 
 def files(folder: Path) -> dict[str, int]:
@@ -190,14 +203,8 @@ def test_a_finished_sweep_makes_nothing_again(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_sweep_loses_the_cell_in_work_only(tmp_path: Path) -> None:
-    class Interrupted(Toy):
-        def __call__(self, prompt: str, generator: torch.Generator) -> Tensor:
-            if len(self.asked) == 10:  # in the middle of the third cell
-                raise KeyboardInterrupt
-            return super().__call__(prompt, generator)
-
     with pytest.raises(KeyboardInterrupt):
-        Interrupted().sweep(tmp_path)
+        Toy(watch=failing(KeyboardInterrupt(), 11)).sweep(tmp_path)  # in the middle of the third cell
     assert [cell.id for cell in Sweep.load(tmp_path).cells] == IDS[:2]
     assert not any((tmp_path / "claims").iterdir())
     assert not any((tmp_path / "partial").iterdir())
@@ -225,10 +232,6 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
 
 
 def test_tensors_among_the_settings_are_compared_by_value(tmp_path: Path) -> None:
-    class Pipe(Toy):
-        def stg_sample(self, prompt: str, generator: torch.Generator, image: Tensor) -> Tensor:
-            return self(prompt, generator)
-
     def sweep(image: Tensor) -> Sweep:
         toy = Toy()
         toy.model.stg_sample = lambda prompt, generator, image: toy(prompt, generator)
@@ -241,14 +244,8 @@ def test_tensors_among_the_settings_are_compared_by_value(tmp_path: Path) -> Non
 
 
 def test_failed_cells_are_recorded_and_tried_again(tmp_path: Path) -> None:
-    class Failing(Toy):
-        def __call__(self, prompt: str, generator: torch.Generator) -> Tensor:
-            video = super().__call__(prompt, generator)
-            if len(self.asked) in (6, 14):  # in the second and the fourth cell
-                raise RuntimeError("out of\n   memory")
-            return video
-
-    found = Failing().sweep(tmp_path)
+    error = RuntimeError("out of\n   memory")
+    found = Toy(watch=failing(error, 6, 14)).sweep(tmp_path)  # in the second and the fourth cell
     assert [cell.id for cell in found.failed] == [IDS[1], IDS[3]]
     failed = found.failed[0]
     assert (failed.error, failed.samples, failed.metrics) == ("RuntimeError: out of memory", (), {})
@@ -261,14 +258,7 @@ def test_failed_cells_are_recorded_and_tried_again(tmp_path: Path) -> None:
 
 
 def test_cells_are_compared_with_nothing_where_the_baseline_failed(tmp_path: Path) -> None:
-    class Failing(Toy):
-        def __call__(self, prompt: str, generator: torch.Generator) -> Tensor:
-            if not self.asked:
-                self.asked.append("")
-                raise RuntimeError("no")
-            return super().__call__(prompt, generator)
-
-    found = Failing().sweep(tmp_path)
+    found = Toy(watch=failing(RuntimeError("no"), 1)).sweep(tmp_path)
     assert [cell.status for cell in found.cells] == ["failed", "done", "done", "done", "done"]
     assert found.cells[1].metrics["difference"] is found.cells[1].cost is None
 
@@ -447,17 +437,15 @@ def test_who_stood_still_for_too_long_knows_that_the_work_is_anothers(tmp_path: 
 
 
 def test_work_that_was_taken_over_is_not_published(tmp_path: Path) -> None:
-    class Slept(Toy):
-        def __call__(self, prompt: str, generator: torch.Generator) -> Tensor:
-            if len(self.asked) == 4:  # begins the second cell
-                elsewhere(tmp_path / "claims" / f"{IDS[1]}.1", 0)
-            if len(self.asked) == 8:  # the other one has finished it, and let go
-                shutil.copytree(tmp_path / "cells/baseline", tmp_path / "cells" / IDS[1])
-                for file in (tmp_path / "claims").glob(f"{IDS[1]}.*"):
-                    file.unlink()
-            return super().__call__(prompt, generator)
+    def sleep(count: int) -> None:
+        if count == 5:  # begins the second cell
+            elsewhere(tmp_path / "claims" / f"{IDS[1]}.1", 0)
+        if count == 9:  # the other one has finished it, and let go
+            shutil.copytree(tmp_path / "cells/baseline", tmp_path / "cells" / IDS[1])
+            for file in (tmp_path / "claims").glob(f"{IDS[1]}.*"):
+                file.unlink()
 
-    Slept().sweep(tmp_path)
+    Toy(watch=sleep).sweep(tmp_path)
     assert json.loads((tmp_path / "cells" / IDS[1] / "cell.json").read_text())["id"] == "baseline"
 
 

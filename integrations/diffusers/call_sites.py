@@ -1,47 +1,32 @@
-"""What a denoiser's call in a pipeline's code is for, and how its predictions are combined."""
+"""What the calls of a denoiser in a pipeline's code are for, as its names say, and how predictions are combined.
+
+A pipeline says it by names: of a `cache_context("cond")` around the call, of what it passes (`negative_prompt_embeds`),
+and of the halves that it takes a result apart into (`uncond, cond = prediction.chunk(2)`). Where names say nothing, the
+weights may, with which it combines two predictions. The conditions under which it does all that stand there as well.
+Nothing is executed here: conditions and weights are evaluated in the running pipeline (`call_roles`).
+"""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, TypeAlias
-
-from stg_hooks.integrations.diffusers.expressions import evaluate
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 # Names of cache contexts, and of the guiders' batches.
 KINDS = {"cond": "cond", "pred_cond": "cond", "uncond": "uncond", "pred_uncond": "uncond", "cond_uncond": "both"}
 
+_UNCOND = re.compile(r"(^|_)(neg|negative|uncond|unconditional|null)(_|$)")
+_GUIDED = re.compile(r"(^|_)(uncond|unconditional|cfg|classifier_free)(_|$)")
+_CUTS = ("chunk", "split", "tensor_split", "unbind")
+_CONVERSIONS = ("float", "double", "half", "bfloat16", "to", "type", "clone", "contiguous", "detach")
 Guards: TypeAlias = "tuple[ast.expr, ...]"
 
 
 class UnreadableError(Exception):
-    """A function's calls of its denoiser do not follow any known pattern; the message says which calls."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """A call of a denoiser in a function's code.
-
-    `kind` says what it is for: `"cond"`, `"uncond"`, `"both"` (rows `[uncond, cond]`, while `guards` hold),
-    `"samples"` (a list of samples, the first half of them cond and the second half uncond, while `guards` hold),
-    `"perturbed"` (a weak prediction of the pipeline's own), or `"unused"`. Where the code names it at run time,
-    `context` is that name. For a cond call, `guards` are the conditions under which the uncond call follows; `None` if
-    none does. While `unless` holds, the prediction is guided in some way that is not understood. `channels` is how many
-    channels of the prediction are guided, where the others predict a variance.
-    """
-
-    lines: range
-    kind: str
-    context: ast.expr | None = None
-    guards: Guards | None = None
-    combination: Combination | None = None
-    unless: ast.expr | None = None
-    channels: ast.expr | None = None
-
-    def kind_now(self, names: Mapping[str, Any]) -> str:
-        """Return what the call is for in the running function, whose variables are given."""
-        return self.kind if self.context is None else KINDS.get(str(evaluate(self.context, names)), "perturbed")
+    """The calls of a denoiser do not follow any known pattern; the message says which calls."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,45 +38,292 @@ class Combination:
     uncond: str
     guards: Guards
     changes: tuple[Guards, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A call of a denoiser in a function's code.
+
+    `kind` says what it is for: `"cond"`, `"uncond"`, `"both"` (rows `[uncond, cond]`, while `guards` hold),
+    `"samples"` (a list of samples, the first half of them cond and the second half uncond, while `guards` hold),
+    `"perturbed"` (a weak prediction of the pipeline's own), or `"unused"`. Where the code names it at run time,
+    `context` is that name. For a cond call, `guards` are the conditions under which the uncond call follows; `None` if
+    none does. While `unless` holds, the prediction is guided in some way that is not understood. `channels` is how many
+    channels of the prediction are guided, where the others predict a variance. Unless it `is_named`, no name says what
+    the call is for: `kind` is what it can be, which the weight and the latents of the running call decide.
+    """
+
+    lines: range
+    kind: str
+    context: ast.expr | None = None
+    guards: Guards | None = None
+    combination: Combination | None = None
+    unless: ast.expr | None = None
+    channels: ast.expr | None = None
     is_named: bool = True
 
-    def weight(self, names: Mapping[str, Any], sums: dict[int, float]) -> Any:
-        """Return `g` of `uncond + g * (cond - uncond)`, or `None` if it is not known yet.
 
-        Args:
-            names: the variables of the running function.
-            sums: keeps what the weights sum to. Of tensors that is looked at once only, as it waits for the GPU; what
-                they sum to is a matter of the expression.
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A statement, with the conditions under which it runs, the cache context and the outermost loop that it is in."""
 
-        Raises:
-            UnreadableError: the running function combines them in another way.
-        """
-        try:
-            other = next((guard for guard in self.guards if not evaluate(guard, names)), None)
-            if other is not None:
-                raise UnreadableError(f"it combines its predictions in another way, as {ast.unparse(other)} is false")
-            if any(holds(guards, names) for guards in self.changes):
-                return None
-            g = evaluate(self.expression, {**names, self.cond: 1.0, self.uncond: 0.0})
-            total = g + evaluate(self.expression, {**names, self.cond: 0.0, self.uncond: 1.0})
-        except (LookupError, TypeError):
+    statement: ast.stmt
+    guards: Guards
+    context: ast.expr | None
+    loop: ast.stmt | None
+
+    @property
+    def lines(self) -> range:
+        """Where it stands."""
+        return range(self.statement.lineno, (self.statement.end_lineno or self.statement.lineno) + 1)
+
+    @property
+    def value(self) -> ast.expr | None:
+        """What it assigns."""
+        return self.statement.value if isinstance(self.statement, ast.Assign) else None
+
+    @property
+    def target(self) -> str:
+        """The name that it assigns to, the first one of several."""
+        target = self.statement.targets[0] if isinstance(self.statement, ast.Assign) else None
+        if isinstance(target, (ast.Tuple, ast.List)):
+            target = target.elts[0]
+        return target.id if isinstance(target, ast.Name) else ""
+
+
+def classified(calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Found]) -> Iterator[Site]:
+    """Tell what each call in a function is for.
+
+    Raises:
+        UnreadableError: it cannot be told.
+    """
+    kinds = [_kind(found, call) for found, call in calls]
+    founds = [found for found, _ in calls]
+    splits = list(_named_splits(statements))
+    sliced = _sliced(founds[0], statements) if kinds == ["cond"] and not splits else None
+    if sliced is not None:
+        yield sliced
+        return
+    is_named = bool(splits) or not set(kinds) <= {"cond", "unused", "perturbed"}
+    if not is_named:
+        splits, kinds = _by_weights(founds, kinds, statements)
+    unless = None
+    if not splits and "uncond" not in kinds and "named" not in kinds:
+        unless = _switch_of_guidance(founds, statements)
+    apart = [kind for kind, found in zip(kinds, founds, strict=True) if found.context is None]
+    apart = [kind for kind in apart if kind not in ("perturbed", "unused")]
+    if "uncond" in apart and sorted(apart) != ["cond", "uncond"]:
+        raise UnreadableError(f"it makes {len(apart)} different calls, not one for cond and one for uncond")
+    if splits and "uncond" not in kinds:
+        kinds = ["both" if kind == "cond" else kind for kind in kinds]
+    boths = [found for kind, found in zip(kinds, founds, strict=True) if kind == "both"]
+    cond, uncond = (founds[kinds.index(kind)] if kind in kinds else None for kind in ("cond", "uncond"))
+    pair = None
+    if cond is not None and uncond is not None:
+        if uncond.statement.lineno < cond.statement.lineno:
+            raise UnreadableError("it calls its denoiser for uncond first, before the cond prediction is known")
+        pair = _combination((cond, uncond), cond.target, uncond.target, statements, is_named)
+    for kind, found in zip(kinds, founds, strict=True):
+        if kind == "named":
+            yield Site(found.lines, "perturbed", found.context)
+        elif kind == "both":
+            split = _split_of(found, boths, splits)
+            combination = _combination((found, split.found), split.cond, split.uncond, statements, is_named)
+            yield Site(found.lines, "both", None, split.found.guards, combination, is_named=is_named)
+        elif kind == "cond" and uncond is not None:
+            guards = tuple(guard for guard in uncond.guards if guard not in found.guards)
+            yield Site(found.lines, kind, None, guards, pair, is_named=is_named)
+        elif kind == "uncond":
+            yield Site(found.lines, kind, None, None, pair, is_named=is_named)
+        else:
+            yield Site(found.lines, kind, unless=unless, is_named=kind != "cond" or found.context is not None)
+
+
+def _kind(found: Found, call: ast.Call) -> str:
+    """Return what one call is for, by its name or else by what is passed to it."""
+    if isinstance(found.context, ast.Constant):
+        return KINDS.get(str(found.context.value), "perturbed")
+    if found.context is not None:
+        return "named"
+    if isinstance(found.statement, ast.Expr):
+        raise UnreadableError("it looks into its denoiser after a call, and would find what the weak pass left there")
+    if found.target == "_":
+        return "unused"
+    if any(keyword.arg == "skip_layers" for keyword in call.keywords):
+        return "perturbed"
+    values = [*call.args, *(keyword.value for keyword in call.keywords)]
+    inner = [node for value in values for node in ast.walk(value) if isinstance(node, ast.Call)]
+    if any(tail(node.func) in ("cat", "concat", "stack") and _mentions(_UNCOND, node) for node in inner):
+        return "both"
+    return "uncond" if any(_mentions(_UNCOND, value) for value in values) else "cond"
+
+
+def _switch_of_guidance(calls: Sequence[Found], statements: Sequence[Found]) -> ast.expr | None:
+    """Find the flag under which predictions are guided in some way; `None` if they never are.
+
+    Raises:
+        UnreadableError: they are, and under no single flag.
+    """
+    loops = {id(found.loop) for found in calls}
+    near = statements if any(found.loop is None for found in calls) else [f for f in statements if id(f.loop) in loops]
+    flags = {
+        ast.unparse(guard): guard
+        for found in near
+        for guard in found.guards
+        if isinstance(guard, (ast.Name, ast.Attribute)) and _mentions(_GUIDED, guard)
+    }
+    for found in near:
+        decides = isinstance(found.statement, ast.Assign) and ast.unparse(found.statement.targets[0]) in flags
+        is_under_one = any(guard in flags.values() for guard in found.guards)
+        if _mentions(_GUIDED, found.statement) and not decides and not is_under_one:
+            raise UnreadableError("its predictions are guided, but not by uncond and cond calls or halves")
+    if len(flags) > 1:
+        raise UnreadableError(f"its predictions are guided in different ways ({', '.join(flags)})")
+    return next(iter(flags.values()), None)
+
+
+class _Split(NamedTuple):
+    """Where a prediction is taken apart, `uncond, cond = prediction.chunk(2)`, and both names."""
+
+    found: Found
+    cond: str
+    uncond: str
+
+
+def _named_splits(statements: Sequence[Found]) -> Iterator[_Split]:
+    for found, cut, names in _cuts(statements):
+        unconds = [bool(_UNCOND.search(name)) for name in names]
+        if not any(unconds) or any("emb" in name for name in names):
+            continue
+        if unconds != [True, False] or "_" in names or cut != "chunk":
+            raise UnreadableError(f"its rows are [{', '.join(names)}]")
+        yield _Split(found, names[1], names[0])
+
+
+def _cuts(statements: Sequence[Found]) -> Iterator[tuple[Found, str, list[str]]]:
+    """Find where something is cut along its rows, by what function, and the names of its parts."""
+    for found in statements:
+        target = found.statement.targets[0] if isinstance(found.statement, ast.Assign) else None
+        if not (isinstance(found.value, ast.Call) and isinstance(target, ast.Tuple)):
+            continue
+        if tail(found.value.func) in _CUTS and _dim(found.value) == "0":
+            yield found, tail(found.value.func), [ast.unparse(one) for one in target.elts]
+
+
+def _by_weights(
+    calls: Sequence[Found], kinds: list[str], statements: Sequence[Found]
+) -> tuple[list[_Split], list[str]]:
+    """Find what can be cond and uncond, as it is combined: two halves or, if there are none, two calls."""
+    halves = [(found, names) for found, cut, names in _cuts(statements) if cut == "chunk" and len(names) == 2]
+    splits = [_Split(found, cond, uncond) for found, (uncond, cond) in halves]
+    splits = [split for split in splits if _combination((split.found,), split.cond, split.uncond, statements, False)]
+    pair = [found for kind, found in zip(kinds, calls, strict=True) if kind == "cond"]
+    if splits or len(pair) != 2 or _combination(pair, pair[0].target, pair[1].target, statements, False) is None:
+        return splits, kinds
+    return [], ["uncond" if found is pair[1] else kind for kind, found in zip(kinds, calls, strict=True)]
+
+
+def _split_of(call: Found, calls: Sequence[Found], splits: Sequence[_Split]) -> _Split:
+    """Find where the prediction of a call is taken apart: after it, and before the next one is made."""
+    line = call.statement.lineno
+    following = [other.statement.lineno for other in calls if other.statement.lineno > line]
+    for split in splits:
+        if line <= split.found.statement.lineno < min(following, default=sys.maxsize):
+            return split
+    raise UnreadableError("it makes a call for cond and uncond, and does not say which half is which")
+
+
+def _sliced(call: Found, statements: Sequence[Found]) -> Site | None:
+    """Understand `cond = outputs[:n]` and `uncond = outputs[n:]`, combined sample by sample; `None` if it is not so."""
+    parts, whole = {}, call.target
+    for found in statements:
+        value = found.value
+        if isinstance(value, ast.Subscript) and isinstance(value.slice, ast.Slice) and tail(value.value) == whole:
+            parts[found.target] = (found.guards, value.slice)
+    if len(parts) != 2:
+        return None
+    (cond, uncond), ((guards, first), (others, second)) = parts, parts.values()
+    is_cut = first.upper is not None and second.lower is not None and ast.dump(first.upper) == ast.dump(second.lower)
+    if not is_cut or first.lower or second.upper or first.step or second.step or guards != others:
+        return None
+    if _UNCOND.search(cond) or not _UNCOND.search(uncond):
+        return None
+    made_of = [(found.target, set(_names(found.statement))) for found in statements]
+    one, other = (next((x for x, names in made_of if x not in ("", name) and name in names), "") for name in parts)
+    combination = _combination((call,), one, other, statements)
+    return None if combination is None else Site(call.lines, "samples", None, guards, combination)
+
+
+def channels_of(statements: Sequence[Found]) -> ast.expr | None:
+    """Find where a variance is split off, `prediction, variance = prediction.split(channels, dim=1)`: the channels."""
+    calls = (found.value for found in statements if isinstance(found.value, ast.Call))
+    splits = (call for call in calls if tail(call.func) == "split" and len(call.args) == 1 and _dim(call) == "1")
+    return next((call.args[0] for call in splits), None)
+
+
+def _dim(call: ast.Call) -> str:
+    return next((ast.unparse(word.value) for word in call.keywords if word.arg == "dim"), "0")
+
+
+def _combination(
+    made: Sequence[Found], cond: str, uncond: str, statements: Sequence[Found], is_named: bool = True
+) -> Combination | None:
+    """Find the expression that combines both predictions, after the statements that make them.
+
+    Without names that tell, both have to come to it as they are: `None` if one is assigned anew, other than converted.
+    """
+    later = [found for found in statements if found.statement.lineno > made[0].statement.lineno]
+    for place, found in enumerate(later):
+        value = getattr(found.statement, "value", None)
+        expression = _smallest(value, cond, uncond) if isinstance(value, ast.expr) and cond != uncond else None
+        if expression is None:
+            continue
+        before = [other for other in later[:place] if other not in made]
+        if not is_named and any(_changes(other, {cond, uncond}) for other in before):
             return None
-        found = sums.get(id(self)) if hasattr(total, "max") else None
-        if found is None:
-            found = next((value for value in (1.0, 0.0) if _is_near(total, value)), None)
-            if found is None:
-                raise UnreadableError(f"the weights in {ast.unparse(self.expression)} do not sum to one")
-            sums[id(self)] = found
-        if not self.is_named and isinstance(g, (int, float)) and g < 0:
-            raise UnreadableError(f"{ast.unparse(self.expression)} has a negative weight: which is cond is not clear")
-        return g if found else None  # 0: a difference, which is added to something
+        weights = {name.lstrip("_") for name in _names(expression)} - {cond, uncond, "self"}
+        changes = tuple(
+            other.guards
+            for other in before
+            if isinstance(other.statement, ast.Assign)
+            and {name.lstrip("_") for target in other.statement.targets for name in _names(target)} & weights
+        )
+        return Combination(expression, cond, uncond, found.guards, changes)
+    return None
 
 
-def _is_near(value: Any, wanted: float) -> bool:
-    error = abs(value - wanted)
-    return float(error.max() if hasattr(error, "max") else error) < 1e-4
+def _smallest(value: ast.expr, *wanted: str) -> ast.BinOp | None:
+    """Find the smallest operation that holds these names, as often as the whole expression does."""
+
+    def count(node: ast.AST) -> list[int]:
+        names = list(_names(node))
+        return [names.count(name) for name in wanted]
+
+    found = [node for node in ast.walk(value) if isinstance(node, ast.BinOp) and count(node) == count(value)]
+    return found[-1] if found and all(count(value)) else None
 
 
-def holds(guards: Guards, names: Mapping[str, Any]) -> bool:
-    """Return whether all conditions are true in a running function."""
-    return all(bool(evaluate(guard, names)) for guard in guards)
+def _changes(found: Found, names: set[str]) -> bool:
+    """Return whether a statement may make something else of predictions than to convert them."""
+    statement = found.statement
+    if isinstance(statement, ast.Expr):
+        return bool(names & set(_names(statement)))
+    if not isinstance(statement, ast.Assign) or not names & {n for one in statement.targets for n in _names(one)}:
+        return False
+    value: ast.expr = statement.value
+    while isinstance(value, ast.Call) and tail(value.func) in _CONVERSIONS and isinstance(value.func, ast.Attribute):
+        value = value.func.value
+    return ast.unparse(value) != ast.unparse(statement.targets[0])
+
+
+def tail(node: ast.AST) -> str:
+    """Return the last part of a dotted name; nothing for anything else."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def _names(node: ast.AST) -> Iterator[str]:
+    return (name for inner in ast.walk(node) if (name := tail(inner)))
+
+
+def _mentions(pattern: re.Pattern[str], node: ast.AST) -> bool:
+    return any(pattern.search(name) for name in _names(node))

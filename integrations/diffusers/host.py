@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import math
 import sys
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from stg_hooks.errors import CallError, TargetError
 from stg_hooks.hooks.forward import Undo, set_attribute, shared
 from stg_hooks.hosts import Role
-from stg_hooks.integrations.diffusers.call_sites import Site, UnreadableError, holds
-from stg_hooks.integrations.diffusers.expressions import evaluate
+from stg_hooks.integrations.diffusers.call_roles import Latents, evaluate, latents_of, role_of
+from stg_hooks.integrations.diffusers.call_sites import Site, UnreadableError
 from stg_hooks.integrations.diffusers.pipeline_code import call_sites_of
 from stg_hooks.step import Step
 
@@ -56,6 +55,7 @@ class PipelineHost:
             )
         self._sites = self._read()
         self._sums: dict[int, float] = {}
+        self._latents = Latents()
         self._read_already: dict[str, tuple[Tensor, list[float]]] = {}
 
     def _read(self) -> dict[CodeType, tuple[Site, ...]]:
@@ -97,7 +97,9 @@ class PipelineHost:
             raise CallError(self._why_not_read(frame))
         names = ChainMap(frame.f_locals, frame.f_globals)
         try:
-            role = self._role(site, names)
+            role = role_of(site, names, self._sums)
+            if role is not None and not site.is_named:
+                self._check_latents(role, frame)
             channels = None if site.channels is None else evaluate(site.channels, names)
             return role and dataclasses.replace(role, channels=channels)
         except UnreadableError as error:
@@ -165,6 +167,12 @@ class PipelineHost:
             "what for. Make such calls after the run, outside the `with`, or use stg.Guider in a loop of your own."
         )
 
+    def _check_latents(self, role: Role, frame: FrameType) -> None:
+        latents = latents_of(frame)
+        if latents is not None:
+            timesteps = getattr(getattr(self.pipeline, "scheduler", None), "timesteps", None)
+            self._latents.check(role, (frame.f_code, frame.f_lasti), timesteps, latents, self.step())
+
     def step(self) -> Step:
         """Say where in its loop over timesteps the pipeline is."""
         frame = self._frame()
@@ -207,33 +215,6 @@ class PipelineHost:
         while frame is not None and frame.f_code not in self._sites:
             frame = frame.f_back
         return frame if frame is not None and frame.f_locals.get("self") is self.pipeline else None
-
-    def _role(self, site: Site, names: Mapping[str, Any]) -> Role | None:
-        kind, guards = site.kind_now(names), site.guards or ()
-        if site.unless is not None and evaluate(site.unless, names):
-            raise UnreadableError(f"it guides its predictions by itself, as {ast.unparse(site.unless)} is true")
-        if kind == "samples":
-            both = holds(guards, names)
-            return Role("cond+uncond" if both else "cond", self._weight(site, names) if both else None, samples=True)
-        if kind == "unused":
-            return None
-        if kind == "perturbed":
-            return Role("perturbed")
-        if kind == "uncond":
-            return Role("uncond", self._weight(site, names))
-        if kind == "cond":
-            follows = site.context is not None or (site.guards is not None and holds(guards, names))
-            return Role("cond", self._weight(site, names) if follows else None, uncond_follows=follows)
-        if holds(guards, names):
-            return Role("uncond+cond", self._weight(site, names))
-        # Where an `else` takes a prediction in halves, the other branch has other rows.
-        if not holds(tuple(guard for guard in guards if _is_else(guard)), names):
-            raise UnreadableError(f"it adds perturbed rows of its own, as {ast.unparse(guards[0])} is false")
-        return Role("cond")
-
-    def _weight(self, site: Site, names: Mapping[str, Any]) -> float | Tensor | None:
-        value = None if site.combination is None else site.combination.weight(names, self._sums)
-        return value if value is None or isinstance(value, Tensor) else float(value)
 
 
 class _Bar:
@@ -342,7 +323,3 @@ def plain_attention(attention: nn.Module) -> AbstractContextManager[object]:
         return None, set_attribute(processor, "_attention_backend", "native")
 
     return shared(processor, "_attention_backend", install)
-
-
-def _is_else(guard: ast.expr) -> bool:
-    return isinstance(guard, ast.UnaryOp) and isinstance(guard.op, ast.Not)

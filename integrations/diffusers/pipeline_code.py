@@ -1,12 +1,4 @@
-"""Read, in a pipeline's own code, what each call of its denoiser is for.
-
-A pipeline says it in four ways: by the name of a `cache_context("cond")` around the call, by what it passes
-(`negative_prompt_embeds`), by how it takes the result apart (`uncond, cond = prediction.chunk(2)`), and by how it
-combines what it has, whatever the names: `b + weight * (a - b)`. The conditions under which it does so, and the weight,
-stand there as well; they are evaluated in the running pipeline, so that guidance follows whatever it decides in a step.
-
-Predictions that are combined in a way that is not understood are refused: they are not taken for cond ones.
-"""
+"""Find, in a pipeline's own code, the calls of its denoiser, and the statements around them."""
 
 from __future__ import annotations
 
@@ -16,16 +8,24 @@ import functools
 import inspect
 import itertools
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from types import CodeType, FunctionType
-from typing import TypeGuard
 
-from stg_hooks.integrations.diffusers.call_roles import Found, channels_of, classified
-from stg_hooks.integrations.diffusers.call_sites import Guards, Site, UnreadableError
-from stg_hooks.integrations.diffusers.formulas import Plain, tail
-from stg_hooks.integrations.diffusers.predictions import Flow, Helper
+from stg_hooks.integrations.diffusers.call_sites import (
+    Found,
+    Guards,
+    Site,
+    UnreadableError,
+    channels_of,
+    classified,
+    tail,
+)
 
-_COMPOUND = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Match, ast.AsyncFor, ast.AsyncWith)
+_CONTEXT = "cache_context"
+_APART = (
+    *(ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.Match, ast.AsyncFor, ast.AsyncWith),
+    *(ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp),
+)
 
 
 def call_sites_of(cls: type, base: type, denoisers: tuple[str, ...]) -> dict[CodeType, tuple[Site, ...]]:
@@ -56,44 +56,34 @@ def _functions(cls: type, base: type) -> Iterator[FunctionType]:
 
 @functools.lru_cache(maxsize=64)
 def _read_together(functions: tuple[FunctionType, ...], denoisers: tuple[str, ...]) -> dict[CodeType, tuple[Site, ...]]:
-    methods = {function.__name__: function for function in reversed(functions)}
-    alone = [_read(function, methods, denoisers) for function in functions]
-    readings, names = alone, _that_return_predictions(alone)
+    alone = read = {function: _read(function, denoisers) for function in functions}
     wrappers: set[str] = set()
-    while names - wrappers:
-        wrappers |= names
-        readings = [_read(function, methods, (*denoisers, *sorted(wrappers))) for function in functions]
-        names = _that_return_predictions(readings)
+    while found := {function.__name__ for function, sites in read.items() if _hands_on(function, sites)} - wrappers:
+        wrappers |= found
+        read = {function: _read(function, (*denoisers, *sorted(wrappers))) for function in functions}
     # What only hands a prediction on is as its callers are, if these say more than it does.
-    if all(reading.is_plain for reading in readings if reading.called & wrappers):
-        readings = alone
-    else:
-        readings = [reading for reading in readings if reading.function.__name__ not in wrappers]
-    read = {reading.function.__code__: reading.sites for reading in readings if reading.sites}
+    read = {function: sites for function, sites in read.items() if function.__name__ not in wrappers}
+    if all(map(_is_plain, itertools.chain(*read.values()))):
+        read = alone
     if {"both", "cond"} <= {site.kind for sites in read.values() for site in sites}:
         raise UnreadableError("some calls are for [uncond, cond], and others for cond alone")
-    return read
+    return {function.__code__: sites for function, sites in read.items() if sites}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reading:
-    """What has been read in a function: its calls, by what names it makes them, and whether it hands them on."""
-
-    function: FunctionType
-    sites: tuple[Site, ...] = ()
-    called: frozenset[str] = frozenset()
-    hands_on: bool = False
-
-    @property
-    def is_plain(self) -> bool:
-        return all(site.kind in ("cond", "unused") and site.guards is None for site in self.sites)
+def _is_plain(site: Site) -> bool:
+    return site.kind in ("cond", "unused") and site.guards is None
 
 
-def _that_return_predictions(readings: Sequence[_Reading]) -> set[str]:
-    return {reading.function.__name__ for reading in readings if reading.hands_on and reading.is_plain}
+def _hands_on(function: FunctionType, sites: Sequence[Site]) -> bool:
+    """Return whether a method may do nothing but call a denoiser for its callers."""
+    if function.__name__ == "__call__" or len(sites) != 1 or not _is_plain(sites[0]):
+        return False
+    nodes = list(ast.walk(_tree(function.__code__)))
+    loops = any(isinstance(node, (ast.For, ast.While)) for node in nodes)
+    return not loops and any(isinstance(node, ast.Return) and node.value is not None for node in nodes)
 
 
-def _read(function: FunctionType, methods: Mapping[str, FunctionType], denoisers: tuple[str, ...]) -> _Reading:
+def _read(function: FunctionType, denoisers: tuple[str, ...]) -> tuple[Site, ...]:
     """Find a function's calls of a denoiser, and what they are for.
 
     Raises:
@@ -101,22 +91,16 @@ def _read(function: FunctionType, methods: Mapping[str, FunctionType], denoisers
         OSError: its source is not there.
     """
     if not set(denoisers) & set(_names_in(function.__code__)):
-        return _Reading(function)
+        return ()
     tree = _tree(function.__code__)
-    body = getattr(tree, "body", [])
-    statements = list(_statements(body, (), None, None))
+    statements = list(_statements(getattr(tree, "body", []), (), None, None))
     callees = _callees(statements, denoisers)
     calls = [(found, call) for found in statements for call in _calls(found.statement, callees)]
-    if not calls and not any(_is_call(node, callees) for node in ast.walk(tree)):
-        return _Reading(function)
-    if {id(node) for node in ast.walk(tree) if _is_call(node, callees)} != {id(call) for _, call in calls}:
+    everywhere = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in callees]
+    if len(everywhere) != len(calls):
         raise UnreadableError(f"{function.__name__} calls its denoiser in a condition, or in a function inside it")
-    flow = Flow(body, callees, _helper(function, methods))
     channels = channels_of(statements)
-    sites = tuple(dataclasses.replace(site, channels=channels) for site in classified(calls, statements, flow))
-    called = frozenset(tail(call.func) for _, call in calls)
-    once = function.__name__ != "__call__" and all(found.loop is None for found, _ in calls)
-    return _Reading(function, sites, called, once and bool(flow.returned | flow.kept))
+    return tuple(dataclasses.replace(site, channels=channels) for site in classified(calls, statements))
 
 
 def _names_in(code: CodeType) -> Iterator[str]:
@@ -131,21 +115,45 @@ def _tree(code: CodeType) -> ast.stmt:
     lines, first = inspect.getsourcelines(code)
     tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
     ast.increment_lineno(tree, first - 1)
-    Plain().visit(tree)
+    _Plain().visit(tree)
     return ast.fix_missing_locations(tree)
 
 
-def _helper(function: FunctionType, methods: Mapping[str, FunctionType]) -> Helper:
-    def find(name: str) -> ast.FunctionDef | None:
-        known = methods.get(name[5:]) if name.startswith("self.") else function.__globals__.get(name)
-        known = inspect.unwrap(known) if callable(known) else None
-        try:
-            tree = _tree(known.__code__) if isinstance(known, FunctionType) else None
-        except OSError:
-            return None
-        return tree if isinstance(tree, ast.FunctionDef) else None
+class _Plain(ast.NodeTransformer):
+    """Rewrite other spellings: `a += b`, `a: T = b`, and `torch.lerp(u, c, w)` as `u + w * (c - u)`."""
 
-    return find
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
+        """Write `a += b` as `a = a + b`."""
+        self.generic_visit(node)
+        return _at(f"{ast.unparse(node.target)} = {ast.unparse(ast.BinOp(node.target, node.op, node.value))}", node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        """Leave the annotation out."""
+        self.generic_visit(node)
+        return node if node.value is None else _at(f"{ast.unparse(node.target)} = {ast.unparse(node.value)}", node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        """Write `lerp` out."""
+        self.generic_visit(node)
+        if tail(node.func) != "lerp":
+            return node
+        given = [*node.args, *(word.value for word in node.keywords)]
+        if isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) != "torch":
+            given.insert(0, node.func.value)
+        if len(given) != 3:
+            return node
+        start, end, weight = given
+        product = ast.BinOp(weight, ast.Mult(), ast.BinOp(end, ast.Sub(), start))
+        expression = _at(ast.unparse(ast.BinOp(start, ast.Add(), product)), node)
+        return expression.value if isinstance(expression, ast.Expr) else node
+
+
+def _at(text: str, old: ast.AST) -> ast.stmt:
+    """Parse a statement that stands in the place of another node."""
+    new = ast.parse(text).body[0]
+    for node in ast.walk(new):
+        ast.copy_location(node, old)
+    return new
 
 
 def _statements(
@@ -157,46 +165,39 @@ def _statements(
             yield from _statements(statement.body, (*guards, statement.test), context, loop)
             negated = ast.UnaryOp(ast.Not(), statement.test)
             yield from _statements(statement.orelse, (*guards, negated), context, loop)
-        elif isinstance(statement, ast.With):
-            names = [item.context_expr for item in statement.items]
-            named = [n.args[0] for n in names if isinstance(n, ast.Call) and n.args and tail(n.func) == "cache_context"]
-            yield from _statements(statement.body, guards, named[0] if named else context, loop)
-        elif isinstance(statement, (ast.For, ast.While)):
-            yield from _statements([*statement.body, *statement.orelse], guards, context, loop or statement)
-        elif isinstance(statement, ast.Try):
-            parts = [*statement.body, *(s for handler in statement.handlers for s in handler.body)]
-            yield from _statements([*parts, *statement.orelse, *statement.finalbody], guards, context, loop)
+        elif isinstance(statement, (ast.With, ast.For, ast.While, ast.Try)):
+            parts = [statement, *getattr(statement, "handlers", ())]
+            inner = [one for part in parts for one in part.body]
+            inner += [*getattr(statement, "orelse", ()), *getattr(statement, "finalbody", ())]
+            is_loop = isinstance(statement, (ast.For, ast.While))
+            named = _context(statement) if isinstance(statement, ast.With) else None
+            yield from _statements(inner, guards, named or context, loop or (statement if is_loop else None))
         elif not isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
             yield Found(statement, guards, context, loop)
+
+
+def _context(statement: ast.With) -> ast.expr | None:
+    calls = [item.context_expr for item in statement.items]
+    names = (call.args[0] for call in calls if isinstance(call, ast.Call) and call.args and tail(call.func) == _CONTEXT)
+    return next(names, None)
 
 
 def _callees(statements: Sequence[Found], denoisers: tuple[str, ...]) -> set[str]:
     """Return what denoisers are called in the code: `self.transformer`, and names that it is assigned to."""
     attributes = {f"{owner}.{name}" for name in denoisers for owner in ("self", "super()")}
-    aliases = {
-        target.id
-        for found in statements
-        if isinstance(found.statement, ast.Assign) and _is_reference(found.statement.value, attributes)
-        for target in found.statement.targets
-        if isinstance(target, ast.Name)
-    }
-    return attributes | aliases
+    return attributes | {found.target for found in statements if found.value and _is_any(found.value, attributes)}
 
 
-def _is_reference(value: ast.expr, attributes: set[str]) -> bool:
+def _is_any(value: ast.expr, texts: set[str]) -> bool:
     if isinstance(value, ast.IfExp):
-        return _is_reference(value.body, attributes) or _is_reference(value.orelse, attributes)
-    return ast.unparse(value) in attributes
+        return _is_any(value.body, texts) or _is_any(value.orelse, texts)
+    return ast.unparse(value) in texts
 
 
 def _calls(node: ast.AST, callees: set[str]) -> Iterator[ast.Call]:
     """Find the calls of a denoiser in a simple statement, but not those of functions inside it."""
-    if _is_call(node, callees):
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in callees:
         yield node
-    if not isinstance(node, (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, *_COMPOUND)):
+    if not isinstance(node, _APART):
         for child in ast.iter_child_nodes(node):
             yield from _calls(child, callees)
-
-
-def _is_call(node: ast.AST, callees: set[str]) -> TypeGuard[ast.Call]:
-    return isinstance(node, ast.Call) and ast.unparse(node.func) in callees

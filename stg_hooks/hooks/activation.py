@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -78,9 +78,14 @@ def _open() -> tuple[Entry, ...]:
     return tuple(entry for entry in _ACTIVE.get() if entry.session is not None)
 
 
-def is_here(entry: Entry) -> bool:
-    """Tell whether a `with` is in force here."""
-    return entry in _open() or entry in _EVERYWHERE
+def innermost(entered: Sequence[tuple[Entry, object]]) -> int | None:
+    """Find, by its position, the last of some `with` blocks that is in force here."""
+    found = None
+    for position in range(len(entered)):  # a loop, as in `leave`
+        for entry in (*_ACTIVE.get(), *_EVERYWHERE):
+            if entry is entered[position][0] and entry.session is not None:
+                found = position
+    return found
 
 
 def is_active(session: object) -> bool:

@@ -153,6 +153,8 @@ class Patch:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             actions, instead = patch._everywhere + local.around, local.instead
+            if len(actions) == 1 and instead is None:
+                return actions[0](original, args, kwargs)
             if actions:
                 return _run(actions, original, instead, args, kwargs)
             if instead is not None:
@@ -185,14 +187,15 @@ def pushed(patches: Sequence[Patch], actions: Sequence[Action]) -> Iterator[None
         patches: the modules' patches.
         actions: one action for each.
     """
-    before: list[tuple[Action, ...]] = []
+    places = [patch._local for patch in patches]
+    before = [place.around for place in places]
     try:
-        for patch, action in zip(patches, actions, strict=True):
-            before.append(patch.push(action))
+        for place, others, action in zip(places, before, actions, strict=True):
+            place.around = (*others, action)
         yield
     finally:
-        for patch, actions_before in zip(patches, before, strict=False):
-            patch.restore(actions_before)
+        for place, others in zip(places, before, strict=True):
+            place.around = others
 
 
 @contextmanager

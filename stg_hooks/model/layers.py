@@ -208,7 +208,9 @@ def listed(spec: Iterator[object]) -> list[object]:
 def _flat(spec: object, depth: int) -> Iterator[object]:
     if depth > _DEPTH:
         raise TargetError(f"layers= is nested more than {_DEPTH} lists deep: give one list.")
-    if isinstance(spec, (bool, str, bytes, range, Mapping, Tensor)):  # reading a tensor may wait for the GPU
+    if type(spec) is int or isinstance(
+        spec, (bool, str, bytes, range, Mapping, Tensor)
+    ):  # reading a tensor may wait for the GPU
         yield spec
     elif isinstance(spec, SupportsIndex) and (index := _index_of(spec)) is not None:
         yield index

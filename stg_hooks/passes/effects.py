@@ -36,15 +36,18 @@ class Arguments:
         self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
         self._marks = self._look()
 
-    def are_changed(self) -> bool:
-        """Tell whether a tensor was written into since, or a list, a dictionary or an object changed."""
-        return not _equal(self._marks, self._look())
+    def written(self) -> list[int] | None:
+        """List the leaves that were written into; `None` where a list, a dictionary or an object changed."""
+        leaves, now = leaves_of(self._args, self._kwargs), self._look()
+        if len(now) != len(self._marks) or any(
+            a is not b for a, b in zip(self.leaves, leaves, strict=True) if isinstance(a, Tensor)
+        ):
+            return None
+        changed = [i for i, (a, b) in enumerate(zip(self._marks, now, strict=True)) if not _equal(a, b)]
+        return None if any(not isinstance(self.leaves[i], Tensor) for i in changed) else changed
 
-    def _look(self) -> Marks:
-        marks: Marks = []
-        for leaf in leaves_of(self._args, self._kwargs):
-            marks += _walk(leaf, _DEPTH)
-        return marks
+    def _look(self) -> list[Marks]:
+        return [[*_walk(leaf, _DEPTH)] for leaf in leaves_of(self._args, self._kwargs)]
 
 
 class State:
@@ -87,6 +90,12 @@ class Randomness:
     def is_used(self) -> bool:
         """Tell whether random numbers were drawn since."""
         return any(not torch.equal(a, b) for a, b in zip(self._states, self._look(), strict=True))
+
+    def put_back(self) -> None:
+        """Let the next numbers be those that were next."""
+        torch.set_rng_state(self._states[0])
+        for state in self._states[1:]:
+            torch.cuda.set_rng_state(state, self._device)
 
     def _look(self) -> list[Tensor]:
         states = [torch.get_rng_state()]

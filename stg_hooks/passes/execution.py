@@ -22,24 +22,31 @@ from stg_hooks.hooks.forward import Patch, patched, pushed
 from stg_hooks.model.layers import Layer, find_layers
 from stg_hooks.model.source import parameter_names
 from stg_hooks.modes.switch import Switch
-from stg_hooks.passes.absent import AbsentError, absent_in
 from stg_hooks.passes.batched import BatchedPass, RowsError
 from stg_hooks.passes.caches import Caches
-from stg_hooks.passes.effects import Randomness, State
+from stg_hooks.passes.effects import Randomness
 from stg_hooks.passes.guided_call import Arguments, GuidedCall, checking, layout_of, weak_pass
 from stg_hooks.passes.inputs import Inputs, Written
-from stg_hooks.passes.prefix import DRAWS_RANDOM_NUMBERS, Place, Prefix, PrefixMismatchError, prefix_units
-from stg_hooks.passes.recording import Layout, Recording, Repetition
 from stg_hooks.passes.rows import (
     Indices,
     Rows,
     agree,
+    are_as_finite,
     first_batch,
     halves,
     own_predictions,
     predictions,
     replace_predictions,
     take_rows,
+)
+from stg_hooks.passes.shared import (
+    DRAWS_RANDOM_NUMBERS,
+    Layout,
+    Prefix,
+    PrefixMismatchError,
+    Recording,
+    Repetition,
+    prefix_units,
 )
 from stg_hooks.passes.state import Copies, Kept, counted, parts_of
 from stg_hooks.passes.streaming import weights_are_streamed
@@ -53,6 +60,10 @@ _SUSPECTS = (RuntimeError, IndexError, TypeError, ValueError)  # themselves, not
 
 class NotSharedError(Exception):
     """Weak passes cannot be made on top of the cond pass."""
+
+
+class _GapsError(Exception):
+    """What was let go may be wanted."""
 
 
 @dataclasses.dataclass
@@ -137,14 +148,14 @@ class Execution:
         self._surrounding = {way: surrounding(model, units) for way, units in self._units.items()}
         self._uncompiled: list[nn.Module] = []
         self._patches: dict[int, Patch] = {}
-        self._wanted: set[Place] = set()
+        self._keeps_all: set[Hashable] = set()  # layouts of which nothing is let go
         self._known: dict[Hashable, _Known] = {}
         self._written: Written = {}
         self._seen: Counter[Hashable] = Counter()  # how often a layout had to be recorded
         self._cut: set[Hashable] = set()  # layouts whose cond rows are known to be found
         # Who moves weights about may move buffers, too.
         self._kept = Kept(model, with_buffers=not self._streams)
-        self._keeps_state = False
+        self._keeps_state = self._keeps_tensors = False
         self._runs: dict[Hashable, set[str]] = {}
         """By the layout of a call in which the model keeps something, the parts that run in it."""
         # What is compiled would be compiled anew for each look.
@@ -218,19 +229,32 @@ class Execution:
         call.layout = layout_of(args, kwargs, rows)
         call.before = before = self._kept.look()
         is_counted = call.layout in self._runs
+        randomness = Randomness.for_call(args, kwargs)
         with counted(self._parts) if is_counted else nullcontext(set[str]()) as run:
             output = self._cond_pass(call, args, kwargs)
-        call.changes_state = call.changes_state or before.differs()
+        if randomness.is_used():
+            call.random_before, call.random_after = randomness, Randomness.for_call(args, kwargs)
+        after = self._kept.look(before)
+        call.changes_state = call.changes_state or (after is not before and before.differs())
         if call.changes_state and call.weaks is not None:  # it has kept what belongs to rows of ours
             before.put_back()
             self._stop_batching(RowsError("it keeps something from one call to the next"))
             call.weaks, call.prefix, call.check = None, None, None
             output = denoiser(*call.inputs.again()[0], **call.inputs.again()[1])
-        call.after = self._kept.look(before)
+            after = self._kept.look(before)
+        call.after = after
         self._keeps_state = self._keeps_state or call.changes_state
+        self._keeps_tensors = self._keeps_tensors or (call.changes_state and before.has_new_tensors())
         if is_counted:
-            call.reuses = not self._runs[call.layout] <= run
-            self._runs[call.layout] |= run
+            known = self._runs[call.layout]
+            call.reuses = not known <= run
+            if not run <= known:
+                self._warn(
+                    f"{type(self._model).__name__} computes more in this call than in those before, which were guided. "
+                    "If they reused what earlier calls had left, so did their weak passes, and guidance was not exact. "
+                    "Let guidance begin in a step in which everything is computed."
+                )
+            known |= run
         call.inputs.compare()
         return output, call
 
@@ -245,14 +269,20 @@ class Execution:
             yield
             return
         before.put_back()
+        if call.random_before is not None:
+            call.random_before.put_back()
         try:
-            if branch is not None and call.reuses and not self._copies[branch].use(before, after):
-                raise self._not_found()
+            if branch is not None and call.reuses:
+                has_own = self._copies[branch].use(before, after)
+                if not has_own and (self._keeps_tensors or self._kept.replaced()):
+                    raise self._not_found()
             yield
             if branch is not None and self._keeps_state:
                 self._copies[branch].keep(before)
         finally:
             after.put_back()
+            if call.random_after is not None:
+                call.random_after.put_back()
 
     def _not_found(self, what: str = "computes less in this call than in one before") -> CallError:
         replaced = "; ".join(self._kept.replaced()[:2])
@@ -267,11 +297,10 @@ class Execution:
         denoiser, rows, batch = call.denoiser, call.rows, first_batch(args, kwargs)
         if any(map(is_compiled, self._uncompiled)):
             self._stop_sharing("a part of it was compiled inside the `with`")
-        # Who moves weights about may move buffers, too.
         if self.way == "full" and self._is_to_be_checked(call) and not self._streams:
-            state, randomness = State(self._model), Randomness.for_call(args, kwargs)
+            randomness = Randomness.for_call(args, kwargs)
             output = denoiser(*args, **kwargs)
-            call.changes_state = state.is_changed() or randomness.is_used()
+            call.changes_state = randomness.is_used()
             return output
         if self.way in ("full", "whole") or batch is None or (rows is not None and not rows.fit(batch)):
             return denoiser(*args, **kwargs)
@@ -286,11 +315,11 @@ class Execution:
                 self._stop_batching(error)
         if known is None:
             self._seen[call.layout] += 1
-            # Who moves weights about may move buffers, too.
-            before = None if self._streams else State(self._model)
-            prefix: Prefix = Recording(self._starts, batch, cond, self._wanted, before)
+            prefix: Prefix = Recording(self._starts, batch, cond, call.layout in self._keeps_all)
         else:
             prefix = Repetition(known.prefix, self._starts, batch, cond)
+        if known is None or self._keeps_state:
+            prefix.look = partial(self._kept.look, call.before)
         with pushed(self._patches_of(self._prefix), [prefix.action(unit) for unit in self._prefix]):
             output = denoiser(*args, **kwargs)
         prefix.finish()
@@ -376,12 +405,14 @@ class Execution:
                 is_cut = self._check_rows(call)
             # Where a check is only put off to the next call, nothing is known about cutting rows.
             results = [self._full_pass(call, branch, is_cut) for branch in range(len(self.switches))]
-            self._make_again(call)
+            self._make_again(call, is_checked=is_cut)
             if call.conclude is not None:  # an error that has nothing to do with sharing has been raised again
                 call.conclude()
         else:
-            self._make_again(call)
-            if call.check is not None:
+            self._make_again(call, is_checked=True)
+            if call.check is not None and call.changes_state:
+                self._stop_batching(RowsError("it keeps something from one call to the next"))
+            elif call.check is not None:
                 call.check(results)
         return results
 
@@ -399,7 +430,8 @@ class Execution:
         if prefix.obstacle:
             self._stop_sharing(prefix.obstacle, "whole" if prefix.obstacle == DRAWS_RANDOM_NUMBERS else "full")
             return None
-        if prefix.has_new_state or call.changes_state:  # the first time that may be a cache
+        if prefix.has_new_state or (call.changes_state and not self._sets_again(prefix)):
+            # The first time that may be a cache.
             if self._seen[call.layout] > 1:
                 self._stop_sharing("it keeps something from one call to the next", "whole")
             return None
@@ -409,19 +441,20 @@ class Execution:
         results = []
         try:
             for branch, switch in enumerate(self.switches):
-                with self._transaction(call, branch), switch.switched_on():
+                # Without a copy of what the branch leaves: it would have the cond rows alone.
+                with switch.switched_on():
                     results.append([tensor.clone() for tensor in self._shared_pass(call, prefix, branch)])
                 self._count(branch, prefix.answered(branch))
             if is_to_be_checked:
-                self._check_shared(call, prefix)
-        except (NotSharedError, PrefixMismatchError, AbsentError) as error:
+                self._check_shared(call, prefix, results)
+        except (NotSharedError, PrefixMismatchError, _GapsError) as error:
             vars(self._stats).update(vars(stats))
             self._known.pop(call.layout, None)
-            if prefix.asked():
-                self._wanted |= prefix.asked()  # kept from the next call on
-            elif prefix.is_broken:
+            if prefix.is_broken:
                 self._stop_sharing("it calls other blocks in the weak pass than in the cond pass")
-            elif not isinstance(error, AbsentError):
+            elif isinstance(error, _GapsError):
+                self._keeps_all.add(call.layout)  # from the next call on
+            else:
                 call.conclude = partial(self._stop_sharing, str(error))
             return None
         if isinstance(prefix, Recording):
@@ -429,6 +462,14 @@ class Execution:
                 self._known.clear()
             self._known[call.layout] = _Known(Layout(prefix))
         return results
+
+    def _sets_again(self, prefix: Prefix) -> bool:
+        """Tell whether a call has set what the model keeps before its blocks, as a weak pass will do again.
+
+        What it has set after them may come from them, and be reused in a later call.
+        """
+        started = prefix.started
+        return started is not None and not (started.changes() or started.written() or self._kept.replaced())
 
     def _shared_pass(self, call: GuidedCall, prefix: Prefix, branch: int) -> list[Tensor]:
         """Run a pass on the cond rows, up to the end of a branch's prefix from the record.
@@ -439,27 +480,37 @@ class Execution:
             AbsentError: outputs are wanted that were not kept.
         """
         try:
-            # The replay comes last, so that it is asked first: up to its end no layer is skipped.
-            args, kwargs = self._cond_rows(call)
-            with weak_pass(), prefix.replayed(branch, self._patches_of(self._prefix), self._prefix):
-                found = predictions(call.denoiser(*args, **kwargs))
+            found = self._replayed(call, prefix, branch)
         except _SUSPECTS as error:
+            if type(error) not in _SUSPECTS:
+                raise
+            if prefix.has_gaps:
+                raise _GapsError from error
             # Before rows have been cut successfully they are under suspicion; if innocent, a full pass fails as well.
-            if type(error) not in _SUSPECTS or call.rows is None or not isinstance(prefix, Recording):
+            if call.rows is None or not isinstance(prefix, Recording):
                 raise
             raise NotSharedError(f"{type(error).__name__}: {error}") from error
         if prefix.is_broken:
             raise PrefixMismatchError
-        absents = absent_in(found)
-        if absents:
-            raise AbsentError(origin for absent in absents for origin in absent.origins)
-        if prefix.asked():  # by code that swallowed the error
-            raise AbsentError([])
         if [tensor.shape for tensor in found] != [c.shape for c in call.cond]:
             raise NotSharedError("the rows of its hidden states cannot be told apart")
         return found
 
-    def _check_shared(self, call: GuidedCall, prefix: Prefix) -> None:
+    def _replayed(self, call: GuidedCall, prefix: Prefix, branch: int) -> list[Tensor]:
+        for _ in range(2):
+            args, kwargs = self._cond_rows(call)
+            try:
+                # The replay comes last, so that it is asked first: up to its end no layer is skipped.
+                patches = self._patches_of(self._prefix)
+                with self._transaction(call), weak_pass(), prefix.replayed(branch, patches, self._prefix):
+                    return predictions(call.denoiser(*args, **kwargs))
+            except RuntimeError as error:
+                if prefix.is_dense or "single memory location" not in str(error):
+                    raise
+                prefix.is_dense = True
+        raise AssertionError
+
+    def _check_shared(self, call: GuidedCall, prefix: Prefix, weaks: Sequence[Sequence[Tensor]]) -> None:
         """Make a pass once more with nothing skipped: it has to give what the cond pass gave.
 
         Of many branches, those with the shortest and the longest prefix are tried.
@@ -470,11 +521,15 @@ class Execution:
         by_length = sorted(range(len(self.switches)), key=lambda branch: prefix.ends[branch] or 0)
         for branch in {by_length[0], by_length[-1]}:
             # Without gradients: the one who computes this call again, for them, makes no such pass.
-            with torch.no_grad(), checking(), self._transaction(call):
+            with torch.no_grad(), checking():
                 again = self._shared_pass(call, prefix, branch)
                 if call.rows is not None:
                     call.alone[branch] = [tensor.clone() for tensor in again]
+            if prefix.has_gaps and not all(are_as_finite(found, call.cond) for found in (again, *weaks)):
+                raise _GapsError
             if not agree(again, call.cond):
+                if prefix.has_gaps:
+                    raise _GapsError
                 raise NotSharedError("with nothing skipped, the cond rows alone do not give the cond prediction again")
 
     def _stop_sharing(self, reason: str, way: str = "full") -> None:
@@ -506,46 +561,43 @@ class Execution:
         if is_counted:  # in a pass of our own: in the cond pass it was not known yet that anything is kept
             if not self.switches[branch].was_reached:
                 raise self._not_found("does not call the layers to skip in this call")
-            self._runs[call.layout] = run
+            skipped = tuple(f"{layer.name}." for layer in self.switches[branch].layers)
+            self._runs[call.layout] = run | {name for name in self._parts if name.startswith(skipped)}
         if call.rows is not None and not is_cut:
             weak = [call.rows.take(tensor) for tensor in weak]
         if call.rows is None or not is_cut:
             call.alone[branch] = call.cond
         return [tensor.clone() for tensor in weak]  # the next call may use their memory
 
-    def _make_again(self, call: GuidedCall) -> None:
+    def _make_again(self, call: GuidedCall, is_checked: bool) -> None:
         """Make the first calls of a layout once more with nothing skipped: what is kept out of sight shows in them.
 
-        Twice, because what is counted modulo two comes out right once.
+        Args:
+            call: what `cond_pass` gave.
+            is_checked: it has been compared with weak passes that share work with it.
 
         Raises:
             CallError: what comes out is another prediction than the cond pass has made.
         """
+        count = self._again[call.layout] = self._again.get(call.layout, 0) + 1
+        if count > _PATIENCE or not call.is_comparable or self._caches.found is not None:
+            return
         replaced = self._kept.replaced()
-        is_first = self._made_again_of(call)
-        if not is_first or not call.is_comparable or self._caches.found is not None:
+        is_suspect = bool(replaced) or self._keeps_state or self._kept.has_opaque()
+        if not is_suspect and (is_checked or count > 1):
             return
-        if not (replaced or self._keeps_state or self._kept.has_opaque()):
-            return
-        for _ in range(2):
+        for _ in range(2 if is_suspect else 1):  # what is counted modulo two comes out right once
             args, kwargs = call.inputs.again()
-            randomness = Randomness.for_call(args, kwargs)
             with self._transaction(call), torch.no_grad(), checking(), weak_pass(), eagerly():
                 again = predictions(call.denoiser(*args, **kwargs))
-            if randomness.is_used():
-                return
             again = again if call.rows is None else [call.rows.take(tensor) for tensor in again]
             if not agree(again, call.cond):
-                found = "; ".join(replaced[:2])
+                found = "; ".join([*replaced, *self._kept.hooked()][:2])
                 raise CallError(
                     f"{type(self._model).__name__} predicts something else when the same call is made once more, so it "
                     "keeps something from one call to the next that cannot be put back after a weak pass"
                     f"{f' ({found})' if found else ''}. Keep it in an attribute of the model, or switch it off."
                 )
-
-    def _made_again_of(self, call: GuidedCall) -> bool:
-        count = self._again[call.layout] = self._again.get(call.layout, 0) + 1
-        return count <= _PATIENCE
 
     def _is_to_be_checked(self, call: GuidedCall) -> bool:
         return call.rows is not None and call.layout not in self._cut

@@ -10,9 +10,10 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from stg_hooks.passes.effects import Randomness
 from stg_hooks.passes.inputs import Inputs
-from stg_hooks.passes.prefix import Prefix
 from stg_hooks.passes.rows import Rows, leaves_of
+from stg_hooks.passes.shared import Prefix
 from stg_hooks.passes.state import Snapshot
 
 
@@ -73,6 +74,9 @@ class GuidedCall:
     """Its own predictions on its cond rows."""
     is_comparable: bool = True
     """Another pass that skips nothing has to give them again; not where others guide this call, too."""
+    random_before: Randomness | None = None
+    """Where torch's random numbers stood before it, if it drew some: weak passes draw the same."""
+    random_after: Randomness | None = None
     changes_state: bool = False
     """The model keeps something from it; the first time that may be a cache."""
     before: Snapshot | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import operator
 import types
@@ -42,6 +43,13 @@ class _Attributes:
 
     def values(self) -> list[Any]:
         return list(self.mapping.values())[self.start :]
+
+    def getter(self) -> Callable[[dict[Any, Any]], tuple[Any, ...]]:
+        """Return what reads its values as fast as can be."""
+        names = [*self.mapping][self.start :]
+        if len(names) < 2:
+            return operator.itemgetter(names[0], names[0]) if names else _nothing
+        return operator.itemgetter(*names)
 
     def read(self) -> Contents:
         # In one step: other threads may install something on the same module meanwhile.
@@ -121,10 +129,20 @@ class _Walk:
         """There are objects into which Python cannot look: iterators, generators, locks."""
         self._seen: set[int] = set()
         self._kept_alive: list[object] = []
+        self._sealed: list[dict[str, Any]] = []
+        self._own: list[set[str]] = []
         for module in modules:
             if _library(type(module)) in _LIBRARIES and "torch.nn" not in type(module).__module__:
                 continue
             values = module.__dict__
+            own = _own_attributes(type(module))
+            if values.keys() <= own:  # of torch, without anything that was set on it alone
+                self._sealed.append(values)
+                self._own.append(own)
+                if with_buffers and module._buffers:
+                    self.buffers |= {id(buffer) for buffer in module._buffers.values()}
+                    self._hold(_Attributes(module._buffers), module._buffers, 2)
+                continue
             start = sum(1 for _ in itertools.takewhile(_NO_STATE.__contains__, list(values)))
             self._hold(_Attributes(values, start, _NO_ATTRIBUTE), values, _DEPTH)
             if with_buffers and module._buffers:
@@ -134,6 +152,31 @@ class _Walk:
             if replaced is not None:
                 self._walk(replaced, _DEPTH)
             self._class(type(module), _DEPTH)
+        self._mappings = [holder.mapping for holder in self.holders if isinstance(holder, _Attributes)]
+        self._getters = [holder.getter() for holder in self.holders if isinstance(holder, _Attributes)]
+        self._lengths = [*map(len, self._mappings)]
+        self._others = [holder for holder in self.holders if not isinstance(holder, _Attributes)]
+        self._sizes = [*map(len, self._sealed)]
+
+    def values(self) -> list[Any] | None:
+        """List all that is held, in an order of its own; `None` where a container has more or less than it had."""
+        if [*map(len, self._mappings)] != self._lengths or [*map(len, self._sealed)] != self._sizes:
+            return None
+        found: list[Any] = []
+        try:
+            for getter, mapping in zip(self._getters, self._mappings, strict=True):
+                found += getter(mapping)
+        except KeyError:
+            return None
+        for holder in self._others:
+            found += holder.values()
+        return found
+
+    def added(self) -> list[tuple[dict[str, Any], str]]:
+        """List the attributes that were set since on modules of torch that had none of their own."""
+        if [*map(len, self._sealed)] == self._sizes:
+            return []
+        return [(values, key) for values, own in zip(self._sealed, self._own, strict=True) for key in {*values} - own]
 
     def _hold(self, holder: Holder, owner: object, depth: int) -> None:
         if id(owner) in self._seen or len(self.holders) > _HOLDERS:
@@ -228,14 +271,16 @@ class Snapshot:
         """Take what is there now; `contents` and `values` are known where nothing has changed its place."""
         self.walk = walk
         self.contents = [holder.read() for holder in walk.holders] if contents is None else contents
-        self.values = _flat(walk) if values is None else values
+        self.values = walk.values() if values is None else values
         self.writes = [count_of_writes(tensor) for tensor in walk.tensors]
         self.copies = {id(tensor): copies(tensor) for tensor in walk.tensors}
 
     def is_in_place(self) -> bool:
         """Tell whether all containers hold the same objects still."""
-        now = _flat(self.walk)
-        return len(now) == len(self.values) and all(map(operator.is_, now, self.values))
+        now, values = self.walk.values(), self.values
+        return (
+            now is not None and values is not None and len(now) == len(values) and all(map(operator.is_, now, values))
+        )
 
     def written(self) -> list[Tensor]:
         """List the tensors that were written into since."""
@@ -252,9 +297,32 @@ class Snapshot:
         """Tell whether anything is different now."""
         if self.written():
             return True
-        return not self.is_in_place() and any(
-            not _same(contents, holder.read())
-            for holder, contents in zip(self.walk.holders, self.contents, strict=True)
+        if self.is_in_place():
+            return False
+        pairs = zip(self.walk.holders, self.contents, strict=True)
+        return bool(self.walk.added()) or any(not _same(contents, holder.read()) for holder, contents in pairs)
+
+    def changes(self) -> list[tuple[Holder, Any, Any]]:
+        """List what holds other tensors now than it did: where, under which key, and what is there."""
+        found: list[tuple[Holder, Any, Any]] = []
+        if self.is_in_place():
+            return found
+        found = [(_Attributes(v), key, v[key]) for v, key in self.walk.added() if _has_tensors(v[key])]
+        for holder, contents in zip(self.walk.holders, self.contents, strict=True):
+            if isinstance(holder, _Sequence) and isinstance(holder.owner, set):
+                continue
+            for key, value in holder.read().items():
+                if contents.get(key, _MISSING) is not value and _has_tensors(value):
+                    found.append((holder, key, value))
+        return found
+
+    def has_new_tensors(self) -> bool:
+        """Tell whether tensors were written into since, or put where there was something else."""
+        pairs = zip(self.walk.holders, self.contents, strict=True)
+        return bool(self.written()) or any(
+            contents.get(key, _MISSING) is not value and _has_tensors(value)
+            for holder, contents in pairs
+            for key, value in holder.read().items()
         )
 
     def put_back(self) -> None:
@@ -267,6 +335,8 @@ class Snapshot:
             for holder, contents in zip(self.walk.holders, self.contents, strict=True):
                 if not _same(contents, holder.read()):
                     holder.write(contents)
+            for values, key in self.walk.added():
+                del values[key]
         for tensor in self.written():
             copy = self.copies[id(tensor)]
             if copy is None:
@@ -296,7 +366,11 @@ class Kept:
         self._written: set[int] = set()
 
     def look(self, before: Snapshot | None = None) -> Snapshot:
-        """Take what the model keeps now; of what has not been written into since `before`, that one's copy is used."""
+        """Take what the model keeps now; of what has not been written into since `before`, that one's copy is used.
+
+        Returns:
+            A new snapshot; `before` itself where nothing has changed.
+        """
         self._looks += 1
         changed = set() if before is None else {id(tensor) for tensor in before.written()}
         self._written |= changed
@@ -311,6 +385,8 @@ class Kept:
 
         last = before or self._last
         if last is not None and last.is_in_place():
+            if before is not None and not changed:
+                return before
             walk = last.walk
             return Snapshot(walk, last.contents, last.values, copied)
         walk = _Walk(self._modules, self._with_buffers)
@@ -328,8 +404,18 @@ class Kept:
             function = replaced_forward(module)
             if function is not None:
                 what = getattr(function, "__qualname__", type(function).__qualname__)
-                where = getattr(function, "__module__", type(function).__module__)
-                names.append(f"{name or type(module).__name__}.forward is {where}.{what}")
+                names.append(f"{name or type(module).__name__}.forward is {_module_of(function)}.{what}")
+        return names
+
+    def hooked(self) -> list[str]:
+        """Name the modules with hooks that are neither ours nor a known library's, each with the function."""
+        names = []
+        for name, module in self._model.named_modules():
+            for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+                own = getattr(hook, "func", hook)
+                if _library(own) not in _LIBRARIES | {"diffusers"}:
+                    what = getattr(own, "__qualname__", type(own).__qualname__)
+                    names.append(f"{name or type(module).__name__} has the hook {_module_of(own)}.{what}")
         return names
 
 
@@ -346,15 +432,8 @@ class Copies:
 
     def keep(self, start: Snapshot) -> None:
         """Keep what a weak pass that has begun at `start` has left."""
-        for holder, contents in zip(start.walk.holders, start.contents, strict=True):
-            if isinstance(holder, _Sequence) and isinstance(holder.owner, set):
-                continue
-            for key, value in holder.read().items():
-                if contents.get(key, _MISSING) is not value and _has_tensors(value):
-                    self._places[id(holder.mapping if isinstance(holder, _Attributes) else holder.owner), key] = (
-                        holder,
-                        value,
-                    )
+        for holder, key, value in start.changes():
+            self._places[_place(holder), key] = holder, value
         for tensor in start.written():
             self._tensors[id(tensor)] = tensor, tensor.detach().clone()
 
@@ -436,8 +515,21 @@ def inspect_unwrapped(function: Any) -> Any:
     return getattr(function, "__wrapped__", None)
 
 
-def _flat(walk: _Walk) -> list[Any]:
-    return list(itertools.chain.from_iterable([holder.values() for holder in walk.holders]))
+def _nothing(_: object) -> tuple[Any, ...]:
+    return ()
+
+
+_OWN_ATTRIBUTES: dict[type, set[str]] = {}
+
+
+def _own_attributes(cls: type) -> set[str]:
+    """Name what a module of torch has by its class; nothing for other classes, which may keep state anywhere."""
+    if not cls.__module__.startswith("torch.nn.modules"):
+        return set()
+    if cls not in _OWN_ATTRIBUTES:
+        annotated = {name for base in cls.__mro__ for name in inspect.get_annotations(base)}
+        _OWN_ATTRIBUTES[cls] = annotated | _NO_STATE | {*getattr(cls, "__constants__", ())}
+    return _OWN_ATTRIBUTES[cls]
 
 
 def _place(holder: Holder) -> int:
@@ -453,6 +545,10 @@ def _same(a: Contents, b: Contents) -> bool:
 
 def _library(thing: Any) -> str:
     return str(getattr(thing, "__module__", None) or "").partition(".")[0]
+
+
+def _module_of(function: Any) -> str:
+    return str(getattr(function, "__module__", type(function).__module__))
 
 
 def _names(slots: Any) -> tuple[str, ...]:
