@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from stg_hooks.denoiser import GuidedDenoiser, Session
 from stg_hooks.errors import CallError, NotCopied, SettingError, StgWarning
 from stg_hooks.guidance.channels import VarianceWatch
 from stg_hooks.guidance.combine import Scale, check_scale
@@ -20,7 +21,6 @@ from stg_hooks.guidance.rules import Rule
 from stg_hooks.guidance.schedule import Asked, Plan, Request, Schedule
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.guidance.trace import Stats, Trace
-from stg_hooks.guide import Guide, Session
 from stg_hooks.hooks import activation
 from stg_hooks.hosts import Host, ModuleHost, pipeline_host
 from stg_hooks.model.layers import LayerSpec
@@ -28,7 +28,7 @@ from stg_hooks.modes.modes import Mode
 from stg_hooks.modes.sites import Kind
 from stg_hooks.ranks.link import check_own_copy, ranks_from
 from stg_hooks.step import Step
-from stg_hooks.uncond import UncondGuide
+from stg_hooks.uncond import UncondDenoiser
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -168,7 +168,9 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
             )
         unique = {id(module): module for module in denoisers.values()}
         self._guides = [
-            UncondGuide(self._session, module) if on == "uncond" else Guide(self._session, module, execution)
+            UncondDenoiser(self._session, module)
+            if on == "uncond"
+            else GuidedDenoiser(self._session, module, execution)
             for module in unique.values()
         ]
         self._session.models = tuple(unique.values())

@@ -236,7 +236,8 @@ def test_the_weak_model_makes_the_uncond_prediction(how: str) -> None:
             expected = torch.cat([weak(**inputs)[:2], plain(**inputs)[2:]])
             assert_close(compiled(**inputs), expected)
             counts.append(counter.frame_count)
-    assert len(set(counts)) == 1, counts
+    # A model that is compiled as a whole meets the plain half in the second call: the first one compares in eager mode.
+    assert len(set(counts[1:])) == 1, counts
 
 
 @pytest.mark.slow

@@ -33,6 +33,8 @@ from stg_hooks.passes.rows import (
     agree,
     are_as_finite,
     first_batch,
+    halves,
+    own_predictions,
     predictions,
     replace_predictions,
     take_rows,
@@ -647,6 +649,46 @@ class Execution:
             return call.cut(args, kwargs)
         batch = call.rows.batch_of(call.count)
         return take_rows(args, kwargs, self._names, batch, call.rows.of(batch))
+
+    # --- the weak model's uncond prediction
+
+    def weak_halves(self, denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a call with rows `[uncond, cond]`, in which the weak model of the first branch predicts the uncond ones.
+
+        Each half is a call of its own. That they give what the whole call does is found out once for each layout; where
+        they do not, or the model keeps something, both models make whole calls.
+
+        Returns:
+            What the denoiser returns for the whole call, with these predictions.
+        """
+        batch = first_batch(args, kwargs)
+        if batch is None or batch % 2:
+            raise CallError(f"a call with {batch or 'no'} rows cannot be [uncond, cond], which batched_cfg=True says.")
+        unconds, conds = (Rows.chosen(half, batch) for half in (slice(batch // 2), slice(batch // 2, None)))
+        layout = layout_of(args, kwargs, conds)
+        if layout in self._cut and layout_of(args, kwargs, unconds) in self._cut and not self._keeps_state:
+            inputs, before, found = self.inputs(args, kwargs), self._kept.look(), []
+            for rows in (unconds, conds):
+                assert rows is not None
+                own_args, own_kwargs = take_rows(*inputs.again(), self._names, batch, rows.of(batch))
+                with self.switches[0].switched_on() if rows is unconds else nullcontext():
+                    output = denoiser(*own_args, **own_kwargs)
+                found.append(own_predictions(output))
+            if not before.differs():
+                return replace_predictions(output, [torch.cat(pair) for pair in zip(*found, strict=True)])
+            before.put_back()  # and go the long way, from now on
+            args, kwargs = inputs.again()
+        output, call = self.cond_pass(denoiser, args, kwargs, unconds)
+        own = own_predictions(output)
+        stats = dataclasses.replace(self._stats)
+        (weak,) = self.weak_predictions(call, [halves(tensor)[0] for tensor in own])
+        vars(self._stats).update(vars(stats))  # a weak pass takes the place of an uncond one
+        if layout_of(args, kwargs, unconds) in self._cut and layout not in self._cut:
+            other = dataclasses.replace(call, rows=conds, layout=layout, cond=[halves(tensor)[1] for tensor in own])
+            if not self._check_rows(other) and other.conclude is not None:
+                other.conclude()
+        joined = [torch.cat([uncond, halves(tensor)[1]]) for uncond, tensor in zip(weak, own, strict=True)]
+        return replace_predictions(output, joined)
 
     def _warn(self, message: str) -> None:
         warnings.warn(message, StgWarning, stacklevel=2)

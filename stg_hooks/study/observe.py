@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stg_hooks.denoiser import GuidedDenoiser, Session
 from stg_hooks.errors import CallError, SettingError, StgWarning
 from stg_hooks.guidance.channels import VarianceWatch
 from stg_hooks.guidance.guide import Guidance, Guided, Predictions, StepOrLater
@@ -18,7 +19,6 @@ from stg_hooks.guidance.schedule import Request, Settings
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.guidance.trace import Stats
 from stg_hooks.guidance.watch import Watch
-from stg_hooks.guide import Guide, Session
 from stg_hooks.hosts import check_rows_apart
 from stg_hooks.passes.guided_call import in_weak_pass, is_checking, weak_pass
 from stg_hooks.passes.rows import halves, take_rows
@@ -261,7 +261,7 @@ class _OfThread(threading.local):
     waiting: Observation | None = None  # of a cond call, until its uncond call comes
 
 
-class Probe(Guide):
+class Probe(GuidedDenoiser):
     """Computes weak predictions where a guide would, and hands them to an observer instead of guiding."""
 
     def __init__(

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stg_hooks.denoiser import Session
 from stg_hooks.errors import LayerError, SettingError, StgWarning, TargetError
 from stg_hooks.guidance.guide import Guided
 from stg_hooks.guidance.settings import Branch
-from stg_hooks.guide import Session
 from stg_hooks.guider import Guider
 from stg_hooks.hooks import activation
 from stg_hooks.hosts import Host, ModuleHost, pipeline_host

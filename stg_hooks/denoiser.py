@@ -118,7 +118,7 @@ class _OfModel(threading.local):
     unguided: list[Tensor] | None = None
 
 
-class Guide:
+class GuidedDenoiser:
     """Guides the calls of one denoiser."""
 
     def __init__(self, session: Session, model: nn.Module, execution: str) -> None:
