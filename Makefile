@@ -79,5 +79,5 @@ $(VENV)/.torch: constraints.txt
 $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/.torch pyproject.toml constraints.txt
 	@echo "installing stg-hooks[$*] in $(VENV)"
 	@$(PIP) --no-build-isolation -e ".[$*]"
-	@test $* != test || $(PIP) --no-deps k-diffusion dctorch
+	@test $* != test || $(PIP) --no-deps k-diffusion dctorch DeepCache
 	@touch $@

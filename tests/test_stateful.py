@@ -527,3 +527,80 @@ def test_guider(name: str) -> None:
     model = made(name)
     got = run(stg.Guider(model, layers=[f"blocks.{SKIPPED}"], scale=1e-9))
     assert torch.equal(got, want)
+
+
+def test_the_deepcache_package() -> None:
+    """Its cache lies in a helper that replaced forwards close over. The reference: two pipelines with a helper each."""
+    package = pytest.importorskip("DeepCache")
+    diffusers = pytest.importorskip("diffusers")
+
+    def pipeline() -> Any:
+        torch.manual_seed(0)
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            cross_attention_dim=8,
+            norm_num_groups=4,
+            attention_head_dim=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        ).eval()
+        scheduler = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
+        names = ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor")
+        pipe = diffusers.StableDiffusionPipeline(
+            **dict.fromkeys(names), unet=unet, scheduler=scheduler, requires_safety_checker=False
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def cached(pipe: Any) -> Any:
+        helper = package.DeepCacheSDHelper(pipe=pipe)
+        helper.set_params(cache_interval=2, cache_branch_id=0)
+        helper.enable()
+        return pipe
+
+    random = torch.Generator().manual_seed(1)
+    call = {
+        "prompt_embeds": torch.randn(1, 5, 8, generator=random),
+        "negative_prompt_embeds": torch.randn(1, 5, 8, generator=random),
+        "latents": torch.randn(1, 4, 8, 8, generator=random),
+        "height": 64,
+        "width": 64,
+        "num_inference_steps": 6,
+        "guidance_scale": 4.0,
+        "output_type": "latent",
+        "return_dict": False,
+    }
+
+    class InTuple(nn.Module):
+        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+            return (hidden_states,)
+
+    plain, weak = pipeline(), pipeline()
+    weak.unet.mid_block.attentions[0] = InTuple()
+    weak.scheduler = plain.scheduler
+    cached(plain), cached(weak)
+    step, forward, last = plain.scheduler.step, plain.unet.forward, {}
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        last["call"], last["out"] = (args, dict(kwargs)), forward(*args, **kwargs)
+        return last["out"]
+
+    @functools.wraps(step)
+    def guided(prediction: Tensor, *args: Any, **kwargs: Any) -> Any:
+        w = weak.unet(*last["call"][0], **last["call"][1])[0].chunk(2)[1]
+        return step(prediction + 1.5 * (last["out"][0].chunk(2)[1] - w), *args, **kwargs)
+
+    plain.unet.forward, plain.scheduler.step = noted, guided
+    with torch.no_grad():
+        want = plain(**call)[0]
+        pipe = cached(pipeline())
+        unguided = pipe(**call)[0]
+        with stg.apply(pipe, layers=["mid_block.attentions.0"], scale=1.5):
+            got = pipe(**call)[0]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(got, unguided, rtol=1e-3)
+        with stg.apply(pipe, layers=["mid_block.attentions.0"], scale=1e-9):
+            torch.testing.assert_close(pipe(**call)[0], unguided, rtol=0, atol=0)
+        torch.testing.assert_close(pipe(**call)[0], unguided, rtol=0, atol=0)

@@ -158,6 +158,8 @@ class Execution:
         self._keeps_state = self._keeps_tensors = False
         self._runs: dict[Hashable, set[str]] = {}
         """By the layout of a call in which the model keeps something, the parts that run in it."""
+        self._counted: set[Hashable] = set()
+        """Layouts of which a cond pass is among these."""
         # What is compiled would be compiled anew for each look.
         self._parts = {} if any(map(is_compiled, model.modules())) else parts_of(model)
         self._copies = [Copies() for _ in branches]
@@ -248,13 +250,14 @@ class Execution:
         if is_counted:
             known = self._runs[call.layout]
             call.reuses = not known <= run
-            if not run <= known:
+            if not run <= known and call.layout in self._counted:
                 self._warn(
                     f"{type(self._model).__name__} computes more in this call than in those before, which were guided. "
                     "If they reused what earlier calls had left, so did their weak passes, and guidance was not exact. "
                     "Let guidance begin in a step in which everything is computed."
                 )
             known |= run
+            self._counted.add(call.layout)  # the pass before was a weak one, without what is in skipped layers
         call.inputs.compare()
         return output, call
 
@@ -564,8 +567,7 @@ class Execution:
         if is_counted:  # in a pass of our own: in the cond pass it was not known yet that anything is kept
             if not self.switches[branch].was_reached:
                 raise self._not_found("does not call the layers to skip in this call")
-            skipped = tuple(f"{layer.name}." for layer in self.switches[branch].layers)
-            self._runs[call.layout] = run | {name for name in self._parts if name.startswith(skipped)}
+            self._runs[call.layout] = run
         if call.rows is not None and not is_cut:
             weak = [call.rows.take(tensor) for tensor in weak]
         if call.rows is None or not is_cut:
