@@ -24,6 +24,7 @@ from stg_hooks.modes.modes import LayerCall
 from stg_hooks.passes.predict import Predictor
 from stg_hooks.skip import check, skip
 from stg_hooks.step import Step
+from stg_hooks.study import results
 from stg_hooks.study.profile import profile
 from stg_hooks.study.table import layers
 
@@ -68,6 +69,7 @@ __all__ = [
     "layers",
     "profile",
     "report",
+    "results",
     "rules",
     "skip",
     "sweep",

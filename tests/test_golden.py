@@ -94,4 +94,5 @@ def test_guider_gives_what_the_authors_attention_skip_gave(name: str) -> None:
     halves = {key: value.chunk(2) for key, value in inputs.items() if key not in both}
     uncond, cond = ({key: pair[i] for key, pair in halves.items()} for i in range(2))
     guider = stg.Guider(model, branches=branches, guidance_scale=case["guidance_scale"])
-    assert_close_in_std(guider(**both, cond=cond, uncond=uncond), expected["stg"])
+    (guided,) = guider(**both, cond=cond, uncond=uncond)
+    assert_close_in_std(guided, expected["stg"])

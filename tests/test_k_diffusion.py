@@ -237,7 +237,7 @@ def test_samplers_that_keep_predictions(
     name: str, scale: float, cfg: bool, denoiser: nn.Module, weak: nn.Module
 ) -> None:
     args = classes() if cfg else {"cond": classes()["cond"]}
-    guider = stg.Guider(OneBuffer(denoiser), ["blocks.2"], scale, guidance_scale=G)
+    guider = stg.Guider(OneBuffer(denoiser), ["blocks.2"], scale, guidance_scale=G, execution="full")
     got = sample(name, guider, image(), args)
     assert_close(got, sample(name, by_hand(denoiser, weak, scale), image(), args), **close)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
-from stg_hooks.integrations.diffusers.call_roles import evaluate
+from stg_hooks.integrations.diffusers.expressions import evaluate
 from tests import pipeline_table
 
 

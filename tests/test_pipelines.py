@@ -646,7 +646,9 @@ def test_no_layers_means_the_published_setting() -> None:
     assert session.plan.base.branches == (stg.Branch([34], 1.0, "residual"),)
     assert session.plan.base.rescale == 0.0
     assert_same(received[0], expected[0])
-    assert stg.apply(pipe, scale=0.5).plan.base.branches == (stg.Branch([34], 0.5, "residual"),)
+    other = stg.apply(pipe, scale=0.5)
+    other.not_to_be_entered()
+    assert other.plan.base.branches == (stg.Branch([34], 0.5, "residual"),)
 
 
 NAMES = {

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ast
-import functools
 import sys
 import threading
 from collections.abc import Mapping
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +14,10 @@ from torch import Tensor, nn
 
 from stg_hooks.hosts import Role
 from stg_hooks.integrations.diffusers.call_sites import KINDS, Combination, Guards, Site, UnreadableError
+from stg_hooks.integrations.diffusers.expressions import evaluate
 from stg_hooks.model.source import parameter_names
 from stg_hooks.step import Step
 
-_PLAIN = (
-    *(ast.Expression, ast.Name, ast.Attribute, ast.Subscript, ast.Constant, ast.Load),
-    *(ast.UnaryOp, ast.BinOp, ast.BoolOp, ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop),
-)
 _IN_ONE = (
     "it predicts the same latents twice in a call, and no name in its code tells that its rows are [uncond, cond] (if "
     "they are, say so there: `uncond, cond = prediction.chunk(2)`; if all are cond, pass the denoiser to stg.apply() "
@@ -32,34 +28,6 @@ _IN_TWO = (
     "let what the other is given have a name there that begins with `negative_`)"
 )
 _DIFFERENT = "it combines predictions of different latents as if they were cond and uncond, and no name tells that"
-
-
-def evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
-    """Compute a plain expression, in which a pipeline says what it is doing.
-
-    Args:
-        node: its syntax tree.
-        names: what the names in it stand for.
-
-    Returns:
-        Its value.
-
-    Raises:
-        LookupError: it holds something else than names, attributes, items, constants, operators and comparisons, or a
-            name or attribute that does not exist (yet).
-    """
-    try:
-        return eval(_compiled(node), {"__builtins__": {}}, names)
-    except (NameError, AttributeError) as error:
-        raise LookupError(str(error)) from error
-
-
-@functools.lru_cache(maxsize=4096)
-def _compiled(node: ast.expr) -> CodeType:
-    if not all(isinstance(inner, _PLAIN) for inner in ast.walk(node)):
-        raise LookupError(f"cannot evaluate {ast.unparse(node)}")
-    # Where it stands in the pipeline's file does not matter; a node that was put there has no place at all.
-    return compile(ast.unparse(node), "<pipeline>", "eval")
 
 
 def holds(guards: Guards, names: Mapping[str, Any]) -> bool:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from stg_hooks.errors import CallError, TargetError
 from stg_hooks.hooks.forward import Undo, set_attribute, shared
 from stg_hooks.hosts import Role
-from stg_hooks.integrations.diffusers.call_roles import Latents, evaluate, latents_of, role_of
+from stg_hooks.integrations.diffusers.call_roles import Latents, latents_of, role_of
 from stg_hooks.integrations.diffusers.call_sites import Site, UnreadableError
+from stg_hooks.integrations.diffusers.expressions import evaluate
 from stg_hooks.integrations.diffusers.pipeline_code import call_sites_of
 from stg_hooks.step import Step
 

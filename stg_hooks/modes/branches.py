@@ -47,6 +47,9 @@ def bypassed(
             something else with a branch than add it.
     """
     if "kind" not in memory:
+        streams = [leaf for leaf in pytree.tree_leaves(through) if isinstance(leaf, Tensor)]
+        if not torch.compiler.is_compiling() and not all(bool(leaf.isfinite().all()) for leaf in streams):
+            return through  # a trial would tell nothing; what was let go of a shared prefix is NaN, too
         find = torch.compiler.disable(_find) if torch.compiler.is_compiling() else _find
         find(module, args, kwargs, through, memory)
     if memory["kind"] == "contains its input":

@@ -449,7 +449,7 @@ class Execution:
             for branch, switch in enumerate(self.switches):
                 # Without a copy of what the branch leaves: it would have the cond rows alone.
                 with switch.switched_on():
-                    results.append([tensor.clone() for tensor in self._shared_pass(call, prefix, branch)])
+                    results.append(self._shared_pass(call, prefix, branch))
                 self._count(branch, prefix.answered(branch))
             if is_to_be_checked:
                 self._check_shared(call, prefix, results)
@@ -509,7 +509,7 @@ class Execution:
                 # The replay comes last, so that it is asked first: up to its end no layer is skipped.
                 patches = self._patches_of(self._prefix)
                 with self._transaction(call), weak_pass(), prefix.replayed(branch, patches, self._prefix):
-                    return predictions(call.denoiser(*args, **kwargs))
+                    return own_predictions(call.denoiser(*args, **kwargs))
             except RuntimeError as error:
                 if prefix.is_dense or "single memory location" not in str(error):
                     raise
@@ -530,7 +530,7 @@ class Execution:
             with torch.no_grad(), checking():
                 again = self._shared_pass(call, prefix, branch)
                 if call.rows is not None:
-                    call.alone[branch] = [tensor.clone() for tensor in again]
+                    call.alone[branch] = again
             if prefix.has_gaps and not all(are_as_finite(found, call.cond) for found in (again, *weaks)):
                 raise _GapsError
             if not agree(again, call.cond):
@@ -563,7 +563,8 @@ class Execution:
         args, kwargs = self._cond_rows(call) if is_cut else call.inputs.again()
         is_counted = self._keeps_state and call.layout not in self._runs
         with self._transaction(call, branch), counted(self._parts if is_counted else {}) as run:
-            weak = predictions(self.full_pass(branch, call.denoiser, args, kwargs))
+            # The model may keep its predictions itself, in memory that is put back.
+            weak = own_predictions(self.full_pass(branch, call.denoiser, args, kwargs))
         if is_counted:  # in a pass of our own: in the cond pass it was not known yet that anything is kept
             if not self.switches[branch].was_reached:
                 raise self._not_found("does not call the layers to skip in this call")
@@ -572,7 +573,7 @@ class Execution:
             weak = [call.rows.take(tensor) for tensor in weak]
         if call.rows is None or not is_cut:
             call.alone[branch] = call.cond
-        return [tensor.clone() for tensor in weak]  # the next call may use their memory
+        return weak
 
     def _make_again(self, call: GuidedCall, is_checked: bool) -> None:
         """Make the first calls of a layout once more with nothing skipped: what is kept out of sight shows in them.
@@ -594,7 +595,7 @@ class Execution:
         for _ in range(2 if is_suspect else 1):  # what is counted modulo two comes out right once
             args, kwargs = call.inputs.again()
             with self._transaction(call), torch.no_grad(), checking(), weak_pass(), eagerly():
-                again = predictions(call.denoiser(*args, **kwargs))
+                again = own_predictions(call.denoiser(*args, **kwargs))
             again = again if call.rows is None else [call.rows.take(tensor) for tensor in again]
             if not agree(again, call.cond):
                 found = "; ".join([*replaced, *self._kept.hooked()][:2])
@@ -618,7 +619,7 @@ class Execution:
             args, kwargs = self._cond_rows(call)
             no_caches = self._caches.apart(self, [self._model], bypassed=False)
             with self._transaction(call), torch.no_grad(), checking(), weak_pass(), eagerly(), no_caches:
-                again, cond = predictions(call.denoiser(*args, **kwargs)), call.cond
+                again, cond = own_predictions(call.denoiser(*args, **kwargs)), call.cond
                 if self._caches.found is not None:  # which have made the cond pass another one than it is by itself
                     args, kwargs = call.inputs.again()
                     cond = [call.rows.take(t) for t in predictions(call.denoiser(*args, **kwargs))]
