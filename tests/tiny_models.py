@@ -646,6 +646,7 @@ MODELS: dict[str, Tiny] = {
             "input_ids": torch.arange(5 * b).reshape(b, 5) % 16, "input_img_latents": [], "input_image_sizes": {},
             "attention_mask": torch.ones(b, 10, 10), "position_ids": torch.arange(10).expand(b, -1)},
         LAYERS, {"layers.1": X},
+        batched="It keeps its rotary frequencies anew in each call.",
     ),
     "OvisImageTransformer2DModel": Tiny(
         {**FLUX, "out_channels": 4},

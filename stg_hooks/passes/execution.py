@@ -158,8 +158,6 @@ class Execution:
         self._keeps_state = self._keeps_tensors = False
         self._runs: dict[Hashable, set[str]] = {}
         """By the layout of a call in which the model keeps something, the parts that run in it."""
-        self._counted: set[Hashable] = set()
-        """Layouts of which a cond pass is among these."""
         # What is compiled would be compiled anew for each look.
         self._parts = {} if any(map(is_compiled, model.modules())) else parts_of(model)
         self._copies = [Copies() for _ in branches]
@@ -250,14 +248,16 @@ class Execution:
         if is_counted:
             known = self._runs[call.layout]
             call.reuses = not known <= run
-            if not run <= known and call.layout in self._counted:
+            # The first pass to be counted was a weak one, without what lies in its skipped layers.
+            skipped = [module for switch in self.switches for module in switch.modules]
+            inside = {id(inner) for module in skipped for inner in module.modules()}
+            if any(id(self._parts[name]) not in inside for name in run - known):
                 self._warn(
                     f"{type(self._model).__name__} computes more in this call than in those before, which were guided. "
                     "If they reused what earlier calls had left, so did their weak passes, and guidance was not exact. "
                     "Let guidance begin in a step in which everything is computed."
                 )
             known |= run
-            self._counted.add(call.layout)  # the pass before was a weak one, without what is in skipped layers
         call.inputs.compare()
         return output, call
 
