@@ -156,7 +156,7 @@ def test_the_later_the_layer_the_cheaper(layer: int) -> None:
 def test_sequential_execution_needs_little_more_memory(name: str) -> None:
     """At most four hidden states more than a plain call; more in the first one, which is checked.
 
-    That one also keeps what the model is given, and what its blocks wrote and returned until it is known what is needed.
+    That one also keeps what the model is given, and what blocks wrote and returned until it is known what is needed.
 
     As in real models hidden states are wider than predictions, of which guidance makes some copies in the end.
     """
