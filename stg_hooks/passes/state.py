@@ -372,25 +372,29 @@ class Kept:
             A new snapshot; `before` itself where nothing has changed.
         """
         self._looks += 1
-        changed = set() if before is None else {id(tensor) for tensor in before.written()}
-        self._written |= changed
+        last = before or self._last
+        changed = set() if last is None else {id(tensor) for tensor in last.written()}
+        if before is not None:
+            self._written |= changed
 
         def copied(tensor: Tensor) -> Tensor | None:
-            if before is not None and id(tensor) in before.copies and id(tensor) not in changed:
-                return before.copies[id(tensor)]
+            # Tables and the like are copied once, and not in every call.
+            copy = None if last is None or id(tensor) in changed else last.copies.get(id(tensor))
+            if copy is not None or (before is not None and id(tensor) in before.copies and id(tensor) not in changed):
+                return copy
             is_large = tensor.numel() > _LARGE and id(tensor) in walk.buffers
             if is_large and self._looks > _LOOKS and id(tensor) not in self._written:
                 return None
             return tensor.detach().clone()
 
-        last = before or self._last
         if last is not None and last.is_in_place():
             if before is not None and not changed:
                 return before
             walk = last.walk
-            return Snapshot(walk, last.contents, last.values, copied)
-        walk = _Walk(self._modules, self._with_buffers)
-        self._last = Snapshot(walk, None, None, copied)
+            self._last = Snapshot(walk, last.contents, last.values, copied)
+        else:
+            walk = _Walk(self._modules, self._with_buffers)
+            self._last = Snapshot(walk, None, None, copied)
         return self._last
 
     def has_opaque(self) -> bool:
