@@ -109,16 +109,6 @@ class Patch:
         module, name, forward = self._place
         return module.__dict__.get(name) is forward
 
-    def push(self, action: Action) -> tuple[Action, ...]:
-        """Let calls from this thread do this first; return what to pass to `restore`."""
-        before = self._local.around
-        self._local.around = (*before, action)
-        return before
-
-    def restore(self, actions: tuple[Action, ...]) -> None:
-        """Go back to what calls from this thread did before `push`."""
-        self._local.around = actions
-
     @contextmanager
     def everywhere(self, action: Action) -> Iterator[None]:
         """Let calls from all threads do this first, within a `with` that may end in any order with others."""

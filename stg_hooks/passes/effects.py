@@ -50,29 +50,6 @@ class Arguments:
         return [[*_walk(leaf, _DEPTH)] for leaf in leaves_of(self._args, self._kwargs)]
 
 
-class State:
-    """What a model keeps besides its parameters."""
-
-    def __init__(self, model: nn.Module) -> None:
-        """Look at the attributes and buffers of all modules, and into lists, dictionaries and objects among them."""
-        self._model = model
-        self._marks = self._look()
-
-    def is_changed(self) -> bool:
-        """Tell whether any of it was replaced or written into since."""
-        return not _equal(self._marks, self._look())
-
-    def _look(self) -> Marks:
-        marks: Marks = []
-        for module in self._model.modules():
-            for name, value in module.__dict__.items():
-                if name not in _NO_STATE:
-                    marks += _walk(value, _DEPTH)
-            for buffer in module._buffers.values():
-                marks += _walk(buffer, 0)
-        return marks
-
-
 class Randomness:
     """Where torch's own random numbers stand."""
 

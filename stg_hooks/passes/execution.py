@@ -231,7 +231,7 @@ class Execution:
         is_counted = call.layout in self._runs
         randomness = Randomness.for_call(args, kwargs)
         with counted(self._parts) if is_counted else nullcontext(set[str]()) as run:
-            output = self._cond_pass(call, args, kwargs)
+            output = self._cond_pass(call, args, kwargs, randomness)
         if randomness.is_used():
             call.random_before, call.random_after = randomness, Randomness.for_call(args, kwargs)
         after = self._kept.look(before)
@@ -296,12 +296,13 @@ class Execution:
             "Let guidance begin in a step in which everything is computed, or switch this cache off."
         )
 
-    def _cond_pass(self, call: GuidedCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _cond_pass(
+        self, call: GuidedCall, args: tuple[Any, ...], kwargs: dict[str, Any], randomness: Randomness
+    ) -> Any:
         denoiser, rows, batch = call.denoiser, call.rows, first_batch(args, kwargs)
         if any(map(is_compiled, self._uncompiled)):
             self._stop_sharing("a part of it was compiled inside the `with`")
         if self.way == "full" and self._is_to_be_checked(call) and not self._streams:
-            randomness = Randomness.for_call(args, kwargs)
             output = denoiser(*args, **kwargs)
             call.changes_state = randomness.is_used()
             return output
@@ -309,13 +310,13 @@ class Execution:
             return denoiser(*args, **kwargs)
         cond = slice(None) if rows is None else rows.of(batch)
         known = self._known.get(call.layout)
-        once = dataclasses.replace(call)  # as it is made here: weak passes may go another way
         is_batched = self.way == "batched" and call.cut is None  # hosts say how to cut, not how to add rows
         if is_batched and known is not None and known.in_one_pass:
             try:
                 return self._batched_pass(call, batch, cond)
             except RowsError as error:
                 self._stop_batching(error)
+        once = dataclasses.replace(call) if is_batched else None  # as it is made here: weak passes may go another way
         if known is None:
             self._seen[call.layout] += 1
             prefix: Prefix = Recording(self._starts, batch, cond, call.layout in self._keeps_all)
@@ -330,7 +331,7 @@ class Execution:
             self._known.pop(call.layout, None)
         else:
             call.prefix = prefix
-        if is_batched:
+        if once is not None:
             own = predictions(output)
             call.check = lambda weaks: self._try_batched(once, batch, cond, own, weaks)
         return output
@@ -483,7 +484,7 @@ class Execution:
         Raises:
             NotSharedError: what it returns does not fit the cond pass.
             PrefixMismatchError: it took another way than the cond pass.
-            AbsentError: outputs are wanted that were not kept.
+            _GapsError: outputs are wanted that were not kept.
         """
         try:
             found = self._replayed(call, prefix, branch)
@@ -626,8 +627,7 @@ class Execution:
             if agree(again, cond):
                 self._cut.add(call.layout)
                 if self._caches.found is None:
-                    alone = [tensor.clone() for tensor in again]
-                    call.alone = dict.fromkeys(range(len(self.switches)), alone)
+                    call.alone = dict.fromkeys(range(len(self.switches)), again)
                 return True
             reason = "the cond rows alone do not give the cond prediction again"
         except _SUSPECTS as error:

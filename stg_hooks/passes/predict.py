@@ -170,7 +170,9 @@ class Predictor:
             LayerError: a layer that does not exist or cannot be skipped in its mode.
             SettingError: an unknown way.
         """
-        key = _key(branches)
+        return self._made_as(_key(branches), branches)
+
+    def _made_as(self, key: Hashable, branches: Sequence[Branch]) -> Execution:
         if key not in self._made:
             found = [dataclasses.replace(branch, mode=find_mode(branch.mode)) for branch in branches]
             self._made[key] = Execution(self._model, found, self._way, self.stats, self.caches)
@@ -196,7 +198,8 @@ class Predictor:
     def of(self, branches: Sequence[Branch]) -> Execution:
         """Return an installed execution; a schedule may ask for layers that were not known before the run."""
         with self._lock:
-            execution, key = self.make(branches), _key(branches)
+            key = _key(branches)
+            execution = self._made_as(key, branches)
             for switch in execution.switches:
                 switch.check_same()
             self._made[key] = self._made.pop(key)  # used last

@@ -402,7 +402,7 @@ class Kept:
         return self._last is not None and self._last.walk.has_opaque
 
     def replaced(self) -> list[str]:
-        """Name the modules whose `forward` somebody has replaced, each with the function."""
+        """Name the modules whose `forward` was replaced from outside, each with the function that replaces it."""
         names = []
         for name, module in self._model.named_modules():
             function = replaced_forward(module)
