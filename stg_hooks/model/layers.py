@@ -32,6 +32,8 @@ _PROJECTIONS = (
     {"query_key_value"},
     {"in_proj_weight"},
 )
+# Norms of queries and keys: beside a projection of another name (`linear1`), they tell that it makes both.
+_NORMS = ({"query_norm", "key_norm"}, {"q_norm", "k_norm"}, {"norm_q", "norm_k"})
 _DEPTH = 20  # of lists in lists
 _MOST = 10_000  # layers that a generator gives
 _SHOWN = 120  # characters of what a user typed, in messages
@@ -66,10 +68,21 @@ def is_attention(module: nn.Module) -> bool:
     names = {*module._modules, *module._parameters}
     if any(wanted <= names for wanted in _PROJECTIONS):
         return True
+    if _norms_queries(module):
+        return True
     kind = type(module).__name__
     if "Attention" in kind and not any(word in kind for word in ("Block", "Layer", "Norm", "Transformer", "Pool")):
         return True
     return bool(stated("ATTENTION", module))
+
+
+def _norms_queries(module: nn.Module) -> bool:
+    """Tell whether a module norms queries and keys that it projects itself: blocks with one projection for all do."""
+    children = list(module._modules.values())
+    pairs = [module._modules, *(child._modules for child in children if child is not None)]
+    if not any(wanted <= names.keys() for wanted in _NORMS for names in pairs):
+        return False
+    return any(isinstance(getattr(child, "weight", None), Tensor) and child.weight.ndim == 2 for child in children)
 
 
 def attention_modules(module: nn.Module) -> tuple[str, ...]:
