@@ -21,6 +21,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import reduce
 from typing import Any
 
 import torch
@@ -75,6 +76,7 @@ class SkipGuidance:
         module: nn.Module,
         request: Request,
         percents: tuple[float, float] = (0.0, 1.0),
+        values: Sequence[Mapping[str, Any]] = (),
         zero_above: float = math.inf,
         execution: str = "auto",
     ) -> None:
@@ -84,6 +86,7 @@ class SkipGuidance:
             module: ComfyUI's `diffusion_model`.
             request: what was asked for, as for `stg.apply`.
             percents: from where to where there is guidance, as ComfyUI's `percent_to_sigma` counts.
+            values: all that a schedule that is a function may give.
             zero_above: noise level above which the denoised prediction is 0 and the model is not called.
             execution: as for `stg.apply`.
 
@@ -91,7 +94,9 @@ class SkipGuidance:
             StgError: a setting or a layer that cannot be used.
         """
         if not 0 <= percents[0] <= percents[1] <= 1:
-            raise SettingError(f"start_percent={percents[0]}, end_percent={percents[1]}: expected 0 <= start <= end <= 1.")
+            raise SettingError(
+                f"start_percent={percents[0]}, end_percent={percents[1]}: expected 0 <= start <= end <= 1."
+            )
         self._key = f"stg_hooks.{next(_NUMBERS)}"
         self._plan = plan_from(module, request)
         self._on = request.on
@@ -99,21 +104,21 @@ class SkipGuidance:
         self._zero_above = zero_above
         self._execution = execution
         self._made: tuple[nn.Module, dict[object, stg.Predictor]] = module, {}
-        self.check(module, self._plan.known)
+        self._known = [*self._plan.known, *map(self._plan.base.changed, values)]
+        for settings in self._known:
+            self._check(module, settings)
 
     def __deepcopy__(self, memo: object) -> SkipGuidance:
         """Stay one object: ComfyUI of 2025 copied the options of a model deeply."""
         return self
 
-    def check(self, module: nn.Module, settings: Sequence[Settings]) -> None:
-        """Raise where the layers of some settings cannot be skipped."""
-        for one in settings:
-            if self._on == "uncond":
-                check_uncond(one)
-            for branch in one.branches:
-                stg.check(module, branch.layers, branch.mode, kind=branch.kind)
-            if one.active:
-                self.predictor(module, one.active)
+    def _check(self, module: nn.Module, settings: Settings) -> None:
+        if self._on == "uncond":
+            check_uncond(settings)
+        for branch in settings.branches:
+            stg.check(module, branch.layers, branch.mode, kind=branch.kind)
+        if settings.active:
+            self.predictor(module, settings.active)
 
     @property
     def settings(self) -> Settings:
@@ -127,13 +132,15 @@ class SkipGuidance:
         found = patcher.clone()
         found.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, self._key, self.predict_noise)
         found.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, self._key, self.calc_cond_batch)
-        has_cfg = any(one.guidance_scale is not None for one in self._plan.known)
+        has_cfg = any(one.guidance_scale is not None for one in self._known)
         found.set_model_sampler_post_cfg_function(self.post_cfg, disable_cfg1_optimization=has_cfg)
         return found
 
     # --- ComfyUI's extension points
 
-    def predict_noise(self, executor: Any, x: Tensor, timestep: Tensor, model_options: Options, seed: Any = None) -> Any:
+    def predict_noise(
+        self, executor: Any, x: Tensor, timestep: Tensor, model_options: Options, seed: Any = None
+    ) -> Any:
         """Begin a step."""
         sigma, of_model = float(timestep.max()), model_options.get("transformer_options", {})
         if sigma > self._zero_above:
@@ -323,17 +330,17 @@ def _has(leaf: object, x: Tensor) -> bool:
 
 def _guided(args: dict[str, Any], settings: Settings, weaks: Sequence[Tensor]) -> Tensor:
     """Combine predictions, on top of what the sampler and other nodes have made of them."""
-    cond, own, denoised = args["cond_denoised"], float(args["cond_scale"]), args["denoised"].float()
+    cond, own = args["cond_denoised"], float(args["cond_scale"])
+    denoised: Tensor = args["denoised"].float()
     uncond = None if args["uncond"] is None else args["uncond_denoised"]
     scale = own if settings.guidance_scale is None else settings.guidance_scale
 
     def rule(c: Tensor, u: Tensor | None, terms: Sequence[Tensor], g: Any) -> Tensor:
         if settings.rule == "cfg" and settings.guidance_scale is None:
-            return sum(terms, denoised)
+            return reduce(torch.add, terms, denoised)
         plain = c if uncond is None else uncond.float() + own * (c - uncond.float())
-        return denoised - plain + find_rule(settings.rule)(c, u, terms, g)
+        combined: Tensor = find_rule(settings.rule)(c, u, terms, g)
+        return denoised - plain + combined
 
     scales = [branch.scale for branch in settings.active]
-    return stg.combine(
-        cond, weaks, uncond, scale=scales, guidance_scale=scale, rescale=settings.rescale, rule=rule
-    )
+    return stg.combine(cond, weaks, uncond, scale=scales, guidance_scale=scale, rescale=settings.rescale, rule=rule)

@@ -78,11 +78,12 @@ def is_attention(module: nn.Module) -> bool:
 
 def _norms_queries(module: nn.Module) -> bool:
     """Tell whether a module norms queries and keys that it projects itself: blocks with one projection for all do."""
-    children = list(module._modules.values())
-    pairs = [module._modules, *(child._modules for child in children if child is not None)]
+    children = [child for child in module._modules.values() if child is not None]
+    pairs = [module._modules, *(child._modules for child in children)]
     if not any(wanted <= names.keys() for wanted in _NORMS for names in pairs):
         return False
-    return any(isinstance(getattr(child, "weight", None), Tensor) and child.weight.ndim == 2 for child in children)
+    weights = [getattr(child, "weight", None) for child in children]
+    return any(isinstance(weight, Tensor) and weight.ndim == 2 for weight in weights)
 
 
 def attention_modules(module: nn.Module) -> tuple[str, ...]:
