@@ -9,6 +9,8 @@ import logging
 import os
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -20,31 +22,47 @@ needs_comfyui = pytest.mark.skipif(not CHECKOUT, reason="STG_HOOKS_COMFYUI names
 
 
 def load() -> None:
-    """Import ComfyUI; it reads the command line, and wants a torchvision that no model here uses."""
+    """Import ComfyUI, which reads the command line."""
     if "comfy.samplers" in sys.modules:
         return
     sys.path.append(CHECKOUT)  # last: it has a `tests` and a `utils` of its own
-    import transformers  # which asks once whether there is a torchvision
+    given, level = sys.argv, logging.getLogger().level
+    try:
+        with torchvision():
+            sys.argv = [sys.argv[0], "--cpu"]
+            import comfy.options
+
+            comfy.options.enable_args_parsing()
+            import comfy.cli_args
+            import comfy.model_patcher
+            import comfy.sample
+            import comfy.samplers
+            import comfy.supported_models
+    finally:
+        sys.argv = given
+        logging.getLogger().setLevel(level)
+
+
+def extra(name: str) -> Any:
+    """Import one of ComfyUI's own nodes, some of which need more packages than its models."""
+    load()
+    with torchvision():
+        return pytest.importorskip(name)
+
+
+@contextmanager
+def torchvision() -> Iterator[None]:
+    """Stand in for torchvision, which is imported, but not used here, within a `with`."""
+    import transformers  # which asks once whether there is one
 
     assert transformers
-    given, sys.argv = sys.argv, [sys.argv[0], "--cpu"]
     stubs = [name for name in ("torchvision", "torchvision.transforms") if name not in sys.modules]
     for name in stubs:
         sys.modules[name] = types.ModuleType(name)
     sys.modules["torchvision"].transforms = sys.modules["torchvision.transforms"]  # type: ignore[attr-defined]
-    level = logging.getLogger().level
     try:
-        import comfy.options
-
-        comfy.options.enable_args_parsing()
-        import comfy.cli_args
-        import comfy.model_patcher
-        import comfy.sample
-        import comfy.samplers
-        import comfy.supported_models
+        yield
     finally:
-        sys.argv = given
-        logging.getLogger().setLevel(level)
         for name in stubs:
             del sys.modules[name]
 
