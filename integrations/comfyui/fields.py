@@ -16,7 +16,7 @@ _SPACED = re.compile(r"(?<=\d)\s*-\s*(?=\d)")  # "8 - 11"
 _NUMBER = re.compile(r"[+-]?\d+")
 _RANGE = re.compile(r"(.*?)(-?\d+)-(-?\d+)")
 _MOST = 1000
-_SLACK = 1e-6  # noise levels of a run are float32, typed ones are not
+SLACK = 1e-6  # noise levels of a run are float32, typed ones are not
 
 
 def layers_from(text: str, field: str = "layers") -> list[int | str]:
@@ -92,6 +92,13 @@ def layer_lists_from(text: str, field: str) -> list[list[int | str]]:
     return [layers_from(part, field) for part in re.findall(r"\[([^\[\]]*)\]", inside)]
 
 
+def limits_from(low: float, high: float) -> tuple[float, float] | None:
+    """Read a lowest and a highest noise level, where a negative number means no limit."""
+    if low < 0 and high < 0:
+        return None
+    return max(low, 0.0) * (1 - SLACK), high * (1 + SLACK) if high >= 0 else math.inf
+
+
 def schedule_from(
     sigmas: str, *, scale: str = "", rescale: str = "", guidance_scale: str = "", layers: str = ""
 ) -> tuple[Callable[[Step], Mapping[str, Any]], list[Mapping[str, Any]]] | None:
@@ -130,7 +137,7 @@ def schedule_from(
     entries: list[Mapping[str, Any]] = [{name: lists[name][i] for name in lists} for i in range(len(levels))]
 
     def schedule(step: Step) -> Mapping[str, Any]:
-        sigma = known(step.sigma, "lists by sigma are about the noise level", "sigma") * (1 - _SLACK)
+        sigma = known(step.sigma, "lists by sigma are about the noise level", "sigma") * (1 - SLACK)
         above = [i for i, level in enumerate(levels) if level >= sigma]
         return entries[min(above, key=levels.__getitem__) if above else -1]
 

@@ -34,6 +34,7 @@ from stg_hooks.guidance.guide import check_uncond
 from stg_hooks.guidance.rules import find_rule
 from stg_hooks.guidance.schedule import Request, Settings, plan_from
 from stg_hooks.integrations.comfyui.attention import visible_attention
+from stg_hooks.integrations.comfyui.fields import SLACK
 from stg_hooks.step import Step
 
 Options = dict[str, Any]
@@ -278,7 +279,8 @@ class SkipGuidance:
         """Return what holds in a step."""
         if step.settings is None:
             high, low = map(model.model_sampling.percent_to_sigma, self._percents)
-            step.settings = self._plan.at(step.place) if low <= step.sigma <= high else Settings(())
+            is_on = low * (1 - SLACK) <= step.sigma <= high * (1 + SLACK)
+            step.settings = self._plan.at(step.place) if is_on else Settings(())
         return step.settings
 
     def _wrapped(self, options: Options, wrapper: Wrapper) -> Options:

@@ -14,7 +14,7 @@ from stg_hooks.errors import SettingError
 from stg_hooks.guidance.rules import RULES
 from stg_hooks.guidance.schedule import Request
 from stg_hooks.guidance.settings import preset_for, recommended
-from stg_hooks.integrations.comfyui.fields import layers_from, schedule_from
+from stg_hooks.integrations.comfyui.fields import layers_from, limits_from, schedule_from
 from stg_hooks.integrations.comfyui.guidance import SkipGuidance
 from stg_hooks.modes.modes import MODES
 from stg_hooks.passes.execution import EXECUTIONS
@@ -137,9 +137,7 @@ class STGGuidance:
         lists = schedule_from(
             sigmas, scale=scale_by_sigma, guidance_scale=cfg_by_sigma, rescale=rescale_by_sigma, layers=layers_by_sigma
         )
-        limits = None
-        if sigma_min >= 0 or sigma_max >= 0:
-            limits = max(sigma_min, 0.0), sigma_max if sigma_max >= 0 else math.inf
+        limits = limits_from(sigma_min, sigma_max)
         request = dataclasses.replace(request, sigma_range=limits, schedule=lists and lists[0])
         guidance = SkipGuidance(
             module,
