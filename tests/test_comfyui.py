@@ -414,24 +414,23 @@ def test_the_layers_of_a_model_as_text(patcher: Patcher) -> None:
 def test_the_folder_is_an_entry_of_custom_nodes(tmp_path: Path) -> None:
     """In a process of its own, without ComfyUI: loading it imports no host."""
     (tmp_path / "__init__.py").write_text('"""STG."""\nfrom stg_hooks.integrations.comfyui import *\n')
-    for folder in (tmp_path, Path(nodes.__file__).parent):
-        code = (
-            "import importlib.util, sys\n"
-            f"spec = importlib.util.spec_from_file_location('pack', {str(folder / '__init__.py')!r})\n"
-            "pack = importlib.util.module_from_spec(spec); sys.modules['pack'] = pack\n"
-            "spec.loader.exec_module(pack)\n"
-            "assert 'comfy' not in sys.modules\n"
-            "print(*sorted(pack.NODE_CLASS_MAPPINGS), callable(pack.comfy_entrypoint))"
-        )
-        root = str(Path(stg.__file__).parent.parent)
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ | {"PYTHONPATH": root},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert done.stdout.split() == ["STGGuidance", "STGGuidanceAdvanced", "STGLayers", "True"]
+    code = """
+import importlib.util, sys
+for number, folder in enumerate(sys.argv[1:]):
+    spec = importlib.util.spec_from_file_location(f"pack{number}", f"{folder}/__init__.py")
+    sys.modules[f"pack{number}"] = pack = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pack)
+    assert not {"comfy", "comfy_api"} & set(sys.modules)
+    print(*sorted(pack.NODE_CLASS_MAPPINGS), callable(pack.comfy_entrypoint))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path, Path(nodes.__file__).parent],
+        env=os.environ | {"PYTHONPATH": str(Path(stg.__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == ["STGGuidance STGGuidanceAdvanced STGLayers True"] * 2
 
 
 def test_steps_are_counted_by_the_noise_levels_of_a_run(patcher: Patcher) -> None:

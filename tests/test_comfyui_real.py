@@ -261,6 +261,43 @@ def test_context_windows() -> None:
     assert made.stats.weak_passes == 3 * 2  # one per window and step
 
 
+def test_control_acts_on_weak_predictions_and_runs_once() -> None:
+    import comfy.controlnet
+
+    calls = []
+
+    class Control(comfy.controlnet.ControlBase):  # type: ignore[misc]
+        def get_control(self, x: Tensor, *_: Any) -> Any:
+            calls.append(1)
+            extra = torch.linspace(-1, 1, 64 * 16).reshape(1, 64, 4, 4)
+            return {"middle": [extra.expand(len(x), -1, -1, -1)], "output": [None, extra], "input": []}  # popped from
+
+        def get_models(self) -> list[Any]:
+            return []
+
+    patcher = build("SD15")
+    positive = conditioning("SD15", 1, control=Control(), control_apply_to_uncond=False)
+    expected = by_hand(patcher, "SD15", lambda model: without(model, "SD15"), stg_with(3.0, 1.0), positive=positive)
+    assert float((expected - sample(patcher, "SD15", positive=positive)).abs().max()) > 0.01
+    calls.clear()
+    assert_close(sample(node()(patcher, "2", "residual"), "SD15", positive=positive), expected, **close)
+    assert len(calls) == 3
+
+
+def test_published_settings_are_found_for_comfyuis_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, change, layers in (
+        ("LTXV", {"num_layers": 28}, "transformer_blocks.19"),
+        ("Wan", {"num_layers": 40}, "blocks.8"),
+        ("HunyuanVideo", {"depth": 20, "depth_single_blocks": 40}, "double_blocks.2"),
+    ):
+        kind, given, *rest = comfy_models.MODELS[name]
+        monkeypatch.setitem(comfy_models.MODELS, name, (kind, {**given, **change}, *rest))
+        patcher = build(name)
+        guided, info = nodes.STGGuidance().guide(patcher)
+        assert f"skipped: {layers} (mode residual" in info
+        assert float((sample(guided, name, steps=1) - sample(patcher, name, steps=1)).abs().max()) > 0
+
+
 def test_two_nodes_add_their_terms_and_clones_do_not_meet() -> None:
     patcher = build("LTXV")
     one = node()(patcher, "2", "residual", 1.0)
