@@ -262,11 +262,11 @@ def test_context_windows() -> None:
 
 
 def test_control_acts_on_weak_predictions_and_runs_once() -> None:
-    import comfy.controlnet
+    controlnet = comfy_models.extra("comfy.controlnet")
 
     calls = []
 
-    class Control(comfy.controlnet.ControlBase):  # type: ignore[misc]
+    class Control(controlnet.ControlBase):  # type: ignore[misc]
         def get_control(self, x: Tensor, *_: Any) -> Any:
             calls.append(1)
             extra = torch.linspace(-1, 1, 64 * 16).reshape(1, 64, 4, 4)
