@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import logging
 import os
 import sys
@@ -154,6 +156,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int, int | None]] 
     "SD15": ("SD15", UNET, (4, 8, 8), 20, None),
 }
 
+PARAMETERS = {
+    "Flux": ("comfy.ldm.flux.model", "FluxParams"),
+    "HunyuanVideo": ("comfy.ldm.hunyuan_video.model", "HunyuanVideoParams"),
+}
+
 
 def build(name: str, seed: int = 0) -> Any:
     """Return a tiny `ModelPatcher`, as `UNETLoader` gives it."""
@@ -162,6 +169,10 @@ def build(name: str, seed: int = 0) -> Any:
     import comfy.supported_models
 
     kind, given, *_ = MODELS[name]
+    if name in PARAMETERS:  # which have come one by one
+        module, parameters = PARAMETERS[name]
+        known = dataclasses.fields(getattr(importlib.import_module(module), parameters))
+        given = {key: given[key] for key in given.keys() & {"image_model", *(field.name for field in known)}}
     config = getattr(comfy.supported_models, kind)(dict(given))
     config.set_inference_dtype(torch.float32, None)
     device = torch.device("cpu")
