@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import subprocess
@@ -21,6 +22,8 @@ from stg_hooks.integrations.comfyui import fields, nodes
 from tests import comfy_stand_in, zoo
 from tests.comfy_stand_in import Guider, Model, Patcher, comfy, prompt
 
+ROOT = Path(__file__).resolve().parents[1]
+WORKFLOW = "integrations/comfyui/example_workflows/stg_ltx_video.json"
 close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 exact: dict[str, Any] = {"rtol": 0, "atol": 0}
 pytestmark = [pytest.mark.usefixtures("comfy"), pytest.mark.filterwarnings("error::stg_hooks.StgWarning")]
@@ -431,6 +434,33 @@ for number, folder in enumerate(sys.argv[1:]):
         check=True,
     )
     assert done.stdout.splitlines() == ["STGGuidance STGGuidanceAdvanced STGLayers True"] * 2
+
+
+def test_the_example_workflow_and_its_picture() -> None:
+    workflow = json.loads((ROOT / WORKFLOW).read_text(encoding="utf-8"))
+    known = {node["id"]: node for node in workflow["nodes"]}
+    assert len(known) == workflow["last_node_id"]
+    for number, source, slot, target, place, kind in workflow["links"]:
+        output, given = known[source]["outputs"][slot], known[target]["inputs"][place]
+        assert number in output["links"]
+        assert given["link"] == number
+        assert output["type"] == kind
+        assert given["type"] in (kind, "*")
+    (ours,) = (node for node in workflow["nodes"] if node["type"] == "STGGuidance")
+    required = nodes.STGGuidance.INPUT_TYPES()["required"]
+    assert [given["name"] for given in ours["inputs"]] == ["model"]
+    assert ours["widgets_values"] == [given[1]["default"] for name, given in required.items() if name != "model"]
+    assert [(output["name"], output["type"]) for output in ours["outputs"]] == [
+        *zip(nodes.STGGuidance.RETURN_NAMES, nodes.STGGuidance.RETURN_TYPES, strict=True)
+    ]
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs/draw_workflow.py", ROOT / WORKFLOW, "/dev/stdout"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == (ROOT / "docs/images/comfyui-workflow.svg").read_text(encoding="utf-8")
 
 
 def test_steps_are_counted_by_the_noise_levels_of_a_run(patcher: Patcher) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -488,6 +489,38 @@ def test_comfyui_loads_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         spec.loader.exec_module(loaded)
         assert set(loaded.NODE_CLASS_MAPPINGS) == {"STGGuidance", "STGGuidanceAdvanced", "STGLayers"}
         assert callable(loaded.comfy_entrypoint)
+
+
+def test_comfyuis_nodes_have_the_fields_of_the_example_workflow() -> None:
+    known = dict(comfy_models.extra("nodes").NODE_CLASS_MAPPINGS)
+    for name in ("nodes_lt", "nodes_preview_any"):
+        module = comfy_models.extra(f"comfy_extras.{name}")
+        known.update(getattr(module, "NODE_CLASS_MAPPINGS", {}))
+        if hasattr(module, "comfy_entrypoint"):
+            extension = asyncio.run(module.comfy_entrypoint())
+            known.update({node.GET_SCHEMA().node_id: node for node in asyncio.run(extension.get_node_list())})
+    known.update(nodes.NODE_CLASS_MAPPINGS)
+    file = Path(nodes.__file__).parent / "example_workflows" / "stg_ltx_video.json"
+    for node in json.loads(file.read_text(encoding="utf-8"))["nodes"]:
+        if node["type"] == "SaveAnimatedWEBP":  # its module does not load outside of ComfyUI's own process
+            continue
+        given = known[node["type"]].INPUT_TYPES()
+        inputs = {name: kind for group in ("required", "optional") for name, kind in given.get(group, {}).items()}
+        slots = [name for name, kind in inputs.items() if not _is_widget(kind)]
+        assert [slot["name"] for slot in node["inputs"]] == slots, node["type"]
+        widgets = [name for name, kind in inputs.items() if _is_widget(kind)]
+        values = [value for value in node["widgets_values"] if value != "randomize"]
+        assert len(values) == len(widgets), node["type"]
+        for name, value in zip(widgets, values, strict=True):
+            kind = inputs[name][0]
+            python = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}.get(
+                kind if type(kind) is str else "", str
+            )
+            assert isinstance(value, python), (node["type"], name)
+
+
+def _is_widget(given: Any) -> bool:
+    return isinstance(given[0], list) or str(given[0]) in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
 
 def test_the_nodes_in_the_v3_schema() -> None:

@@ -9,11 +9,10 @@ from typing import Any, ClassVar
 from torch import nn
 
 import stg_hooks as stg
-from stg_hooks.adapters import PUBLISHED
 from stg_hooks.errors import SettingError
 from stg_hooks.guidance.rules import RULES
 from stg_hooks.guidance.schedule import Request
-from stg_hooks.guidance.settings import preset_for, recommended
+from stg_hooks.guidance.settings import preset_for, published_names, recommended
 from stg_hooks.integrations.comfyui.fields import layers_from, limits_from, schedule_from
 from stg_hooks.integrations.comfyui.guidance import SkipGuidance
 from stg_hooks.modes.modes import MODES
@@ -61,7 +60,7 @@ _GUIDANCE: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 _ADVANCED: dict[str, tuple[Any, dict[str, Any]]] = {
     "preset": _choice(
-        [NONE, *(setting.name for setting in PUBLISHED)],
+        [NONE, *published_names()],
         "A published setting for this model, whole: layers, mode, scale, rescale, rule and what changes by noise "
         "level. It takes the place of those fields; leave layers empty. The text that comes out names its source.",
     ),

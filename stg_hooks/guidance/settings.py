@@ -145,6 +145,11 @@ def _table() -> Sequence[Published]:
     return table
 
 
+def published_names() -> list[str]:
+    """Return the names of all published settings, as `preset` takes them."""
+    return [setting.name for setting in _table()]
+
+
 def published_settings(module: nn.Module) -> list[Published]:
     """Return the published settings for a module, the recommended one first."""
     return [setting for setting in _table() if setting.fits(module)]
@@ -183,7 +188,7 @@ def preset_for(module: nn.Module, name: str) -> Published:
     found = [setting for setting in table if setting.name.lower() == str(name).lower()]
     if not found:
         fitting = [setting.name for setting in published_settings(module)]
-        names = [setting.name for setting in table]
+        names = published_names()
         raise SettingError(
             f"preset={name!r} does not exist."
             + (closest(str(name), names) or f" There is {', '.join(map(repr, names))}.")
