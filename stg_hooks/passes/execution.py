@@ -71,6 +71,8 @@ class _Known:
     """What is known about the calls of one layout."""
 
     prefix: Layout
+    draws: bool
+    """Such calls draw random numbers, after the prefix."""
     in_one_pass: bool = False
     """One pass with more rows has given the same."""
 
@@ -271,7 +273,8 @@ class Execution:
         if before is None or after is None:
             yield
             return
-        before.put_back()
+        if after is not before:
+            before.put_back()
         if call.random_before is not None:
             call.random_before.put_back()
         try:
@@ -310,6 +313,9 @@ class Execution:
             return denoiser(*args, **kwargs)
         cond = slice(None) if rows is None else rows.of(batch)
         known = self._known.get(call.layout)
+        if known is not None and known.prefix.has_new_hooks():
+            self._known.pop(call.layout)
+            known = None
         is_batched = self.way == "batched" and call.cut is None  # hosts say how to cut, not how to add rows
         if is_batched and known is not None and known.in_one_pass:
             try:
@@ -317,14 +323,16 @@ class Execution:
             except RowsError as error:
                 self._stop_batching(error)
         once = dataclasses.replace(call) if is_batched else None  # as it is made here: weak passes may go another way
+        look = partial(self._kept.look, call.before) if known is None or self._keeps_state else None
+        units = self._prefix
         if known is None:
             self._seen[call.layout] += 1
-            prefix: Prefix = Recording(self._starts, batch, cond, call.layout in self._keeps_all)
+            prefix: Prefix = Recording(self._starts, batch, cond, call.layout in self._keeps_all, look)
         else:
-            prefix = Repetition(known.prefix, self._starts, batch, cond)
-        if known is None or self._keeps_state:
-            prefix.look = partial(self._kept.look, call.before)
-        with pushed(self._patches_of(self._prefix), [prefix.action(unit) for unit in self._prefix]):
+            prefix = Repetition(known.prefix, self._starts, batch, cond, look)
+            if look is None:
+                units = [unit for unit in units if id(unit) in known.prefix.units]
+        with pushed(self._patches_of(units), [prefix.action(unit) for unit in units]):
             output = denoiser(*args, **kwargs)
         prefix.finish()
         if isinstance(prefix, Repetition) and prefix.differs:
@@ -443,6 +451,9 @@ class Execution:
         if isinstance(prefix, Recording) and not is_to_be_checked and prefix.has_gaps:
             self._keeps_all.add(call.layout)  # without a check nothing would tell that NaN has come through
             return None
+        if call.random_before is not None and isinstance(prefix, Repetition) and not self._known[call.layout].draws:
+            del self._known[call.layout]  # blocks whose calls are not looked at may draw them
+            return None
         prefix.is_reused = prefix.is_reused or is_to_be_checked
         stats = dataclasses.replace(self._stats)
         results = []
@@ -467,7 +478,7 @@ class Execution:
         if isinstance(prefix, Recording):
             if len(self._known) >= _LAYOUTS:
                 self._known.clear()
-            self._known[call.layout] = _Known(Layout(prefix))
+            self._known[call.layout] = _Known(Layout(prefix), call.random_before is not None)
         return results
 
     def _sets_again(self, prefix: Prefix) -> bool:
