@@ -21,10 +21,12 @@ from stg_hooks.hooks.compiled import compiled_among, eagerly, is_compiled, surro
 from stg_hooks.hooks.forward import Patch, patched, pushed
 from stg_hooks.model.layers import Layer, find_layers
 from stg_hooks.model.source import parameter_names
+from stg_hooks.modes.modes import MODES
 from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.batched import BatchedPass, RowsError
 from stg_hooks.passes.caches import Caches
 from stg_hooks.passes.effects import Randomness
+from stg_hooks.passes.findings import Findings, KnownLayout, forget, recall
 from stg_hooks.passes.guided_call import Arguments, GuidedCall, checking, layout_of, weak_pass
 from stg_hooks.passes.inputs import Inputs, Written
 from stg_hooks.passes.rows import (
@@ -48,7 +50,7 @@ from stg_hooks.passes.shared import (
     Repetition,
     prefix_units,
 )
-from stg_hooks.passes.state import Copies, Kept, counted, parts_of
+from stg_hooks.passes.state import Copies, Kept, Snapshot, counted, parts_of
 from stg_hooks.passes.streaming import weights_are_streamed
 
 EXECUTIONS = ("auto", "sequential", "batched", "full")
@@ -64,17 +66,6 @@ class NotSharedError(Exception):
 
 class _GapsError(Exception):
     """What was let go may be wanted."""
-
-
-@dataclasses.dataclass
-class _Known:
-    """What is known about the calls of one layout."""
-
-    prefix: Layout
-    draws: bool
-    """Such calls draw random numbers, after the prefix."""
-    in_one_pass: bool = False
-    """One pass with more rows has given the same."""
 
 
 class Execution:
@@ -150,11 +141,11 @@ class Execution:
         self._surrounding = {way: surrounding(model, units) for way, units in self._units.items()}
         self._uncompiled: list[nn.Module] = []
         self._patches: dict[int, Patch] = {}
-        self._keeps_all: set[Hashable] = set()  # layouts of which nothing is let go
-        self._known: dict[Hashable, _Known] = {}
+        self._key = execution, *(_what(switch, branch) for switch, branch in zip(self.switches, branches, strict=True))
+        self._found = Findings()
         self._written: Written = {}
+        self._is_new = True
         self._seen: Counter[Hashable] = Counter()  # how often a layout had to be recorded
-        self._cut: set[Hashable] = set()  # layouts whose cond rows are known to be found
         # Who moves weights about may move buffers, too.
         self._kept = Kept(model, with_buffers=not self._streams)
         self._keeps_state = self._keeps_tensors = False
@@ -163,7 +154,6 @@ class Execution:
         # What is compiled would be compiled anew for each look.
         self._parts = {} if any(map(is_compiled, model.modules())) else parts_of(model)
         self._copies = [Copies() for _ in branches]
-        self._again: dict[Hashable, int] = {}  # how many calls of a layout could have been made once more
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -203,6 +193,15 @@ class Execution:
         """Look at the arguments of a call, before it is made."""
         return Inputs(args, kwargs, self._written)
 
+    def _look(self) -> Snapshot:
+        """Look at what the model keeps before a call; the first time, recall what is known of a model like this."""
+        before = self._kept.look()
+        if self._is_new:
+            self._is_new = False
+            if self._caches.found is None and all(switch.mode in MODES.values() for switch in self.switches):
+                self._found = recall(self._model, (self._key, before.mark()))
+        return before
+
     def cond_pass(
         self,
         denoiser: Callable[..., Any],
@@ -229,7 +228,7 @@ class Execution:
             inputs = self.inputs(args, kwargs)
         call = GuidedCall(denoiser, inputs, rows, cut=cut)
         call.layout = layout_of(args, kwargs, rows)
-        call.before = before = self._kept.look()
+        call.before = before = self._look()
         is_counted = call.layout in self._runs
         randomness = Randomness.for_call(args, kwargs)
         with counted(self._parts) if is_counted else nullcontext(set[str]()) as run:
@@ -245,7 +244,9 @@ class Execution:
             output = denoiser(*call.inputs.again()[0], **call.inputs.again()[1])
             after = self._kept.look(before)
         call.after = after
-        self._keeps_state = self._keeps_state or call.changes_state
+        if call.changes_state and not self._keeps_state:
+            self._keeps_state = True
+            forget(self._model)  # what it computes in other calls depends on what it keeps
         self._keeps_tensors = self._keeps_tensors or (call.changes_state and before.has_new_tensors())
         if is_counted:
             known = self._runs[call.layout]
@@ -312,9 +313,9 @@ class Execution:
         if self.way in ("full", "whole") or batch is None or (rows is not None and not rows.fit(batch)):
             return denoiser(*args, **kwargs)
         cond = slice(None) if rows is None else rows.of(batch)
-        known = self._known.get(call.layout)
+        known = self._found.known.get(call.layout)
         if known is not None and known.prefix.has_new_hooks():
-            self._known.pop(call.layout)
+            self._found.known.pop(call.layout)
             known = None
         is_batched = self.way == "batched" and call.cut is None  # hosts say how to cut, not how to add rows
         if is_batched and known is not None and known.in_one_pass:
@@ -327,7 +328,7 @@ class Execution:
         units = self._prefix
         if known is None:
             self._seen[call.layout] += 1
-            prefix: Prefix = Recording(self._starts, batch, cond, call.layout in self._keeps_all, look)
+            prefix: Prefix = Recording(self._starts, batch, cond, call.layout in self._found.keeps_all, look)
         else:
             prefix = Repetition(known.prefix, self._starts, batch, cond, look)
             if look is None:
@@ -336,7 +337,7 @@ class Execution:
             output = denoiser(*args, **kwargs)
         prefix.finish()
         if isinstance(prefix, Repetition) and prefix.differs:
-            self._known.pop(call.layout, None)
+            self._found.known.pop(call.layout, None)
         else:
             call.prefix = prefix
         if once is not None:
@@ -367,7 +368,7 @@ class Execution:
             got = [*again, *itertools.chain(*(call.weaks or []))]
             if not agree(got, expected):
                 raise RowsError("rows influence each other, or were cut wrongly")
-            self._known[call.layout].in_one_pass = True
+            self._found.known[call.layout].in_one_pass = True
         except Exception as error:
             self._stop_batching(error)
         finally:
@@ -449,10 +450,11 @@ class Execution:
             return None
         is_to_be_checked = isinstance(prefix, Recording) and (call.rows is not None or call.is_comparable)
         if isinstance(prefix, Recording) and not is_to_be_checked and prefix.has_gaps:
-            self._keeps_all.add(call.layout)  # without a check nothing would tell that NaN has come through
+            self._found.keeps_all.add(call.layout)  # without a check nothing would tell that NaN has come through
             return None
-        if call.random_before is not None and isinstance(prefix, Repetition) and not self._known[call.layout].draws:
-            del self._known[call.layout]  # blocks whose calls are not looked at may draw them
+        is_known = isinstance(prefix, Repetition)
+        if is_known and call.random_before is not None and not self._found.known[call.layout].draws:
+            del self._found.known[call.layout]  # blocks whose calls are not looked at may draw them
             return None
         prefix.is_reused = prefix.is_reused or is_to_be_checked
         stats = dataclasses.replace(self._stats)
@@ -467,18 +469,18 @@ class Execution:
                 self._check_shared(call, prefix, results)
         except (NotSharedError, PrefixMismatchError, _GapsError) as error:
             vars(self._stats).update(vars(stats))
-            self._known.pop(call.layout, None)
+            self._found.known.pop(call.layout, None)
             if prefix.is_broken:
                 self._stop_sharing("it calls other blocks in the weak pass than in the cond pass")
             elif isinstance(error, _GapsError):
-                self._keeps_all.add(call.layout)  # from the next call on
+                self._found.keeps_all.add(call.layout)  # from the next call on
             else:
                 call.conclude = partial(self._stop_sharing, str(error))
             return None
         if isinstance(prefix, Recording):
-            if len(self._known) >= _LAYOUTS:
-                self._known.clear()
-            self._known[call.layout] = _Known(Layout(prefix), call.random_before is not None)
+            if len(self._found.known) >= _LAYOUTS:
+                self._found.known.clear()
+            self._found.known[call.layout] = KnownLayout(Layout(prefix), call.random_before is not None)
         return results
 
     def _sets_again(self, prefix: Prefix) -> bool:
@@ -597,7 +599,7 @@ class Execution:
         Raises:
             CallError: what comes out is another prediction than the cond pass has made.
         """
-        count = self._again[call.layout] = self._again.get(call.layout, 0) + 1
+        count = self._found.again[call.layout] = self._found.again.get(call.layout, 0) + 1
         if count > _PATIENCE or not call.is_comparable or self._caches.found is not None:
             return
         replaced = self._kept.replaced()
@@ -618,7 +620,7 @@ class Execution:
                 )
 
     def _is_to_be_checked(self, call: GuidedCall) -> bool:
-        return call.rows is not None and call.layout not in self._cut
+        return call.rows is not None and call.layout not in self._found.cut
 
     def _check_rows(self, call: GuidedCall) -> bool:
         """Make a pass on the cond rows with nothing skipped, once: it has to give what the cond pass gave.
@@ -636,7 +638,7 @@ class Execution:
                     args, kwargs = call.inputs.again()
                     cond = [call.rows.take(t) for t in predictions(call.denoiser(*args, **kwargs))]
             if agree(again, cond):
-                self._cut.add(call.layout)
+                self._found.cut.add(call.layout)
                 if self._caches.found is None:
                     call.alone = dict.fromkeys(range(len(self.switches)), again)
                 return True
@@ -679,9 +681,9 @@ class Execution:
         if batch is None or batch % 2:
             raise CallError(f"a call with {batch or 'no'} rows cannot be [uncond, cond], which batched_cfg=True says.")
         unconds, conds = (Rows.chosen(half, batch) for half in (slice(batch // 2), slice(batch // 2, None)))
-        layout = layout_of(args, kwargs, conds)
-        if layout in self._cut and layout_of(args, kwargs, unconds) in self._cut and not self._keeps_state:
-            inputs, before, found = self.inputs(args, kwargs), self._kept.look(), []
+        layout, before = layout_of(args, kwargs, conds), self._look()
+        if layout in self._found.cut and layout_of(args, kwargs, unconds) in self._found.cut and not self._keeps_state:
+            inputs, found = self.inputs(args, kwargs), []
             for rows in (unconds, conds):
                 assert rows is not None
                 own_args, own_kwargs = take_rows(*inputs.again(), self._names, batch, rows.of(batch))
@@ -697,7 +699,7 @@ class Execution:
         stats = dataclasses.replace(self._stats)
         (weak,) = self.weak_predictions(call, [halves(tensor)[0] for tensor in own])
         vars(self._stats).update(vars(stats))  # a weak pass takes the place of an uncond one
-        if layout_of(args, kwargs, unconds) in self._cut and layout not in self._cut:
+        if layout_of(args, kwargs, unconds) in self._found.cut and layout not in self._found.cut:
             other = dataclasses.replace(call, rows=conds, layout=layout, cond=[halves(tensor)[1] for tensor in own])
             if not self._check_rows(other) and other.conclude is not None:
                 other.conclude()
@@ -729,11 +731,15 @@ def _block_of(module: nn.Module, layers: Sequence[Layer]) -> nn.Module:
     return module
 
 
+def _what(switch: Switch, branch: Branch) -> Hashable:
+    return switch.mode, branch.kind, tuple(layer.name for layer in switch.layers)
+
+
 def _check_different(switches: Sequence[Switch], branches: Sequence[Branch]) -> None:
     """Raise if two branches would compute the same."""
     seen: dict[object, int] = {}
     for i, (switch, branch) in enumerate(zip(switches, branches, strict=True)):
-        what = switch.mode, branch.kind, tuple(layer.name for layer in switch.layers)
+        what = _what(switch, branch)
         if what in seen:
             first = branches[seen[what]].scale
             both = "" if isinstance(first, Tensor) or isinstance(branch.scale, Tensor) else f" {first + branch.scale}"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
+import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -98,7 +99,8 @@ class Given:
 class Step:
     """One call of a unit."""
 
-    unit: nn.Module
+    unit: weakref.ref[nn.Module]
+    """Weak, because what is known of a model must not keep its parts alive."""
     spec: pytree.TreeSpec | None
     """The structure of its output; `None` for a bare tensor."""
     values: list[Any] | None
@@ -110,7 +112,7 @@ class Step:
         """Look at what the step needs."""
         self.takes_arguments = bool(self.writes) or any(isinstance(value, Given) for value in self.values or ())
         self.keeps = any(output.is_kept for output in self.outputs)
-        self.is_watched = bool(self.unit._forward_hooks)
+        self.is_watched = bool(_hooks_of(self))
 
     @property
     def outputs(self) -> list[Output]:
@@ -232,7 +234,7 @@ class Prefix:
 
     def answered(self, branch: int) -> list[int]:
         """List the units (by `id`) that answer from the record in a branch's weak pass."""
-        return [id(step.unit) for step in self.steps[: self.ends[branch]] if step.values is not None]
+        return [id(step.unit()) for step in self.steps[: self.ends[branch]] if step.values is not None]
 
     @contextmanager
     def replayed(self, branch: int, patches: Sequence[Patch], units: Sequence[nn.Module]) -> Iterator[None]:
@@ -257,7 +259,7 @@ class Prefix:
                 if position == end or inside:
                     return proceed(*args, **kwargs)
                 step = self.steps[position]
-                if step.unit is not unit:
+                if step.unit() is not unit:
                     self.is_broken = True
                     raise PrefixMismatchError
                 position += 1
@@ -402,7 +404,7 @@ class Recording(Prefix):
             and all(self._has_known_rows(tensor) for _, tensor in into)
         )
         if not can_share:  # it will run again, on what it was given
-            self.steps.append(Step(unit, spec, None, []))
+            self.steps.append(Step(weakref.ref(unit), spec, None, []))
             self._last = []
             for live in self._live:
                 live.is_needed = live.is_needed or live.storage in storages
@@ -411,7 +413,7 @@ class Recording(Prefix):
             lives[id(tensor)] = live = lives.get(id(tensor)) or self._new(tensor, is_watched)
             self._let_go([other for other in self._live if other.memory == live.memory])
         writes = [(i, lives[id(tensor)].output) for i, tensor in into]
-        self.steps.append(Step(unit, spec, outputs, writes))
+        self.steps.append(Step(weakref.ref(unit), spec, outputs, writes))
         self._last = list(lives.values())
         self._live += self._last
 
@@ -438,15 +440,15 @@ class Layout:
         self.steps = [_without_values(step) for step in recording.steps]
         # Of a unit with anything to keep all calls are seen, to tell one from the next; of the others none, unless
         # units call each other.
-        kept = {id(step.unit) for step in self.steps if step.keeps or recording.is_nested}
+        kept = {id(step.unit()) for step in self.steps if step.keeps or recording.is_nested}
         self.units = {*kept, *itertools.chain(*recording.starts)}
         """The units (by `id`) whose calls are to be seen."""
-        self.seen = [i for i, step in enumerate(self.steps) if id(step.unit) in self.units]
+        self.seen = [i for i, step in enumerate(self.steps) if id(step.unit()) in self.units]
         """The steps that are calls of these."""
 
     def has_new_hooks(self) -> bool:
         """Tell whether somebody looks at outputs that are not kept."""
-        return any(step.unit._forward_hooks and not step.is_watched for step in self.steps)
+        return any(_hooks_of(step) and not step.is_watched for step in self.steps)
 
 
 class Repetition(Prefix):
@@ -484,7 +486,7 @@ class Repetition(Prefix):
 
     def _begin(self, unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
         step = self.steps[self._seen[self._done]] if self._done < len(self._seen) else None
-        if step is None or step.unit is not unit:
+        if step is None or step.unit() is not unit:
             self._differ()
             return None
         return None if step.writes or not self._sees_writes else _versions(args, kwargs)
@@ -541,6 +543,10 @@ class Repetition(Prefix):
             rows = cut(value, self.rows, self.batch, known.folded).clone()
             new[known] = Output(rows, known.shape, known.folded)
         return True
+
+
+def _hooks_of(step: Step) -> object:
+    return getattr(step.unit(), "_forward_hooks", None)
 
 
 def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:

@@ -8,7 +8,7 @@ import itertools
 import operator
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stg_hooks.errors import CallError
+from stg_hooks.hooks.compiled import is_compiled
 from stg_hooks.hooks.forward import Action, patched, pushed
 from stg_hooks.model.layers import is_attention
 from stg_hooks.passes.effects import _NO_STATE, count_of_writes
@@ -131,7 +132,8 @@ class _Walk:
         self._kept_alive: list[object] = []
         self._sealed: list[dict[str, Any]] = []
         self._own: list[set[str]] = []
-        for module in modules:
+        self._modules = list(modules)
+        for module in self._modules:
             if _library(type(module)) in _LIBRARIES and "torch.nn" not in type(module).__module__:
                 continue
             values = module.__dict__
@@ -157,6 +159,10 @@ class _Walk:
         self._lengths = [*map(len, self._mappings)]
         self._others = [holder for holder in self.holders if not isinstance(holder, _Attributes)]
         self._sizes = [*map(len, self._sealed)]
+
+    def mark(self) -> int:
+        """Return a number that tells of which modules the model is made, and what goes around their calls."""
+        return hash(tuple(map(_mark, self._modules)))
 
     def values(self) -> list[Any] | None:
         """List all that is held, in an order of its own; `None` where a container has more or less than it had."""
@@ -274,6 +280,18 @@ class Snapshot:
         self.values = walk.values() if values is None else values
         self.writes = [count_of_writes(tensor) for tensor in walk.tensors]
         self.copies = {id(tensor): copies(tensor) for tensor in walk.tensors}
+
+    def mark(self) -> int:
+        """Return a number that is another one where the model is built, or set, in another way.
+
+        Values of tensors do not count.
+        """
+
+        def marked(value: object) -> object:
+            return value if isinstance(value, _NUMBERS) else (type(value), id(value))
+
+        held = [[*map(marked, (*contents.keys(), *contents.values()))] for contents in self.contents]
+        return hash((self.walk.mark(), tuple(itertools.chain(*held))))
 
     def is_in_place(self) -> bool:
         """Tell whether all containers hold the same objects still."""
@@ -512,6 +530,13 @@ def replaced_forward(module: nn.Module) -> Any:
         return None
     function = found.func if isinstance(found, functools.partial) else getattr(found, "__func__", found)
     return None if _library(function) in _LIBRARIES or _library(function) == "diffusers" else found
+
+
+def _mark(module: nn.Module) -> Hashable:
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    others = tuple(id(hook) for hook in hooks if _library(getattr(hook, "func", hook)) != "stg_hooks")
+    forward = id(type(module).forward), id(replaced_forward(module)), is_compiled(module)
+    return id(module), type(module), module.training, forward, others
 
 
 def inspect_unwrapped(function: Any) -> Any:
