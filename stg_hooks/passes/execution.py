@@ -602,8 +602,8 @@ class Execution:
         count = self._found.again[call.layout] = self._found.again.get(call.layout, 0) + 1
         if count > _PATIENCE or not call.is_comparable or self._caches.found is not None:
             return
-        replaced = self._kept.replaced()
-        is_suspect = bool(replaced) or self._keeps_state or self._kept.has_opaque()
+        suspects = [*self._kept.replaced(), *self._kept.hooked()]
+        is_suspect = bool(suspects) or self._keeps_state or self._kept.has_opaque()
         if not is_suspect and (is_checked or count > 1):
             return
         for _ in range(2 if is_suspect else 1):  # what is counted modulo two comes out right once
@@ -612,7 +612,7 @@ class Execution:
                 again = own_predictions(call.denoiser(*args, **kwargs))
             again = again if call.rows is None else [call.rows.take(tensor) for tensor in again]
             if not agree(again, call.cond):
-                found = "; ".join([*replaced, *self._kept.hooked()][:2])
+                found = "; ".join(suspects[:2])
                 raise CallError(
                     f"{type(self._model).__name__} predicts something else when the same call is made once more, so it "
                     "keeps something from one call to the next that cannot be put back after a weak pass"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import itertools
@@ -430,12 +431,12 @@ class Kept:
         return names
 
     def hooked(self) -> list[str]:
-        """Name the modules with hooks that are neither ours nor a known library's, each with the function."""
+        """Name the modules with hooks, neither ours nor a known library's, that may change what passes through them."""
         names = []
         for name, module in self._model.named_modules():
             for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
                 own = getattr(hook, "func", hook)
-                if _library(own) not in _LIBRARIES | {"diffusers"}:
+                if _library(own) not in _LIBRARIES | {"diffusers"} and _may_alter(own):
                     what = getattr(own, "__qualname__", type(own).__qualname__)
                     names.append(f"{name or type(module).__name__} has the hook {_module_of(own)}.{what}")
         return names
@@ -530,6 +531,28 @@ def replaced_forward(module: nn.Module) -> Any:
         return None
     function = found.func if isinstance(found, functools.partial) else getattr(found, "__func__", found)
     return None if _library(function) in _LIBRARIES or _library(function) == "diffusers" else found
+
+
+def _may_alter(hook: Any) -> bool:
+    """Tell whether a hook may return something, or write into what it is given, by its code."""
+    function = getattr(hook, "__func__", hook)
+    code = getattr(function if hasattr(function, "__code__") else type(function).__call__, "__code__", None)
+    if code is None:
+        return True
+    before = None
+    for step in dis.get_instructions(code):
+        is_none = before is not None and before.opname == "LOAD_CONST" and before.argval is None
+        returns = (step.opname == "RETURN_VALUE" and not is_none) or (
+            step.opname == "RETURN_CONST" and step.argval is not None
+        )
+        # By torch's names for it, or by an index.
+        writes = (isinstance(step.argval, str) and step.argval.endswith("_") and not step.argval.endswith("__")) or (
+            step.opname == "STORE_SUBSCR"
+        )
+        if returns or writes:
+            return True
+        before = step
+    return False
 
 
 def _mark(module: nn.Module) -> Hashable:
