@@ -134,8 +134,8 @@ class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(m
         Raises:
             LayerError: a layer that does not exist, is ambiguous, or cannot be skipped in this mode.
             SettingError: an unknown mode or scope.
-            TargetError: `model` is no module, `layers` holds something that names no layer, or the model has a step
-                cache that cannot be kept out of the calls.
+            TargetError: `model` is not a module, `layers` holds something that does not name a layer, or the model has
+                a step cache that cannot be kept out of the calls.
 
         Source: STG, arXiv 2411.18664, sec. 4.
         """

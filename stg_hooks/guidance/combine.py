@@ -39,7 +39,7 @@ def combine(
         scale: weight of `cond - weak`; one for all branches, or one per branch. 0 leaves `weak` out of account. A
             tensor holds one value per sample, `(B,)`, or has the dimensions of `cond` (a value per frame, say); with
             fewer values, of which B is a multiple, one per prompt, whose samples are neighbours.
-        guidance_scale: CFG weight, 1 = off: then `uncond` is left out of account. A tensor as for `scale`.
+        guidance_scale: CFG weight, 1 = off: then `uncond` is ignored. A tensor as for `scale`.
         rescale: 0 = off, 1 = the result has the standard deviation of `cond`.
         rule: how they become one before `rescale`: `"cfg"` as above, `"zero_star"`, `"apg"` or `"orthogonal"` as in
             `stg.rules`; or a function of `(cond, uncond, terms, guidance_scale)` in float32, where `terms` are
@@ -194,7 +194,7 @@ def _std_factor(cond: Tensor, out: Tensor, rescale: float) -> Tensor:
 
 
 def check_scale(name: str, value: object) -> None:
-    """Raise unless `value` is a finite number or a tensor (whose values are not read: that would wait for the GPU)."""
+    """Raise unless `value` is a finite number or a tensor; values of tensors are not read, which would block the GPU."""
     if isinstance(value, Tensor):
         return
     if not is_real(value):

@@ -146,7 +146,7 @@ class Execution:
         self._written: Written = {}
         self._is_new = True
         self._seen: Counter[Hashable] = Counter()  # how often a layout had to be recorded
-        # Who moves weights about may move buffers, too.
+        # Offloading hooks may move buffers, too.
         self._kept = Kept(model, with_buffers=not self._streams)
         self._keeps_state = self._keeps_tensors = False
         self._runs: dict[Hashable, set[str]] = {}
@@ -172,7 +172,7 @@ class Execution:
         for way in ways[ways.index(asked) :]:
             compiled = compiled_among(self._surrounding[way])
             if self._caches.found is not None and way in ("batched", "sequential"):
-                obstacle = f"what a step cache keeps ({self._caches.found.name}) depends on who makes a pass"
+                obstacle = f"what a step cache keeps ({self._caches.found.name}) depends on which pass computes it"
             elif compiled is not None:
                 obstacle = f"{type(compiled).__name__} is compiled as a whole, so its blocks are not seen from outside"
                 advice = " Compile the blocks instead, and it works: for block in model.blocks: block.compile()."
@@ -540,7 +540,7 @@ class Execution:
         """
         by_length = sorted(range(len(self.switches)), key=lambda branch: prefix.ends[branch] or 0)
         for branch in {by_length[0], by_length[-1]}:
-            # Without gradients: the one who computes this call again, for them, makes no such pass.
+            # Without gradients: checkpointing, which computes this call again for them, makes no such pass.
             with torch.no_grad(), checking():
                 again = self._shared_pass(call, prefix, branch)
                 if call.rows is not None:

@@ -27,7 +27,7 @@ _LOCAL = _Local()
 
 
 def in_weak_pass() -> bool:
-    """Tell whether this thread is computing a weak prediction, which nobody is to guide again."""
+    """Tell whether this thread is computing a weak prediction, which must not be guided again."""
     return _LOCAL.in_weak_pass
 
 

@@ -447,7 +447,7 @@ class Layout:
         """The steps that are calls of these."""
 
     def has_new_hooks(self) -> bool:
-        """Tell whether somebody looks at outputs that are not kept."""
+        """Tell whether hooks were added that look at outputs which are not kept."""
         return any(_hooks_of(step) and not step.is_watched for step in self.steps)
 
 

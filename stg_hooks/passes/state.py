@@ -375,7 +375,7 @@ class Kept:
 
         Args:
             model: the denoiser.
-            with_buffers: not where those who move weights about move buffers, too.
+            with_buffers: not where offloading hooks move buffers about.
         """
         self._model = model
         self._modules = list(model.modules())
