@@ -124,7 +124,7 @@ class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(m
             layers: index (negative ones count from the end), range, dotted name or unambiguous tail of one, glob,
                 module, or a list of those. `stg.layers(model)` shows what there is.
             mode: `"residual"` (the block hands its inputs through, and is not computed), `"attention"` (self-attention
-                with the identity as its map), another name among `modes.MODES`, or a callable that takes a
+                with the identity as its map), another name that README lists, or a callable that takes a
                 `LayerCall` and returns what the layer should return.
             kind: in factorised models, only attention within frames (`"spatial"`) or across them (`"temporal"`).
             scope: where the `with` is in force: in the thread or asyncio task that enters it and the tasks that this

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -239,8 +240,10 @@ def test_bad_arguments_of_combine() -> None:
         ((a, 3.0), {}, stg.TargetError, r"^weak must be a tensor, or a list of them, not float\.$"),
         ((a, a), {"rule": lambda *_: None}, stg.TargetError, r"^rule=<lambda> returned a NoneType: expected a tensor"),
         ((a, a), {"rule": lambda c, *_: c.mean()}, stg.TargetError, r"returned shape \(\): expected .* of cond, \(2"),
-        ((a, ["weak"]), {}, stg.TargetError, r"^weak must be a tensor, not str\.$"),
+        ((a, ["weak"]), {}, stg.TargetError, r"^weak must be a tensor, or a list of them, not str\.$"),
         (([1.0], a), {}, stg.TargetError, r"^cond must be a tensor, not list\.$"),
+        ((a, SimpleNamespace(sample=a)), {}, stg.TargetError, r"not SimpleNamespace\. Pass weak\.sample\.$"),
+        ((SimpleNamespace(sample=a), a), {}, stg.TargetError, r"not SimpleNamespace\. Pass cond\.sample\.$"),
         (
             (a, a),
             {"scale": [1.0, 2.0]},

@@ -96,7 +96,7 @@ class Given:
 
 
 @dataclasses.dataclass(eq=False)
-class Step:
+class UnitCall:
     """One call of a unit."""
 
     unit: weakref.ref[nn.Module]
@@ -119,10 +119,10 @@ class Step:
         """The tensors that it returns and writes."""
         return [value for value in self.values or () if isinstance(value, Output)] + [out for _, out in self.writes]
 
-    def replaced(self, new: dict[Output, Output]) -> Step:
+    def replaced(self, new: dict[Output, Output]) -> UnitCall:
         """Return the same step with other outputs."""
         values = None if self.values is None else [new.get(v, v) if isinstance(v, Output) else v for v in self.values]
-        return Step(self.unit, self.spec, values, [(i, new.get(output, output)) for i, output in self.writes])
+        return UnitCall(self.unit, self.spec, values, [(i, new.get(output, output)) for i, output in self.writes])
 
 
 class Prefix:
@@ -141,7 +141,7 @@ class Prefix:
         """
         self.batch = batch
         self.rows = rows
-        self.steps: list[Step] = []
+        self.steps: list[UnitCall] = []
         self.ends: list[int | None] = [None] * len(starts)
         self.obstacle: str | None = None
         """What the prefix does besides returning something, so that it cannot be shared."""
@@ -279,7 +279,7 @@ class Prefix:
             self.is_broken = True
             raise PrefixMismatchError
 
-    def _answer(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _answer(self, step: UnitCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert step.values is not None
         if not step.takes_arguments and step.spec is None:
             return self._copy(step.values[0])
@@ -404,7 +404,7 @@ class Recording(Prefix):
             and all(self._has_known_rows(tensor) for _, tensor in into)
         )
         if not can_share:  # it will run again, on what it was given
-            self.steps.append(Step(weakref.ref(unit), spec, None, []))
+            self.steps.append(UnitCall(weakref.ref(unit), spec, None, []))
             self._last = []
             for live in self._live:
                 live.is_needed = live.is_needed or live.storage in storages
@@ -413,7 +413,7 @@ class Recording(Prefix):
             lives[id(tensor)] = live = lives.get(id(tensor)) or self._new(tensor, is_watched)
             self._let_go([other for other in self._live if other.memory == live.memory])
         writes = [(i, lives[id(tensor)].output) for i, tensor in into]
-        self.steps.append(Step(weakref.ref(unit), spec, outputs, writes))
+        self.steps.append(UnitCall(weakref.ref(unit), spec, outputs, writes))
         self._last = list(lives.values())
         self._live += self._last
 
@@ -515,7 +515,7 @@ class Repetition(Prefix):
         self._done += 1
         return None
 
-    def _taken(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Step | None:
+    def _taken(self, step: UnitCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> UnitCall | None:
         """Return a step with what is to be kept of it; `None` where it looks otherwise than known."""
         assert step.values is not None
         values, spec = ([output], None) if isinstance(output, Tensor) else pytree.tree_flatten(output)
@@ -545,7 +545,7 @@ class Repetition(Prefix):
         return True
 
 
-def _hooks_of(step: Step) -> object:
+def _hooks_of(step: UnitCall) -> object:
     return getattr(step.unit(), "_forward_hooks", None)
 
 
@@ -553,7 +553,7 @@ def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
     return [value._version for value in (*args, *kwargs.values()) if type(value) is Tensor and not value.is_inference()]
 
 
-def _without_values(step: Step) -> Step:
+def _without_values(step: UnitCall) -> UnitCall:
     new = {output: dataclasses.replace(output) for output in step.outputs}
     for output in new.values():
         if output.is_kept:
