@@ -55,7 +55,7 @@ def combine(
 
     Source: STG, arXiv 2411.18664, Eq. 13 and 20 and Alg. 4; rescale after arXiv 2305.08891, sec. 3.4.
     """
-    if not isinstance(weak, Iterable) or hasattr(weak, "sample"):
+    if hasattr(weak, "sample") or not isinstance(weak, Iterable):
         raise _not_a_tensor("weak", weak)
     weaks = [weak] if isinstance(weak, Tensor) else list(weak)
     scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(weaks)
