@@ -17,7 +17,7 @@ from stg_hooks.errors import CallError
 from stg_hooks.passes.effects import count_of_writes
 
 Written: TypeAlias = dict[Hashable, frozenset[int]]
-"""By the structure of a call's arguments: which of its leaves the denoiser writes into."""
+"""By the names and the number of a call's arguments: which of its leaves the denoiser writes into."""
 
 
 class Inputs:
@@ -35,7 +35,8 @@ class Inputs:
         self._args, self._kwargs = args, kwargs
         self._leaves, self._spec = pytree.tree_flatten((args, kwargs))
         self._written = written
-        self._known = written.get(self._spec)
+        self._key = len(args), *kwargs, len(self._leaves)
+        self._known = written.get(self._key)
         self._copies = {
             i: leaf.clone()
             for i, leaf in enumerate(self._leaves)
@@ -56,7 +57,7 @@ class Inputs:
         """
         found = frozenset(i for i in range(len(self._leaves)) if self._is_changed(i))
         if self._known is None:
-            self._known = self._written[self._spec] = found
+            self._known = self._written[self._key] = found
             self._copies = {i: self._copies[i] for i in found}
         elif not found <= self._known:
             i = min(found - self._known)
