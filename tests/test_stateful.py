@@ -499,15 +499,21 @@ def test_a_hook_that_counts_is_refused(hook: str, kind: str, block: int) -> None
         run(model)
 
 
-@pytest.mark.parametrize("kind", ["pre_hook", "hook"])
-def test_a_hook_that_only_looks_costs_no_pass_more(kind: str) -> None:
-    torch.manual_seed(0)
-    model, seen = Net(), list[Any]()
-
+def looking(seen: list[Any]) -> Callable[..., None]:
     def look(module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:
+        if len(args) > 1:
+            return
         seen.append(args)
 
-    getattr(model.blocks[3], f"register_forward_{kind}")(look)
+    return look
+
+
+@pytest.mark.parametrize("kind", ["pre_hook", "hook"])
+@pytest.mark.parametrize("look", [looking, lambda seen: lambda *call: seen.append(call[1][0].clone())])
+def test_a_hook_that_only_looks_costs_no_pass_more(kind: str, look: Callable[[list[Any]], Any]) -> None:
+    torch.manual_seed(0)
+    model, seen = Net(), list[Any]()
+    getattr(model.blocks[3], f"register_forward_{kind}")(look(seen))
     with stg.apply(model, layers=[f"blocks.{SKIPPED}"], scale=1.0, batched_cfg=False):
         run(model)
     assert 12 <= len(seen) <= 14  # six steps, and what checks the first

@@ -50,8 +50,9 @@ from stg_hooks.passes.shared import (
     Repetition,
     prefix_units,
 )
-from stg_hooks.passes.state import Copies, Kept, Snapshot, counted, parts_of
+from stg_hooks.passes.state import Snapshot
 from stg_hooks.passes.streaming import weights_are_streamed
+from stg_hooks.passes.transaction import Transactions
 
 EXECUTIONS = ("auto", "sequential", "batched", "full")
 
@@ -147,13 +148,7 @@ class Execution:
         self._is_new = True
         self._seen: Counter[Hashable] = Counter()  # how often a layout had to be recorded
         # Offloading hooks may move buffers, too.
-        self._kept = Kept(model, with_buffers=not self._streams)
-        self._keeps_state = self._keeps_tensors = False
-        self._runs: dict[Hashable, set[str]] = {}
-        """By the layout of a call in which the model keeps something, the parts that run in it."""
-        # What is compiled would be compiled anew for each look.
-        self._parts = {} if any(map(is_compiled, model.modules())) else parts_of(model)
-        self._copies = [Copies() for _ in branches]
+        self._state = Transactions(model, self.switches, with_buffers=not self._streams)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -195,7 +190,7 @@ class Execution:
 
     def _look(self) -> Snapshot:
         """Look at what the model keeps before a call; the first time, recall what is known of a model like this."""
-        before = self._kept.look()
+        before = self._state.kept.look()
         if self._is_new:
             self._is_new = False
             if self._caches.found is None and all(switch.mode in MODES.values() for switch in self.switches):
@@ -228,77 +223,19 @@ class Execution:
             inputs = self.inputs(args, kwargs)
         call = GuidedCall(denoiser, inputs, rows, cut=cut)
         call.layout = layout_of(args, kwargs, rows)
-        call.before = before = self._look()
-        is_counted = call.layout in self._runs
-        randomness = Randomness.for_call(args, kwargs)
-        with counted(self._parts) if is_counted else nullcontext(set[str]()) as run:
+        before, kept_before = self._look(), self._state.keeps_state
+        with self._state.cond_pass(call, before) as randomness:
             output = self._cond_pass(call, args, kwargs, randomness)
-        if randomness.is_used():
-            call.random_before, call.random_after = randomness, Randomness.for_call(args, kwargs)
-        after = self._kept.look(before)
-        call.changes_state = call.changes_state or (after is not before and before.differs())
         if call.changes_state and call.weaks is not None:  # it has kept what belongs to rows of ours
             before.put_back()
             self._stop_batching(RowsError("it keeps something from one call to the next"))
             call.weaks, call.prefix, call.check = None, None, None
             output = denoiser(*call.inputs.again()[0], **call.inputs.again()[1])
-            after = self._kept.look(before)
-        call.after = after
-        if call.changes_state and not self._keeps_state:
-            self._keeps_state = True
+            call.after = self._state.kept.look(before)
+        if call.changes_state and not kept_before:
             forget(self._model)  # what it computes in other calls depends on what it keeps
-        self._keeps_tensors = self._keeps_tensors or (call.changes_state and before.has_new_tensors())
-        if is_counted:
-            known = self._runs[call.layout]
-            call.reuses = not known <= run
-            # The first pass to be counted was a weak one, without what lies in its skipped layers.
-            skipped = [module for switch in self.switches for module in switch.modules]
-            inside = {id(inner) for module in skipped for inner in module.modules()}
-            if any(id(self._parts[name]) not in inside for name in run - known):
-                self._warn(
-                    f"{type(self._model).__name__} computes more in this call than in those before, which were guided. "
-                    "If they reused what earlier calls had left, so did their weak passes, and guidance was not exact. "
-                    "Let guidance begin in a step in which everything is computed."
-                )
-            known |= run
         call.inputs.compare()
         return output, call
-
-    @contextmanager
-    def _transaction(self, call: GuidedCall, branch: int | None = None) -> Iterator[None]:
-        """Let a pass begin where the cond pass of a call has begun, and leave nothing behind.
-
-        In a call that reuses what an earlier one has computed, a branch reuses what it has computed itself.
-        """
-        before, after = call.before, call.after
-        if before is None or after is None:
-            yield
-            return
-        if after is not before:
-            before.put_back()
-        if call.random_before is not None:
-            call.random_before.put_back()
-        try:
-            if branch is not None and call.reuses:
-                has_own = self._copies[branch].use(before, after)
-                if not has_own and (self._keeps_tensors or self._kept.replaced()):
-                    raise self._not_found()
-            yield
-            if branch is not None and self._keeps_state:
-                self._copies[branch].keep(before)
-        finally:
-            after.put_back()
-            if call.random_after is not None:
-                call.random_after.put_back()
-
-    def _not_found(self, what: str = "computes less in this call than in one before") -> CallError:
-        replaced = "; ".join(self._kept.replaced()[:2])
-        by = f" ({replaced})" if replaced else ""
-        return CallError(
-            f"{type(self._model).__name__} keeps something from one call to the next and {what}, so it reuses what an "
-            f"earlier one has left, and what the weak model would reuse is not known{by}. "
-            "Let guidance begin in a step in which everything is computed, or switch this cache off."
-        )
 
     def _cond_pass(
         self, call: GuidedCall, args: tuple[Any, ...], kwargs: dict[str, Any], randomness: Randomness
@@ -324,7 +261,7 @@ class Execution:
             except RowsError as error:
                 self._stop_batching(error)
         once = dataclasses.replace(call) if is_batched else None  # as it is made here: weak passes may go another way
-        look = partial(self._kept.look, call.before) if known is None or self._keeps_state else None
+        look = partial(self._state.kept.look, call.before) if known is None or self._state.keeps_state else None
         units = self._prefix
         if known is None:
             self._seen[call.layout] += 1
@@ -362,7 +299,7 @@ class Execution:
         """Make a call once more in one pass, and compare: some models let rows influence each other."""
         stats = dataclasses.replace(self._stats)
         try:
-            with self._transaction(call), weak_pass():
+            with self._state.weak_pass(call), weak_pass():
                 again = predictions(self._batched_pass(call, batch, cond))
             expected = [*own, *itertools.chain(*weaks)]
             got = [*again, *itertools.chain(*(call.weaks or []))]
@@ -413,7 +350,7 @@ class Execution:
         if results is None:
             if call.rows is not None:
                 call.alone.clear()
-            is_cut = self.way == "full" and call.rows is not None and not self._keeps_state
+            is_cut = self.way == "full" and call.rows is not None and not self._state.keeps_state
             if is_cut and self._is_to_be_checked(call):
                 is_cut = self._check_rows(call)
             # Where a check is only put off to the next call, nothing is known about cutting rows.
@@ -489,7 +426,7 @@ class Execution:
         What it has set after them may come from them, and be reused in a later call.
         """
         started = prefix.started
-        return started is not None and not (started.changes() or started.written() or self._kept.replaced())
+        return started is not None and not (started.changes() or started.written() or self._state.kept.replaced())
 
     def _shared_pass(self, call: GuidedCall, prefix: Prefix, branch: int) -> list[Tensor]:
         """Run a pass on the cond rows, up to the end of a branch's prefix from the record.
@@ -522,7 +459,7 @@ class Execution:
             try:
                 # The replay comes last, so that it is asked first: up to its end no layer is skipped.
                 patches = self._patches_of(self._prefix)
-                with self._transaction(call), weak_pass(), prefix.replayed(branch, patches, self._prefix):
+                with self._state.weak_pass(call), weak_pass(), prefix.replayed(branch, patches, self._prefix):
                     return own_predictions(call.denoiser(*args, **kwargs))
             except RuntimeError as error:
                 if prefix.is_dense or "single memory location" not in str(error):
@@ -575,14 +512,9 @@ class Execution:
     def _full_pass(self, call: GuidedCall, branch: int, is_cut: bool) -> list[Tensor]:
         """Run a weak pass as the textbook does, on the cond rows alone or on all."""
         args, kwargs = self._cond_rows(call) if is_cut else call.inputs.again()
-        is_counted = self._keeps_state and call.layout not in self._runs
-        with self._transaction(call, branch), counted(self._parts if is_counted else {}) as run:
+        with self._state.full_pass(call, branch):
             # The model may keep its predictions itself, in memory that is put back.
             weak = own_predictions(self.full_pass(branch, call.denoiser, args, kwargs))
-        if is_counted:  # in a pass of our own: in the cond pass it was not known yet that anything is kept
-            if not self.switches[branch].was_reached:
-                raise self._not_found("does not call the layers to skip in this call")
-            self._runs[call.layout] = run
         if call.rows is not None and not is_cut:
             weak = [call.rows.take(tensor) for tensor in weak]
         if call.rows is None or not is_cut:
@@ -602,13 +534,13 @@ class Execution:
         count = self._found.again[call.layout] = self._found.again.get(call.layout, 0) + 1
         if count > _PATIENCE or not call.is_comparable or self._caches.found is not None:
             return
-        suspects = [*self._kept.replaced(), *self._kept.hooked()]
-        is_suspect = bool(suspects) or self._keeps_state or self._kept.has_opaque()
+        suspects = self._state.suspects()
+        is_suspect = bool(suspects) or self._state.keeps_state or self._state.kept.has_opaque()
         if not is_suspect and (is_checked or count > 1):
             return
         for _ in range(2 if is_suspect else 1):  # what is counted modulo two comes out right once
             args, kwargs = call.inputs.again()
-            with self._transaction(call), torch.no_grad(), checking(), weak_pass(), eagerly():
+            with self._state.weak_pass(call), torch.no_grad(), checking(), weak_pass(), eagerly():
                 again = own_predictions(call.denoiser(*args, **kwargs))
             again = again if call.rows is None else [call.rows.take(tensor) for tensor in again]
             if not agree(again, call.cond):
@@ -632,7 +564,7 @@ class Execution:
         try:
             args, kwargs = self._cond_rows(call)
             no_caches = self._caches.apart(self, [self._model], bypassed=False)
-            with self._transaction(call), torch.no_grad(), checking(), weak_pass(), eagerly(), no_caches:
+            with self._state.weak_pass(call), torch.no_grad(), checking(), weak_pass(), eagerly(), no_caches:
                 again, cond = own_predictions(call.denoiser(*args, **kwargs)), call.cond
                 if self._caches.found is not None:  # which have made the cond pass another one than it is by itself
                     args, kwargs = call.inputs.again()
@@ -682,7 +614,8 @@ class Execution:
             raise CallError(f"a call with {batch or 'no'} rows cannot be [uncond, cond], which batched_cfg=True says.")
         unconds, conds = (Rows.chosen(half, batch) for half in (slice(batch // 2), slice(batch // 2, None)))
         layout, before = layout_of(args, kwargs, conds), self._look()
-        if layout in self._found.cut and layout_of(args, kwargs, unconds) in self._found.cut and not self._keeps_state:
+        halved = {layout, layout_of(args, kwargs, unconds)}
+        if halved <= self._found.cut and not self._state.keeps_state:
             inputs, found = self.inputs(args, kwargs), []
             for rows in (unconds, conds):
                 assert rows is not None
@@ -699,7 +632,7 @@ class Execution:
         stats = dataclasses.replace(self._stats)
         (weak,) = self.weak_predictions(call, [halves(tensor)[0] for tensor in own])
         vars(self._stats).update(vars(stats))  # a weak pass takes the place of an uncond one
-        if layout_of(args, kwargs, unconds) in self._found.cut and layout not in self._found.cut:
+        if halved - self._found.cut == {layout}:
             other = dataclasses.replace(call, rows=conds, layout=layout, cond=[halves(tensor)[1] for tensor in own])
             if not self._check_rows(other) and other.conclude is not None:
                 other.conclude()

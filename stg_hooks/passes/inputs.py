@@ -32,7 +32,8 @@ class Inputs:
             written: what is known of other calls of the denoiser. Of a kind of call that is not known yet all tensors
                 are copied, until it has been made.
         """
-        self._args, self._kwargs = args, kwargs
+        self.given = args, kwargs
+        """The arguments themselves."""
         self._leaves, self._spec = pytree.tree_flatten((args, kwargs))
         self._written = written
         self._key = len(args), *kwargs, len(self._leaves)
@@ -46,8 +47,9 @@ class Inputs:
 
     def are(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Tell whether these arguments are the same objects."""
-        pairs = zip((*self._args, *self._kwargs.values()), (*args, *kwargs.values()), strict=False)
-        return (len(args), *kwargs) == (len(self._args), *self._kwargs) and all(a is b for a, b in pairs)
+        own, named = self.given
+        pairs = zip((*own, *named.values()), (*args, *kwargs.values()), strict=False)
+        return (len(args), *kwargs) == (len(own), *named) and all(a is b for a, b in pairs)
 
     def compare(self) -> None:
         """Find out what a pass on the arguments themselves has written into.
