@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import stg_hooks as stg
 from tests import zoo
@@ -100,3 +102,28 @@ def test_the_guided_output_is_the_same(model: Any) -> None:
     for output in outputs:
         added = 1.5 * (plain[1:] - weak[1:])
         torch.testing.assert_close(output, plain + added, rtol=1e-4, atol=1e-5)
+
+
+class ByLevel(zoo.DiT):
+    """Leaves a block out at low noise: calls of one layout that go different ways."""
+
+    def forward(self, x: Tensor, text: Tensor, t: float | Tensor = 0.0) -> Tensor:
+        x = self.embed(x)
+        for i, block in enumerate(self.blocks):
+            if i != 0 or t > 0.5:
+                x = self.run(block, x, text)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("levels", [(0.9, 0.8, 0.2, 0.1), (0.2, 0.1, 0.9), (0.9, 0.1, 0.9, 0.1)])
+@pytest.mark.parametrize("execution", ["sequential", "full"])
+def test_calls_of_one_layout_that_go_other_ways_are_exact(levels: tuple[float, ...], execution: str) -> None:
+    torch.manual_seed(0)
+    model: Any = ByLevel()
+    calls = [{**zoo.inputs(1), "t": torch.tensor(level)} for level in levels]
+    weak = zoo.without(model, ["blocks.2"])
+    with warnings.catch_warnings(), stg.apply(model, layers=[2], scale=1.0, batched_cfg=False, execution=execution):
+        warnings.simplefilter("error", stg.StgWarning)
+        found = [model(**call) for call in calls]
+    for call, output in zip(calls, found, strict=True):
+        torch.testing.assert_close(output, 2 * model(**call) - weak(**call), rtol=1e-4, atol=1e-5)

@@ -407,7 +407,9 @@ class Execution:
         except (NotSharedError, PrefixMismatchError, _GapsError) as error:
             vars(self._stats).update(vars(stats))
             self._found.known.pop(call.layout, None)
-            if prefix.is_broken:
+            if isinstance(prefix, Repetition):
+                pass  # this call goes another way than the one that was recorded: the next one is recorded anew
+            elif prefix.is_broken:
                 self._stop_sharing("it calls other blocks in the weak pass than in the cond pass")
             elif isinstance(error, _GapsError):
                 self._found.keeps_all.add(call.layout)  # from the next call on
