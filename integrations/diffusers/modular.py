@@ -82,8 +82,12 @@ class ModularHost(PipelineHost):
 
     def step(self) -> Step:
         """Say where in its loop over timesteps the pipeline is."""
-        frame, scheduler = self._frame(), getattr(self.pipeline, "scheduler", None)
-        guider = None if frame is None else self._guider(frame.f_locals)
+        frame = self._frame()
+        return Step() if frame is None else self.step_of(self._guider(frame.f_locals))
+
+    def step_of(self, guider: Any) -> Step:
+        """Say where in its loop over timesteps a guider was told that it is."""
+        scheduler = getattr(self.pipeline, "scheduler", None)
         index, count = getattr(guider, "_step", None), getattr(guider, "_num_inference_steps", None)
         if not isinstance(index, int) or count is None:
             return Step()
