@@ -3,39 +3,54 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
-from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from torch import Tensor, nn
 
-from stg_hooks.errors import CallError, StgWarning
+from stg_hooks.errors import CallError, ExtraError, StgWarning
 from stg_hooks.guidance.combine import Scale, check_scale, is_number
 from stg_hooks.guidance.guide import Guidance, Predictions
 from stg_hooks.guidance.plain import read, written
 from stg_hooks.guidance.rules import Rule
-from stg_hooks.guidance.schedule import Asked, Request, Schedule, Settings
+from stg_hooks.guidance.schedule import Asked, Plan, Request, Schedule, Settings
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.guidance.trace import Stats, Trace
 from stg_hooks.hooks import activation
-from stg_hooks.hooks.forward import patched
+from stg_hooks.hooks.forward import Action, patched
 from stg_hooks.integrations.diffusers.host import calling_pipeline
 from stg_hooks.integrations.diffusers.modular import ModularHost
 from stg_hooks.model.layers import LayerSpec
 from stg_hooks.modes.modes import Mode
 from stg_hooks.modes.sites import Kind
+from stg_hooks.passes.execution import check_execution
 from stg_hooks.passes.predict import Predicted, Predictor
 from stg_hooks.passes.rows import own_predictions, replace_predictions
 from stg_hooks.step import Step
+
+try:
+    from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
+except ImportError as error:
+    raise ExtraError(
+        'stg.modular is for modular pipelines of diffusers 0.36 or later: pip install -U "stg-hooks[diffusers]"'
+    ) from error
 
 __all__ = ["SkipGuidance"]
 
 _NAME = "stg.modular.SkipGuidance"
 _NO_MODEL = nn.Module()
+_Call = Callable[..., Any]
+_ONE_FOR_ALL = (
+    "in pipelines with a guider for each of video and audio, the video's makes the passes of both. Use one for the "
+    "video, too: pipe.update_components(guider=stg.modular.SkipGuidance(...)); with scale=0.0 it leaves the video as "
+    "it is."
+)
 _REQUEST = [field.name for field in dataclasses.fields(Request) if field.name != "on"]
 _SETTINGS = (*_REQUEST, "guidance_scale", "every", "execution", "strict")
 
@@ -48,12 +63,14 @@ class _Now:
     guidance: Guidance
     settings: Settings
     guidance_scale: Scale
-    wanted: tuple[Branch, ...]
-    """The branches whose weak predictions are to be made."""
-    weak: list[str]
-    """A name for the weak pass of each."""
+    weak: dict[str, Branch]
+    """The branches whose weak predictions are to be made, by the name of their pass."""
     names: list[str]
     """The passes, in the order in which the pipeline makes them."""
+    data: object
+    """Where the inputs come from; the guiders of one call of the denoiser, such as video's and audio's, share it."""
+    is_led: bool = False
+    """The pipeline has told this guider, or another one in its name, of the passes it makes."""
     patch: ExitStack = dataclasses.field(default_factory=ExitStack)
     made: list[Predicted] = dataclasses.field(default_factory=list)
     """What each call of the cond pass gave."""
@@ -137,7 +154,7 @@ class SkipGuidance(BaseGuidance):  # type: ignore[misc]  # diffusers has no type
         plain = {name: written(name, value) for name, value in given.items()}
         settings = {name: read(name, value) for name, value in plain.items()}
         check_scale("guidance_scale", settings["guidance_scale"])
-        Predictor(_NO_MODEL, (), settings["execution"])
+        check_execution(settings["execution"])
         request = Request(**{name: settings[name] for name in _REQUEST})
         self._is_published = request.layers is None and request.branches is None
         # What is published depends on the model: the rest is checked with any layer.
@@ -168,7 +185,7 @@ class SkipGuidance(BaseGuidance):  # type: ignore[misc]  # diffusers has no type
         Args:
             data: for each argument of the denoiser, its value, or its values for cond and uncond.
         """
-        names = self._begin()
+        names = self._begin(data)
         return self._tied([self._prepare_batch(data, int(name == "pred_uncond"), name) for name in names])
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
@@ -178,12 +195,12 @@ class SkipGuidance(BaseGuidance):  # type: ignore[misc]  # diffusers has no type
             data: holds the inputs.
             input_fields: for each argument of the denoiser, where in `data` it is, or it is for cond and uncond.
         """
-        names = self._begin()
+        names = self._begin(data)
         return self._tied(
             [self._prepare_batch_from_block_state(input_fields, data, int(n == "pred_uncond"), n) for n in names]
         )
 
-    def _begin(self) -> list[str]:
+    def _begin(self, data: object) -> list[str]:
         """Find out what holds in a step, and return the names of its passes."""
         self._end()
         host, guidance = self._host_here(), self._guidance
@@ -198,12 +215,23 @@ class SkipGuidance(BaseGuidance):  # type: ignore[misc]  # diffusers has no type
             step = Step() if self._step is None else Step(self._step, self._num_inference_steps)
         settings = guidance.settings(step) if self._enabled else Settings((), guidance_scale=1.0)
         scale = self.config.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
-        wanted = guidance.wanted(step, settings)
-        weak = ["pred_cond_stg" + (f"_{i}" if i else "") for i in range(len(wanted))]
+        weak: dict[str, Branch] = {}
+        taken = {branch.key: name for peer in self._peers(data) for name, branch in peer.weak.items()}
+        for branch in guidance.wanted(step, settings):
+            # The first one has the name that LTX-2's own guider gives it: as the audio's guider, that shares it.
+            free = (f"pred_cond_stg{number or ''}" for number in itertools.count())
+            name = taken.get(branch.key) or next(n for n in free if n not in {*taken.values(), *weak})
+            weak[name] = branch
         # The weak passes follow the cond pass, so that nothing has to be kept for long.
         names = ["pred_cond", *weak, *([] if is_number(scale, 1) else ["pred_uncond"])]
-        self._now = _Now(step, guidance, settings, scale, wanted, weak, names)
+        self._now = _Now(step, guidance, settings, scale, weak, names, data)
         return names
+
+    def _peers(self, data: object) -> list[_Now]:
+        """Return what other guiders of the pipeline have begun with the same inputs."""
+        parts = () if self._host is None else self._host.pipeline.components.values()
+        others = [part._now for part in parts if isinstance(part, SkipGuidance) and part is not self]
+        return [now for now in others if now is not None and now.data is data]
 
     def _host_here(self) -> ModularHost | None:
         """Find the pipeline that is running: it knows its model and noise levels, and guiders are not told."""
@@ -231,11 +259,20 @@ class SkipGuidance(BaseGuidance):  # type: ignore[misc]  # diffusers has no type
         """Return the names of the passes of this step: pipelines with a guider for each modality ask for them."""
         return ["pred_cond"] if self._now is None else self._now.names
 
+    @property
+    def spatio_temporal_guidance_blocks(self) -> list[int]:
+        """Return no blocks: what LTX-2 is to skip by itself; that it is given tells its weak passes from others."""
+        return []
+
     # --- a pass ---
 
     def _pass(self) -> str | None:
-        """Return the name of the pass that is being made; `None` for those that other guiders have asked for."""
-        names = [] if self._now is None else self._now.names
+        """Return the name of the pass that is being made; `None` for one that a guider of another kind asked for."""
+        if self._now is None:
+            return None
+        # As pipelines with several guiders put their passes together.
+        nows = [self._now, *self._peers(self._now.data)]
+        names = list(dict.fromkeys(name for now in nows for name in now.names))
         return names[self._count_prepared - 1] if 0 < self._count_prepared <= len(names) else None
 
     def prepare_models(self, denoiser: nn.Module) -> None:
@@ -243,15 +280,27 @@ class SkipGuidance(BaseGuidance):  # type: ignore[misc]  # diffusers has no type
 
         Args:
             denoiser: the module that it is going to call.
+
+        Raises:
+            LayerError: a layer that does not exist or cannot be skipped in its mode.
         """
         self._count_prepared += 1
         name, now = self._pass(), self._now
-        if now is None or not now.wanted:
+        if now is None or not self._enabled:
             return
+        nows = [now, *self._peers(now.data)]
+        weak = {name: branch for one in nows for name, branch in one.weak.items()}
         if name == "pred_cond":
-            self._answer(denoiser, self._cond(now, denoiser))
-        elif name in now.weak:
-            self._answer(denoiser, self._weak(now, now.weak.index(name)))
+            predictor = self._predictor(denoiser, now.guidance.plan)
+            for one in nows:
+                one.is_led = True
+            if weak:
+                self._answer(denoiser, functools.partial(self._cond, now, predictor, tuple(weak.values())))
+        elif name in weak:
+            self._answer(denoiser, functools.partial(self._weak, iter(now.made), list(weak).index(name)))
+        elif name is None and now.guidance.plan.base.branches:
+            predictor = self._predictor(denoiser, now.guidance.plan)
+            self._answer(denoiser, functools.partial(self._for_others, predictor, now.guidance.plan.base.branches[:1]))
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
         """Leave the model as it was.
@@ -262,34 +311,40 @@ class SkipGuidance(BaseGuidance):  # type: ignore[misc]  # diffusers has no type
         if self._now is not None:
             self._now.patch.close()
 
-    def _cond(self, now: _Now, denoiser: nn.Module) -> Callable[..., Any]:
-        predictor = self._predictor(denoiser)
-        predictor.make(now.wanted)
+    def _cond(
+        self, now: _Now, predictor: Predictor, branches: tuple[Branch, ...], proceed: _Call, args: Any, kwargs: Any
+    ) -> Any:
+        """Make a call of the cond pass, and the weak predictions that go with it."""
+        with predictor.installed():
+            predictor.caches.begin_pass()
+            alone = not activation.others(self)
+            now.made.append(predictor.predict(branches, proceed, args, kwargs, is_comparable=alone))
+        return now.made[-1].output
 
-        def call(proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            with predictor.installed():
-                predictor.caches.begin_pass()
-                is_comparable = not activation.others(self)
-                now.made.append(predictor.predict(now.wanted, proceed, args, kwargs, is_comparable=is_comparable))
-            return now.made[-1].output
+    def _weak(
+        self, calls: Iterator[Predicted], branch: int, proceed: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        """Answer a call of a weak pass with what came with that of the cond pass."""
+        made = next(calls, None)
+        if made is None:
+            raise CallError(
+                f"the pipeline calls its denoiser more often for a weak pass than for pred_cond, so {_NAME} cannot "
+                "tell which prediction belongs to which. Use stg.Guider in a loop of your own."
+            )
+        return replace_predictions(made.output, made.weaks[branch])
 
-        return call
+    def _for_others(
+        self, predictor: Predictor, branches: tuple[Branch, ...], proceed: _Call, args: Any, kwargs: Any
+    ) -> Any:
+        """Make the weak pass that LTX-2's own guider of the audio asks for while this one asks for none."""
+        if kwargs.get("spatio_temporal_guidance_blocks") is None:
+            return proceed(*args, **kwargs)
+        with predictor.installed():
+            switch = predictor.of(branches).switches[0]
+            with predictor.caches.apart(id(switch), switch.modules, switch.is_bypass), switch.switched_on():
+                return proceed(*args, **kwargs)
 
-    def _weak(self, now: _Now, branch: int) -> Callable[..., Any]:
-        calls = iter(now.made)
-
-        def call(proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            made = next(calls, None)
-            if made is None:
-                raise CallError(
-                    f"the pipeline calls its denoiser more often for {now.weak[branch]} than for pred_cond, so "
-                    f"{_NAME} cannot tell which weak prediction belongs to which. Use stg.Guider in a loop of your own."
-                )
-            return replace_predictions(made.output, made.weaks[branch])
-
-        return call
-
-    def _answer(self, denoiser: nn.Module, answer: Callable[..., Any]) -> None:
+    def _answer(self, denoiser: nn.Module, answer: Action) -> None:
         """Have calls of the denoiser, in this thread and until the pass ends, answered by a function."""
         assert self._now is not None
         thread, stack = threading.get_ident(), self._now.patch
@@ -312,11 +367,12 @@ class SkipGuidance(BaseGuidance):  # type: ignore[misc]  # diffusers has no type
         weakref.finalize(batches[0], self._now.patch.close).atexit = False
         return batches
 
-    def _predictor(self, denoiser: nn.Module) -> Predictor:
+    def _predictor(self, denoiser: nn.Module, plan: Plan) -> Predictor:
         """Return the predictor of a denoiser; of those before, the last one is kept, for pipelines with two."""
         found = self._predictors.pop(id(denoiser), None)
         if found is None:
             found = denoiser, Predictor(denoiser, (), self.config.execution, self.stats)
+            found[1].prepare(plan.known)
         self._predictors = {**dict(list(self._predictors.items())[-1:]), id(denoiser): found}
         return found[1]
 
@@ -345,7 +401,9 @@ class SkipGuidance(BaseGuidance):  # type: ignore[misc]  # diffusers has no type
         if now is None:
             raise CallError(f"{_NAME} was called without a step that it had prepared: call prepare_inputs before.")
         guidance, settings, step = now.guidance, now.settings, now.step
-        found = Predictions([pred_cond], [pred_uncond], [[weaks[n]] for n in now.weak] if now.wanted else None)
+        if now.weak and not now.is_led:
+            raise CallError(f"a {_NAME} was given no pass of its own: {_ONE_FOR_ALL}")
+        found = Predictions([pred_cond], [pred_uncond], [[weaks[name]] for name in now.weak] if now.weak else None)
         for made in now.made:  # as the denoiser returned them: the pipeline's own arithmetic may round
             conds = own_predictions(made.output)
             guidance.watch.look(step, conds, found.unconds, made.switches, made.weaks, made.alone)

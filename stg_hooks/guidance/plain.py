@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import numbers
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -33,8 +34,8 @@ def written(name: str, value: Any) -> Any:
         json.dumps(plain)
     except (TypeError, ValueError) as error:
         raise SettingError(
-            f"{name}={value!r} cannot be saved: {error}. There is room for numbers, strings, lists of them, "
-            "stg.Branch, and functions that a module has under their name (a lambda has none)."
+            f"{name}={value!r} cannot be saved as JSON, as these settings are: {error}. Give numbers, strings, lists "
+            "of them, stg.Branch, or a function that a module has under its name (a lambda has none)."
         ) from error
     return plain
 
@@ -71,6 +72,10 @@ def _written(value: Any) -> Any:
         return {key: _written(one) for key, one in value.items()}
     if isinstance(value, (list, tuple, range)):
         return [_written(one) for one in value]
+    if isinstance(value, (bool, float)):
+        return value
+    if isinstance(value, numbers.Real):  # NumPy's, too
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
     name = f"{getattr(value, '__module__', None)}:{getattr(value, '__qualname__', None)}"
     return name if callable(value) and _lookup(name) is value else value
 
