@@ -137,7 +137,7 @@ MODULAR = {
     "wan22": Modular("wan.denoise:Wan22DenoiseStep", "WanTransformer3DModel", "blocks.1", _wan, **WAN_2),
     "ltx": Modular("ltx.denoise:LTXDenoiseStep", "LTXVideoTransformer3DModel", "transformer_blocks.1", _ltx),
     "ltx2": Modular("ltx2.denoise:LTX2DenoiseStep", "LTX2VideoTransformer3DModel", "transformer_blocks.1", _ltx2,
-        config={"perturbed_attn": True}),
+        guiders=("guider", "audio_guider"), config={"perturbed_attn": True}),
     "qwen": Modular("qwenimage.denoise:QwenImageDenoiseStep", "QwenImageTransformer2DModel", "transformer_blocks.1",
         _qwen),
     "sdxl": Modular("stable_diffusion_xl.denoise:StableDiffusionXLDenoiseStep", "UNet2DConditionModel",
@@ -157,8 +157,8 @@ def without(model: nn.Module, layer: str) -> nn.Module:
     """Return a copy of a model that lacks a block."""
     weak = copy.deepcopy(model)
     parent, _, name = layer.rpartition(".")
-    returns = MODELS[type(model).__name__].skips.get(layer)
-    assert returns is not None
+    skips = MODELS[type(model).__name__].skips
+    returns = skips.get(layer) or next(iter(skips.values()))
     block = weak.get_submodule(layer)
     weak.get_submodule(parent)._modules[name] = HandThrough(block, returns)
     return weak

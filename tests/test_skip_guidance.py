@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import LTX2Guidance
+from diffusers.modular_pipelines.flux.denoise import FluxDenoiseStep
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
 from benchmarks import measure
-from tests.modular import MODULAR, STEPS, ByHand
-from tests.stock_pipelines import PIPELINES
+from tests.modular import MODULAR, STEPS, ByHand, without
+from tests.stock_pipelines import STOCK
+from tests.tiny_models import MODELS
 
 close: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 exact: dict[str, Any] = {"rtol": 0, "atol": 0}
@@ -57,7 +59,7 @@ def test_a_run_is_what_it_is_by_hand(name: str) -> None:
     assert_close(case.run(pipe), expected, **close)
     assert not torch.allclose(expected, case.run(case.build(lambda: ByHand([], [], 3.0))), rtol=1e-2, atol=1e-2)
     guiders = [getattr(pipe, each) for each in case.guiders]
-    assert sum(each.stats.guided_calls for each in guiders) == STEPS
+    assert sum(each.stats.guided_calls for each in guiders) == STEPS * (1 + ("audio_guider" in case.guiders))
     assert sum(each.stats.weak_passes for each in guiders) == STEPS
     assert sum(each.stats.blocks_saved for each in guiders) > 0
     # No uncond pass, no uncond inputs.
@@ -79,7 +81,7 @@ def test_one_guider_for_two_denoisers() -> None:
 
 
 def test_a_stock_pipeline_with_a_guider() -> None:
-    (stock,) = (stock for stock in PIPELINES if stock.pipeline == "HunyuanVideo15Pipeline")
+    (stock,) = (stock for stock in STOCK.values() if stock.pipeline == "HunyuanVideo15Pipeline")
     pipe, call = stock.build(), {**stock.call(), "num_inference_steps": 2, "output_type": "latent"}
 
     def run(one: Any) -> Tensor:
@@ -107,22 +109,14 @@ def video_and_audio(video: Any, audio: Any) -> tuple[Tensor, Tensor]:
     [
         (([1], 1.5, 3.0), ([1], 0.5, 7.0), ([1.5, 0], [0.5, 0])),
         (([1], 1.5, 3.0), ([0], 0.5, 7.0), ([1.5, 0], [0, 0.5])),
-        (([1], 1.5, 3.0), ([0, 1], 0.5, 7.0), None),
         (([1], 0.0, 3.0), ([0], 0.5, 7.0), ([0, 0], [0, 0.5])),
         (([1], 1.5, 1.0), ([1], 0.0, 7.0), ([1.5, 0], [0, 0])),
     ],
 )
 def test_settings_of_their_own_for_video_and_audio(video: Any, audio: Any, by_hand: Any) -> None:
     got = video_and_audio(guider(*video), guider(*audio))
-    if by_hand is None:
-        # What no copy lacks both of: the audio's own layers change the audio's guidance only by its first step.
-        alone = video_and_audio(guider(*video), guider(*video))
-        assert not torch.allclose(got[1], alone[1], rtol=1e-3, atol=1e-3)
-        return
-    expected = video_and_audio(
-        *(ByHand([SECOND, FIRST], scales, given[2]) for scales, given in zip(by_hand, (video, audio), strict=True))
-    )
-    assert_close(got, expected, **close)
+    hands = (ByHand([SECOND, FIRST], scales, given[2]) for scales, given in zip(by_hand, (video, audio), strict=True))
+    assert_close(got, video_and_audio(*hands), **close)
 
 
 @pytest.mark.parametrize("scale", [1.5, 0.0])
@@ -158,7 +152,7 @@ def only_last(step: stg.Step) -> dict[str, Any] | None:
 
 
 def zero(call: stg.LayerCall) -> Any:
-    return call.output * 0
+    return call.compute() * 0
 
 
 @pytest.mark.parametrize(
@@ -324,10 +318,10 @@ def test_a_weak_pass_costs_the_layers_after_the_skipped_one() -> None:
     layers = [on.transformer.get_submodule(name) for name in names]
     t = torch.tensor([500.0])
     given = {"hidden_states": WAN.call()["latents"], "encoder_hidden_states": WAN.call()["prompt_embeds"]}
-    _, _, after = measure.flops_of(layers, lambda: on.transformer(**given, timestep=t))
+    plain, own, _ = measure.flops_of(layers, lambda: on.transformer(**given, timestep=t))
     WAN.run(on)  # in the first call of a layout, passes are compared
     extra = measure.flops(lambda: WAN.run(on)) - measure.flops(lambda: WAN.run(off))
-    assert extra == STEPS * after[1]
+    assert extra == STEPS * (plain - own[0] - own[1])  # embeddings of tokens, text and time are not shared
     assert (on.guider.stats.blocks_run, on.guider.stats.blocks_saved) == (2 * STEPS, 2 * 2 * STEPS)
 
 
@@ -426,12 +420,8 @@ def test_pipelines_that_apply_guides_itself_are_told_apart() -> None:
 
 
 def test_a_pipeline_without_a_guider() -> None:
-    from diffusers.modular_pipelines.flux.denoise import FluxDenoiseStep
-
-    from tests.tiny_models import MODELS
-
-    model = MODELS["FluxTransformer2DModel"].build("FluxTransformer2DModel")
-    given = MODELS["FluxTransformer2DModel"].inputs(1)
+    tiny = MODELS["FluxTransformer2DModel"]
+    model, given = tiny.build("FluxTransformer2DModel"), tiny.inputs(1)
     pipe = FluxDenoiseStep().init_pipeline()
     pipe.update_components(transformer=model, scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
     pipe.scheduler.set_timesteps(STEPS)
@@ -442,15 +432,14 @@ def test_a_pipeline_without_a_guider() -> None:
     }  # fmt: skip
     with pytest.raises(stg.TargetError, match=r"no guider.*stg\.apply\(pipe\.transformer, \.\.\., batched_cfg=False"):
         stg.apply(pipe, layers=[1])
-    with stg.apply(pipe.transformer, layers=[1], batched_cfg=False) as applied:
+    with stg.apply(pipe.transformer, layers=[1], batched_cfg=False, start=0.5) as applied:
         got = pipe(**call, output="latents")
-    assert applied.stats.weak_passes == STEPS
-    from tests.modular import without
+    assert applied.stats.weak_passes == 1
 
     weak, x = without(model, "transformer_blocks.1"), given["hidden_states"]
     fixed = {key: given[key] for key in ("encoder_hidden_states", "pooled_projections", "txt_ids", "img_ids")}
     pipe.scheduler.set_timesteps(STEPS)
-    for t in pipe.scheduler.timesteps:
+    for i, t in enumerate(pipe.scheduler.timesteps):
         cond, bad = (m(x, timestep=t.flatten() / 1000, **fixed, return_dict=False)[0] for m in (model, weak))
-        x = pipe.scheduler.step(2 * cond - bad, t, x, return_dict=False)[0]
+        x = pipe.scheduler.step(2 * cond - bad if i == 2 else cond, t, x, return_dict=False)[0]
     assert_close(got, x, **close)
