@@ -68,10 +68,10 @@ def test_families_of_diffusers(name: str, execution: str) -> None:
     family = zoo.FAMILIES[name]
     model = family.build()
     inputs = [family.inputs(2, seed) for seed in range(2)]
-    for names, _ in family.identities:
+    for layer in family.skips:
 
-        def run(way: str, names: Any = names) -> Tensor:
-            with stg.apply(model, names, 1.5, batched_cfg=name not in ("hunyuan_video", "flux"), execution=way):
+        def run(way: str, layer: str = layer) -> Tensor:
+            with stg.apply(model, [layer], 1.5, batched_cfg=name not in ("hunyuan_video", "flux"), execution=way):
                 return torch.stack([model(**arguments)[0] for arguments in inputs])
 
         expected = run("full")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.tiny_models import MODELS, Tiny, expand
+from tests.tiny_models import MODELS, HandThrough, Tiny, expand
 
 DIM, TEXT_TOKENS, TOKENS = 8, 3, 5
 
@@ -740,13 +740,6 @@ class KeepHiddenStates(nn.Module):
         return hidden_states
 
 
-class KeepSD3Last(nn.Module):
-    """SD3's last block returns no text."""
-
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
-        return None, hidden_states
-
-
 class KeepInTuple(nn.Module):
     """The attention blocks of a U-Net, called with `return_dict=False`."""
 
@@ -756,11 +749,9 @@ class KeepInTuple(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One of the tiny models of diffusers, and what to skip in it."""
+    """One of the tiny models of diffusers."""
 
     model: str
-    identities: tuple[tuple[Sequence[str], Callable[[], nn.Module]], ...]
-    """Blocks, and the identity that replaces each of them in the oracle."""
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What differs from the configuration in tiny_models.py."""
 
@@ -772,6 +763,11 @@ class Family:
     @property
     def config(self) -> Mapping[str, Any]:
         return self.tiny.config
+
+    @property
+    def skips(self) -> Sequence[str]:
+        """One block of each kind."""
+        return list(self.tiny.skips)
 
     @functools.cached_property
     def numbered(self) -> list[str]:
@@ -787,45 +783,24 @@ class Family:
     def inputs(self, batch: int = 2, seed: int = 1) -> dict[str, Any]:
         return self.tiny.inputs(batch, seed)
 
+    def without(self, model: nn.Module, name: str) -> nn.Module:
+        """Copy a model, with a module in place of a block that hands through what the table says."""
+        model = copy.deepcopy(model)
+        model.set_submodule(name, HandThrough(model.get_submodule(name), self.tiny.skips[name]))
+        return model
+
 
 FAMILIES: dict[str, Family] = {
-    "wan": Family(
-        "WanTransformer3DModel", ((["blocks.1"], KeepHiddenStates), (["blocks.0", "blocks.2"], KeepHiddenStates))
-    ),
-    "ltx": Family(
-        "LTXVideoTransformer3DModel",
-        ((["transformer_blocks.1"], KeepHiddenStates), (["transformer_blocks.2"], KeepHiddenStates)),
-    ),
-    "mochi": Family("MochiTransformer3DModel", ((["transformer_blocks.1"], KeepStreams),)),
-    "cogvideox": Family(
-        "CogVideoXTransformer3DModel",
-        ((["transformer_blocks.1"], KeepStreams), (["transformer_blocks.0"], KeepStreams)),
-    ),
-    "hunyuan_video": Family(
-        "HunyuanVideoTransformer3DModel",
-        (
-            (["transformer_blocks.1"], KeepStreams),
-            (["single_transformer_blocks.0"], KeepStreams),
-            (["transformer_blocks.0", "single_transformer_blocks.2"], KeepStreams),
-        ),
-        {"num_single_layers": 3},
-    ),
-    "flux": Family(
-        "FluxTransformer2DModel",
-        ((["transformer_blocks.1"], KeepTextFirst), (["single_transformer_blocks.1"], KeepTextFirst)),
-        {"num_single_layers": 3},
-    ),
-    "sd3": Family(
-        "SD3Transformer2DModel",
-        ((["transformer_blocks.1"], KeepTextFirst), (["transformer_blocks.2"], KeepSD3Last)),
-    ),
-    "unet2d": Family(
-        "UNet2DConditionModel",
-        ((["mid_block.attentions.0"], KeepInTuple), (["up_blocks.1.attentions.0"], KeepInTuple)),
-    ),
+    "wan": Family("WanTransformer3DModel"),
+    "ltx": Family("LTXVideoTransformer3DModel"),
+    "mochi": Family("MochiTransformer3DModel"),
+    "cogvideox": Family("CogVideoXTransformer3DModel"),
+    "hunyuan_video": Family("HunyuanVideoTransformer3DModel", {"num_single_layers": 3}),
+    "flux": Family("FluxTransformer2DModel", {"num_single_layers": 3}),
+    "sd3": Family("SD3Transformer2DModel"),
+    "unet2d": Family("UNet2DConditionModel"),
     "svd": Family(  # with as many levels, and so layers, as the published model
         "UNetSpatioTemporalConditionModel",
-        ((["up_blocks.1.attentions.0"], KeepInTuple),),
         {
             "layers_per_block": 2,
             "block_out_channels": (32, 32, 64, 64),
