@@ -15,8 +15,7 @@ import stg_hooks as stg
 from stg_hooks.guidance.trace import Stats
 from stg_hooks.passes.caches import Caches
 from stg_hooks.passes.execution import EXECUTIONS, Execution
-from stg_hooks.passes.streaming import weights_are_streamed
-from tests import awkward, pipelines, zoo
+from tests import awkward, zoo
 
 SHARING = ("sequential", "batched")
 STEPS = 3
@@ -80,22 +79,6 @@ def test_families_of_diffusers(name: str, execution: str) -> None:
                 warnings.simplefilter("error", stg.StgWarning)
             # Convolutions round a little differently for other numbers of rows.
             assert_same(run(execution), expected, 2e-5 if name == "svd" else 1e-5)
-
-
-@pytest.mark.parametrize("family", pipelines.FAMILIES)
-@pytest.mark.filterwarnings("error::stg_hooks.StgWarning")
-def test_golden_cases(family: str) -> None:
-    pipe, call, case = pipelines.build(family)
-
-    def run(execution: str) -> Tensor:
-        with pipelines.scheduler_inputs(pipe) as received:
-            with stg.apply(pipe, layers=case.layers, scale=case.scale, execution=execution):
-                pipelines.run(pipe, call, num_inference_steps=2)
-            return torch.stack(received)
-
-    expected = run("full")
-    for execution in SHARING:
-        assert_same(run(execution), expected)
 
 
 BRANCHES = {
@@ -266,13 +249,6 @@ def test_batched_is_checked_again_for_calls_of_another_shape() -> None:
 # --- choosing ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_execution() -> None:
-    with pytest.raises(stg.SettingError, match=r"execution='sequental': there is .* Did you mean 'sequential'"):
-        stg.apply(zoo.build("plain"), [1], execution="sequental")
-    with pytest.raises(stg.SettingError, match="'auto', 'sequential', 'batched', 'full'"):
-        stg.Guider(zoo.build("plain"), [1], execution="quick")
-
-
 def way(model: nn.Module, execution: str = "auto") -> str:
     return Execution(model, [stg.Branch([2])], execution, Stats(), Caches(model)).way
 
@@ -280,38 +256,3 @@ def way(model: nn.Module, execution: str = "auto") -> str:
 def test_auto_is_sequential_where_the_weights_stay() -> None:
     assert way(zoo.build("plain")) == "sequential"
     assert [way(zoo.build("plain"), execution) for execution in EXECUTIONS[1:]] == list(EXECUTIONS[1:])
-
-
-def test_auto_is_batched_where_accelerate_brings_the_weights() -> None:
-    accelerate = pytest.importorskip("accelerate")
-    model = accelerate.cpu_offload(zoo.build("plain"), execution_device=torch.device("cpu"))
-    assert weights_are_streamed(model)
-    assert way(model) == "batched"
-
-
-def test_auto_is_batched_where_diffusers_brings_the_weights_in_groups() -> None:
-    hooks = pytest.importorskip("diffusers.hooks")
-    model = zoo.FAMILIES["wan"].build()
-    cpu = torch.device("cpu")
-    hooks.apply_group_offloading(
-        model, onload_device=cpu, offload_device=cpu, offload_type="block_level", num_blocks_per_group=1
-    )
-    assert weights_are_streamed(model)
-    assert way(model) == "batched"
-
-
-def test_auto_is_sequential_where_the_whole_model_is_brought_at_once() -> None:
-    accelerate = pytest.importorskip("accelerate")
-    model, _ = accelerate.cpu_offload_with_hook(zoo.build("plain"), execution_device=torch.device("cpu"))
-    assert not weights_are_streamed(model)
-    assert way(model) == "sequential"
-
-
-@pytest.mark.parametrize("execution", EXECUTIONS)
-def test_weights_that_are_brought_in_every_pass(execution: str) -> None:
-    accelerate = pytest.importorskip("accelerate")
-    expected, _ = guided(zoo.build("plain"), [2], "full", batched_cfg=True)
-    model = accelerate.cpu_offload(zoo.build("plain"), execution_device=torch.device("cpu"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", stg.StgWarning)
-        assert_same(guided(model, [2], execution, batched_cfg=True)[0], expected)

@@ -8,7 +8,6 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any
 
@@ -135,14 +134,6 @@ def test_training_modes_make_no_difference_to_what_is_run(model: nn.Module, trai
     assert seen == [training] * 4  # one of them is made once, to see whether passes can share work
 
 
-def test_scales_may_be_tensors(model: nn.Module) -> None:
-    p = parts(model)
-    scale, g = torch.tensor([1.0, 2.0]).reshape(2, 1, 1), torch.linspace(1.0, 3.0, zoo.TOKENS).reshape(1, -1, 1)
-    expected = p.uncond + g * (p.cond - p.uncond) + scale * (p.cond - p.weak)
-    guider = stg.Guider(model, [2], scale, guidance_scale=g)
-    assert_close(guider(X, cond={"text": POSITIVE}, uncond={"text": NEGATIVE}), expected, **close)
-
-
 # --- which passes it makes --------------------------------------------------------------------------------------------
 
 PASSES: dict[str, tuple[dict[str, Any], bool, str, Callable[[Parts], Tensor]]] = {
@@ -194,27 +185,6 @@ def test_the_passes_are_those_that_the_prediction_needs(model: nn.Module, name: 
     assert_close(got, expected(parts(model)), **(close if "weak" in calls else exact))
 
 
-def test_a_guider_inside_a_skip_guides_the_skipped_model(model: nn.Module) -> None:
-    with_skip = zoo.without(model, ["blocks.0"])
-    cond, weak = with_skip(X, POSITIVE), zoo.without(with_skip, ["blocks.2"])(X, POSITIVE)
-    guider = stg.Guider(model, [2], 1.5)
-    with stg.skip(model, [0]):
-        assert_close(guider(X, POSITIVE), cond + 1.5 * (cond - weak), **close)
-
-
-def test_one_guider_in_two_threads(model: nn.Module) -> None:
-    p = parts(model)
-    expected = p.uncond + 4.0 * (p.cond - p.uncond) + 1.5 * (p.cond - p.weak)
-    guider = stg.Guider(model, [2], 1.5, guidance_scale=4.0)
-    with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(guider, X, cond={"text": POSITIVE}, uncond={"text": NEGATIVE}) for _ in range(12)]
-        jobs += [pool.submit(model, X, POSITIVE) for _ in range(4)]
-    for job in jobs[:12]:
-        assert_close(job.result(), expected, **close)
-    for job in jobs[12:]:
-        assert_close(job.result(), p.cond, **exact)
-
-
 # --- what denoisers look like -----------------------------------------------------------------------------------------
 
 
@@ -227,13 +197,6 @@ class Styled(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor) -> Any:
         return self.style(self.model(x, text))
-
-
-def test_diffusers_output_object() -> None:
-    family = zoo.FAMILIES["wan"]
-    model, inputs = family.build(), {**family.inputs(), "return_dict": True}
-    cond, weak = model(**inputs).sample, zoo.without(model, ["blocks.1"], zoo.KeepHiddenStates)(**inputs).sample
-    assert_close(stg.Guider(model, [1], 1.5)(**inputs).sample, cond + 1.5 * (cond - weak), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7])

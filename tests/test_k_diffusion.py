@@ -341,53 +341,11 @@ def test_samplers_without_a_schedule_count_up(name: str, denoiser: nn.Module) ->
     assert set(indices) == set(range(indices[-1] + 1))
 
 
-@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "dpmpp_sde"])
-@pytest.mark.parametrize(("start", "stop"), [(0.0, 1.0), (0.0, 0.4), (0.4, 0.8), (0.8, 1.0), (0.4, 0.4), (0.0, 0.0)])
-def test_windows(name: str, start: float, stop: float, denoiser: nn.Module, weak: nn.Module) -> None:
-    """0 includes step 0, 1 includes the last one, and start == stop is off."""
-    low, high = round(5 * start), round(5 * stop)
-    guided, plain = by_hand(denoiser, weak), by_hand(denoiser, weak, scale=0.0)
-    inside = []
-
-    def expected(x: Tensor, sigma: Tensor, cond: Any, uncond: Any) -> Tensor:
-        index = next(i for i in range(5) if SIGMAS[i] <= sigma[0] * (1 + 1e-5))
-        inside.append(low <= index < high)
-        return (guided if inside[-1] else plain)(x, sigma, cond, uncond)
-
-    guider = stg.Guider(denoiser, [2], SCALE, guidance_scale=G, start=start, stop=stop, sigmas=SIGMAS)
-    got = sample(name, guider, image(), classes())
-    assert_close(got, sample(name, expected, image(), classes()), **close)
-    assert guider.stats.weak_passes == guider.stats.guided_calls == sum(inside)
-    assert [row.step.index for row in guider.trace] == sorted(row.step.index for row in guider.trace)
-
-
 def test_a_range_of_noise_levels_needs_no_sigmas(denoiser: nn.Module) -> None:
     level = SIGMAS[2].item()
     guider = stg.Guider(denoiser, [2], SCALE, sigma_range=(level, SIGMAS[1].item()))
     sample("euler", guider, image(), {"cond": classes()["cond"]})
     assert [row.step.sigma for row in guider.trace] == pytest.approx(SIGMAS[1:3].tolist())
-
-
-@pytest.mark.parametrize("known", ["sigmas", "callback"])
-def test_another_layer_in_each_step(known: str, denoiser: nn.Module) -> None:
-    layers, scales = [[1], [3], [0, 2], [1], [2]], [0.5, 2.0, 1.0, 0.25, 0.0]
-    weaks = [zoo.without(denoiser, [f"inner_model.blocks.{i}" for i in which], zoo.Keep) for which in layers]
-
-    def expected(x: Tensor, sigma: Tensor, cond: Any, uncond: Any) -> Tensor:
-        index = next(i for i in range(5) if SIGMAS[i] <= sigma[0] * (1 + 1e-5))
-        return by_hand(denoiser, weaks[index], scales[index])(x, sigma, cond, uncond)
-
-    guider = stg.Guider(
-        denoiser,
-        [0],
-        guidance_scale=G,
-        schedule=lambda step: {"layers": layers[step.index or 0], "scale": scales[step.index or 0]},
-        sigmas=SIGMAS if known == "sigmas" else None,
-    )
-    got = sample("heun", guider, image(), classes(), callback=guider.callback if known == "callback" else None)
-    assert_close(got, sample("heun", expected, image(), classes()), **close)
-    assert guider.stats.calls == 9
-    assert guider.stats.weak_passes == guider.stats.guided_calls == 7  # two calls at the last noise level
 
 
 # --- the CFGDenoiser idiom ---

@@ -66,7 +66,7 @@ TOOLS = {
     tool.__name__: tool
     for tool in (offloaded, offloaded_to_disk, dispatched, offloaded_as_a_whole, in_groups, in_groups_from_disk, cast)
 }
-FAST = ("offloaded", "in_groups", "cast")
+FAST = ("offloaded", "offloaded_as_a_whole", "in_groups", "cast")
 EVERY = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in TOOLS]
 STREAMED = ("offloaded", "offloaded_to_disk", "dispatched", "in_groups", "in_groups_from_disk")
 
