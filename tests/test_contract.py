@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
-from stg_hooks.guidance import rules
 from tests import kdiffusion, zoo
 
 K = kdiffusion.load()
@@ -281,9 +280,9 @@ def rescaled(out: Tensor, c: Tensor, factor: float) -> Tensor:
     return out * (factor * ratio + 1 - factor)
 
 
-MODES = ("residual", "attention", "values", "attention-input", "feed-forward", "smoothed")
+# The model has no positions, so that a shuffle would change nothing, and is refused.
 SETTINGS: dict[str, Settings] = {
-    **{f"mode {mode}": {"layers": [1], "scale": 1.5, "mode": mode} for mode in MODES},
+    **{f"mode {mode}": {"layers": [1], "scale": 1.5, "mode": mode} for mode in zoo.ALL_MODES if mode != "shuffled"},
     "two residual branches": {"branches": [stg.Branch([1], 1.0), stg.Branch([2], -0.5)]},
     "two branches": {"branches": [stg.Branch([1], 1.0), stg.Branch([2], 0.5, "values")]},
     "scale per sample": {"layers": [1], "scale": torch.tensor([0.5, 2.0])},
@@ -301,7 +300,7 @@ SETTINGS: dict[str, Settings] = {
     "apg, rescaled": {
         "layers": [1],
         "scale": 1.5,
-        "rule": functools.partial(rules.apg, eta=0.5, norm=2.0),
+        "rule": functools.partial(stg.rules.apg, eta=0.5, norm=2.0),
         "rescale": 0.7,
     },
     "a rule from a noise level on": {"layers": [1], "schedule": [(2.0, {}), (0.0, {"rule": "apg"})]},
@@ -323,7 +322,7 @@ SETTINGS: dict[str, Settings] = {
 }
 # An object with memory, for each face anew.
 FRESH: dict[str, Callable[[], Settings]] = {
-    "apg with momentum": lambda: {"layers": [1], "scale": 1.5, "rule": rules.AveragedApg(norm=2.0)},
+    "apg with momentum": lambda: {"layers": [1], "scale": 1.5, "rule": stg.rules.AveragedApg(norm=2.0)},
 }
 
 
@@ -531,7 +530,7 @@ REFUSED: dict[str, tuple[Settings, str]] = {
     "no such layer, of scale 0": ({"branches": [stg.Branch([9], 0.0), stg.Branch([2], 1.5)]}, r"layers=\[9\]"),
     "no such mode": ({"layers": [1], "mode": "skip"}, r"mode='skip'"),
     "no such rule": ({"layers": [1], "rule": "zero-star"}, r"rule='zero-star' .*Did you mean 'zero_star'\?"),
-    "class for a rule": ({"layers": [1], "rule": rules.AveragedApg}, "rule=AveragedApg is a class: pass an object"),
+    "class for a rule": ({"layers": [1], "rule": stg.rules.AveragedApg}, "rule=AveragedApg is a class: pass an object"),
     "number for a rule": ({"layers": [1], "rule": 3}, "rule=3: expected a name or a callable, not int"),
     "no such execution": (
         {"layers": [1], "execution": "fast"},

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import stg_hooks as stg
-from stg_hooks.rules import AveragedApg
 from tests import zoo
 from tests.zoo import snapshot
 
@@ -244,7 +243,7 @@ def test_bad_arguments_of_combine() -> None:
             stg.SettingError,
             r"^rule='zero-star' does not exist\. There is 'cfg'.*Did you mean 'ze",
         ),
-        ((a, a), {"rule": AveragedApg}, stg.SettingError, r"^rule=AveragedApg is a class: pass an object"),
+        ((a, a), {"rule": stg.rules.AveragedApg}, stg.SettingError, r"^rule=AveragedApg is a class: pass an object"),
         ((a, a), {"rule": 3}, stg.SettingError, r"^rule=3: expected a name or a callable, not int"),
         ((a, a), {"rule": lambda *_: None}, stg.TargetError, r"^rule=<lambda> returned a NoneType: expected a tensor"),
         ((a, a), {"rule": lambda c, *_: c.mean()}, stg.TargetError, r"returned shape \(\): expected .* of cond, \(2"),

@@ -19,7 +19,6 @@ from tests import zoo
 from tests.tiny_models import MODELS
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
-MODES = ["attention", "values", "attention-input", "smoothed"]
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +126,7 @@ def assert_close_in_std(actual: Tensor, expected: Tensor, tolerance: float = 1e-
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance * expected.std().item())
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", zoo.ATTENTION_MODES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_skip_equals_attention_written_by_hand(case: Case, mode: str) -> None:
     if mode in case.without:

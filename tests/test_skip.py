@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -525,93 +525,7 @@ def test_leaving_without_entering_is_an_error() -> None:
         skip.__exit__(None, None, None)
 
 
-# --- under torch.compile ----------------------------------------------------------------------------------------------
-# With the backend "eager" Dynamo does all that could go wrong here, and nothing is generated.
-
-
-def compile_blocks(model: nn.Module, fullgraph: bool) -> nn.Module:
-    for block in model.blocks:
-        block.compile(backend="eager", fullgraph=fullgraph)
-    return model
-
-
-def compile_in_place(model: nn.Module, fullgraph: bool) -> nn.Module:
-    model.compile(backend="eager", fullgraph=fullgraph)
-    return model
-
-
-def compile_from_outside(model: nn.Module, fullgraph: bool) -> nn.Module:
-    compiled: nn.Module = torch.compile(model, backend="eager", fullgraph=fullgraph)
-    return compiled
-
-
-COMPILED = [
-    pytest.param(compile_blocks, id="blocks"),
-    pytest.param(compile_in_place, id="in place", marks=pytest.mark.slow),
-    pytest.param(compile_from_outside, id="from outside", marks=pytest.mark.slow),
-]
-
-
-@pytest.fixture
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_dynamo")
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-@pytest.mark.parametrize("fullgraph", [False, True])
-@pytest.mark.parametrize("make", COMPILED)
-def test_compiled(make: Callable[..., nn.Module], fullgraph: bool) -> None:
-    model, inputs = zoo.build("plain"), zoo.inputs()
-    plain, weak = model(**inputs), zoo.without(model, ["blocks.1"])(**inputs)
-    called = make(model, fullgraph)
-    assert_close(called(**inputs), plain)
-    before = zoo.snapshot(model)
-    for _ in range(2):
-        with stg.skip(called, ["blocks.1"]):
-            for _ in range(2):
-                assert_close(called(**inputs), weak)
-        assert zoo.snapshot(model) == before
-        assert_close(called(**inputs), plain)
-    guider = stg.Guider(called, ["blocks.1"], 1.0, execution="full")
-    assert_close(guider(**inputs), 2 * plain - weak)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("_fresh_dynamo")
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-def test_compiled_from_outside_after_the_skip_was_built() -> None:
-    """The skip is on the model itself, which is now called from inside what was compiled."""
-    model, inputs = zoo.build("plain"), zoo.inputs()
-    plain, weak = model(**inputs), zoo.without(model, ["blocks.1"])(**inputs)
-    skip = stg.skip(model, [1])
-    compiled = torch.compile(model, backend="eager")
-    for _ in range(2):
-        with skip:
-            assert_close(compiled(**inputs), weak)
-        assert_close(compiled(**inputs), plain)
-
-
-@pytest.mark.usefixtures("_fresh_dynamo")
-def test_compiled_with_a_mode_that_cannot_be() -> None:
-    model, inputs = compile_in_place(zoo.build("plain"), fullgraph=True), zoo.inputs()
-    local = threading.Lock()
-
-    def mode(call: stg.LayerCall) -> Tensor:
-        with local:
-            return call.args[0]
-
-    with (
-        stg.skip(model, [1], mode=mode),
-        pytest.raises(stg.CallError, match=r"cannot trace DiT with layers skipped\. .* compile its blocks"),
-    ):
-        model(**inputs)
-    compile_blocks(model := zoo.build("plain"), fullgraph=True)
-    expected = zoo.without(model, ["blocks.1"])(**inputs)
-    with stg.skip(model, [1], mode=mode):  # what the message says works
-        assert_close(model(**inputs), expected)
+# --- checking without a skip -----------------------------------------------------------------------------------------
 
 
 def test_check_returns_the_layers_and_touches_nothing() -> None:

@@ -255,10 +255,8 @@ def test_settings_without_a_meaning(arguments: dict[str, Any], message: str) -> 
 
 # --- what skipped layers do instead ---
 
-MODES = ["attention", "values", "feed-forward", "smoothed"]
 
-
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["attention", "values", "feed-forward", "smoothed"])
 @pytest.mark.parametrize("family", ["ltx", "cogvideox", "mochi"])
 def test_modes_on_rows(family: str, mode: str) -> None:
     model, inputs = zoo.FAMILIES[family].build(), zoo.FAMILIES[family].inputs(4)

@@ -18,9 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stg_hooks.hooks.forward import _is_ours
+from stg_hooks.modes.modes import MODES
 from tests.tiny_models import MODELS, HandThrough, Tiny, expand
 
 DIM, TEXT_TOKENS, TOKENS = 8, 3, 5
+ALL_MODES = list(MODES)
+ATTENTION_MODES = [name for name, mode in MODES.items() if mode.needs == "attention"]
+OTHER_MODES = [name for name in MODES if name != "residual"]
+"""Those that compute the layer, changed."""
 
 
 # --- identities -------------------------------------------------------------------------------------------------------
@@ -700,6 +706,11 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         ),
         "state_dict": list(model.state_dict()),
     }
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Say whether nothing of ours lies on any module."""
+    return not any(_is_ours(value) for module in model.modules() for value in vars(module).values())
 
 
 def calls(model: nn.Module, names: Sequence[str], run: Callable[[], object]) -> list[str]:
