@@ -222,15 +222,6 @@ class Output:
         self.sample, self.note = sample, note
 
 
-class Styled(nn.Module):
-    def __init__(self, style: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.model, self.style = zoo.build("plain"), style
-
-    def forward(self, x: Tensor, text: Tensor) -> Any:
-        return self.style(self.model(x, text))
-
-
 STYLES: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
     "tuple": (lambda t: (t, "note", torch.arange(2)), lambda out: out[0]),
     "list": (lambda t: [t], lambda out: out[0]),
@@ -243,7 +234,7 @@ STYLES: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
 @pytest.mark.parametrize("style", STYLES)
 def test_output_types_are_kept(style: str, batched_cfg: bool) -> None:
     wrap, unwrap = STYLES[style]
-    model, inputs = Styled(wrap).eval(), zoo.inputs(4)
+    model, inputs = zoo.Styled(wrap).eval(), zoo.inputs(4)
     plain, weak = model(**inputs), weak_of(model, ("model.blocks.2",))(**inputs)
     term = unwrap(plain) - unwrap(weak)
     if batched_cfg:
@@ -266,7 +257,7 @@ def test_an_output_object_that_the_model_keeps_is_not_written_into() -> None:
         kept.append(Output(t, "note"))
         return kept[-1]
 
-    model, inputs = Styled(keep).eval(), zoo.inputs()
+    model, inputs = zoo.Styled(keep).eval(), zoo.inputs()
     plain = model(**inputs).sample
     with stg.apply(model, ["blocks.2"], 1.0):
         got = model(**inputs)
@@ -289,7 +280,7 @@ def test_diffusers_output_object_is_kept() -> None:
 
 @pytest.mark.parametrize("batched_cfg", [False, True])
 def test_two_outputs_are_both_guided(batched_cfg: bool) -> None:
-    model, inputs = Styled(lambda t: (t, 3 * t[:, :2])).eval(), zoo.inputs(4)
+    model, inputs = zoo.Styled(lambda t: (t, 3 * t[:, :2])).eval(), zoo.inputs(4)
     plain, weak = model(**inputs), weak_of(model, ("model.blocks.2",))(**inputs)
     with stg.apply(model, ["blocks.2"], 1.0, batched_cfg=batched_cfg):
         got = model(**inputs)

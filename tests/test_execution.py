@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -27,9 +27,10 @@ def _inference() -> Iterator[None]:
         yield
 
 
-def assert_same(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+def assert_same(got: Tensor, expected: Tensor, tolerance: float = 1e-5, what: str = "") -> None:
     """Agree to 1e-5 of the standard deviation."""
-    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * float(expected.std()))
+    atol = tolerance * float(expected.std())
+    torch.testing.assert_close(got, expected, rtol=0, atol=atol, msg=lambda message: f"{what}: {message}")
 
 
 def damped(call: stg.skip) -> Any:
@@ -51,14 +52,15 @@ def guided(
 # --- the same predictions ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("execution", SHARING)
 @pytest.mark.parametrize("batched_cfg", [False, True])
 @pytest.mark.parametrize("name", [name for name, case in zoo.ZOO.items() if case.numbered])
 @pytest.mark.filterwarnings("ignore::stg_hooks.StgWarning")  # some have no rows that can be told apart
-def test_every_layer_of_the_zoo(name: str, batched_cfg: bool, execution: str) -> None:
+def test_every_layer_of_the_zoo(name: str, batched_cfg: bool) -> None:
     for layer in range(len(zoo.ZOO[name].numbered)):
         expected, _ = guided(zoo.build(name), [layer], "full", batched_cfg, steps=2)
-        assert_same(guided(zoo.build(name), [layer], execution, batched_cfg, steps=2)[0], expected)
+        for execution in SHARING:
+            got, _ = guided(zoo.build(name), [layer], execution, batched_cfg, steps=2)
+            assert_same(got, expected, what=f"{layer}, {execution}")
 
 
 @pytest.mark.parametrize("execution", SHARING)
@@ -146,18 +148,17 @@ def layers_of(name: str) -> list[list[int]]:
     return [[3]] if name == "aliasing_views" else [[1], [2, 3]]  # its layer 1 cannot be bypassed
 
 
-@pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("execution", SHARING)
+@pytest.mark.parametrize("mode", ["residual", damped])
+@pytest.mark.parametrize("batched_cfg", [False, True])
 @pytest.mark.parametrize("name", [*awkward.MODELS, *awkward.CHANGING])
 @pytest.mark.filterwarnings("ignore::stg_hooks.StgWarning")
-def test_never_another_number(name: str, execution: str, inference: Callable[[], AbstractContextManager[Any]]) -> None:
+def test_never_another_number(name: str, batched_cfg: bool, mode: Any) -> None:
     for layers in layers_of(name):
-        for batched_cfg in (False, True):
-            for mode in ("residual", damped):
-                with inference():
-                    expected, _ = guided(awkward.build(name), layers, "full", batched_cfg, mode=mode)
-                    got, _ = guided(awkward.build(name), layers, execution, batched_cfg, mode=mode)
-                assert_same(got, expected)
+        expected, _ = guided(awkward.build(name), layers, "full", batched_cfg, mode=mode)
+        for execution, inference in itertools.product(SHARING, (torch.no_grad, torch.inference_mode)):
+            with inference():
+                got, _ = guided(awkward.build(name), layers, execution, batched_cfg, mode=mode)
+                assert_same(got, expected, what=f"{layers}, {execution}, {inference.__name__}")
 
 
 REASONS = {

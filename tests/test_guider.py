@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils.flop_counter import FlopCounterMode
 
 import stg_hooks as stg
+from benchmarks import measure
 from tests import zoo
 
 exact: dict[str, Any] = {"rtol": 0, "atol": 0}
@@ -188,23 +188,10 @@ def test_the_passes_are_those_that_the_prediction_needs(model: nn.Module, name: 
 # --- what denoisers look like -----------------------------------------------------------------------------------------
 
 
-class Styled(nn.Module):
-    """Returns its prediction in some wrapping."""
-
-    def __init__(self, model: nn.Module, style: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.model, self.style = model, style
-
-    def forward(self, x: Tensor, text: Tensor) -> Any:
-        return self.style(self.model(x, text))
-
-
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
 def test_two_outputs_are_guided_separately(model: nn.Module, rescale: float) -> None:
     """Video and audio, say: each with its own difference and its own standard deviation."""
-    guider = stg.Guider(
-        Styled(model, lambda t: (t, 3 * t[:, :2])), ["blocks.2"], 1.5, guidance_scale=4.0, rescale=rescale
-    )
+    guider = stg.Guider(zoo.Styled(lambda t: (t, 3 * t[:, :2])), ["blocks.2"], 1.5, guidance_scale=4.0, rescale=rescale)
     video, audio = guider(X, cond={"text": POSITIVE}, uncond={"text": NEGATIVE})
     p = parts(model)
     for got, pick in ((video, lambda t: t), (audio, lambda t: 3 * t[:, :2])):
@@ -290,9 +277,9 @@ def test_layers_of_a_function_cost_as_much_as_those_of_a_list() -> None:
     def flops(schedule: Any) -> list[int]:
         guider, found = stg.Guider(model, [2], guidance_scale=3.0, sigmas=sigmas, schedule=schedule), []
         for sigma in sigmas[:-1]:
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                guider(X, sigma.expand(len(X)), cond={"text": POSITIVE}, uncond={"text": NEGATIVE})
-            found.append(counter.get_total_flops())
+            conditions: dict[str, Any] = {"cond": {"text": POSITIVE}, "uncond": {"text": NEGATIVE}}
+            with torch.no_grad():
+                found.append(measure.flops(lambda: guider(X, sigma.expand(len(X)), **conditions)))  # noqa: B023
         return found
 
     assert flops(lambda step: {"layers": [3] if step.sigma < 0.5 else (1,)}) == flops(

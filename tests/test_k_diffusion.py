@@ -389,25 +389,35 @@ def test_a_cfg_denoiser_without_a_module_inside(bad: Any) -> None:
 # --- bad input ---
 
 
-def test_noise_level_zero(denoiser: nn.Module) -> None:
-    guider = stg.Guider(denoiser, [2])
-    with pytest.raises(stg.CallError, match=r"^called with sigma=0\.0: there is nothing to denoise\."):
-        guider(image(), torch.zeros(2), cond=classes()["cond"])
+@pytest.mark.parametrize(
+    ("level", "message"),
+    [(0.0, r"^called with sigma=0\.0: there is nothing to denoise\."), (torch.nan, r"^called with sigma=nan")],
+)
+def test_a_call_at_a_noise_level_that_is_none(level: float, message: str, denoiser: nn.Module) -> None:
+    with pytest.raises(stg.CallError, match=message):
+        stg.Guider(denoiser, [2])(image(), torch.full((2,), level), cond=classes()["cond"])
 
 
-def test_a_missing_cond(denoiser: nn.Module) -> None:
-    guider = stg.Guider(denoiser, [2], guidance_scale=G)
-    with pytest.raises(stg.SettingError, match=r"^cond has \[\], but uncond has \['class_cond'\]: give the same"):
-        sample("euler", guider, image(), {"uncond": classes()["uncond"]})
-    with pytest.raises(ValueError, match="class_cond must be specified"):  # k-diffusion's own words
-        sample("euler", guider, image(), {})
-
-
-def test_different_keys(denoiser: nn.Module) -> None:
-    guider = stg.Guider(denoiser, [2], guidance_scale=G)
-    args = {"cond": {"class_cond": torch.tensor([1]), "aug_cond": torch.zeros(1, 9)}, "uncond": classes(1)["uncond"]}
-    with pytest.raises(stg.SettingError, match=r"cond has \['aug_cond', 'class_cond'\], but uncond has"):
-        sample("euler", guider, image(1), args)
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        (
+            {"uncond": classes()["uncond"]},
+            stg.SettingError,
+            r"^cond has \[\], but uncond has \['class_cond'\]: give the same",
+        ),
+        (
+            {"cond": {"class_cond": torch.tensor([1]), "aug_cond": torch.zeros(1, 9)}, "uncond": classes(1)["uncond"]},
+            stg.SettingError,
+            r"cond has \['aug_cond', 'class_cond'\], but uncond has",
+        ),
+        ({}, ValueError, "class_cond must be specified"),  # k-diffusion's own words
+    ],
+    ids=["no cond", "other keys", "neither"],
+)
+def test_conditions_that_do_not_fit(args: Any, error: type[Exception], message: str, denoiser: nn.Module) -> None:
+    with pytest.raises(error, match=message):
+        sample("euler", stg.Guider(denoiser, [2], guidance_scale=G), image(1), args)
 
 
 @pytest.mark.parametrize("callback", [False, True])
@@ -420,9 +430,10 @@ def test_a_window_without_the_number_of_steps(callback: bool, denoiser: nn.Modul
         sample("euler", guider, image(), {"cond": classes()["cond"]}, callback=guider.callback if callback else None)
 
 
-@pytest.mark.parametrize("bad", [[1.0], [0.1, 1.0], [[1.0, 0.5]], [1.0, 1.0, 0.0], []])
-def test_noise_levels_that_are_none(bad: Any, denoiser: nn.Module) -> None:
-    with pytest.raises(stg.SettingError, match=r"sigmas= has shape .*from high to low, \(N \+ 1,\)"):
+@pytest.mark.parametrize("bad", [[1.0], [0.1, 1.0], [[1.0, 0.5]], [1.0, 1.0, 0.0], [], "karras"])
+def test_sigmas_that_are_no_schedule(bad: Any, denoiser: nn.Module) -> None:
+    message = r"sigmas=('karras': expected| has shape .*) .*from high to low"
+    with pytest.raises(stg.SettingError, match=message):
         stg.Guider(denoiser, [2], sigmas=bad)
 
 
@@ -433,13 +444,6 @@ def test_callbacks_that_are_none(denoiser: nn.Module) -> None:
     for given in ((guider, None), (denoiser, print)):
         with pytest.raises(stg.TargetError, match=r"expected a stg\.Guider and a function of a dict"):
             stg.k_diffusion.callback(*given)
-
-
-def test_a_noise_level_that_is_no_number(denoiser: nn.Module) -> None:
-    with pytest.raises(stg.CallError, match=r"^called with sigma=nan"):
-        stg.Guider(denoiser, [2])(image(), torch.full((2,), torch.nan), cond=classes()["cond"])
-    with pytest.raises(stg.SettingError, match=r"sigmas='karras': expected noise levels from high to low"):
-        stg.Guider(denoiser, [2], sigmas="karras")  # type: ignore[arg-type]
 
 
 # --- weights of one value per sample ---

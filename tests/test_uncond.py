@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
-from torch.utils.flop_counter import FlopCounterMode
 
 import stg_hooks as stg
+from benchmarks import measure
 from tests import awkward, zoo
 from tests.pipelines import build, run
 
@@ -187,17 +187,11 @@ def test_halves_are_compared_once_for_each_layout() -> None:
 
 def test_two_halves_cost_what_the_plain_call_costs_less_the_skipped_block() -> None:
     model, inputs = zoo.build("plain"), zoo.inputs(4)
-
-    def flops(call: Callable[[], Any]) -> int:
-        with FlopCounterMode(display=False) as counter:
-            call()
-        return counter.get_total_flops()
-
-    plain = flops(lambda: model(**inputs))
-    block = plain - flops(lambda: zoo.without(model, ["blocks.2"])(**inputs))
+    plain = measure.flops(lambda: model(**inputs))
+    block = plain - measure.flops(lambda: zoo.without(model, ["blocks.2"])(**inputs))
     with stg.apply(model, [2], on="uncond", batched_cfg=True):
         model(**inputs)
-        assert flops(lambda: model(**inputs)) == plain - block // 2
+        assert measure.flops(lambda: model(**inputs)) == plain - block // 2
 
 
 def test_rows_of_a_model_that_counts_its_calls() -> None:

@@ -561,6 +561,17 @@ class Hourglass(nn.Module):
         return x
 
 
+class Styled(nn.Module):
+    """Returns a prediction in some wrapping."""
+
+    def __init__(self, style: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.model, self.style = build("plain"), style
+
+    def forward(self, x: Tensor, text: Tensor) -> Any:
+        return self.style(self.model(x, text))
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A model of the zoo, and what is to be found in it."""
