@@ -455,24 +455,69 @@ def test_what_is_right_or_refused(start: Callable[[], Callable[[], float]], exec
         assert torch.equal(run(model), want[1])
 
 
-@pytest.mark.parametrize("block", [SKIPPED, 3])
-@pytest.mark.parametrize("kind", ["pre_hook", "hook"])
-def test_a_hook_that_counts_is_refused(kind: str, block: int) -> None:
-    torch.manual_seed(0)
-    model, calls = Net(), 0
+class Scaling:
+    """An object whose methods are hooks, as attention controllers are."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> Any:
+        self.calls += 1
+        return (output or args)[0] * (1 + self.calls % 3)
+
+    def written(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:
+        self.calls += 1
+        (output or args)[0].mul_(1 + self.calls % 3)
+
+
+def count_of() -> Callable[..., Any]:
+    calls = 0
 
     def count(module: nn.Module, args: tuple[Any, ...], *output: Any) -> Any:
         nonlocal calls
         calls += 1
         return (output or args)[0] * (1 + calls % 3)
 
+    return count
+
+
+HOOKS = {"function": count_of, "object": Scaling, "method": lambda: Scaling().__call__}
+HOOKS["in place"] = lambda: Scaling().written
+
+
+@pytest.mark.parametrize("block", [0, SKIPPED, 3])
+@pytest.mark.parametrize("kind", ["pre_hook", "hook"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_that_counts_is_refused(hook: str, kind: str, block: int) -> None:
+    torch.manual_seed(0)
+    model = Net()
     of = model.blocks[block]
-    of.register_forward_pre_hook(count) if kind == "pre_hook" else of.register_forward_hook(count)
+    getattr(of, f"register_forward_{kind}")(HOOKS[hook]())
     with (
-        pytest.raises(stg.CallError, match=rf"blocks\.{block} has the hook .*count"),
+        pytest.raises(stg.CallError, match=rf"blocks\.{block} has the hook "),
         stg.apply(model, layers=[f"blocks.{SKIPPED}"], scale=1.0, batched_cfg=False),
     ):
         run(model)
+
+
+def looking(seen: list[Any]) -> Callable[..., None]:
+    def look(module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:
+        if len(args) > 1:
+            return
+        seen.append(args)
+
+    return look
+
+
+@pytest.mark.parametrize("kind", ["pre_hook", "hook"])
+@pytest.mark.parametrize("look", [looking, lambda seen: lambda *call: seen.append(call[1][0].clone())])
+def test_a_hook_that_only_looks_costs_no_pass_more(kind: str, look: Callable[[list[Any]], Any]) -> None:
+    torch.manual_seed(0)
+    model, seen = Net(), list[Any]()
+    getattr(model.blocks[3], f"register_forward_{kind}")(look(seen))
+    with stg.apply(model, layers=[f"blocks.{SKIPPED}"], scale=1.0, batched_cfg=False):
+        run(model)
+    assert 12 <= len(seen) <= 14  # six steps, and what checks the first
 
 
 class Passed:

@@ -47,7 +47,7 @@ def _key(layers: object) -> Hashable:
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A setting that somebody published for a model, with its source.
+    """A setting that was published for a model, with its source.
 
     `model` is a class name, and `where` what the model's configuration must say for the setting to be meant for it.
     """
