@@ -60,7 +60,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         stop: float | None = None,
         sigma_range: tuple[float, float] | None = None,
         schedule: Schedule | None = None,
-        rule: str | Rule = "cfg",
+        rule: str | Rule | None = None,
         on: str = "cond",
         every: int = 1,
         batched_cfg: bool | None = None,
@@ -92,7 +92,8 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
                 `scale`, `mode`, `branches`, `rescale`, `rule` or `guidance_scale` (which replaces the caller's), or
                 `None` for no guidance; or a list of (noise level, such a dict) from high to low, of which the first one
                 counts whose level is not above the step's, or else the last one.
-            rule: as for `combine`; it replaces the pipeline's own combination.
+            rule: as for `combine`, `"cfg"` unless a published setting says otherwise; another one
+                replaces the pipeline's own combination.
             on: `"uncond"` lets the weak model make the *uncond* prediction instead, `w(u) + g * (c - w(u))`: no extra
                 pass is made, and `scale` has no meaning. For modules with `batched_cfg`, and pipelines that do CFG.
             every: compute weak predictions in every so many steps only and use `cond - weak` again in between. An

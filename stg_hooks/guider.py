@@ -79,7 +79,7 @@ class Guider(NotCopied):
         stop: float | None = None,
         sigma_range: tuple[float, float] | None = None,
         schedule: Schedule | None = None,
-        rule: str | Rule = "cfg",
+        rule: str | Rule | None = None,
         on: str = "cond",
         every: int = 1,
         channels: int | None = None,
@@ -109,7 +109,7 @@ class Guider(NotCopied):
             stop: as for `apply`.
             sigma_range: as for `apply`.
             schedule: as for `apply`.
-            rule: as for `combine`.
+            rule: as for `combine`, `"cfg"` unless a published setting says otherwise.
             on: `"uncond"` lets the weak model make the *uncond* prediction instead, so that `uncond` in the formula is
                 what it predicts: no extra pass is made, and `scale` has no meaning.
             every: as for `apply`, counted in guided calls; the step must be known, as for `start`.

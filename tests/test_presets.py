@@ -268,7 +268,7 @@ def test_every_published_setting_is_its_sources_formula(setting: Published, coun
 
 def test_a_rule_of_ones_own_replaces_the_published_one() -> None:
     pipe, _ = ltx_13b()
-    for rule, expected in ((None, "zero_star"), ("apg", "apg")):
+    for rule, expected in ((None, "zero_star"), ("apg", "apg"), ("cfg", "cfg")):
         given = {} if rule is None else {"rule": rule}
         assert {now.rule for now in stg.apply(pipe, preset=LTX_13B, **given).plan.known} == {expected}
 

@@ -105,7 +105,7 @@ class SkipGuidance(BaseGuidance):  # type: ignore[misc]  # diffusers has no type
         stop: float | None = None,
         sigma_range: Sequence[float] | None = None,
         schedule: Schedule | str | None = None,
-        rule: str | Rule = "cfg",
+        rule: str | Rule | None = None,
         every: int = 1,
         execution: str = "auto",
         strict: bool = False,

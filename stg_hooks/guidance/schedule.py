@@ -287,7 +287,7 @@ class Request:
     stop: float | None = None
     sigma_range: tuple[float, float] | None = None
     schedule: Schedule | None = None
-    rule: str | Rule = "cfg"
+    rule: str | Rule | None = None
     on: str = "cond"
 
 
@@ -330,8 +330,8 @@ def plan_from(model: nn.Module, request: Request) -> Plan:
             branches = [dataclasses.replace(branches[0], scale=1.0)]
         elif not all(is_number(branch.scale, 0) for branch in branches):
             rescale = published.rescale if rescale is None else rescale
-            rule = published.rule if rule == "cfg" else rule
+            rule = published.rule if rule is None else rule
     found, factor = branches_from(layers, scale, mode, kind, rescale, branches)
-    base = Settings(tuple(found), factor, rule=rule)
+    base = Settings(tuple(found), factor, rule="cfg" if rule is None else rule)
     start, stop = 0.0 if start is None else start, 1.0 if stop is None else stop
     return Plan(base, start=start, stop=stop, sigma_range=sigma_range, schedule=schedule)
