@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,19 +121,19 @@ class BatchedPass:
         return run
 
     def _take(self, groups: list[_Group], arguments: Any) -> Any:
-        def take(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                plain = leaf is None or isinstance(leaf, (bool, int, float))
-                return leaf if plain else pytree.tree_map_only(Tensor, take, leaf)
-            folded = row_factor(leaf, self._total)
-            if not folded or (folded > 1 and leaf.ndim < 4):  # flatter ones may be tables with an entry per token
-                return leaf
-            parts = [cut(leaf, group.rows, self._total, folded) for group in groups]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-
         if isinstance(arguments, dict):
-            return {name: take(value) for name, value in arguments.items()}
-        return tuple(map(take, arguments))
+            return {name: self._rows_of(groups, value) for name, value in arguments.items()}
+        return tuple(self._rows_of(groups, value) for value in arguments)
+
+    def _rows_of(self, groups: list[_Group], value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            is_plain = value is None or isinstance(value, (bool, int, float))
+            return value if is_plain else pytree.tree_map_only(Tensor, partial(self._rows_of, groups), value)
+        folded = row_factor(value, self._total)
+        if not folded or (folded > 1 and value.ndim < 4):  # flatter ones may be tables with an entry per token
+            return value
+        parts = [cut(value, group.rows, self._total, folded) for group in groups]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _join(self, output: Any, computed: list[_Group], instead: dict[int, Any]) -> Any:
         leaves, spec = ([output], None) if isinstance(output, Tensor) else pytree.tree_flatten(output)
