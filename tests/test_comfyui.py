@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -86,6 +87,32 @@ def test_a_step(patcher: Patcher, cfg: float, per_call: int) -> None:
     (predictor,) = made(guided)
     assert predictor.stats.blocks_run == predictor.stats.weak_passes  # the last one of four
     assert predictor.stats.weak_passes == {1: 4, 2: 4 if cfg != 1 else 2, 99: 2}[per_call]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_prepares_the_model_once_and_leaves_nothing(
+    patcher: Patcher, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    positive, negative, sigmas = [prompt(1)], [prompt(3)], (1.0, 0.7, 0.4, 0.0)
+    module = patcher.model.diffusion_model
+    guided, installed = guide(patcher), []
+    once = stg.Predictor.installed
+    monkeypatch.setattr(stg.Predictor, "installed", lambda self: installed.append(1) or once(self))
+    x = X
+    for sigma, lower in itertools.pairwise(sigmas):
+        x = x + (lower - sigma) * (x - Guider(guided, 3.0, positive, negative)(x, sigma)) / sigma
+    assert len(installed) == 3  # outside of a run, for each call
+    before = {name: dict(vars(one)) for name, one in module.named_modules()}
+    installed.clear()
+    if fails:
+        guided.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * (1 // int(args["sigma"][0] > 0.8)))
+        with pytest.raises(ZeroDivisionError):  # in the second step
+            Guider(guided, 3.0, positive, negative).sample(X, sigmas)
+        assert len(installed) == 1
+    else:
+        assert_close(Guider(guided, 3.0, positive, negative).sample(X, sigmas), x, **close)
+        assert len(installed) == 1
+    assert {name: dict(vars(one)) for name, one in module.named_modules()} == before
 
 
 def test_rescale_is_per_sample(patcher: Patcher) -> None:
