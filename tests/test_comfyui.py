@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
+from stg_hooks.integrations.comfyui import __main__ as entry
 from stg_hooks.integrations.comfyui import fields, nodes
 from tests import comfy_stand_in, zoo
 from tests.comfy_stand_in import Guider, Model, Patcher, comfy, prompt
@@ -441,9 +442,15 @@ def test_the_layers_of_a_model_as_text(patcher: Patcher) -> None:
     assert found["ui"]["text"] == [*found["result"]]
 
 
-def test_the_folder_is_an_entry_of_custom_nodes(tmp_path: Path) -> None:
+def test_the_folder_is_an_entry_of_custom_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In a process of its own, without ComfyUI: loading it imports no host."""
-    (tmp_path / "__init__.py").write_text('"""STG."""\nfrom stg_hooks.integrations.comfyui import *\n')
+    assert entry.main([str(tmp_path)]) == 1
+    assert "has no folder custom_nodes: name the folder of ComfyUI" in capsys.readouterr().err
+    (tmp_path / "custom_nodes").mkdir()
+    assert [entry.main([str(tmp_path)]) for _ in range(2)] == [0, 0]  # the second time, over the first
+    (installed,) = (tmp_path / "custom_nodes").iterdir()
+    assert len((installed / "__init__.py").read_text(encoding="utf-8").splitlines()) == 2
+    assert (installed / "example_workflows" / Path(WORKFLOW).name).is_file()
     code = """
 import importlib.util, sys
 for number, folder in enumerate(sys.argv[1:]):
@@ -454,7 +461,7 @@ for number, folder in enumerate(sys.argv[1:]):
     print(*sorted(pack.NODE_CLASS_MAPPINGS), callable(pack.comfy_entrypoint))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path, Path(nodes.__file__).parent],
+        [sys.executable, "-c", code, installed, Path(nodes.__file__).parent],
         env=os.environ | {"PYTHONPATH": str(Path(stg.__file__).parent.parent)},
         capture_output=True,
         text=True,
