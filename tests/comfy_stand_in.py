@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 import types
 import uuid
@@ -18,6 +19,7 @@ from tests import zoo
 
 
 class WrappersMP:
+    SAMPLER_SAMPLE = "sampler_sample"
     PREDICT_NOISE = "predict_noise"
     CALC_COND_BATCH = "calc_cond_batch"
     APPLY_MODEL = "apply_model"
@@ -120,8 +122,23 @@ class Guider:
         self.patcher, self.cfg, self.positive, self.negative = patcher, cfg, positive, negative
         self.options = options
 
-    def __call__(self, x: Tensor, sigma: float, sigmas: Sequence[float] = (1.0, 0.5, 0.0)) -> Tensor:
+    def sample(self, x: Tensor, sigmas: Sequence[float]) -> Tensor:
+        """Run Euler's method."""
+
+        def euler(model: Guider, sigmas: Sequence[float], extra_args: dict[str, Any]) -> Tensor:
+            found = x
+            for sigma, lower in itertools.pairwise(sigmas):
+                denoised = model(found, sigma, sigmas, extra_args["model_options"])
+                found = found + (lower - sigma) * (found - denoised) / sigma
+            return found
+
         options = {**self.patcher.model_options, **self.options}
+        call = wrapped(euler, WrappersMP.SAMPLER_SAMPLE, options["transformer_options"])
+        found: Tensor = call(self, sigmas, {"model_options": options})
+        return found
+
+    def __call__(self, x: Tensor, sigma: float, sigmas: Sequence[float] = (1.0, 0.5, 0.0), given: Any = None) -> Tensor:
+        options = {**self.patcher.model_options, **self.options} if given is None else dict(given)
         options["transformer_options"] = {**options["transformer_options"], "sample_sigmas": torch.tensor(sigmas)}
         call = wrapped(self.predict_noise, WrappersMP.PREDICT_NOISE, options["transformer_options"], self)
         found: Tensor = call(x, torch.full((len(x),), sigma), options, 0)

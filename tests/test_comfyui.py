@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
+from stg_hooks.integrations.comfyui import __main__ as entry
 from stg_hooks.integrations.comfyui import fields, nodes
 from tests import comfy_stand_in, zoo
 from tests.comfy_stand_in import Guider, Model, Patcher, comfy, prompt
@@ -86,6 +88,32 @@ def test_a_step(patcher: Patcher, cfg: float, per_call: int) -> None:
     (predictor,) = made(guided)
     assert predictor.stats.blocks_run == predictor.stats.weak_passes  # the last one of four
     assert predictor.stats.weak_passes == {1: 4, 2: 4 if cfg != 1 else 2, 99: 2}[per_call]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_prepares_the_model_once_and_leaves_nothing(
+    patcher: Patcher, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    positive, negative, sigmas = [prompt(1)], [prompt(3)], (1.0, 0.7, 0.4, 0.0)
+    module = patcher.model.diffusion_model
+    guided, installed = guide(patcher), []
+    once = stg.Predictor.installed
+    monkeypatch.setattr(stg.Predictor, "installed", lambda self: installed.append(1) or once(self))
+    x = X
+    for sigma, lower in itertools.pairwise(sigmas):
+        x = x + (lower - sigma) * (x - Guider(guided, 3.0, positive, negative)(x, sigma)) / sigma
+    assert len(installed) == 3  # outside of a run, for each call
+    before = {name: dict(vars(one)) for name, one in module.named_modules()}
+    installed.clear()
+    if fails:
+        guided.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * (1 // int(args["sigma"][0] > 0.8)))
+        with pytest.raises(ZeroDivisionError):  # in the second step
+            Guider(guided, 3.0, positive, negative).sample(X, sigmas)
+        assert len(installed) == 1
+    else:
+        assert_close(Guider(guided, 3.0, positive, negative).sample(X, sigmas), x, **close)
+        assert len(installed) == 1
+    assert {name: dict(vars(one)) for name, one in module.named_modules()} == before
 
 
 def test_rescale_is_per_sample(patcher: Patcher) -> None:
@@ -414,9 +442,15 @@ def test_the_layers_of_a_model_as_text(patcher: Patcher) -> None:
     assert found["ui"]["text"] == [*found["result"]]
 
 
-def test_the_folder_is_an_entry_of_custom_nodes(tmp_path: Path) -> None:
+def test_the_folder_is_an_entry_of_custom_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In a process of its own, without ComfyUI: loading it imports no host."""
-    (tmp_path / "__init__.py").write_text('"""STG."""\nfrom stg_hooks.integrations.comfyui import *\n')
+    assert entry.main([str(tmp_path)]) == 1
+    assert "has no folder custom_nodes: name the folder of ComfyUI" in capsys.readouterr().err
+    (tmp_path / "custom_nodes").mkdir()
+    assert [entry.main([str(tmp_path)]) for _ in range(2)] == [0, 0]  # the second time, over the first
+    (installed,) = (tmp_path / "custom_nodes").iterdir()
+    assert len((installed / "__init__.py").read_text(encoding="utf-8").splitlines()) == 2
+    assert (installed / "example_workflows" / Path(WORKFLOW).name).is_file()
     code = """
 import importlib.util, sys
 for number, folder in enumerate(sys.argv[1:]):
@@ -427,7 +461,7 @@ for number, folder in enumerate(sys.argv[1:]):
     print(*sorted(pack.NODE_CLASS_MAPPINGS), callable(pack.comfy_entrypoint))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path, Path(nodes.__file__).parent],
+        [sys.executable, "-c", code, installed, Path(nodes.__file__).parent],
         env=os.environ | {"PYTHONPATH": str(Path(stg.__file__).parent.parent)},
         capture_output=True,
         text=True,

@@ -21,6 +21,7 @@ from torch.testing import assert_close
 
 import stg_hooks as stg
 from stg_hooks.integrations.comfyui import comfy_entrypoint, nodes
+from stg_hooks.integrations.comfyui.__main__ import install
 from tests import comfy_models
 from tests.comfy_models import Counting, build, conditioning, flat, latents, needs_comfyui, nothing_of, sample
 
@@ -494,6 +495,15 @@ def test_comfyui_loads_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         spec.loader.exec_module(loaded)
         assert set(loaded.NODE_CLASS_MAPPINGS) == {"STGGuidance", "STGGuidanceAdvanced", "STGLayers"}
         assert callable(loaded.comfy_entrypoint)
+
+
+def test_comfyui_loads_what_the_installation_writes(tmp_path: Path) -> None:
+    theirs = comfy_models.extra("nodes")
+    (tmp_path / "custom_nodes").mkdir()
+    with comfy_models.torchvision():
+        assert asyncio.run(theirs.load_custom_node(str(install(tmp_path))))
+    assert theirs.NODE_CLASS_MAPPINGS["STGGuidance"] is nodes.STGGuidance
+    assert theirs.NODE_DISPLAY_NAME_MAPPINGS["STGGuidanceAdvanced"] == "STG Guidance (Advanced)"
 
 
 def test_comfyuis_nodes_have_the_fields_of_the_example_workflow() -> None:

@@ -61,6 +61,8 @@ def shipped_files() -> set[str]:
     for weights in (ROOT / "stg_hooks/demo/weights").glob("*"):
         if weights.suffix in {".safetensors", ".json"}:
             expected.add(weights.relative_to(ROOT).as_posix())
+    workflows = ROOT.glob("integrations/comfyui/example_workflows/*.json")
+    expected |= {f"stg_hooks/{file.relative_to(ROOT).as_posix()}" for file in workflows}
     expected |= {part.relative_to(ROOT).as_posix() for part in ROOT.glob("stg_hooks/study/report/page/*")}
     return expected
 

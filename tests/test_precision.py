@@ -71,6 +71,39 @@ def test_autocast(dtype: torch.dtype, execution: str) -> None:
         check(model, zoo.without(model, ["blocks.2"]), zoo.inputs(4), "blocks.2", execution, rtol=0.05, atol=0.05)
 
 
+class RoundsByRows(zoo.DiT):
+    """Rounds otherwise in calls with other rows, as kernels for half precision do, and returns float32."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        dtype = self.embed.weight.dtype
+        return super().forward(x.to(dtype), text.to(dtype)).float() * (1 + 0.004 * (len(x) == 4))
+
+
+@pytest.mark.parametrize("execution", ["sequential", "full"])
+@pytest.mark.parametrize("kind", ["weights", "autocast"])
+def test_rounding_of_half_precision_is_no_reason_against_a_way(kind: str, execution: str) -> None:
+    """The type of a prediction does not tell what it was computed in: ComfyUI's and Wan's are always float32."""
+    torch.manual_seed(0)
+    model = RoundsByRows().eval().requires_grad_(False)
+    inputs = zoo.inputs(4)
+
+    def ways() -> list[str]:
+        predictor = stg.Predictor(model, [stg.Branch([2])], execution)
+        with predictor.installed():
+            for _ in range(3):
+                predictor(model, (), inputs, rows=slice(2))
+        return [made.way for made in predictor._made.values()]
+
+    with pytest.warns(stg.StgWarning):  # in single precision, that is another result
+        assert ways() != [execution]
+    if kind == "weights":
+        model.to(torch.bfloat16)
+        assert ways() == [execution]
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ways() == [execution]
+
+
 # --- LoRA -------------------------------------------------------------------------------------------------------------
 
 

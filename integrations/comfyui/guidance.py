@@ -1,6 +1,6 @@
 """Skip guidance in ComfyUI's sampling, through the extension points of its `ModelPatcher` only.
 
-A step of a sampler goes through three of them:
+A run is a call of `SAMPLER_SAMPLE`, which keeps the model prepared. A step of it goes through three others:
 
 - `PREDICT_NOISE`: a `_Step` is made and travels down with the options of the step. It holds all that is kept, and dies
   with the step, however that ends.
@@ -20,7 +20,7 @@ import math
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import reduce
 from typing import Any
 
@@ -67,6 +67,29 @@ class _Step:
         count = len(self.sigmas) - 1
         index = int((self.sigmas.double() > self.sigma * (1 + 1e-5)).sum())
         return Step(min(index, count - 1), count, self.sigma)
+
+
+class _Run(ExitStack):
+    """A run of a sampler, at the end of which the model is as it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_open = False
+        self._predictors: list[stg.Predictor] = []
+
+    def __enter__(self) -> _Run:
+        """Begin."""
+        self._is_open = True
+        return super().__enter__()
+
+    def prepared(self, predictor: stg.Predictor) -> AbstractContextManager[None]:
+        """Prepare a model: until the end of the run, or, outside of one, within a `with`."""
+        if not self._is_open:
+            return predictor.installed()
+        if predictor not in self._predictors:
+            self.enter_context(predictor.installed())
+            self._predictors.append(predictor)
+        return nullcontext()
 
 
 class SkipGuidance:
@@ -131,6 +154,7 @@ class SkipGuidance:
         from comfy.patcher_extension import WrappersMP
 
         found = patcher.clone()
+        found.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, self._key, self.sampler_sample)
         found.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, self._key, self.predict_noise)
         found.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, self._key, self.calc_cond_batch)
         has_cfg = any(one.guidance_scale is not None for one in self._known)
@@ -138,6 +162,14 @@ class SkipGuidance:
         return found
 
     # --- ComfyUI's extension points
+
+    def sampler_sample(
+        self, executor: Any, model: Any, sigmas: Tensor, extra_args: Options, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Keep the model prepared for a run, which is cheaper than for each call."""
+        with _Run() as run:
+            options = _with(extra_args["model_options"], **{f"{self._key}.run": run})
+            return executor(model, sigmas, {**extra_args, "model_options": options}, *args, **kwargs)
 
     def predict_noise(
         self, executor: Any, x: Tensor, timestep: Tensor, model_options: Options, seed: Any = None
@@ -202,7 +234,7 @@ class SkipGuidance:
                 place = slice(rows[0], rows[-1] + 1) if rows == [*range(rows[0], rows[-1] + 1)] else rows
                 return _cut(args, kwargs, conds, lambda tensor: tensor[place] if _has(tensor, x) else tensor)
 
-            with predictor.installed():
+            with options.get(f"{self._key}.run", _Run()).prepared(predictor):
                 output, weaks = predictor(denoiser, args, kwargs, rows=rows, weak_call=cut)
             parts = [weak.chunk(len(conds)) for (weak,) in weaks]
             for i, of_cond in zip(conds, zip(*parts, strict=True), strict=True):

@@ -79,9 +79,12 @@ def is_attention(module: nn.Module) -> bool:
 def _norms_queries(module: nn.Module) -> bool:
     """Tell whether a module norms queries and keys that it projects itself: blocks with one projection for all do."""
     children = [child for child in module._modules.values() if child is not None]
-    if not any(_has_pair(names) for names in (module._modules, *(child._modules for child in children))):
-        return False
-    weights = [getattr(child, "weight", None) for child in children]
+    norms = [module, *(child for child in children if not _projects(child))]  # else the child is the attention
+    return _projects(module) and any(_has_pair(norm._modules) for norm in norms)
+
+
+def _projects(module: nn.Module) -> bool:
+    weights = [getattr(child, "weight", None) for child in module._modules.values()]
     return any(isinstance(weight, Tensor) and weight.ndim == 2 for weight in weights)
 
 

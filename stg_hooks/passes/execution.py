@@ -21,6 +21,7 @@ from stg_hooks.hooks.compiled import compiled_among, eagerly, is_compiled, surro
 from stg_hooks.hooks.forward import Patch, patched, pushed
 from stg_hooks.model.layers import Layer, find_layers
 from stg_hooks.model.source import parameter_names
+from stg_hooks.model.tensors import computes_in_half
 from stg_hooks.modes.modes import MODES
 from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.batched import BatchedPass, RowsError
@@ -190,6 +191,9 @@ class Execution:
     def _patches_of(self, units: Sequence[nn.Module]) -> list[Patch]:
         return [self._patches[id(unit)] for unit in units]
 
+    def _agree(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+        return agree(found, expected, computes_in_half(self._model))
+
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         """Look at the arguments of a call, before it is made."""
         return Inputs(args, kwargs, self._written)
@@ -309,7 +313,7 @@ class Execution:
                 again = predictions(self._batched_pass(call, batch, cond))
             expected = [*own, *itertools.chain(*weaks)]
             got = [*again, *itertools.chain(*(call.weaks or []))]
-            if not agree(got, expected):
+            if not self._agree(got, expected):
                 raise RowsError("rows influence each other, or were cut wrongly")
             self._found.known[call.layout].in_one_pass = True
         except Exception as error:
@@ -492,7 +496,7 @@ class Execution:
                     call.alone[branch] = again
             if prefix.has_gaps and not all(are_as_finite(found, call.cond) for found in (again, *weaks)):
                 raise _GapsError
-            if not agree(again, call.cond):
+            if not self._agree(again, call.cond):
                 if prefix.has_gaps:
                     raise _GapsError
                 raise NotSharedError("with nothing skipped, the cond rows alone do not give the cond prediction again")
@@ -551,7 +555,7 @@ class Execution:
             with self._state.weak_pass(call), torch.no_grad(), checking(), weak_pass(), eagerly():
                 again = own_predictions(call.denoiser(*args, **kwargs))
             again = again if call.rows is None else [call.rows.take(tensor) for tensor in again]
-            if not agree(again, call.cond):
+            if not self._agree(again, call.cond):
                 found = "; ".join(suspects[:2])
                 raise CallError(
                     f"{type(self._model).__name__} predicts something else when the same call is made once more, so it "
@@ -577,7 +581,7 @@ class Execution:
                 if self._caches.found is not None:  # which have made the cond pass another one than it is by itself
                     args, kwargs = call.inputs.again()
                     cond = [call.rows.take(t) for t in predictions(call.denoiser(*args, **kwargs))]
-            if agree(again, cond):
+            if self._agree(again, cond):
                 self._found.cut.add(call.layout)
                 if self._caches.found is None:
                     call.alone = dict.fromkeys(range(len(self.switches)), again)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import repeat
 from typing import Any, TypeAlias
 
 import torch
@@ -313,19 +314,20 @@ def halves(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return uncond, cond
 
 
-def agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+def agree(found: Sequence[Tensor], expected: Sequence[Tensor], in_half: bool = False) -> bool:
     """Tell whether predictions that should be equal are, up to what rounding does in calls with other rows.
 
     Args:
         found: predictions.
         expected: as many.
+        in_half: they were computed in half precision, whatever type they have.
 
     Returns:
         Whether they have the same shapes and differ by less than 1e-4 of their root mean square in float32 on a CPU,
         2e-3 elsewhere (where its matrix products may be less exact) and 5e-2 in half precision; where one is not
         finite, nothing speaks against it.
     """
-    return len(found) == len(expected) and all(map(_agrees, found, expected))
+    return len(found) == len(expected) and all(map(_agrees, found, expected, repeat(in_half)))
 
 
 def are_as_finite(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
@@ -334,13 +336,13 @@ def are_as_finite(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     return all(bool((one.isfinite() | ~other.isfinite()).all()) for one, other in pairs)
 
 
-def _agrees(one: Tensor, other: Tensor) -> bool:
+def _agrees(one: Tensor, other: Tensor, in_half: bool) -> bool:
     if one.shape != other.shape:
         return False
     if one.device.type == "meta":
         return True
     single = 1e-4 if one.device.type == "cpu" else 2e-3
-    tolerance = single if one.dtype in (torch.float32, torch.float64) else 5e-2
+    tolerance = single if one.dtype in (torch.float32, torch.float64) and not in_half else 5e-2
     with torch.no_grad():
         one, other = one.float(), other.float()
         difference = (one - other).square().mean().sqrt()
