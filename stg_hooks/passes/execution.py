@@ -56,6 +56,14 @@ from stg_hooks.passes.transaction import Transactions
 
 EXECUTIONS = ("auto", "sequential", "batched", "full")
 
+
+def check_execution(execution: object) -> None:
+    """Raise unless `execution` is one of `EXECUTIONS`."""
+    if execution not in EXECUTIONS:
+        names = ", ".join(map(repr, EXECUTIONS))
+        raise SettingError(f"execution={execution!r}: there is {names}.{closest(str(execution), EXECUTIONS)}")
+
+
 _LAYOUTS = 64
 _PATIENCE = 2  # calls
 _SUSPECTS = (RuntimeError, IndexError, TypeError, ValueError)  # themselves, not what derives from them
@@ -105,9 +113,7 @@ class Execution:
             LayerError: a layer that does not exist or cannot be skipped in its mode.
             SettingError: an unknown execution, or two branches that are the same.
         """
-        if execution not in EXECUTIONS:
-            names = ", ".join(map(repr, EXECUTIONS))
-            raise SettingError(f"execution={execution!r}: there is {names}.{closest(str(execution), EXECUTIONS)}")
+        check_execution(execution)
         self._streams = weights_are_streamed(model)
         is_auto = execution == "auto"
         if is_auto:
