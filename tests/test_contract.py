@@ -331,8 +331,12 @@ def settings_of(name: str) -> Settings:
 
 
 @functools.cache
+def ran(face: str, name: str, bad_below: float = 0.0) -> Run:
+    return run_face(face, settings_of(name), bad_below)
+
+
 def reference(name: str, bad_below: float = 0.0) -> Run:
-    return run_face("Guider", settings_of(name), bad_below)
+    return ran("Guider", name, bad_below)
 
 
 def check_same(run: Run, other: Run, face: str) -> None:
@@ -372,7 +376,7 @@ def check_same(run: Run, other: Run, face: str) -> None:
 @pytest.mark.parametrize("name", [*SETTINGS, *FRESH])
 def test_all_faces_do_the_same(name: str, face: str) -> None:
     assert len(reference(name).predictions) == STEPS
-    check_same(run_face(face, settings_of(name)), reference(name), face)
+    check_same(ran(face, name), reference(name), face)
 
 
 def cfg(c: Tensor, u: Tensor, g: float = G) -> Tensor:
@@ -432,11 +436,15 @@ TEXTBOOK: dict[str, tuple[Any, ...]] = {
 }
 
 
+@functools.cache
+def in_the_textbook(name: str) -> list[Tensor]:
+    return textbook(*TEXTBOOK[name])
+
+
 @pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("name", TEXTBOOK)
 def test_every_face_does_what_the_textbook_does(name: str, face: str) -> None:
-    expected = textbook(*TEXTBOOK[name])
-    for found, prediction in zip(run_face(face, SETTINGS[name]).predictions, expected, strict=True):
+    for found, prediction in zip(ran(face, name).predictions, in_the_textbook(name), strict=True):
         assert_close(found, prediction, **close)
 
 
@@ -474,15 +482,20 @@ FIRST_GUIDED = {"scale 0": STEPS, "off": STEPS, "window": 1, "sigma_range": 1, "
 TWO_ROWS = ("on uncond in a window", "k-diffusion")  # makes one call per prediction, and the plain run one for both
 
 
-@pytest.mark.filterwarnings("ignore:.* was made but never entered:stg_hooks.StgWarning")
-@pytest.mark.parametrize(("name", "face"), [(n, f) for n in FIRST_GUIDED for f in FACES if (n, f) != TWO_ROWS])
-def test_steps_before_the_first_guided_one_are_bit_equal_to_those_of_a_plain_run(name: str, face: str) -> None:
+@functools.cache
+def without_guidance(face: str) -> list[Tensor]:
     make, cls = FACES[face]
     target, sample = make(build(cls), SETTINGS["scale 0"])
     with torch.no_grad():
-        plain = sample(target)  # without `with`
-    found, first = run_face(face, SETTINGS[name]).predictions, FIRST_GUIDED[name]
-    assert [torch.equal(one, other) for one, other in zip(found, plain, strict=True)][: first + 1] == (
+        found: list[Tensor] = sample(target)  # without `with`
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.* was made but never entered:stg_hooks.StgWarning")
+@pytest.mark.parametrize(("name", "face"), [(n, f) for n in FIRST_GUIDED for f in FACES if (n, f) != TWO_ROWS])
+def test_steps_before_the_first_guided_one_are_bit_equal_to_those_of_a_plain_run(name: str, face: str) -> None:
+    found, first = ran(face, name).predictions, FIRST_GUIDED[name]
+    assert [torch.equal(one, other) for one, other in zip(found, without_guidance(face), strict=True)][: first + 1] == (
         [True] * first + [False] * (first < STEPS)
     )
 
@@ -503,13 +516,13 @@ def test_a_second_run_starts_again(name: str, face: str) -> None:
 def test_all_faces_tell_of_nan_alike(name: str, face: str) -> None:
     (said,) = reference(name, bad_below=3.0).said
     assert "not finite" in said
-    check_same(run_face(face, settings_of(name), bad_below=3.0), reference(name, bad_below=3.0), face)
+    check_same(ran(face, name, bad_below=3.0), reference(name, bad_below=3.0), face)
 
 
 @pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("name", ["scale 0"])
 def test_no_face_tells_of_what_it_does_not_guide(name: str, face: str) -> None:
-    run = run_face(face, settings_of(name), bad_below=3.0)
+    run = ran(face, name, bad_below=3.0)
     assert run.said == []
     assert run.guidance.stats.guided_calls == len(run.guidance.trace) == 0
 
@@ -610,13 +623,17 @@ REFUSED_IN_A_RUN: dict[str, tuple[Settings, str]] = {
 }
 
 
+@functools.cache
+def refused(face: str, name: str) -> Run:
+    settings, _ = {**REFUSED, **REFUSED_IN_A_RUN}[name]
+    return run_face(face, settings if "branches" in settings else {"layers": [1], **settings})
+
+
 @pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("name", [*REFUSED, *REFUSED_IN_A_RUN])
 def test_all_faces_refuse_the_same(name: str, face: str) -> None:
-    settings, text = {**REFUSED, **REFUSED_IN_A_RUN}[name]
-    if "branches" not in settings:
-        settings = {"layers": [1], **settings}
-    run = run_face(face, settings)
+    _, text = {**REFUSED, **REFUSED_IN_A_RUN}[name]
+    run = refused(face, name)
     assert re.match(rf"(Setting|Layer)Error: (.|\n)*{text}", run.error), run.error
-    assert run.error == run_face("Guider", settings).error
+    assert run.error == refused("Guider", name).error
     assert (run.guidance is None) == (name in REFUSED)

@@ -12,9 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import stg_hooks as stg
-from stg_hooks.guidance.trace import Stats
-from stg_hooks.passes.caches import Caches
-from stg_hooks.passes.execution import EXECUTIONS, Execution
 from tests import awkward, zoo
 
 SHARING = ("sequential", "batched")
@@ -245,15 +242,3 @@ def test_batched_is_checked_again_for_calls_of_another_shape() -> None:
     expected = run("full")
     with pytest.warns(stg.StgWarning, match="rows influence each other"):
         assert_same(run("batched"), expected)
-
-
-# --- choosing ---------------------------------------------------------------------------------------------------------
-
-
-def way(model: nn.Module, execution: str = "auto") -> str:
-    return Execution(model, [stg.Branch([2])], execution, Stats(), Caches(model)).way
-
-
-def test_auto_is_sequential_where_the_weights_stay() -> None:
-    assert way(zoo.build("plain")) == "sequential"
-    assert [way(zoo.build("plain"), execution) for execution in EXECUTIONS[1:]] == list(EXECUTIONS[1:])

@@ -14,7 +14,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 
 import stg_hooks as stg
-from stg_hooks.passes.execution import EXECUTIONS
 from tests import awkward, zoo
 from tests.zoo import DIM, Block, DiT
 
@@ -90,7 +89,7 @@ def without(model: nn.Module, layer: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("execution", zoo.EXECUTIONS)
 @pytest.mark.parametrize("batched_cfg", [False, True])
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore::stg_hooks.StgWarning")

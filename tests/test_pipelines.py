@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import re
 import threading
@@ -92,13 +93,20 @@ TWO_CALLS = ("wan", "wan 2.2", "hunyuan_video true cfg")
 # --- what is computed ---
 
 
+@functools.cache
+def by_the_textbook(kind: str, scale: float) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Return the latents without guidance, and with it the prediction of every step and the latents."""
+    pipe, call, case = built(kind)
+    plain = run(pipe, call)
+    with textbook(pipe, case, [(case.layers, scale)], cfg_weights(kind, case)) as expected:
+        return plain, expected, run(pipe, call)
+
+
 @all_kinds
 @pytest.mark.parametrize(("execution", "scale"), [("auto", 1.0), ("auto", 2.5), ("batched", 1.0), ("full", 1.0)])
 def test_every_step_gets_the_textbook_prediction(kind: str, execution: str, scale: float) -> None:
     pipe, call, case = built(kind)
-    plain = run(pipe, call)
-    with textbook(pipe, case, [(case.layers, scale)], cfg_weights(kind, case)) as expected:
-        expected_latents = run(pipe, call)
+    plain, expected, expected_latents = by_the_textbook(kind, scale)
     settings = {"layers": case.layers, "scale": scale, "execution": execution}
     with scheduler_inputs(pipe) as received, stg.apply(pipe, **settings) as applied:
         latents = run(pipe, call)

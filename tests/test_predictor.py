@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-from diffusers.configuration_utils import register_to_config
-from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
-from stg_hooks.hooks.forward import patched
-from stg_hooks.passes.execution import EXECUTIONS
-from stg_hooks.passes.rows import replace_predictions
 from tests import zoo
-from tests.test_replaced import by_hand as modular_by_hand
-from tests.test_replaced import modular_wan
 
 close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 exact: dict[str, Any] = {"rtol": 0, "atol": 0}
@@ -37,7 +29,7 @@ ROWS: dict[str, tuple[Any, list[int]]] = {
 }
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("execution", zoo.EXECUTIONS)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("name", ["plain", "image_text", "unet", "two_stacks"])
 def test_rows_in_any_order(name: str, rows: str, execution: str) -> None:
@@ -169,73 +161,3 @@ def test_a_host_that_cuts_its_arguments_makes_no_calls_with_more_rows() -> None:
     for _ in range(3):
         node.wrap(model, x, text, Options([0, 1, 0, 1]))
         assert_close(node.weak, weak, **close)
-
-
-# --- a guider of diffusers' modular pipelines -------------------------------------------------------------------------
-
-
-class SkipGuidance(BaseGuidance):
-    """The denoiser block makes a weak pass of its own: it is answered with what came with the cond pass."""
-
-    _input_predictions: ClassVar = ["pred_cond", "pred_cond_skip", "pred_uncond"]
-
-    @register_to_config
-    def __init__(self, layers: list[int], scale: float = 1.0, guidance_scale: float = 5.0) -> None:
-        super().__init__(0.0, 1.0, True)
-        self.layers, self.scale, self.guidance_scale = layers, scale, guidance_scale
-        self.predictor: stg.Predictor | None = None
-        self._stack = ExitStack()
-        self._weak: Any = None
-
-    def prepare_inputs_from_block_state(self, data: Any, input_fields: Any) -> list[Any]:
-        return [
-            self._prepare_batch_from_block_state(input_fields, data, int(name == "pred_uncond"), name)
-            for name in self._input_predictions
-        ]
-
-    @property
-    def num_conditions(self) -> int:
-        return len(self._input_predictions)
-
-    @property
-    def is_conditional(self) -> bool:
-        return self._count_prepared < 3
-
-    def prepare_models(self, denoiser: nn.Module) -> None:
-        self._count_prepared += 1
-        if self.predictor is None:
-            self.predictor = stg.Predictor(denoiser, [stg.Branch(self.layers)])
-        if self._count_prepared < 3:
-            self._stack.enter_context(self.predictor.installed())
-            patch = self._stack.enter_context(patched(denoiser))
-            self._stack.enter_context(patch.everywhere(self._cond if self._count_prepared == 1 else self._skip))
-
-    def cleanup_models(self, denoiser: nn.Module) -> None:
-        self._stack.close()
-
-    def _cond(self, proceed: Any, args: Any, kwargs: Any) -> Any:
-        if stg.Predictor.in_weak_pass():
-            return proceed(*args, **kwargs)
-        assert self.predictor is not None
-        output, (weak,) = self.predictor(proceed, args, kwargs)
-        self._weak = replace_predictions(output, weak)
-        return output
-
-    def _skip(self, proceed: Any, args: Any, kwargs: Any) -> Any:
-        return self._weak
-
-    def forward(self, pred_cond: Tensor, pred_cond_skip: Tensor, pred_uncond: Tensor) -> Any:
-        pred = stg.combine(pred_cond, pred_cond_skip, pred_uncond, scale=self.scale, guidance_scale=self.guidance_scale)
-        return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
-
-
-def test_a_guider_of_a_modular_pipeline() -> None:
-    pipe, call = modular_wan()
-    guider = SkipGuidance(layers=[1])
-    pipe.update_components(guider=guider)
-    got = pipe(**call, output="latents")
-    assert_close(got, modular_by_hand(pipe, call, 5.0), **close)
-    assert guider.predictor is not None
-    assert guider.predictor.stats.weak_passes == 3
-    assert guider.predictor.stats.blocks_saved == 3 * 2
-    assert not torch.allclose(got, call["latents"])
