@@ -30,7 +30,7 @@ def tensors(result: Any) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-@pytest.mark.parametrize("name", [file.stem for file in EXAMPLES])
+@pytest.mark.parametrize("name", [file.stem for file in EXAMPLES if "stg.Guider(" in file.read_text(encoding="utf-8")])
 def test_an_example_runs_and_is_guided(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,3 +70,18 @@ def test_the_scheduler_loop_is_what_the_pipeline_does() -> None:
     with stg.apply(pipe, [6], 0.5, stop=0.8):
         expected = pipe(**demo.inputs(["red circle left"]), guidance_scale=2.0, latents=latents).frames
     assert_close(main_of("diffusers_loop")(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_modular_pipeline_is_guided(monkeypatch: pytest.MonkeyPatch) -> None:
+    guided, make = main_of("modular_pipeline")(), stg.modular.SkipGuidance
+    made: list[Any] = []
+
+    def without(**settings: Any) -> Any:
+        made.append(make(**{**settings, "scale": 0.0}))
+        return made[-1]
+
+    monkeypatch.setattr(stg.modular, "SkipGuidance", without)
+    plain = main_of("modular_pipeline")()
+    assert guided.isfinite().all()
+    assert not torch.allclose(guided, plain, rtol=1e-2, atol=1e-2)
+    assert (made[0].stats.calls, made[0].stats.weak_passes) == (10, 0)

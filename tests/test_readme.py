@@ -18,6 +18,7 @@ from stg_hooks import demo
 from stg_hooks.adapters import PUBLISHED
 from stg_hooks.guidance.settings import Published
 from tests import recipes, stand_ins, stock_pipelines, zoo
+from tests.modular import MODULAR, STEPS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,6 +55,13 @@ def mochi() -> dict[str, Any]:
     return {"stg": stg, "pipe": pipe, "inputs": inputs | {"num_inference_steps": 6}}
 
 
+def modular_wan() -> dict[str, Any]:
+    pipe = MODULAR["wan"].build()
+    pipe.scheduler.set_timesteps(STEPS)
+    inputs = {"timesteps": pipe.scheduler.timesteps, "num_inference_steps": STEPS, **MODULAR["wan"].call()}
+    return {"stg": stg, "pipe": pipe, "inputs": inputs}
+
+
 def setting(name: str) -> Published:
     return next(setting for setting in PUBLISHED if setting.name == name)
 
@@ -64,6 +72,7 @@ NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "any-loop.md": own_loop,
     "choosing-layers.md": dict,
     "coming-from.md": mochi,
+    "modular.md": modular_wan,
 }
 """What a page takes for granted. Recipes have a test of their own; a page without code needs no entry."""
 
