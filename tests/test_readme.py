@@ -17,8 +17,7 @@ import stg_hooks as stg
 from stg_hooks import demo
 from stg_hooks.adapters import PUBLISHED
 from stg_hooks.guidance.settings import Published
-from tests import recipes, stand_ins, stock_pipelines, zoo
-from tests.modular import MODULAR, STEPS
+from tests import recipes, stand_ins, stock_pipelines, test_replaced, zoo
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -56,9 +55,7 @@ def mochi() -> dict[str, Any]:
 
 
 def modular_wan() -> dict[str, Any]:
-    pipe = MODULAR["wan"].build()
-    pipe.scheduler.set_timesteps(STEPS)
-    inputs = {"timesteps": pipe.scheduler.timesteps, "num_inference_steps": STEPS, **MODULAR["wan"].call()}
+    pipe, inputs = test_replaced.modular_wan()
     return {"stg": stg, "pipe": pipe, "inputs": inputs}
 
 
