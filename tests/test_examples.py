@@ -86,3 +86,19 @@ def test_a_host_of_ones_own_gives_what_a_guider_gives() -> None:
             timestep = torch.full((1,), 1000 * level)
             x = x + (lower - level) * guider(hidden_states=x, timestep=timestep, cond=cond, uncond=uncond).sample
     assert_close(main_of("own_host")(), x, rtol=1e-4, atol=1e-4)
+
+
+def test_the_modular_pipeline_is_guided(monkeypatch: pytest.MonkeyPatch) -> None:
+    guided, make = main_of("modular_pipeline")(), stg.modular.SkipGuidance
+    made: list[Any] = []
+
+    class Without(make):  # type: ignore[misc, valid-type]
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**{**settings, "scale": 0.0})
+            made.append(self)
+
+    monkeypatch.setattr(stg.modular, "SkipGuidance", Without)
+    plain = main_of("modular_pipeline")()
+    assert guided.isfinite().all()
+    assert not torch.allclose(guided, plain, rtol=1e-2, atol=1e-2)
+    assert (made[0].stats.calls, made[0].stats.weak_passes) == (10, 0)

@@ -17,7 +17,7 @@ import stg_hooks as stg
 from stg_hooks import demo
 from stg_hooks.adapters import PUBLISHED
 from stg_hooks.guidance.settings import Published
-from tests import recipes, stand_ins, stock_pipelines, zoo
+from tests import recipes, stand_ins, stock_pipelines, test_replaced, zoo
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,6 +54,11 @@ def mochi() -> dict[str, Any]:
     return {"stg": stg, "pipe": pipe, "inputs": inputs | {"num_inference_steps": 6}}
 
 
+def modular_wan() -> dict[str, Any]:
+    pipe, inputs = test_replaced.modular_wan()
+    return {"stg": stg, "pipe": pipe, "inputs": inputs}
+
+
 def setting(name: str) -> Published:
     return next(setting for setting in PUBLISHED if setting.name == name)
 
@@ -64,6 +69,7 @@ NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "any-loop.md": own_loop,
     "choosing-layers.md": dict,
     "coming-from.md": mochi,
+    "modular.md": modular_wan,
 }
 """What a page takes for granted. Recipes have a test of their own; a page without code needs no entry."""
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from stg_hooks.errors import CallError, ExtraError, StgWarning
+from stg_hooks.errors import CallError, ExtraError, StgWarning, TargetError
 from stg_hooks.guidance.combine import Scale, check_scale, is_number
 from stg_hooks.guidance.guide import Guidance, Predictions
 from stg_hooks.guidance.plain import read, written
@@ -237,7 +237,10 @@ class SkipGuidance(BaseGuidance):  # type: ignore[misc]  # diffusers has no type
         """Find the pipeline that is running: it knows its model and noise levels, and guiders are not told."""
         pipeline: Any = calling_pipeline()
         if pipeline is None or self._host is None or self._host.pipeline is not pipeline:
-            self._host = None if pipeline is None else ModularHost(pipeline)
+            try:
+                self._host = None if pipeline is None else ModularHost(pipeline)
+            except TargetError:  # its denoiser has a name of its own
+                self._host = None
         return self._host
 
     @property
