@@ -11,16 +11,27 @@ from typing import Any
 
 from torch import nn
 
+from stg_hooks.model.words import words_of
+
 
 @functools.cache
-def _unwrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
+def unwrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function below its decorators."""
     plain: Callable[..., Any] = inspect.unwrap(forward)
     return plain
 
 
 def class_forward(module: nn.Module) -> Callable[..., Any]:
-    """Return the `forward` that the module's class defines, below decorators and whatever sits on the instance."""
-    return _unwrapped(type(module).forward)
+    """Return the `forward` that the module's class defines, below decorators and whatever sits on the instance.
+
+    Where the class defines none, and chooses one of its methods when an instance is made, return that method.
+    """
+    forward = type(module).forward
+    if forward is nn.Module.forward and "forward" in module.__dict__:
+        chosen = inspect.unwrap(module.__dict__["forward"])
+        if getattr(chosen, "__self__", None) is module:
+            forward = chosen.__func__
+    return unwrapped(forward)
 
 
 @functools.cache
@@ -92,7 +103,7 @@ class _Reader(ast.NodeVisitor):
         self._read: set[str] = set()
 
     def read(self, method: Callable[..., Any]) -> None:
-        tree = _parsed(method)
+        tree = parsed(method)
         if tree is not None:
             for statement in tree.body:
                 self.visit(statement)
@@ -110,7 +121,7 @@ class _Reader(ast.NodeVisitor):
         self.generic_visit(node)
         if name is not None and inspect.isfunction(method) and name not in self._read:
             self._read.add(name)
-            self.read(_unwrapped(method))
+            self.read(unwrapped(method))
 
     def visit_Compare(self, node: ast.Compare) -> None:
         return
@@ -157,6 +168,36 @@ def _entries(node: ast.expr) -> slice | int:
         return slice(None)
 
 
+def calls_attention(module: nn.Module) -> bool:
+    """Tell whether the `forward` of a module calls a function that, by its name, computes attention.
+
+    Methods that it calls are followed; its children are not.
+    """
+    read: set[str] = set()
+
+    def calls(method: Callable[..., Any]) -> bool:
+        tree = parsed(method)
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Call)] if tree is not None else []
+        for node in nodes:
+            own = _attribute(node.func)
+            if own in module._modules:
+                continue
+            name = own or str(getattr(node.func, "attr", None) or getattr(node.func, "id", ""))
+            count = len(node.args) + len(node.keywords)
+            if count >= 3 and not _ATTENTION_WORDS.isdisjoint(words := words_of(name)) and "mask" not in words:
+                return True
+            called = getattr(type(module), own or "", None)
+            if own is not None and inspect.isfunction(called) and own not in read:
+                read.add(own)
+                if calls(unwrapped(called)):
+                    return True
+        return False
+
+    return calls(class_forward(module))
+
+
+_ATTENTION_WORDS = words_of("attention attn sdpa")
+
 ReturnNames = str | tuple[str | None, ...]
 """What a `return` statement names: one variable, or a tuple of variables and `None`s."""
 
@@ -172,7 +213,7 @@ def return_names(forward: Callable[..., Any]) -> ReturnNames | None:
         The names, `None` standing for a literal `None` in a tuple; `None` when the source is not there,
         returns differ, or something other than plain names is returned.
     """
-    tree = _parsed(forward)
+    tree = parsed(forward)
     if tree is None:
         return None
     found = {_names_of(node.value) for node in _returns(tree)}
@@ -191,7 +232,7 @@ def names_in_return(forward: Callable[..., Any], position: int, count: int) -> f
     Returns:
         Names; those of the whole statement where it does not list `count` outputs. Empty without source.
     """
-    tree = _parsed(forward)
+    tree = parsed(forward)
     values = [node.value for node in _returns(tree)] if tree is not None else []
     parts = [
         value.elts[position] if isinstance(value, ast.Tuple) and len(value.elts) == count else value for value in values
@@ -202,7 +243,8 @@ def names_in_return(forward: Callable[..., Any], position: int, count: int) -> f
 
 
 @functools.cache
-def _parsed(function: Callable[..., Any]) -> ast.FunctionDef | None:
+def parsed(function: Callable[..., Any]) -> ast.FunctionDef | None:
+    """Parse a function; `None` without source."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError):

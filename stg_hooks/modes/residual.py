@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import BlockError
 from stg_hooks.model.facts import stated
-from stg_hooks.model.layers import attention_modules, is_attention
+from stg_hooks.model.layers import attention_modules, is_attention, is_bare_attention
 from stg_hooks.model.source import (
     bound_arguments,
     class_forward,
@@ -60,7 +60,16 @@ class Streams:
         self._stated: tuple[str, ...] | None = next(iter(stated("STREAMS", block)), None)
         self._names = return_names(class_forward(block)) if self._stated is None else None
         self._learned: list[_Correspondence] = []
-        self.may_be_branch = is_attention(block) or bool(attention_modules(block) and not feed_forwards(block))
+        self._may_reshape = any(
+            name == "weight" and weight.ndim > 2
+            for m in block.modules()
+            for name, weight in m._parameters.items()
+            if weight is not None
+        )
+        """Whether it has convolutions, so that what it calls by one name may leave in another shape than it came."""
+        self.may_be_branch = is_bare_attention(block) or (
+            not is_attention(block) and bool(attention_modules(block) and not feed_forwards(block))
+        )
         """Whether its output may not contain its input: attention, and what holds it without a feed-forward network."""
 
     def handed_through(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -78,6 +87,10 @@ class Streams:
             BlockError: as `learn`.
         """
         known, output = self.bypass(args, kwargs)
+        if known and self._may_reshape and not torch.compiler.is_compiling():
+            own_args, own_kwargs = copied(args, kwargs)
+            self._check_shapes(args, kwargs, output, forward(*own_args, **own_kwargs))
+            self._may_reshape = False
         if not known:
             own_args, own_kwargs = copied(args, kwargs)
             self.learn(args, kwargs, forward(*own_args, **own_kwargs))
@@ -151,10 +164,19 @@ class Streams:
                     "several inputs match",
                 )
                 culprit = f"a tensor {tuple(leaf.shape)}"
-                raise BlockError(self._explain(args, kwargs, output, culprit, which[min(len(fits), 2)]))
+                why = which[min(len(fits), 2)]
+                raise BlockError(self._explain(args, kwargs, output, culprit, why))
             free.remove(source)
             sources.append(source)
         self._learned.append(_Correspondence(structure, sources, constants, spec))
+
+    def _check_shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any], through: Any, output: Any) -> None:
+        pairs = zip(pytree.tree_leaves(through), pytree.tree_leaves(output), strict=False)
+        for given, made in pairs:
+            if isinstance(given, Tensor) and isinstance(made, Tensor) and given.shape != made.shape:
+                culprit = f"a tensor {tuple(made.shape)}"
+                explained = self._explain(args, kwargs, output, culprit, "none of its inputs matches")
+                raise BlockError(f"{explained}{_reshaped(given, made)}")
 
     def _stand_ins(self, stated: tuple[str, ...], owned: list[tuple[int, str]], output: Any) -> list[int]:
         """Find what an adapter names, among the numbers of the tensors given and the arguments that they belong to."""
@@ -234,6 +256,14 @@ def _likeness(one: Tensor, other: Tensor) -> float:
     a, b = one.detach().flatten().float(), other.detach().flatten().float()
     size = float(a.norm() * b.norm())
     return float(a @ b) / size if size else 1.0
+
+
+def _reshaped(given: Tensor, made: Tensor) -> str:
+    return (
+        f"\n{tuple(given.shape)} becomes {tuple(made.shape)}: the block changes the shape of its stream, as where the "
+        "resolution or the number of channels changes, so its input cannot take the place of its output. A mode of "
+        "attention (mode='values') leaves the shape alone."
+    )
 
 
 def _describe(value: Any) -> str:

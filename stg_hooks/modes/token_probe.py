@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from stg_hooks.errors import BlockError
 from stg_hooks.hooks.compiled import eagerly
 from stg_hooks.hooks.forward import Action, now, patched, set_aside
 from stg_hooks.model.layers import find_layers
@@ -167,6 +168,9 @@ def _layout(name: str, leaf: Tensor) -> tuple[object, ...]:
 
 def _bypass(streams: Streams) -> Action:
     def action(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return streams.handed_through(forward, args, kwargs)
+        try:
+            return streams.handed_through(forward, args, kwargs)
+        except BlockError:  # it cannot be bypassed, so it is computed
+            return forward(*args, **kwargs)
 
     return action

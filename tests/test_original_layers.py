@@ -1,0 +1,90 @@
+"""Which layers are found in models that are built as those of their authors' own repositories."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stg_hooks as stg
+from stg_hooks.model.layers import find_layers
+from tests import originals, zoo
+
+
+def weak(model: nn.Module, layer: Any, mode: str = "residual") -> Tensor:
+    with torch.no_grad(), stg.skip(model, [layer], mode):
+        return model(**zoo.inputs())
+
+
+def without(model: nn.Module, name: str, forward: Any) -> Tensor:
+    """Run a deep copy in which a block hands through."""
+    changed = copy.deepcopy(model)
+    changed.get_submodule(name).forward = forward
+    with torch.no_grad():
+        return changed(**zoo.inputs())
+
+
+@pytest.mark.parametrize("name", originals.MODELS)
+def test_main_blocks_are_numbered_in_running_order(name: str) -> None:
+    model, (_, main, side) = originals.build(name), originals.MODELS[name]
+    found = find_layers(model)
+    assert [layer.name for layer in found if layer.index is not None] == list(main)
+    assert {layer.name for layer in found if layer.index is None} == set(side)
+    assert zoo.calls(model, main[::-1], lambda: model(**zoo.inputs())) == list(main)
+
+
+@pytest.mark.parametrize("name", ["streams", "kernels", "without_norms", "chooses"])
+@pytest.mark.parametrize("index", [0, -1])
+def test_blocks_whose_attention_is_a_function_are_bypassed(name: str, index: int) -> None:
+    model = originals.build(name)
+    block = originals.MODELS[name][1][index]
+    forward = (lambda img, txt: (img, txt)) if "double" in block else (lambda x: x)
+    torch.testing.assert_close(weak(model, index), without(model, block, forward), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["hourglass", "masked", "with_faces", "fed"])
+@pytest.mark.parametrize("index", [0, -1])
+def test_a_bypassed_block_gives_its_first_argument(name: str, index: int) -> None:
+    model = originals.build(name)
+    block = originals.MODELS[name][1][index]
+    torch.testing.assert_close(weak(model, index), without(model, block, lambda x, *_: x), rtol=0, atol=0)
+
+
+def test_bare_attention_between_stages_adds_nothing() -> None:
+    model = originals.build("stages")
+    torch.testing.assert_close(weak(model, 2), without(model, "mid_attn", lambda x: 0 * x), rtol=0, atol=0)
+
+
+def test_a_block_that_resamples_is_refused_with_the_reason() -> None:
+    model = originals.build("dictionaries")
+    torch.testing.assert_close(weak(model, 0), without(model, "enc.block0", lambda x, _: x), rtol=0, atol=0)
+    with pytest.raises(stg.BlockError, match="none of its inputs matches") as error:
+        weak(model, 1)
+    assert "the block changes the shape of its stream" in str(error.value)
+    assert not torch.equal(weak(model, 1, "values"), model(**zoo.inputs()))
+
+
+def test_an_example_in_an_error_is_a_main_block() -> None:
+    class Unseen(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.refiner_blocks = nn.ModuleList(Unseen() for _ in range(9))
+            self.prepare = nn.ModuleList(Unseen() for _ in range(9))
+            self.work = nn.ModuleList([Unseen(), nn.Linear(3, 3)])
+
+        def forward(self, x: Tensor, text: Tensor) -> Tensor:
+            for block in self.prepare:
+                text = block(text)
+            for block in self.work:
+                x = block(x)
+            return x
+
+    with pytest.raises(stg.LayerError, match=r'layers=\["work\.0"\]'):
+        stg.check(Model(), layers=[0])
