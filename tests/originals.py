@@ -48,8 +48,6 @@ class QKNorm(nn.Module):
 class Double(nn.Module):
     """HunyuanVideo's `MMDoubleStreamBlock`: its fused projections are its own, and no module is called attention."""
 
-    compute = staticmethod(attention)
-
     def __init__(self) -> None:
         super().__init__()
         for stream in ("img", "txt"):
@@ -57,37 +55,43 @@ class Double(nn.Module):
             self.add_module(f"{stream}_attn_proj", nn.Linear(DIM, DIM))
             self.add_module(f"{stream}_mlp", nn.Linear(DIM, DIM))
 
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v)
+
     def forward(self, img: Tensor, txt: Tensor) -> tuple[Tensor, Tensor]:
         pairs = zip(heads_of(self.img_attn_qkv(img)), heads_of(self.txt_attn_qkv(txt)), strict=True)
-        mixed = type(self).compute(*(torch.cat(pair, dim=2) for pair in pairs))
+        mixed = self.mix(*(torch.cat(pair, dim=2) for pair in pairs))
         img = img + self.img_attn_proj(mixed[:, : img.shape[1]])
         txt = txt + self.txt_attn_proj(mixed[:, img.shape[1] :])
         return img + F.gelu(self.img_mlp(img)), txt + F.gelu(self.txt_mlp(txt))
 
 
 class KernelDouble(Double):
-    compute = staticmethod(attention_in_kernel)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention_in_kernel(q, k, v)
 
 
 class Single(nn.Module):
     """Flux's `SingleStreamBlock`: one projection for attention and feed-forward, and a norm of queries and keys."""
-
-    compute = staticmethod(attention)
 
     def __init__(self) -> None:
         super().__init__()
         self.linear1, self.linear2 = nn.Linear(DIM, 5 * DIM), nn.Linear(3 * DIM, DIM)
         self.norm = QKNorm()
 
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v)
+
     def forward(self, x: Tensor) -> Tensor:
         qkv, mlp = self.linear1(F.layer_norm(x, x.shape[-1:])).split([3 * DIM, 2 * DIM], dim=-1)
         q, k, v = heads_of(qkv)
         q, k = self.norm(q, k)
-        return x + self.linear2(torch.cat((type(self).compute(q, k, v), F.gelu(mlp)), 2))
+        return x + self.linear2(torch.cat((self.mix(q, k, v), F.gelu(mlp)), 2))
 
 
 class KernelSingle(Single):
-    compute = staticmethod(attention_in_kernel)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention_in_kernel(q, k, v)
 
 
 class Processor:

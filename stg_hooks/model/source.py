@@ -173,30 +173,62 @@ def calls_attention(module: nn.Module) -> bool:
 
     Methods that it calls are followed; its children are not.
     """
-    read: set[str] = set()
-
-    def calls(method: Callable[..., Any]) -> bool:
-        tree = parsed(method)
-        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Call)] if tree is not None else []
-        for node in nodes:
-            own = _attribute(node.func)
-            if own in module._modules:
-                continue
-            name = own or str(getattr(node.func, "attr", None) or getattr(node.func, "id", ""))
-            count = len(node.args) + len(node.keywords)
-            if count >= 3 and not _ATTENTION_WORDS.isdisjoint(words := words_of(name)) and "mask" not in words:
-                return True
-            called = getattr(type(module), own or "", None)
-            if own is not None and inspect.isfunction(called) and own not in read:
-                read.add(own)
-                if calls(unwrapped(called)):
-                    return True
-        return False
-
-    return calls(class_forward(module))
+    return any(True for _ in _attention_calls(module, class_forward(module), set()))
 
 
-_ATTENTION_WORDS = words_of("attention attn sdpa")
+def called_attention(module: nn.Module) -> list[Callable[..., Any]]:
+    """List the functions that, by their names, compute attention where a module calls them, what they call first.
+
+    Methods are followed, objects of its own that are no modules (processors), and the functions themselves.
+    """
+    found: dict[int, Callable[..., Any]] = {}
+
+    def follow(method: Callable[..., Any], depth: int) -> None:
+        for function in _attention_calls(module, method, set()):
+            if inspect.isfunction(function) or callable(function):
+                if depth and inspect.isfunction(function) and not str(function.__module__).startswith("torch"):
+                    follow(unwrapped(function), depth - 1)
+                found.setdefault(id(function), function)
+
+    follow(class_forward(module), _DEEPEST)
+    return list(found.values())
+
+
+def _attention_calls(module: nn.Module, method: Callable[..., Any], read: set[str]) -> Iterator[Any]:
+    """Find calls of what by its name computes attention: the functions, `None` where that is not known."""
+    tree = parsed(method)
+    names = getattr(method, "__globals__", {})
+    for node in ast.walk(tree) if tree is not None else ():
+        if not isinstance(node, ast.Call):
+            continue
+        own = _attribute(node.func)
+        if own in module._modules:
+            continue
+        name = own or str(getattr(node.func, "attr", None) or getattr(node.func, "id", ""))
+        words, count = words_of(name), len(node.args) + len(node.keywords)
+        if count >= 3 and not _ATTENTION_WORDS.isdisjoint(words) and "mask" not in words:
+            yield _value(node.func, names)
+        if own is not None and own not in read:
+            read.add(own)
+            called = getattr(module, own, None)
+            called = getattr(called, "__func__", called)
+            if called is not None and not inspect.isroutine(called) and not isinstance(called, type):
+                called = type(called).__call__ if callable(called) else None
+            if inspect.isfunction(called):
+                yield from _attention_calls(module, unwrapped(called), read)
+
+
+def _value(node: ast.expr, names: dict[str, Any]) -> Any:
+    """Return what a dotted name stands for among the globals of a function; `None` where it cannot be told."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id)
+    if isinstance(node, ast.Attribute):
+        return getattr(_value(node.value, names), node.attr, None)
+    return None
+
+
+_DEEPEST = 3  # functions that call functions
+_ATTENTION_WORDS = words_of("attention attn sdpa sageattn")
 
 ReturnNames = str | tuple[str | None, ...]
 """What a `return` statement names: one variable, or a tuple of variables and `None`s."""
