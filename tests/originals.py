@@ -6,8 +6,10 @@ zoo take.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -279,6 +281,80 @@ class Masked(nn.Module):
         return x
 
 
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    x: Tensor
+    context: Tensor
+    enabled: bool = True
+    mask: Tensor | None = None
+
+
+class StreamBlock(nn.Module):
+    """LTX-2's block: takes and returns a frozen dataclass for video and for audio, either of which may be missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.video, self.audio, self.between = Block(), Block(), nn.Linear(DIM, DIM)
+
+    def forward(self, video: Stream | None, audio: Stream | None) -> tuple[Stream | None, Stream | None]:
+        vx = self.video(video.x, video.context) if video is not None else None
+        ax = self.audio(audio.x, audio.context) if audio is not None else None
+        if vx is not None and ax is not None:
+            vx, ax = vx + self.between(ax).mean(1, keepdim=True), ax + self.between(vx).mean(1, keepdim=True)
+        return (
+            dataclasses.replace(video, x=vx) if video is not None else None,
+            dataclasses.replace(audio, x=ax) if audio is not None else None,
+        )
+
+
+class Carrier:
+    """An object of no special kind."""
+
+    def __init__(self, x: Tensor, text: Tensor) -> None:
+        self.x, self.text, self.steps = x, text, 0
+
+
+class CarrierBlock(Block):
+    """Takes and returns an object, which it makes anew."""
+
+    def forward(self, carrier: Carrier) -> Carrier:
+        made = Carrier(self.mix(carrier.x, carrier.text), carrier.text)
+        made.steps = carrier.steps + 1
+        return made
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    text: Tensor
+
+
+class PairBlock(Block):
+    def forward(self, pair: Pair) -> Pair:
+        return pair._replace(x=self.mix(pair.x, pair.text))
+
+
+class Objects(nn.Module):
+    """Passes its streams from block to block in objects."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        block = {"streams": StreamBlock, "video": StreamBlock, "carrier": CarrierBlock, "pair": PairBlock}[kind]
+        self.blocks = nn.ModuleList(block() for _ in range(3))
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        if self.kind in ("streams", "video"):
+            video: Stream | None = Stream(x, text)
+            audio = Stream(x.flip(1) * 0.5, text * 0.5) if self.kind == "streams" else None
+            for block in self.blocks:
+                video, audio = block(video, audio)
+            return video.x if audio is None else video.x + audio.x
+        made = (Carrier if self.kind == "carrier" else Pair)(x, text)
+        for block in self.blocks:
+            made = block(made)
+        return made.x
+
+
 class Extractor(nn.Module):
     """What prepares conditions, with attention of its own."""
 
@@ -345,6 +421,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...], tuple[str, ...
     "hourglass": (Hourglass, ("in_blocks.0", "in_blocks.1", "mid_block", "out_blocks.0", "out_blocks.1"), ()),
     "dictionaries": (Dictionaries, ("enc.block0", "enc.down", "dec.in0"), ()),
     "stages": (Stages, ("downs.0.1", "downs.1.1", "mid_attn", "ups.0.1", "ups.1.1"), ()),
+    **{
+        f"objects_{kind}": (functools.partial(Objects, kind), ("blocks.0", "blocks.1", "blocks.2"), ())
+        for kind in ("streams", "video", "carrier", "pair")
+    },
     "masked": (Masked, ("en_blocks.0", "en_blocks.1", "de_blocks.0"), ("sideblocks.0",)),
     "with_faces": (WithFaces, ("blocks.0", "blocks.1"), ("former.layers.0", "former.layers.1")),
     "fed": (Fed, ("blocks.0", "blocks.1"), ("first_blocks.0", "first_blocks.1")),

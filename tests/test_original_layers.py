@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import stg_hooks as stg
+from stg_hooks import adapters
 from stg_hooks.model.layers import find_layers
 from tests import originals, zoo
 
@@ -51,6 +52,43 @@ def test_a_bypassed_block_gives_its_first_argument(name: str, index: int) -> Non
     model = originals.build(name)
     block = originals.MODELS[name][1][index]
     torch.testing.assert_close(weak(model, index), without(model, block, lambda x, *_: x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["streams", "video", "carrier", "pair"])
+def test_blocks_that_take_and_return_objects(kind: str) -> None:
+    model = originals.build(f"objects_{kind}")
+    through = (lambda video, audio: (video, audio)) if kind in ("streams", "video") else (lambda given: given)
+    exact = without(model, "blocks.1", through)
+    torch.testing.assert_close(weak(model, 1), exact, rtol=0, atol=0)
+    guider = stg.Guider(model, layers=[1], scale=2.0)
+    with torch.no_grad():
+        cond = model(**zoo.inputs())
+        for _ in range(2):
+            torch.testing.assert_close(guider(**zoo.inputs()), cond + 2.0 * (cond - exact), rtol=1e-5, atol=1e-6)
+    for mode in ("values", "attention"):
+        assert not torch.equal(weak(model, 1, mode), cond)
+
+
+def test_an_object_of_another_class_is_refused_and_the_line_that_is_printed_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Odd(zoo.Block):
+        def forward(self, x: Tensor, text: Tensor) -> Any:
+            return {"made": originals.Carrier(self.mix(x, text), text[:, :1])}
+
+    class Model(zoo.DiT):
+        def run(self, block: nn.Module, x: Tensor, text: Tensor) -> Tensor:
+            return block(x, text)["made"].x
+
+    model = Model(Odd).eval()
+    with pytest.raises(stg.BlockError) as error:
+        weak(model, 1)
+    lines = [line[2:] for line in str(error.value).splitlines() if line.startswith("  ")][3:]
+    monkeypatch.setattr(adapters, "STREAMS", {})
+    exec("\n".join(lines), {})
+    torch.testing.assert_close(
+        weak(model, 1), without(model, "blocks.1", lambda x, text: {"made": originals.Carrier(x, text)}), rtol=0, atol=0
+    )
 
 
 def test_bare_attention_between_stages_adds_nothing() -> None:

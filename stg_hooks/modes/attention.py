@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import BlockError, StgError
 from stg_hooks.hooks.compiled import is_compiled
 from stg_hooks.hooks.forward import Action, Patch, patched, pushed
 from stg_hooks.hosts import plain_attention
+from stg_hooks.model import objects
 from stg_hooks.model.layers import attention_modules
 from stg_hooks.model.source import bound_arguments, signature_text
 from stg_hooks.modes.attention_calls import AttentionCall, HandMade, MultiHead, Opaque, ScaledDotProduct, of_sequences
@@ -203,12 +203,11 @@ class _SelfAttention(TorchFunctionMode):
         error = BlockError(
             f"{name!r} ({type(module).__name__}) computes its attention neither with torch's "
             "scaled_dot_product_attention nor with a softmax, so it cannot be replaced, and nothing would be "
-            f"perturbed. Set another attention processor or backend, or use mode='residual' on the block.{advice([module], run)}"
+            "perturbed. Set another attention processor or backend, or use mode='residual' on the "
+            f"block.{advice([module], run)}"
         )
-        streams = [
-            leaf for leaf_name, leaf in named_tensors(given) if carries_tokens(leaf_name, leaf) and leaf.ndim > 2
-        ]
-        if len({id(leaf) for leaf in streams}) < 2:
+        streams = {id(leaf) for part, leaf in named_tensors(given) if carries_tokens(part, leaf) and leaf.ndim > 2}
+        if len(streams) < 2:
             raise error
         self.unseen = error
 
@@ -436,7 +435,7 @@ def _returns_more(function: Callable[..., Any], args: tuple[Any, ...], kwargs: d
 def _write_back(copies: Any, originals: Any) -> None:
     """Undo what a layer has written into its arguments."""
     with torch.no_grad():
-        for copy, original in zip(pytree.tree_leaves(copies), pytree.tree_leaves(originals), strict=True):
+        for copy, original in zip(objects.leaves(copies), objects.leaves(originals), strict=True):
             if isinstance(original, Tensor) and not torch.equal(copy, original):
                 original.copy_(copy)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import BlockError
+from stg_hooks.model import objects
 from stg_hooks.model.facts import stated
 from stg_hooks.model.layers import attention_modules, is_attention, is_bare_attention
 from stg_hooks.model.source import (
@@ -93,7 +94,7 @@ class Streams:
             self._may_reshape = False
         if not known:
             own_args, own_kwargs = copied(args, kwargs)
-            self.learn(args, kwargs, forward(*own_args, **own_kwargs))
+            self.learn(args, kwargs, forward(*own_args, **own_kwargs), objects.leaves((own_args, own_kwargs)))
             _, output = self.bypass(args, kwargs)
         return output
 
@@ -112,7 +113,7 @@ class Streams:
             wanted = (self._names,) if isinstance(self._names, str) else self._names
             if all(name is None or name in given for name in wanted):
                 values = tuple(None if name is None else given[name] for name in wanted)
-                if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(values)):
+                if any(isinstance(leaf, Tensor) for leaf in objects.leaves(values)):
                     return True, values[0] if isinstance(self._names, str) else values
         leaves, structure = _structure(given)
         for known in self._learned:
@@ -122,13 +123,17 @@ class Streams:
                 return True, pytree.tree_unflatten(output, known.spec)
         return False, None
 
-    def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Remember which argument each tensor of a real output corresponds to, by shape and dtype.
+    def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, own: Sequence[Any] = ()) -> None:
+        """Remember which argument each tensor of a real output corresponds to.
+
+        An argument that was handed on is itself. What comes in an object, as a dataclass, corresponds to the same
+        attribute of the object that came in. Else shape and dtype tell.
 
         Args:
             args: positional arguments of the call.
             kwargs: keyword arguments of the call.
             output: what the block returned.
+            own: the leaves of the arguments that it was given, where they are copies.
 
         Raises:
             BlockError: a tensor in the output that no argument can stand in for, or several as well as each other; or
@@ -136,22 +141,28 @@ class Streams:
         """
         given = bound_arguments(self._block, args, kwargs, self._signature)
         inputs, structure = _structure(given)
-        leaves, spec = pytree.tree_flatten(output)
-        constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        owners = [name for name, value in given.items() for _ in pytree.tree_leaves(value)]
+        leaves, spec = objects.flatten(output)
+        originals = dict(zip(map(id, own), objects.leaves((args, kwargs)), strict=True)) if own else {}
+        handed_on = [originals.get(id(leaf), leaf) for leaf in leaves]
+        numbers = {id(leaf): i for i, leaf in enumerate(inputs) if not isinstance(leaf, _PLAIN)}
+        constants = [leaf if isinstance(leaf, _PLAIN) else None for leaf in leaves]
+        owners = [name for name, value in given.items() for _ in objects.leaves(value)]
         free = [i for i, leaf in enumerate(inputs) if isinstance(leaf, Tensor)]
         stated = None if self._stated is None else self._stand_ins(self._stated, [(i, owners[i]) for i in free], output)
-        sources: list[int | None] = []
+        sources = [None if isinstance(leaf, _PLAIN) else numbers.get(id(leaf)) for leaf in handed_on]
+        sources = _by_attribute(output, sources, given, inputs, leaves)
         for position, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor):
-                if leaf is not None and not isinstance(leaf, (bool, int, float, str)):
+                if sources[position] is None and not isinstance(leaf, _PLAIN):
                     raise BlockError(
                         self._explain(args, kwargs, output, f"a {type(leaf).__name__}", "none of its inputs matches")
                     )
-                sources.append(None)
                 continue
             if stated is not None:
-                sources.append(stated.pop(0))
+                sources[position] = stated.pop(0)
+                continue
+            if sources[position] is not None:
+                free = [i for i in free if i != sources[position]]
                 continue
             fits = [i for i in free if inputs[i].shape == leaf.shape and inputs[i].dtype == leaf.dtype]
             named = names_in_return(class_forward(self._block), position, len(leaves))
@@ -164,14 +175,13 @@ class Streams:
                     "several inputs match",
                 )
                 culprit = f"a tensor {tuple(leaf.shape)}"
-                why = which[min(len(fits), 2)]
-                raise BlockError(self._explain(args, kwargs, output, culprit, why))
+                raise BlockError(self._explain(args, kwargs, output, culprit, which[min(len(fits), 2)]))
             free.remove(source)
-            sources.append(source)
+            sources[position] = source
         self._learned.append(_Correspondence(structure, sources, constants, spec))
 
     def _check_shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any], through: Any, output: Any) -> None:
-        pairs = zip(pytree.tree_leaves(through), pytree.tree_leaves(output), strict=False)
+        pairs = zip(objects.leaves(through), objects.leaves(output), strict=False)
         for given, made in pairs:
             if isinstance(given, Tensor) and isinstance(made, Tensor) and given.shape != made.shape:
                 culprit = f"a tensor {tuple(made.shape)}"
@@ -182,7 +192,7 @@ class Streams:
         """Find what an adapter names, among the numbers of the tensors given and the arguments that they belong to."""
         found = [[i for i, owner in owned if owner == name] for name in stated]
         numbers = [i for numbers in found for i in numbers]
-        count = sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(output))
+        count = sum(isinstance(leaf, Tensor) for leaf in objects.leaves(output))
         if not all(found) or len(numbers) != count:
             kind, names = type(self._block).__name__, ", ".join(dict.fromkeys(owner for _, owner in owned))
             raise BlockError(
@@ -194,7 +204,7 @@ class Streams:
     def _explain(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, culprit: str, which: str) -> str:
         kind = type(self._block).__name__
         given = bound_arguments(self._block, args, kwargs, self._signature)
-        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor))
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in objects.leaves(given) if isinstance(leaf, Tensor))
         found = f"{kind} returns {culprit} that {which} in shape and dtype (inputs: {shapes or 'none'})"
         return (
             f"{found}, so which inputs pass through it is not known, and it cannot be bypassed.\n"
@@ -205,8 +215,8 @@ class Streams:
         )
 
     def _advice(self, given: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> str:
-        names = [name for name, value in given.items() if any(isinstance(t, Tensor) for t in pytree.tree_leaves(value))]
-        leaves = [leaf for leaf in pytree.tree_leaves(output) if leaf is not None]
+        names = [name for name, value in given.items() if any(isinstance(t, Tensor) for t in objects.leaves(value))]
+        leaves = [leaf for leaf in objects.leaves(output) if leaf is not None]
         if all(isinstance(leaf, (Tensor, bool, int, float, str)) for leaf in leaves):
             wanted = sum(isinstance(leaf, Tensor) for leaf in leaves)
             stand_ins = tuple(names[:wanted])
@@ -217,6 +227,7 @@ class Streams:
             )
         return (
             "say what passes through, in the form that it gave:\n"
+            f"{_imported(output)}"
             f"  def pass_through(call): return {_suggestion(args, kwargs, output)}\n"
             "  stg.skip(model, layers, mode=pass_through)   # stg.apply and stg.Guider take mode= as well"
         )
@@ -224,7 +235,7 @@ class Streams:
 
 def copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Copy the tensors among the arguments of a call, each once, for a call that may write into them."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves, spec = objects.flatten((args, kwargs))
     copies = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     first = [next(i for i, other in enumerate(leaves) if other is leaf) for leaf in leaves]
     own: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten([copies[i] for i in first], spec)
@@ -232,9 +243,43 @@ def copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ..
 
 
 def _structure(given: dict[str, Any]) -> tuple[list[Any], tuple[pytree.TreeSpec, tuple[bool, ...]]]:
-    leaves, spec = pytree.tree_flatten(given)
+    leaves, spec = objects.flatten(given)
     # Blocks may return something else where an argument is missing, or a flag is set.
     return leaves, (spec, tuple(leaf is None or leaf is True for leaf in leaves))
+
+
+def _by_attribute(
+    output: Any, sources: list[int | None], given: dict[str, Any], inputs: list[Any], leaves: list[Any]
+) -> list[int | None]:
+    """Complete the sources of what an object that a block returned holds, from the object that came in.
+
+    That is the one whose other attributes were handed on, or else the only one of its class.
+    """
+    made, came = objects.flatten_with_paths(output), objects.flatten_with_paths(given)
+    if not any(isinstance(path[-1], pytree.GetAttrKey) for path, _ in made if path):
+        return sources
+    places = {path: i for i, (path, _) in enumerate(came)}
+    for position, (path, leaf) in enumerate(made):
+        if sources[position] is not None or not isinstance(leaf, Tensor) or not isinstance(path[-1], pytree.GetAttrKey):
+            continue
+        siblings = [i for i, (other, _) in enumerate(made) if other[:-1] == path[:-1]]
+        holders = {came[source][0][:-1] for i in siblings if (source := sources[i]) is not None}
+        names = {made[i][0][-1] for i in siblings}
+        alike = {p[:-1] for p, _ in came if {q[-1] for q, _ in came if q[:-1] == p[:-1]} == names}
+        for candidates in (holders, alike):
+            found = {places[place] for holder in candidates if (place := (*holder, path[-1])) in places}
+            fits = [i for i in found if isinstance(inputs[i], Tensor) and _same_form(inputs[i], leaf)]
+            if len(fits) == 1:
+                sources[position] = fits[0]
+                break
+    return sources
+
+
+def _same_form(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype
+
+
+_PLAIN = (type(None), bool, int, float, str)
 
 
 def _choose(output: Tensor, fits: list[int], inputs: list[Any], first: int) -> int | None:
@@ -272,6 +317,11 @@ def _describe(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"{type(value).__name__}({', '.join(map(_describe, value))})"
     return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
+
+
+def _imported(output: Any) -> str:
+    kind = type(output)
+    return "" if kind.__module__ == "builtins" else f"  from {kind.__module__} import {kind.__name__}\n"
 
 
 def _suggestion(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from stg_hooks.model import objects
 from stg_hooks.model.words import is_positional, words_of
 
 # What the argument that carries text, or whatever else is not denoised, is called.
@@ -90,9 +91,7 @@ class Provenance:
                     self._set(leaf, Label(frozenset([name]), () if is_text_only(runs) else runs))
             self.main = _main([*self.arguments], others)
             yield output
-            inner = [
-                (tensor, self.label(tensor)) for tensor in pytree.tree_leaves(output) if isinstance(tensor, Tensor)
-            ]
+            inner = [(tensor, self.label(tensor)) for tensor in objects.leaves(output) if isinstance(tensor, Tensor)]
         finally:
             self._labels, self.arguments, self.main = outer, outer_arguments, outer_main
         sources = frozenset[str]().union(*(label.sources for label in before))
@@ -165,7 +164,7 @@ _JOINS = (torch.cat, torch.concat, torch.concatenate, torch.hstack)
 def named_tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Name each tensor among arguments; those in lists and dictionaries by their places, as `args[0]`."""
     for name, value in arguments.items():
-        for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+        for path, leaf in objects.flatten_with_paths(value):
             if isinstance(leaf, Tensor):
                 yield f"{name}{pytree.keystr(path)}", leaf
 
