@@ -37,10 +37,14 @@ class Kernel:
 KERNEL = Kernel()
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    return KERNEL.change(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, k_lens: Tensor | None = None, **_: Any) -> Tensor:
     """Compute attention of `(batch, tokens, heads, channels)`."""
     mask = None if k_lens is None else (torch.arange(k.shape[1]) < k_lens[:, None])[:, None, None]
-    return KERNEL.change(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+    return _attend(q, k, v, mask)
 
 
 def attend_varlen(
@@ -51,5 +55,5 @@ def attend_varlen(
     for i in range(len(cu_seqlens_q) - 1):
         rows, columns = (slice(int(ends[i]), int(ends[i + 1])) for ends in (cu_seqlens_q, cu_seqlens_k))
         if rows.start < rows.stop:
-            output[rows] = attend(q[rows][None], k[columns][None], v[columns][None])[0]
+            output[rows] = _attend(q[rows][None], k[columns][None], v[columns][None])[0]
     return output
