@@ -115,14 +115,32 @@ class Plain(nn.Module):
 
 
 class Delegated(Plain):
-    """Open-Sora 2's blocks, whose code is in a processor; without a norm nothing in their own code tells."""
+    """Open-Sora 2's blocks, whose code is in a processor."""
+
+    processor: type = Processor
 
     def __init__(self) -> None:
         super().__init__()
-        self.process = Processor()
+        self.process = self.processor()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.process(self, x)
+
+
+def weighted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attention(q, k, v)
+
+
+class Unnamed:
+    def __call__(self, block: Plain, x: Tensor) -> Tensor:
+        q, k, v = heads_of(block.linear1(x))
+        return x + block.linear2(weighted(q, k, v))
+
+
+class Unseen(Delegated):
+    """A block of which no name tells what it computes."""
+
+    processor = Unnamed
 
 
 class Streams(nn.Module):
@@ -414,6 +432,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...], tuple[str, ...
     ),
     "without_norms": (
         lambda: Streams(Double, Plain),
+        ("double_blocks.0", "double_blocks.1", "single_blocks.0", "single_blocks.1"),
+        (),
+    ),
+    "processors": (
+        lambda: Streams(Double, Delegated),
         ("double_blocks.0", "double_blocks.1", "single_blocks.0", "single_blocks.1"),
         (),
     ),

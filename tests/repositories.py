@@ -252,7 +252,8 @@ def lucidrains() -> Tiny:
 
 def ltx_video() -> Tiny:
     model = module("ltx_video.models.transformers.transformer3d").Transformer3DModel(
-        2, 16, 8, 8, 3, norm_num_groups=1, cross_attention_dim=32, attention_bias=True, activation_fn="gelu-approximate",
+        2, 16, 8, 8, 3, norm_num_groups=1, cross_attention_dim=32, attention_bias=True,
+        activation_fn="gelu-approximate",
         num_embeds_ada_norm=1000, norm_elementwise_affine=False, adaptive_norm="single_scale_shift",
         standardization_norm="rms_norm", caption_channels=12, positional_embedding_type="rope",
         positional_embedding_theta=10000.0, positional_embedding_max_pos=[20, 64, 64], qk_norm="rms_norm",
@@ -373,7 +374,7 @@ def importable(root: Path, absent: tuple[str, ...]) -> Iterator[None]:
     sys.path.insert(0, str(root))
     sys.meta_path.append(finder)  # the last to be asked: what is installed comes first
     try:
-        with mock.patch.object(torch.cuda, "current_device", lambda: 0):
+        with mock.patch.object(torch.cuda, "current_device", return_value=0):
             yield
     finally:
         sys.path.remove(str(root))

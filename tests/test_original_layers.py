@@ -37,7 +37,7 @@ def test_main_blocks_are_numbered_in_running_order(name: str) -> None:
     assert zoo.calls(model, main[::-1], lambda: model(**zoo.inputs())) == list(main)
 
 
-@pytest.mark.parametrize("name", ["streams", "kernels", "without_norms", "chooses"])
+@pytest.mark.parametrize("name", ["streams", "kernels", "without_norms", "processors", "chooses"])
 @pytest.mark.parametrize("index", [0, -1])
 def test_blocks_whose_attention_is_a_function_are_bypassed(name: str, index: int) -> None:
     model = originals.build(name)
@@ -126,3 +126,58 @@ def test_an_example_in_an_error_is_a_main_block() -> None:
 
     with pytest.raises(stg.LayerError, match=r'layers=\["work\.0"\]'):
         stg.check(Model(), layers=[0])
+
+
+# --- one call tells ---------------------------------------------------------------------------------------------------
+
+
+class Hidden(nn.Module):
+    """Blocks of which nothing tells, in dictionaries that run in another order, one never, one for text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late, self.early = (nn.ModuleList(originals.Unseen() for _ in range(2)) for _ in range(2))
+        self.never, self.prepares = (nn.ModuleList([originals.Unseen()]) for _ in range(2))
+        self.plan = [("prepares", 0), ("early", 0), ("early", 1), ("late", 0), ("late", 1)]
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        for name, i in self.plan:
+            block = getattr(self, name)[i]
+            if name == "prepares":
+                text = block(text)
+            else:
+                x = block(x) + text.mean(1, keepdim=True)
+        return x
+
+
+def test_one_call_tells_what_looking_does_not() -> None:
+    torch.manual_seed(0)
+    model = Hidden().eval()
+    assert len(stg.layers(model)) == 0
+    with pytest.raises(stg.LayerError, match=r"stg\.layers\(model, example=dict"):
+        stg.check(model, layers=[0])
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    table = stg.layers(model, example=zoo.inputs())
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    numbered = [layer.name for layer in table if layer.index is not None]
+    assert numbered == ["early.0", "early.1", "late.0", "late.1"]
+    assert {layer.name for layer in table if layer.index is None} == {"prepares.0"}
+    torch.testing.assert_close(weak(model, 2), without(model, "late.0", lambda x: x), rtol=0, atol=0)
+    by_hand = copy.deepcopy(model)
+    block = by_hand.late[0]
+    block.forward = lambda x: x + block.linear2(block.linear1(x)[..., 2 * zoo.DIM :])
+    with torch.no_grad():
+        torch.testing.assert_close(weak(model, 2, "values"), by_hand(**zoo.inputs()), rtol=1e-5, atol=1e-6)
+
+
+def test_random_state_is_put_back_and_a_bad_example_is_an_error() -> None:
+    model = originals.build("streams")
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    assert len(stg.layers(model, example=list(zoo.inputs().values()))) == 4
+    assert torch.equal(torch.rand(1), expected)
+    with pytest.raises(stg.CallError, match="example= does not fit: Streams could not be called with it"):
+        stg.layers(model, example={"y": 1})
+    with pytest.raises(stg.TargetError, match="example= is for a module"):
+        stg.layers(object(), example={})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import re
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from itertools import islice, zip_longest
@@ -68,6 +69,29 @@ class Layer:
         return type(self.module).__name__
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What calls of a model have told of it, by names of modules in it."""
+
+    order: tuple[str, ...]
+    """Layers in the order in which they ran."""
+    aside: frozenset[str]
+    """Those among them that are given the same whatever is denoised."""
+    attention: frozenset[str]
+    """Modules that compute attention, and of which looking does not tell."""
+
+
+_RUNS: weakref.WeakKeyDictionary[nn.Module, Run] = weakref.WeakKeyDictionary()
+_SEEN: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that were seen to compute attention
+
+
+def remember(model: nn.Module, run: Run) -> None:
+    """Remember what calls of a model have told; layers that did not run are not numbered any more."""
+    _RUNS[model] = run
+    for name in run.attention:
+        _SEEN.add(model.get_submodule(name))
+
+
 def is_attention(module: nn.Module) -> bool:
     """Tell whether a module computes attention itself.
 
@@ -83,6 +107,8 @@ def is_attention(module: nn.Module) -> bool:
 def _is_named_attention(module: nn.Module) -> bool:
     names = {*module._modules, *module._parameters}
     if any(wanted <= names for wanted in _PROJECTIONS):
+        return True
+    if _SEEN and module in _SEEN:
         return True
     kind = type(module).__name__
     if "Attention" in kind and not any(word in kind for word in ("Block", "Layer", "Norm", "Transformer", "Pool")):
@@ -151,6 +177,11 @@ def find_layers(model: nn.Module) -> list[Layer]:
     found = [entry for entry in found if not entry.is_alone or type(entry.module) in in_lists]
     named_so = [entry for entry in found if not _is_side(entry.name)] or found
     main = [entry for entry in named_so if not entry.is_aside] or named_so
+    run = _RUNS.get(model) if _RUNS else None
+    if run is not None and run.order:
+        ran = [entry for entry in main if entry.name in run.order]
+        main = [entry for entry in ran if entry.name not in run.aside] or ran or main
+        main.sort(key=lambda entry: run.order.index(entry.name) if entry.name in run.order else 0)
     chosen = {entry.name for entry in main}
     layers = [Layer(i, entry.name, entry.module, attention_modules(entry.module)) for i, entry in enumerate(main)]
     side = [entry for entry in found if entry.name not in chosen]
@@ -412,7 +443,8 @@ def _what_exists(model: nn.Module, known: list[Layer]) -> str:
     if not count:
         return (
             f"{kind} has no numbered layers: no ModuleList in it holds blocks with attention. "
-            f'Pass modules or dotted names of its blocks (layers=["{_some_name(model)}"]).'
+            f'Pass modules or dotted names of its blocks (layers=["{_some_name(model)}"]), or let one call tell: '
+            "stg.layers(model, example=dict(...)), with the arguments that it is called with."
         )
     return f"{kind} has {count} layers (0...{count - 1})."
 
