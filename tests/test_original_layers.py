@@ -69,6 +69,13 @@ def test_blocks_that_take_and_return_objects(kind: str) -> None:
         assert not torch.equal(weak(model, 1, mode), cond)
 
 
+def test_an_object_that_a_block_makes_is_made_anew() -> None:
+    torch.manual_seed(0)
+    model = zoo.ObjectDiT(zoo.ObjectBlock).eval().requires_grad_(False)
+    exact = without(model, "blocks.1", lambda x, text: zoo.BlockOutput(x))
+    torch.testing.assert_close(weak(model, 1), exact, rtol=0, atol=0)
+
+
 def test_an_object_of_another_class_is_refused_and_the_line_that_is_printed_works(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -89,6 +96,19 @@ def test_an_object_of_another_class_is_refused_and_the_line_that_is_printed_work
     torch.testing.assert_close(
         weak(model, 1), without(model, "blocks.1", lambda x, text: {"made": originals.Carrier(x, text)}), rtol=0, atol=0
     )
+
+
+def test_what_comes_over_a_skip_connection_is_not_the_stream() -> None:
+    class Required(originals.SkipBlock):
+        def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+            return super().forward(x, skip)
+
+    for block in (originals.SkipBlock(skip=True), Required(skip=True)):
+        with torch.no_grad():
+            block.skip_linear.weight.copy_(torch.cat((torch.zeros(zoo.DIM, zoo.DIM), torch.eye(zoo.DIM)), dim=1))
+        model = originals.Hourglass().eval().requires_grad_(False)
+        model.out_blocks[0] = block.eval().requires_grad_(False)
+        torch.testing.assert_close(weak(model, 3), without(model, "out_blocks.0", lambda x, _: x), rtol=0, atol=0)
 
 
 def test_bare_attention_between_stages_adds_nothing() -> None:

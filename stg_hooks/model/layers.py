@@ -6,7 +6,7 @@ import dataclasses
 import operator
 import re
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from itertools import islice, zip_longest
 from typing import SupportsIndex, cast
@@ -120,11 +120,15 @@ def _computes_attention(module: nn.Module) -> bool:
     if type(module).__module__.startswith("torch.") or not any(map(_is_projection, module.children())):
         return False
     names = {*module._modules, *module._parameters}
-    if any("qkv" in words_of(name) for name in names) or any(_of_key(name) in names for name in names):
+    if any("qkv" in words_of(name) for name in names):
         return True
-    if any("qk" in words_of(type(child).__name__) for child in module.children()):
+    if any(_has_pair(part) for part in (names, *(child._modules for child in module.children()))):
         return True
     return calls_attention(module)
+
+
+def _has_pair(names: Collection[str]) -> bool:
+    return any(_of_key(name) in names for name in names)
 
 
 def _of_key(query: str) -> str | None:

@@ -23,6 +23,7 @@ from stg_hooks.model.source import (
     signature_of,
     signature_text,
 )
+from stg_hooks.model.words import words_of
 from stg_hooks.modes.feed_forward import feed_forwards
 
 # A block adds to its stream, so its output resembles what it was given: by the cosine between them, over all elements.
@@ -149,6 +150,7 @@ class Streams:
         owners = [name for name, value in given.items() for _ in objects.leaves(value)]
         free = [i for i, leaf in enumerate(inputs) if isinstance(leaf, Tensor)]
         stated = None if self._stated is None else self._stand_ins(self._stated, [(i, owners[i]) for i in free], output)
+        count = sum(isinstance(leaf, Tensor) for leaf in leaves)
         sources = [None if isinstance(leaf, _PLAIN) else numbers.get(id(leaf)) for leaf in handed_on]
         sources = _by_attribute(output, sources, given, inputs, leaves)
         for position, leaf in enumerate(leaves):
@@ -167,6 +169,8 @@ class Streams:
             fits = [i for i in free if inputs[i].shape == leaf.shape and inputs[i].dtype == leaf.dtype]
             named = names_in_return(class_forward(self._block), position, len(leaves))
             fits = [i for i in fits if owners[i] in named] or fits
+            if count == 1:
+                fits = [i for i in fits if not self._is_beside(owners[i])] or fits
             source = _choose(leaf, fits, inputs, free[0]) if fits else None
             if source is None:
                 which = (
@@ -179,6 +183,11 @@ class Streams:
             free.remove(source)
             sources[position] = source
         self._learned.append(_Correspondence(structure, sources, constants, spec))
+
+    def _is_beside(self, name: str) -> bool:
+        """Tell whether an argument comes beside the stream: it may be left out, or carries a skip connection."""
+        parameter = self._signature.parameters.get(name)
+        return (parameter is not None and parameter.default is None) or "skip" in words_of(name)
 
     def _check_shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any], through: Any, output: Any) -> None:
         pairs = zip(objects.leaves(through), objects.leaves(output), strict=False)
