@@ -58,8 +58,13 @@ class Repository:
     mark: str
     """A file that tells it, relative to the folder that its modules are imported from."""
     build: Callable[[], Tiny]
+    commit: str
+    """The one that was tried."""
     absent: tuple[str, ...] = ()
     """Modules that it imports and that are replaced by empty ones, unless they are installed."""
+    kernel: str = "torch's own"
+    """What computes its attention."""
+    note: str = ""
 
 
 def random(*shape: int) -> Tensor:
@@ -297,28 +302,77 @@ def ltx_2() -> Tiny:
 
 
 REPOSITORIES = (
-    Repository("HunyuanVideo", "hyvideo/modules/models.py", hunyuan_video),
-    Repository("Wan 2.1", "wan/modules/model.py", wan, ("easydict", "dashscope", "decord", "ftfy", "torchvision")),
-    Repository("FLUX.1", "flux/model.py", flux, ("fire", "safetensors", "cv2", "requests")),
+    Repository(
+        "HunyuanVideo",
+        "hyvideo/modules/models.py",
+        hunyuan_video,
+        "fa14b00",
+        kernel="flash-attention",
+    ),
+    Repository(
+        "Wan 2.1",
+        "wan/modules/model.py",
+        wan,
+        "9737cba",
+        ("easydict", "dashscope", "decord", "ftfy", "torchvision"),
+        "its own function around flash-attention",
+        "Takes and returns lists of samples.",
+    ),
+    Repository("FLUX.1", "flux/model.py", flux, "802fb47", ("fire", "safetensors", "cv2", "requests")),
     Repository(
         "Open-Sora 2",
         "opensora/models/mmdit/model.py",
         open_sora,
+        "7ad6a96",
         ("colossalai", "mmengine", "liger_kernel", "tensornvme", "omegaconf", "pandas", "torchvision", "cv2", "av"),
+        "flash-attention",
     ),
-    Repository("LTX-Video", "ltx_video/models/transformers/transformer3d.py", ltx_video),
-    Repository("LTX-2", "ltx_core/model/transformer/model.py", ltx_2, ("triton",)),
-    Repository("SD3.5", "mmditx.py", sd3),
-    Repository("DiT", "models.py", dit, ("torchvision",)),
-    Repository("MDT", "masked_diffusion/models.py", mdt, ("torchvision", "blobfile", "mpi4py")),
-    Repository("U-ViT", "libs/uvit.py", u_vit),
-    Repository("EDM2", "training/networks_edm2.py", edm2, ("click", "psutil", "requests")),
-    Repository("EDM", "training/networks.py", edm, ("click", "psutil", "requests")),
+    Repository("LTX-Video", "ltx_video/models/transformers/transformer3d.py", ltx_video, "5260738"),
+    Repository(
+        "LTX-2",
+        "ltx_core/model/transformer/model.py",
+        ltx_2,
+        "400fd31",
+        ("triton",),
+        note="Its blocks take and return dataclasses.",
+    ),
+    Repository("SD3.5", "mmditx.py", sd3, "fbf8f48"),
+    Repository("DiT", "models.py", dit, "ed81ce2", ("torchvision",)),
+    Repository(
+        "MDT",
+        "masked_diffusion/models.py",
+        mdt,
+        "7d26c21",
+        ("torchvision", "blobfile", "mpi4py"),
+        note="The blocks of its masked training are not numbered.",
+    ),
+    Repository("U-ViT", "libs/uvit.py", u_vit, "ce55170"),
+    Repository(
+        "EDM2",
+        "training/networks_edm2.py",
+        edm2,
+        "4bf8162",
+        ("click", "psutil", "requests"),
+        "a softmax of its own",
+        "Residual is refused for blocks that change the number of channels or the resolution.",
+    ),
+    Repository(
+        "EDM",
+        "training/networks.py",
+        edm,
+        "008a4e5",
+        ("click", "psutil", "requests"),
+        "a softmax of its own",
+        "Residual is refused for blocks that change the number of channels or the resolution.",
+    ),
     Repository(
         "denoising-diffusion-pytorch",
         "denoising_diffusion_pytorch/denoising_diffusion_pytorch.py",
         lucidrains,
+        "faed4db",
         ("torchvision", "ema_pytorch", "accelerate", "pytorch_fid", "scipy"),
+        "torch's own",
+        "Modes of attention are refused: it has keys that belong to no token, and linear attention without a map.",
     ),
 )
 
