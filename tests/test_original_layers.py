@@ -201,3 +201,26 @@ def test_random_state_is_put_back_and_a_bad_example_is_an_error() -> None:
         stg.layers(model, example={"y": 1})
     with pytest.raises(stg.TargetError, match="example= is for a module"):
         stg.layers(object(), example={})
+
+
+def test_an_extractor_of_faces_in_diffusers_is_not_numbered() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    faces = {
+        "is_train_face": True,
+        "LFE_id_dim": 16,
+        "LFE_vit_dim": 8,
+        "LFE_depth": 5,
+        "LFE_dim_head": 4,
+        "LFE_num_heads": 2,
+        "LFE_num_id_token": 2,
+        "LFE_num_querie": 3,
+        "LFE_output_dim": 16,
+        "cross_attn_dim_head": 4,
+        "cross_attn_num_heads": 2,
+    }
+    with torch.device("meta"):
+        model = diffusers.ConsisIDTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=8, num_layers=3, text_embed_dim=8, time_embed_dim=4, **faces
+        )
+    numbered = [layer.name for layer in find_layers(model) if layer.index is not None]
+    assert numbered == [f"transformer_blocks.{i}" for i in range(3)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import re
 import weakref
@@ -131,6 +132,7 @@ def _has_pair(names: Collection[str]) -> bool:
     return any(_of_key(name) in names for name in names)
 
 
+@functools.lru_cache(maxsize=4096)
 def _of_key(query: str) -> str | None:
     """Return what goes with `norm_q`, `q_norm`, `query_norm` and the like."""
     of_key = _QUERY.sub(lambda found: "key" if found[0] == "query" else "k", query, count=1)

@@ -85,8 +85,13 @@ def running_order(module: nn.Module) -> list[list[Mention]]:
     Returns:
         Groups of attributes in running order, those of one group in turns. An attribute may come several times.
     """
-    forward = class_forward(module)
-    reader = _Reader(type(module))
+    cls: Any = type(module)
+    return _running_order(cls, class_forward(module))
+
+
+@functools.cache
+def _running_order(cls: Any, forward: Callable[..., Any]) -> list[list[Mention]]:
+    reader = _Reader(cls)
     reader.read(forward)
     code = getattr(forward, "__code__", None)
     if reader.groups or code is None:
@@ -196,18 +201,12 @@ def called_attention(module: nn.Module) -> list[Callable[..., Any]]:
 
 def _attention_calls(module: nn.Module, method: Callable[..., Any], read: set[str]) -> Iterator[Any]:
     """Find calls of what by its name computes attention: the functions, `None` where that is not known."""
-    tree = parsed(method)
     names = getattr(method, "__globals__", {})
-    for node in ast.walk(tree) if tree is not None else ():
-        if not isinstance(node, ast.Call):
-            continue
-        own = _attribute(node.func)
+    for function, own, is_attention in _telling_calls(method):
         if own in module._modules:
             continue
-        name = own or str(getattr(node.func, "attr", None) or getattr(node.func, "id", ""))
-        words, count = words_of(name), len(node.args) + len(node.keywords)
-        if count >= 3 and not _ATTENTION_WORDS.isdisjoint(words) and "mask" not in words:
-            yield _value(node.func, names)
+        if is_attention:
+            yield _value(function, names)
         if own is not None and own not in read:
             read.add(own)
             called = getattr(module, own, None)
@@ -216,6 +215,22 @@ def _attention_calls(module: nn.Module, method: Callable[..., Any], read: set[st
                 called = type(called).__call__ if callable(called) else None
             if inspect.isfunction(called):
                 yield from _attention_calls(module, unwrapped(called), read)
+
+
+@functools.cache
+def _telling_calls(method: Callable[..., Any]) -> list[tuple[ast.expr, str | None, bool]]:
+    """List the calls in a method that may compute attention: of what, which attribute of `self` it is, by its name."""
+    tree = parsed(method)
+    found = []
+    for node in ast.walk(tree) if tree is not None else ():
+        if isinstance(node, ast.Call):
+            own = _attribute(node.func)
+            words = words_of(own or str(getattr(node.func, "attr", None) or getattr(node.func, "id", "")))
+            count = len(node.args) + len(node.keywords)
+            is_attention = count >= 3 and not _ATTENTION_WORDS.isdisjoint(words) and "mask" not in words
+            if is_attention or own is not None:
+                found.append((node.func, own, is_attention))
+    return found
 
 
 def _value(node: ast.expr, names: dict[str, Any]) -> Any:
