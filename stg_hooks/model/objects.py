@@ -20,6 +20,7 @@ _WHOLE = (
     type(None), Tensor, bool, int, float, str, bytes, nn.Module, enum.Enum, type, types.FunctionType, types.MethodType,
     torch.dtype, torch.device, torch.Size, torch.Generator,
 )  # fmt: skip
+_USUAL = frozenset({Tensor, type(None), bool, int, float, str})
 _DEPTH = 4  # of objects in objects
 
 
@@ -54,8 +55,9 @@ pytree.register_pytree_node(Opened, _parts, _put_together, flatten_with_keys_fn=
 def flatten(value: Any) -> tuple[list[Any], pytree.TreeSpec]:
     """Flatten a value as pytree does, objects that hold tensors included."""
     leaves, spec = pytree.tree_flatten(value)
-    if any(map(_is_openable, leaves)):
-        return pytree.tree_flatten(_opened(value))
+    for leaf in leaves:
+        if type(leaf) not in _USUAL and _is_openable(leaf):
+            return pytree.tree_flatten(_opened(value))
     return leaves, spec
 
 
