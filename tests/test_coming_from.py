@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import guiders
@@ -270,6 +271,43 @@ def test_its_momentum() -> None:
         assert_close(got, expected, **close)
 
 
+@pytest.mark.parametrize("scale", [1.0, G])
+def test_tangential_guidance(scale: float) -> None:
+    guider = guiders.TangentialClassifierFreeGuidance(guidance_scale=scale if scale != 1 else 1.5)
+    expected = theirs(guider, C, U)
+    got = stg.combine(C, [], U, scale=[], guidance_scale=guider.guidance_scale, rule="tangential")
+    assert_close(got, expected, **close)
+    assert not torch.allclose(got, U + guider.guidance_scale * (C - U), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("alpha", [8.0, 0.5])
+def test_magnitude_aware_guidance(alpha: float) -> None:
+    rule = "magnitude_aware" if alpha == 8 else functools.partial(stg.rules.magnitude_aware, alpha=alpha)
+    expected = theirs(guiders.MagnitudeAwareGuidance(guidance_scale=G, alpha=alpha), C, U)
+    assert_close(stg.combine(C, [], U, scale=[], guidance_scale=G, rule=rule), expected, **close)
+
+
+def test_these_rules_where_a_prediction_is_zero() -> None:
+    zero = torch.zeros_like(C)
+    for rule in ("tangential", "magnitude_aware"):
+        assert_close(stg.combine(C, [W], None, scale=1.5, rule=rule), C + 1.5 * (C - W), **close)
+        for c, u in ((C, zero), (zero, zero), (zero, U)):
+            assert stg.combine(c, [], u, scale=[], guidance_scale=G, rule=rule).isfinite().all()
+
+
+def test_a_rule_of_ones_own_is_a_function_of_the_predictions() -> None:
+    """As the row on frequency-decoupled guidance says; here with the means apart from the rest."""
+
+    def two_scales(c: Tensor, u: Tensor | None, terms: Any, g: Any) -> Tensor:
+        assert u is not None
+        low, d = (c - u).mean(dim=1, keepdim=True), c - u
+        return u + 2 * g * low + g * (d - low)
+
+    d = C - U
+    expected = U + 2 * G * d.mean(dim=1, keepdim=True) + G * (d - d.mean(dim=1, keepdim=True))
+    assert_close(ours(scale=0.0, rule=two_scales), expected, **close)
+
+
 # --- options of stock pipelines ---
 
 
@@ -306,6 +344,33 @@ def test_the_guidance_of_ltx_2() -> None:
     assert not torch.allclose(stock_pipelines.run(pipe, off), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("own", [{"guidance_rescale": 0.7}, {"modality_scale": 3.0, "audio_modality_scale": 3.0}])
+def test_what_ltx_2_goes_on_doing_itself(own: dict[str, float]) -> None:
+    """Without guidance of ours nothing changes; with it, what the pipeline does comes on top."""
+    stock = stock_pipelines.STOCK["LTX2Pipeline"]
+    pipe = stock.build()
+    off = {"guidance_rescale": 0.0, "modality_scale": 1.0, "audio_modality_scale": 1.0}
+    call = stock.call() | off | {"stg_scale": 0.0, "audio_stg_scale": 0.0}
+    plain, theirs = stock_pipelines.run(pipe, call), stock_pipelines.run(pipe, call | own)
+    with stg.apply(pipe, layers=[2], mode="values", scale=0.0):
+        assert_close(stock_pipelines.run(pipe, call | own), theirs, rtol=0, atol=0)
+    with stg.apply(pipe, layers=[2], mode="values", scale=1.0):
+        both = stock_pipelines.run(pipe, call | own)
+    assert not torch.allclose(both, theirs, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(theirs, plain, rtol=1e-3, atol=1e-3)
+
+
+def test_perturbed_attention_of_pipelines() -> None:
+    stock = stock_pipelines.STOCK["StableDiffusionPipeline"]
+    pipe, call = stock.build(), stock.call() | {"guidance_scale": G}
+    theirs = diffusers.StableDiffusionPAGPipeline(**stock.build().components, pag_applied_layers=["mid"])
+    expected = stock_pipelines.run(theirs, call | {"pag_scale": 3.0})
+    with stg.apply(pipe, layers=["mid_block.attentions.0"], mode="values", scale=3.0):
+        got = stock_pipelines.run(pipe, call)
+    assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(stock_pipelines.run(pipe, call), expected, rtol=1e-2, atol=1e-2)
+
+
 # --- STGuidance, commit df04da0, Mochi/pipeline_stg_mochi.py ---
 
 
@@ -318,6 +383,18 @@ def test_the_formula_of_stguidance(do_rescaling: bool) -> None:
             expected = expected * (0.7 * c.std() / expected.std() + 1 - 0.7)
         got = stg.combine(c, w, u, scale=1.5, guidance_scale=4.5, rescale=0.7 * do_rescaling)
         assert_close(got, expected, **close)
+
+
+def test_scale_zero_is_the_plain_pipeline() -> None:
+    assert_close(ours(scale=0.0), U + G * (C - U), **close)
+
+
+def test_the_script_for_wan_has_no_equal() -> None:
+    """Wan2.1/pipeline.py: its weak prediction has the negative prompt, and is taken from the prediction with CFG."""
+    guided = U + G * (C - U)
+    theirs = guided + 0.9 * (guided - WEAK_UNCOND)
+    for scale in (0.9, 0.9 * G):
+        assert not torch.allclose(ours(scale=scale), theirs, rtol=1e-2, atol=1e-2)
 
 
 # --- ComfyUI, commit 0c853f3, comfy_extras/nodes_slg.py; it combines predictions of the clean sample ---
@@ -336,6 +413,24 @@ def test_the_nodes_of_comfyui(sigma: float) -> None:
     assert_close(x - sigma * velocity, clean, **close)
 
 
+def test_the_simple_node_of_comfyui() -> None:
+    """Its weak model takes the place of the uncond one; CFG is linear, so clean samples need not be formed."""
+    x, sigma = X, 0.8
+    clean_c, clean_weak = (x - sigma * v for v in (C, WEAK_UNCOND))
+    clean = clean_weak + G * (clean_c - clean_weak)
+    assert_close(x - sigma * ours(on="uncond"), clean, **close)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 8.0])
+def test_a_percentage_of_comfyui_is_a_noise_level(shift: float) -> None:
+    """comfy/model_sampling.py: the level of time 1 - p, shifted; here with the scheduler that diffusers shifts."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    levels = scheduler.sigmas  # of the training times 1, 0.999, ...
+    for percent in (0.0, 0.1, 0.25, 0.5, 0.9):
+        expected = levels[round(percent * 1000)].item()
+        assert shift * (1 - percent) / (1 + (shift - 1) * (1 - percent)) == pytest.approx(expected, abs=1e-4)
+
+
 def test_the_rescale_of_comfyui_is_about_clean_samples() -> None:
     x, sigma = X[:1], 0.8
     c, u, w = (x - sigma * v[:1] for v in (C, U, W))
@@ -349,7 +444,75 @@ def test_the_rescale_of_comfyui_is_about_clean_samples() -> None:
 # --- the page ---
 
 
-def test_the_numbers_of_the_page_are_those_run_here() -> None:
-    """A row that is new, or that changed, wants a look at its test."""
-    rows = re.findall(r"^\| (?!there|---|node)(.*) \|$", PAGE, re.M)
-    assert len(rows) == len(set(rows)) == 41
+# By the first cell of a row: the tests that run it, here or in another file.
+GOLDEN = "test_golden.py"
+TESTS: dict[str, tuple[str, ...]] = {
+    "a pipeline class of its own (`MochiSTGPipeline` and the like)": (GOLDEN,),
+    "`stg_applied_layers_idx=[34]`": (GOLDEN,),
+    "`stg_scale=1.0`": (GOLDEN, "test_the_formula_of_stguidance"),
+    '`stg_mode="STG-R"`': (GOLDEN,),
+    '`stg_mode="STG-A"`': (GOLDEN,),
+    "`do_rescaling=True`": ("test_the_formula_of_stguidance",),
+    "`stg_scale=0.0`": ("test_scale_zero_is_the_plain_pipeline",),
+    "`skip_guidance_scale` of `Wan2.1/pipeline.py`": ("test_the_script_for_wan_has_no_equal",),
+    "`SkipLayerGuidance(skip_layer_config=LayerSkipConfig([7, 8, 9]))`": ("test_the_layers_of_a_configuration",),
+    "`skip_layer_guidance_layers=[7, 8, 9]`": ("test_what_raises_in_diffusers",),
+    "`skip_layer_guidance_scale=2.8` with CFG": ("test_the_scale_of_skip_layer_guidance",),
+    "the same without CFG (`guidance_scale=1.0`)": ("test_without_cfg_its_scale_counts_from_the_weak_prediction",),
+    "`skip_layer_guidance_start=0.01`, `skip_layer_guidance_stop=0.2`": (
+        "test_the_window_of_skip_layer_guidance",
+        "test_the_layers_that_stable_diffusion_3_skips_itself",
+    ),
+    "`guidance_scale=4.0` of the guider": ("test_the_scale_of_skip_layer_guidance",),
+    "`use_original_formulation=True` with CFG": ("test_the_original_formulation",),
+    "the same without CFG (`guidance_scale=0.0` there)": ("test_the_original_formulation",),
+    "`start=0.1`, `stop=0.6` of the guider, which are about CFG": ("test_the_window_of_cfg",),
+    "`guidance_rescale=0.7`": ("test_the_scale_of_skip_layer_guidance",),
+    '`LayerSkipConfig([7], fqn="single_transformer_blocks")`': ("test_the_layers_of_a_configuration",),
+    "`LayerSkipConfig([7], skip_attention=False, skip_attention_scores=True, skip_ff=False)`": (
+        "test_the_layers_of_a_configuration",
+    ),
+    "`LayerSkipConfig([7], skip_attention_scores=True)`": ("test_what_raises_in_diffusers",),
+    "`PerturbedAttentionGuidance(perturbed_guidance_layers=[7], perturbed_guidance_scale=3.0)`": (
+        "test_perturbed_attention_guidance",
+    ),
+    "`SmoothedEnergyGuidance(...)`": ("test_smoothed_energy_guidance_of_diffusers_blurs_nothing",),
+    "`ClassifierFreeZeroStarGuidance()`": ("test_zero_star", "test_its_zeroed_steps_by_default"),
+    "`zero_init_steps=0`": ("test_zero_star",),
+    "`AdaptiveProjectedGuidance()`": ("test_adaptive_projected_guidance",),
+    "`eta=0.0`, `adaptive_projected_guidance_rescale=0.0`": ("test_adaptive_projected_guidance",),
+    "`adaptive_projected_guidance_momentum=-0.5`": ("test_its_momentum",),
+    "`TangentialClassifierFreeGuidance()`": ("test_tangential_guidance",),
+    "`MagnitudeAwareGuidance(alpha=8.0)`": ("test_magnitude_aware_guidance",),
+    "`FrequencyDecoupledGuidance(...)`": ("test_a_rule_of_ones_own_is_a_function_of_the_predictions",),
+    "`AutoGuidance(auto_guidance_config=LayerSkipConfig([7]))`": ("test_auto_guidance_skips_in_the_uncond_pass",),
+    "a smaller model as the weak one, `guidance_scale=4.0`": ("test_a_smaller_model_as_the_weak_one",),
+    "`StableDiffusion3Pipeline`: `skip_guidance_layers=[7, 8, 9]`": (
+        "test_the_layers_that_stable_diffusion_3_skips_itself",
+    ),
+    "`skip_layer_guidance_scale=2.8`": ("test_the_layers_that_stable_diffusion_3_skips_itself",),
+    "`LTX2Pipeline`: `stg_scale=1.0`, `audio_stg_scale=1.0`, `spatio_temporal_guidance_blocks=[29]`": (
+        "test_the_guidance_of_ltx_2",
+    ),
+    "`LTX2Pipeline`: `guidance_rescale`, `modality_scale`": ("test_what_ltx_2_goes_on_doing_itself",),
+    '`StableDiffusionPAGPipeline(..., pag_applied_layers=["mid"])` and the other PAG pipelines: `pag_scale=3.0`': (
+        "test_perturbed_attention_of_pipelines",
+    ),
+    "`SkipLayerGuidanceDiT`: `double_layers`, `single_layers`": ("test_the_layers_of_a_configuration",),
+    "`scale`": ("test_the_nodes_of_comfyui",),
+    "`rescaling_scale`": ("test_the_rescale_of_comfyui_is_about_clean_samples",),
+    "`start_percent`, `end_percent`": (
+        "test_the_nodes_of_comfyui",
+        "test_a_percentage_of_comfyui_is_a_noise_level",
+    ),
+    "`SkipLayerGuidanceDiTSimple`": ("test_the_simple_node_of_comfyui",),
+    "`PerturbedAttentionGuidance`: `scale`": ("test_the_nodes_of_comfyui", "test_comfyui.py"),
+}
+
+
+def test_every_row_of_the_page_is_run() -> None:
+    rows = re.findall(r"^\| (?!there|---|node)(.*?) \| .* \|$", PAGE, re.M)
+    assert set(rows) == set(TESTS)
+    here = Path(__file__)
+    for test in {test for tests in TESTS.values() for test in tests}:
+        assert test in globals() or (here.parent / test).is_file(), test

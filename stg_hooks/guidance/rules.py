@@ -124,6 +124,66 @@ def apg(
     return _apg(cond, uncond, cond - uncond, terms, guidance_scale, eta, norm)
 
 
+def tangential(cond: Tensor, uncond: Tensor | None, terms: Sequence[Tensor], guidance_scale: float | Tensor) -> Tensor:
+    """Take from uncond only what lies along the direction that it has in common with cond.
+
+    `u' + g * (c - u') + sum_i t_i`, where u' is the projection of u onto the first right singular vector of the two
+    rows c and u; per sample. What is left out is the part of u that leads away from the data.
+
+    Args:
+        cond: as for `cfg`.
+        uncond: as for `cfg`.
+        terms: as for `cfg`.
+        guidance_scale: as for `cfg`.
+
+    Returns:
+        The guided prediction.
+
+    Source: tangential damping CFG (TCFG), arXiv 2503.18137, Alg. 1.
+    """
+    if uncond is None:
+        return _sum(cond, terms)
+    # Of two rows the singular vectors follow from their products: the matrix [[cc, cu], [cu, uu]].
+    cc, cu, uu = _dot(cond, cond), _dot(cond, uncond), _dot(uncond, uncond)
+    angle = 0.5 * torch.atan2(2 * cu, cc - uu)
+    common = angle.cos() * cond + angle.sin() * uncond
+    return cfg(cond, _projected(uncond, common), terms, guidance_scale)
+
+
+def magnitude_aware(
+    cond: Tensor,
+    uncond: Tensor | None,
+    terms: Sequence[Tensor],
+    guidance_scale: float | Tensor,
+    *,
+    alpha: float = 8.0,
+) -> Tensor:
+    """Weaken CFG where cond and uncond are far apart, as in the first steps: `u + g' * (c - u) + sum_i t_i`.
+
+    `g' = 1 + (g - 1) * exp(-alpha * ||c - u|| / ||u||)`, per sample. For another alpha:
+    `functools.partial(stg.rules.magnitude_aware, alpha=4.0)`.
+
+    Args:
+        cond: as for `cfg`.
+        uncond: as for `cfg`.
+        terms: as for `cfg`.
+        guidance_scale: as for `cfg`.
+        alpha: how fast CFG falls with the ratio of the norms; 0 is `cfg`.
+
+    Returns:
+        The guided prediction.
+
+    Source: MAMBO-G, arXiv 2508.03442.
+    """
+    if uncond is None:
+        return _sum(cond, terms)
+    d = cond - uncond
+    square = _dot(uncond, uncond)
+    ratio = torch.where(square > 0, _dot(d, d) / square, torch.inf).sqrt()
+    weakened = 1 + (guidance_scale - 1) * torch.exp(-alpha * ratio)
+    return cfg(cond, uncond, terms, weakened)
+
+
 class _OfThread(threading.local):
     def __init__(self) -> None:
         self.averages: dict[tuple[int, torch.Size], tuple[Step, Tensor]] = {}
@@ -252,7 +312,14 @@ def orthogonal(cond: Tensor, uncond: Tensor | None, terms: Sequence[Tensor], gui
     return cfg(cond, uncond, done, guidance_scale)
 
 
-RULES: dict[str, Rule] = {"cfg": cfg, "zero_star": zero_star, "apg": apg, "orthogonal": orthogonal}
+RULES: dict[str, Rule] = {
+    "cfg": cfg,
+    "zero_star": zero_star,
+    "apg": apg,
+    "orthogonal": orthogonal,
+    "tangential": tangential,
+    "magnitude_aware": magnitude_aware,
+}
 
 
 def find_rule(rule: str | Rule) -> Rule:
