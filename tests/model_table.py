@@ -1,4 +1,4 @@
-"""Write docs/models.md: what of every denoiser of diffusers can be skipped, and how.
+"""Write docs/models.md: what of every denoiser of diffusers can be skipped, and how, and which other models were tried.
 
 python -m tests.model_table
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from tests.repositories import REPOSITORIES
 from tests.tiny_models import DIFFUSERS, EXPLAINED, MODELS, Tiny
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
@@ -40,12 +41,28 @@ Written by `python -m tests.model_table`.
 | --- | --- | --- | --- | --- |
 """
 
+ORIGINALS = """
+## Models as their authors publish them
+
+`python -m tests.repositories PATH` builds a tiny random model of each of these repositories that it finds below a
+folder, and compares what `skip`, `apply` and `Guider` give in the modes `"residual"`, `"values"` and `"attention"` with
+a deep copy in which the block was changed by hand: the first and the last block of each class. None of them is shipped
+here. At these commits all that it tries is right, or refused with an error where the table says so. Kernels that need a
+GPU are replaced by a function that torch cannot look into either; none of these needs a line of adapter, as the
+functions of flash-attention, xformers, SageAttention, ComfyUI and Wan are listed in `stg_hooks.adapters` already. A
+kernel of your own needs one: the error that asks for it prints it.
+
+| repository | commit | attention is computed by | note |
+| --- | --- | --- | --- |
+"""
+
 
 def page() -> str:
     """Return the whole page."""
     rows = [row(name, tiny) for name, tiny in MODELS.items()]
     rows += [f"| {name} | - | - | - | {why} |" for name, why in EXPLAINED.items()]
-    return INTRODUCTION + "\n".join(rows) + "\n"
+    originals = [f"| {r.name} | {r.commit} | {r.kernel} | {r.note} |" for r in REPOSITORIES]
+    return INTRODUCTION + "\n".join(rows) + "\n" + ORIGINALS + "\n".join(originals) + "\n"
 
 
 def row(name: str, tiny: Tiny) -> str:

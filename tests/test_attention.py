@@ -416,6 +416,10 @@ def test_what_cannot_be_perturbed_is_an_error_and_not_silence(
         weak(build().eval(), zoo.inputs(), layers=layers, mode=mode)
 
 
+def mix(*parts: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*parts)
+
+
 class Mixer(nn.Module):
     """Attention that no name gives away."""
 
@@ -424,7 +428,13 @@ class Mixer(nn.Module):
         self.asks, self.answers, self.says = (nn.Linear(DIM, DIM) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(self.asks(x), self.answers(x), self.says(x))
+        return mix(self.asks(x), self.answers(x), self.says(x))
+
+
+class AttentionAlone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = zoo.Attention()
 
 
 class MixerBlock(nn.Module):
@@ -467,9 +477,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"layers=\['blocks.1.ffn'\]: FeedForward has no attention for mode='attention'. It can have 'residual'",
     ),
     "no feed-forward": (
-        lambda: stg.skip(zoo.DiT(lambda: nn.ModuleDict({"attn": zoo.Attention()})), 0, "feed-forward"),
+        lambda: stg.skip(zoo.DiT(AttentionAlone), 0, "feed-forward"),
         stg.LayerError,
-        "ModuleDict has no feed-forward network to silence. It can have 'residual', 'attention', 'values'",
+        "AttentionAlone has no feed-forward network to silence. It can have 'residual', 'attention', 'values'",
     ),
     "cross-attention by name": (
         lambda: stg.skip(wan(), "blocks.1.attn2", "values"),

@@ -202,7 +202,7 @@ class ComputedTextImageBlock(TwoStreamBlock):
 
 @dataclasses.dataclass
 class BlockOutput:
-    """An output object that nothing but its own code can take apart."""
+    """An output object that torch's pytree does not know."""
 
     hidden: Tensor
 

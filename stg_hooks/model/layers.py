@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
+import re
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from itertools import islice, zip_longest
@@ -13,7 +16,8 @@ from torch import Tensor, nn
 
 from stg_hooks.errors import LayerError, TargetError, closest
 from stg_hooks.model.facts import stated
-from stg_hooks.model.source import running_order
+from stg_hooks.model.flow import bystanders
+from stg_hooks.model.source import calls_attention, running_order
 from stg_hooks.model.words import words_of
 
 LayerSpec = SupportsIndex | str | range | nn.Module | Iterable["SupportsIndex | str | range | nn.Module"]
@@ -32,8 +36,11 @@ _PROJECTIONS = (
     {"query_key_value"},
     {"in_proj_weight"},
 )
-# Norms of queries and keys: beside a projection of another name (`linear1`), they tell that it makes both.
-_NORMS = (("query_norm", "key_norm"), ("q_norm", "k_norm"), ("norm_q", "norm_k"))
+# What the projections of attention are called, in parts of their names.
+_ATTENTION_WORDS = words_of(
+    "q k v o qkv kv qk wq wk wv wo query key value to proj projection out attn attention query_key_value in add"
+)
+_QUERY = re.compile(r"(?<![a-zA-Z])(q|query)(?![a-zA-Z])")
 _DEPTH = 20  # of lists in lists
 _MOST = 10_000  # layers that a generator gives
 _SHOWN = 120  # characters of what a user typed, in messages
@@ -63,12 +70,46 @@ class Layer:
         return type(self.module).__name__
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What calls of a model have told of it, by names of modules in it."""
+
+    order: tuple[str, ...]
+    """Layers in the order in which they ran."""
+    aside: frozenset[str]
+    """Those among them that are given the same whatever is denoised."""
+    attention: frozenset[str]
+    """Modules that compute attention, and of which looking does not tell."""
+
+
+_RUNS: weakref.WeakKeyDictionary[nn.Module, Run] = weakref.WeakKeyDictionary()
+_SEEN: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that were seen to compute attention
+
+
+def remember(model: nn.Module, run: Run) -> None:
+    """Remember what calls of a model have told; layers that did not run are not numbered any more."""
+    _RUNS[model] = run
+    for name in run.attention:
+        _SEEN.add(model.get_submodule(name))
+
+
 def is_attention(module: nn.Module) -> bool:
-    """Tell whether a module computes attention itself, by its projections, its class name, or an adapter."""
+    """Tell whether a module computes attention itself.
+
+    By its projections, its class name, or an adapter; for a block that holds no module of attention also by the norms
+    of its queries and keys (`q_norm`, a `QKNorm`), a fused projection (`img_attn_qkv`), or a call of an attention
+    function in its `forward`.
+    """
+    if _is_named_attention(module):
+        return True
+    return _computes_attention(module) and not any(map(_is_named_attention, module.modules()))
+
+
+def _is_named_attention(module: nn.Module) -> bool:
     names = {*module._modules, *module._parameters}
     if any(wanted <= names for wanted in _PROJECTIONS):
         return True
-    if _norms_queries(module):
+    if _SEEN and module in _SEEN:
         return True
     kind = type(module).__name__
     if "Attention" in kind and not any(word in kind for word in ("Block", "Layer", "Norm", "Transformer", "Pool")):
@@ -76,22 +117,44 @@ def is_attention(module: nn.Module) -> bool:
     return bool(stated("ATTENTION", module))
 
 
-def _norms_queries(module: nn.Module) -> bool:
-    """Tell whether a module norms queries and keys that it projects itself: blocks with one projection for all do."""
-    children = [child for child in module._modules.values() if child is not None]
-    norms = [module, *(child for child in children if not _projects(child))]  # else the child is the attention
-    return _projects(module) and any(_has_pair(norm._modules) for norm in norms)
-
-
-def _projects(module: nn.Module) -> bool:
-    weights = [getattr(child, "weight", None) for child in module._modules.values()]
-    return any(isinstance(weight, Tensor) and weight.ndim == 2 for weight in weights)
+def _computes_attention(module: nn.Module) -> bool:
+    if type(module).__module__.startswith("torch.") or not any(map(_is_projection, module.children())):
+        return False
+    names = {*module._modules, *module._parameters}
+    if any("qkv" in words_of(name) for name in names):
+        return True
+    # A child that projects as well is the attention itself.
+    norms = [child._modules for child in module.children() if not any(map(_is_projection, child.children()))]
+    if any(map(_has_pair, (names, *norms))):
+        return True
+    return calls_attention(module)
 
 
 def _has_pair(names: Collection[str]) -> bool:
-    return any(
-        name.endswith(query) and name.removesuffix(query) + key in names for query, key in _NORMS for name in names
-    )
+    return any(_of_key(name) in names for name in names)
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_key(query: str) -> str | None:
+    """Return what goes with `norm_q`, `q_norm`, `query_norm` and the like."""
+    of_key = _QUERY.sub(lambda found: "key" if found[0] == "query" else "k", query, count=1)
+    return of_key if of_key != query else None
+
+
+def is_bare_attention(module: nn.Module) -> bool:
+    """Tell attention from a block that computes it beside other things: most of its weights are projections of it."""
+    if not is_attention(module):
+        return False
+    sizes = {True: 0, False: 0}
+    for name, child in module._modules.items():
+        if child is not None:
+            is_of_attention = not _ATTENTION_WORDS.isdisjoint(words_of(name))
+            sizes[is_of_attention] += sum(parameter.numel() for parameter in child.parameters())
+    return sizes[True] >= sizes[False]
+
+
+def _is_projection(module: nn.Module) -> bool:
+    return any(parameter is not None and parameter.ndim > 1 for parameter in module._parameters.values())
 
 
 def attention_modules(module: nn.Module) -> tuple[str, ...]:
@@ -106,9 +169,10 @@ def attention_modules(module: nn.Module) -> tuple[str, ...]:
 def find_layers(model: nn.Module) -> list[Layer]:
     """List the skippable layers of a model, the numbered ones first and in running order.
 
-    A layer is an entry of a `ModuleList` (or `Sequential`) that holds attention; the stages of a U-Net, recognised by
-    their attention-free lists beside the attention, are looked into instead. Children are visited in the order in
-    which `forward` mentions them, so that `mid_block` comes between `down_blocks` and `up_blocks`.
+    A layer is an entry of a `ModuleList` (or `Sequential`, `ModuleDict`) that holds attention, or a module of the same
+    class beside such lists; the stages of a U-Net, recognised by their attention-free lists beside the attention, are
+    looked into instead. Children are visited in the order in which `forward` mentions them, so that `mid_block` comes
+    between `down_blocks` and `up_blocks`. Main blocks are those that `forward` gives what is denoised.
 
     Args:
         model: any module.
@@ -117,23 +181,46 @@ def find_layers(model: nn.Module) -> list[Layer]:
         Numbered layers in running order, then the blocks of side stacks (refiners of text or noise, hints).
     """
     found = list(_walk(model, ""))
-    main = [entry for entry in found if not _is_side(entry[0])] or found
-    chosen = {name for name, _ in main}
-    layers = [Layer(i, name, module, attention_modules(module)) for i, (name, module) in enumerate(main)]
-    side = [Layer(None, name, module, attention_modules(module)) for name, module in found if name not in chosen]
-    return layers + side
+    in_lists = {type(entry.module) for entry in found if not entry.is_alone}
+    found = [entry for entry in found if not entry.is_alone or type(entry.module) in in_lists]
+    named_so = [entry for entry in found if not _is_side(entry.name)] or found
+    main = [entry for entry in named_so if not entry.is_aside] or named_so
+    run = _RUNS.get(model) if _RUNS else None
+    if run is not None and run.order:
+        ran = [entry for entry in main if entry.name in run.order]
+        main = [entry for entry in ran if entry.name not in run.aside] or ran or main
+        main.sort(key=lambda entry: run.order.index(entry.name) if entry.name in run.order else 0)
+    chosen = {entry.name for entry in main}
+    layers = [Layer(i, entry.name, entry.module, attention_modules(entry.module)) for i, entry in enumerate(main)]
+    side = [entry for entry in found if entry.name not in chosen]
+    return layers + [Layer(None, entry.name, entry.module, attention_modules(entry.module)) for entry in side]
 
 
-def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    name: str
+    module: nn.Module
+    is_aside: bool
+    """Whether nothing that is denoised goes through it."""
+    is_alone: bool
+    """Whether it is in no list: a layer only if lists hold modules of its class."""
+
+
+def _walk(module: nn.Module, path: str, is_aside: bool = False) -> Iterator[_Found]:
+    aside = bystanders(module)
     for name in _in_running_order(module):
         child = module.get_submodule(name)
         if not _holds_attention(child):
             continue
         holder = module.get_submodule(name.rpartition(".")[0])
-        if _is_container(holder) and not _is_container(child) and not _is_stage(child):
-            yield f"{path}{name}", child
-        else:
-            yield from _walk(child, f"{path}{name}.")
+        beside = is_aside or name.partition(".")[0] in aside
+        if _is_container(holder) and not _is_container(child) and not _is_stage(child, holder):
+            yield _Found(f"{path}{name}", child, beside, is_alone=False)
+            continue
+        inner = list(_walk(child, f"{path}{name}.", beside))
+        yield from inner
+        if not inner or all(entry.is_alone for entry in inner):
+            yield _Found(f"{path}{name}", child, beside, is_alone=True)
 
 
 def _in_running_order(module: nn.Module) -> list[str]:
@@ -159,17 +246,22 @@ def _in_running_order(module: nn.Module) -> list[str]:
 
 
 def _is_container(module: nn.Module) -> bool:
-    return isinstance(module, (nn.ModuleList, nn.Sequential))
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
 
 
 def _holds_attention(module: nn.Module) -> bool:
     return any(is_attention(child) for child in module.modules())
 
 
-def _is_stage(module: nn.Module) -> bool:
-    """Tell a stage of a U-Net (lists of residual blocks beside lists of attention) from a transformer block."""
+def _is_stage(module: nn.Module, holder: nn.Module) -> bool:
+    """Tell a stage of a U-Net (lists of residual blocks beside lists of attention) from a transformer block.
+
+    An entry of a dictionary that has lists of its own is looked into as well: it may be one of several models.
+    """
     if is_attention(module):
         return False
+    if isinstance(holder, nn.ModuleDict):
+        return any(_is_container(inner) and _holds_attention(inner) for inner in module.modules())
     lists = [child for child in module._modules.values() if isinstance(child, nn.ModuleList) and len(child)]
     return len({_holds_attention(child) for child in lists}) == 2
 
@@ -359,11 +451,23 @@ def _what_exists(model: nn.Module, known: list[Layer]) -> str:
     if not count:
         return (
             f"{kind} has no numbered layers: no ModuleList in it holds blocks with attention. "
-            f'Pass modules or dotted names of its blocks (layers=["{_some_name(model)}"]).'
+            f'Pass modules or dotted names of its blocks (layers=["{_some_name(model)}"]), or let one call tell: '
+            "stg.layers(model, example=dict(...)), with the arguments that it is called with."
         )
     return f"{kind} has {count} layers (0...{count - 1})."
 
 
 def _some_name(model: nn.Module) -> str:
-    lists = [name for name, module in model.named_modules() if name and isinstance(module, nn.ModuleList) and module]
-    return f"{lists[0]}.0" if lists else next((name for name, _ in model.named_children()), "body.0")
+    """Name what most likely is a block: the first entry of the largest list that is not for text or the like."""
+    lists = [(name, module) for name, module in model.named_modules() if name and _is_container(module) and len(module)]
+    if not lists:
+        return next((name for name, _ in model.named_children()), "body.0")
+    aside = bystanders(model)
+
+    def rank(entry: tuple[str, nn.Module]) -> tuple[bool, int]:
+        name, module = entry
+        is_main = not _is_side(name) and name.partition(".")[0] not in aside
+        return is_main, sum(parameter.numel() for parameter in module.parameters())
+
+    name, chosen = max(lists, key=rank)
+    return f"{name}.{next(iter(chosen._modules))}"

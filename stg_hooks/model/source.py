@@ -11,16 +11,27 @@ from typing import Any
 
 from torch import nn
 
+from stg_hooks.model.words import words_of
+
 
 @functools.cache
-def _unwrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
+def unwrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function below its decorators."""
     plain: Callable[..., Any] = inspect.unwrap(forward)
     return plain
 
 
 def class_forward(module: nn.Module) -> Callable[..., Any]:
-    """Return the `forward` that the module's class defines, below decorators and whatever sits on the instance."""
-    return _unwrapped(type(module).forward)
+    """Return the `forward` that the module's class defines, below decorators and whatever sits on the instance.
+
+    Where the class defines none, and chooses one of its methods when an instance is made, return that method.
+    """
+    forward = type(module).forward
+    if forward is nn.Module.forward and "forward" in module.__dict__:
+        chosen = inspect.unwrap(module.__dict__["forward"])
+        if getattr(chosen, "__self__", None) is module:
+            forward = chosen.__func__
+    return unwrapped(forward)
 
 
 @functools.cache
@@ -74,8 +85,13 @@ def running_order(module: nn.Module) -> list[list[Mention]]:
     Returns:
         Groups of attributes in running order, those of one group in turns. An attribute may come several times.
     """
-    forward = class_forward(module)
-    reader = _Reader(type(module))
+    cls: Any = type(module)
+    return _running_order(cls, class_forward(module))
+
+
+@functools.cache
+def _running_order(cls: Any, forward: Callable[..., Any]) -> list[list[Mention]]:
+    reader = _Reader(cls)
     reader.read(forward)
     code = getattr(forward, "__code__", None)
     if reader.groups or code is None:
@@ -92,7 +108,7 @@ class _Reader(ast.NodeVisitor):
         self._read: set[str] = set()
 
     def read(self, method: Callable[..., Any]) -> None:
-        tree = _parsed(method)
+        tree = parsed(method)
         if tree is not None:
             for statement in tree.body:
                 self.visit(statement)
@@ -110,7 +126,7 @@ class _Reader(ast.NodeVisitor):
         self.generic_visit(node)
         if name is not None and inspect.isfunction(method) and name not in self._read:
             self._read.add(name)
-            self.read(_unwrapped(method))
+            self.read(unwrapped(method))
 
     def visit_Compare(self, node: ast.Compare) -> None:
         return
@@ -157,6 +173,78 @@ def _entries(node: ast.expr) -> slice | int:
         return slice(None)
 
 
+def calls_attention(module: nn.Module) -> bool:
+    """Tell whether the `forward` of a module calls a function that, by its name, computes attention.
+
+    Methods that it calls are followed; its children are not.
+    """
+    return any(True for _ in _attention_calls(module, class_forward(module), set()))
+
+
+def called_attention(module: nn.Module) -> list[Callable[..., Any]]:
+    """List the functions that, by their names, compute attention where a module calls them, what they call first.
+
+    Methods are followed, objects of its own that are no modules (processors), and the functions themselves.
+    """
+    found: dict[int, Callable[..., Any]] = {}
+
+    def follow(method: Callable[..., Any], depth: int) -> None:
+        for function in _attention_calls(module, method, set()):
+            if inspect.isfunction(function) or callable(function):
+                if depth and inspect.isfunction(function) and not str(function.__module__).startswith("torch"):
+                    follow(unwrapped(function), depth - 1)
+                found.setdefault(id(function), function)
+
+    follow(class_forward(module), _DEEPEST)
+    return list(found.values())
+
+
+def _attention_calls(module: nn.Module, method: Callable[..., Any], read: set[str]) -> Iterator[Any]:
+    """Find calls of what by its name computes attention: the functions, `None` where that is not known."""
+    names = getattr(method, "__globals__", {})
+    for function, own, is_attention in _telling_calls(method):
+        if own in module._modules:
+            continue
+        if is_attention:
+            yield _value(function, names)
+        if own is not None and own not in read:
+            read.add(own)
+            called = getattr(module, own, None)
+            called = getattr(called, "__func__", called)
+            if called is not None and not inspect.isroutine(called) and not isinstance(called, type):
+                called = type(called).__call__ if callable(called) else None
+            if inspect.isfunction(called):
+                yield from _attention_calls(module, unwrapped(called), read)
+
+
+@functools.cache
+def _telling_calls(method: Callable[..., Any]) -> list[tuple[ast.expr, str | None, bool]]:
+    """List the calls in a method that may compute attention: of what, which attribute of `self` it is, by its name."""
+    tree = parsed(method)
+    found = []
+    for node in ast.walk(tree) if tree is not None else ():
+        if isinstance(node, ast.Call):
+            own = _attribute(node.func)
+            words = words_of(own or str(getattr(node.func, "attr", None) or getattr(node.func, "id", "")))
+            count = len(node.args) + len(node.keywords)
+            is_attention = count >= 3 and not _ATTENTION_WORDS.isdisjoint(words) and "mask" not in words
+            if is_attention or own is not None:
+                found.append((node.func, own, is_attention))
+    return found
+
+
+def _value(node: ast.expr, names: dict[str, Any]) -> Any:
+    """Return what a dotted name stands for among the globals of a function; `None` where it cannot be told."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id)
+    if isinstance(node, ast.Attribute):
+        return getattr(_value(node.value, names), node.attr, None)
+    return None
+
+
+_DEEPEST = 3  # functions that call functions
+_ATTENTION_WORDS = words_of("attention attn sdpa sageattn")
+
 ReturnNames = str | tuple[str | None, ...]
 """What a `return` statement names: one variable, or a tuple of variables and `None`s."""
 
@@ -172,7 +260,7 @@ def return_names(forward: Callable[..., Any]) -> ReturnNames | None:
         The names, `None` standing for a literal `None` in a tuple; `None` when the source is not there,
         returns differ, or something other than plain names is returned.
     """
-    tree = _parsed(forward)
+    tree = parsed(forward)
     if tree is None:
         return None
     found = {_names_of(node.value) for node in _returns(tree)}
@@ -191,7 +279,7 @@ def names_in_return(forward: Callable[..., Any], position: int, count: int) -> f
     Returns:
         Names; those of the whole statement where it does not list `count` outputs. Empty without source.
     """
-    tree = _parsed(forward)
+    tree = parsed(forward)
     values = [node.value for node in _returns(tree)] if tree is not None else []
     parts = [
         value.elts[position] if isinstance(value, ast.Tuple) and len(value.elts) == count else value for value in values
@@ -202,7 +290,8 @@ def names_in_return(forward: Callable[..., Any], position: int, count: int) -> f
 
 
 @functools.cache
-def _parsed(function: Callable[..., Any]) -> ast.FunctionDef | None:
+def parsed(function: Callable[..., Any]) -> ast.FunctionDef | None:
+    """Parse a function; `None` without source."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError):

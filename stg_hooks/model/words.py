@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 
+@functools.lru_cache(maxsize=4096)
 def words_of(name: str) -> frozenset[str]:
     """Split a name, such as `encoder_hidden_states_2`, `txtIds` or `blocks.0.norm`, into its words, in lower case."""
     return frozenset(word.lower() for word in _WORD.findall(name))

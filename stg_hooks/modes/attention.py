@@ -8,6 +8,7 @@ can do with the attention that is found is in `attention_calls`.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -18,18 +19,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import BlockError, StgError
 from stg_hooks.hooks.compiled import is_compiled
 from stg_hooks.hooks.forward import Action, Patch, patched, pushed
 from stg_hooks.hosts import plain_attention
+from stg_hooks.model import objects
 from stg_hooks.model.layers import attention_modules
 from stg_hooks.model.source import bound_arguments, signature_text
-from stg_hooks.modes.attention_calls import AttentionCall, HandMade, MultiHead, ScaledDotProduct
+from stg_hooks.modes.attention_calls import AttentionCall, HandMade, MultiHead, Opaque, ScaledDotProduct, of_sequences
+from stg_hooks.modes.kernels import advice, seeing
+from stg_hooks.modes.layouts import Arguments, Layout
 from stg_hooks.modes.residual import copied
 from stg_hooks.modes.text_tokens import TextTokens
-from stg_hooks.modes.token_labels import NOTHING, Provenance, Runs
+from stg_hooks.modes.token_labels import (
+    NOTHING,
+    Provenance,
+    Runs,
+    carries_tokens,
+    named_tensors,
+)
 
 Change = Callable[[AttentionCall], Any]
 """What a computation of self-attention gives instead."""
@@ -95,7 +104,7 @@ class AttentionSeam:
         return run(change, forward, args, kwargs)
 
     def _run(self, change: Change, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        mode = _SelfAttention(change)
+        mode = _SelfAttention(change, needs_text=self._text is not None)
         known = self._text.given_to(self._layer, args, kwargs) if self._text else NOTHING
         targets = self._targets
         if self._computes_itself:
@@ -105,7 +114,7 @@ class AttentionSeam:
         whole = [name for name, module in targets if module is self._layer]
         patches = [self._patches[id(module)] for module in (*(module for _, module in inner), *self._opaque)]
         actions = [mode.around(name, module) for name, module in inner] + [mode.through] * len(self._opaque)
-        with pushed(patches, actions), mode:
+        with pushed(patches, actions), seeing(mode.kernel), mode:
             if whole:
                 output = mode.around(whole[0], self._layer, known)(forward, args, kwargs)
             else:
@@ -120,7 +129,9 @@ class AttentionSeam:
                 return self._run(change, forward, args, kwargs)
         missed = [(name, module) for name, module in targets if name in self._named and name not in mode.perturbed]
         if missed or not mode.replaced:
-            raise BlockError(self._explain(mode, missed or self._targets))
+            raise mode.unseen or BlockError(
+                self._explain(mode, missed or self._targets, lambda: forward(*args, **kwargs))
+            )
         return output
 
     def _are_all(self, targets: Sequence[tuple[str, nn.Module]]) -> bool:
@@ -128,7 +139,7 @@ class AttentionSeam:
         is_named = any(name in self._named for name, _ in targets)
         return not is_named and len(targets) == len(attention_modules(self._layer))
 
-    def _explain(self, mode: _SelfAttention, targets: Sequence[tuple[str, nn.Module]]) -> str:
+    def _explain(self, mode: _SelfAttention, targets: Sequence[tuple[str, nn.Module]], run: Callable[[], Any]) -> str:
         kind = type(self._layer).__name__
         names = ", ".join(repr(name) for name, _ in targets)
         if mode.crossed:
@@ -138,14 +149,18 @@ class AttentionSeam:
                 "queries. Attention modes replace self-attention only; skip another layer, or use mode='residual' on "
                 f"the block.\n  it is:    {', '.join(signatures)}"
             )
-        return f"a perturbed layer, {kind}, did not call its attention ({names}), so nothing was perturbed."
+        said = f"a perturbed layer, {kind}, did not call its attention ({names}), so nothing was perturbed."
+        return f"{said}{advice([self._layer, *(module for _, module in targets)], run)}"
 
 
 class _SelfAttention(TorchFunctionMode):
     """Sees what a layer computes, follows where it comes from, and replaces its self-attention."""
 
-    def __init__(self, change: Change) -> None:
+    def __init__(self, change: Change, needs_text: bool) -> None:
         super().__init__()
+        self._needs_text = needs_text
+        self.unseen: BlockError | None = None
+        """Says of attention to several streams that it was not seen, should nothing else have been replaced."""
         self.provenance = Provenance()
         self.replaced = 0
         self.crossed = 0
@@ -153,6 +168,7 @@ class _SelfAttention(TorchFunctionMode):
         self.perturbed: set[str] = set()
         self._change = change
         self._inside: tuple[str, nn.Module] | None = None
+        self._is_own = False  # what is computed now is what a mode gives, and not the layer's
 
     def around(self, name: str, module: nn.Module, known: Mapping[str, Runs] = NOTHING) -> Action:
         """Return what an attention module does: compute, with its self-attention replaced."""
@@ -179,14 +195,92 @@ class _SelfAttention(TorchFunctionMode):
             if self.replaced > replaced:
                 self.perturbed.add(name)
             elif self.crossed == crossed:
-                raise BlockError(
-                    f"{name!r} ({type(module).__name__}) computes its attention neither with torch's "
-                    "scaled_dot_product_attention nor with a softmax, so it cannot be replaced, and nothing would be "
-                    "perturbed. Set another attention processor or backend, or use mode='residual' on the block."
-                )
+                self._not_seen(name, module, given, lambda: proceed(*args, **kwargs))
             return output
 
         return action
+
+    def _not_seen(self, name: str, module: nn.Module, given: Mapping[str, Any], run: Callable[[], Any]) -> None:
+        """Raise, unless the module is given several streams: then it most likely is cross-attention beside ours."""
+        error = BlockError(
+            f"{name!r} ({type(module).__name__}) computes its attention neither with torch's "
+            "scaled_dot_product_attention nor with a softmax, so it cannot be replaced, and nothing would be "
+            "perturbed. Set another attention processor or backend, or use mode='residual' on the "
+            f"block.{advice([module], run)}"
+        )
+        streams = {id(leaf) for part, leaf in named_tensors(given) if carries_tokens(part, leaf) and leaf.ndim > 2}
+        if len(streams) < 2:
+            raise error
+        self.unseen = error
+
+    def kernel(
+        self, function: Callable[..., Any], layout: Layout | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Stand in for an attention function that an adapter names."""
+        if layout is None:
+            return function(*args, **kwargs)
+        if self._inside is None:
+            self.outside += 1
+            output = _out_of_sight(function, args, kwargs)
+        else:
+            output = self._in_kernel(function, Arguments(layout, function, args, kwargs), layout, args, kwargs)
+        self.provenance.follow(None, args, kwargs, output)
+        return output
+
+    def _in_kernel(
+        self,
+        function: Callable[..., Any],
+        given: Arguments,
+        layout: Layout,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        query, key, value = (given[which] for which in (layout.q, layout.k, layout.v))
+        if not self._is_self_attention(query, key):
+            self.crossed += 1
+            return _out_of_sight(function, args, kwargs)
+        q, k, v = (given.in_heads(tensor) for tensor in (query, key, value))
+        if given.tensors == "(b s) h d":
+            calls = of_sequences(self._packed_runs(query, len(query)), q, given.get(layout.ends))
+        else:
+            runs, key_runs = (self._runs(tensor, t.shape[-2]) for tensor, t in ((query, q), (key, k)))
+            calls = [(slice(None), runs, key_runs)]
+        self.replaced += 1
+        options: dict[str, Any] = {"attn_mask": _mask(given, layout, k), "scale": given.get(layout.scale)}
+        unknown, made = tuple(given.not_understood()), []
+        for rows, runs, key_runs in calls:
+            some = (q[..., rows, :], k[..., rows, :], v[..., rows, :])
+            if some[0].shape[-2] != some[1].shape[-2] and not runs:
+                raise self._lengths_differ(some[0].shape[-2], some[1].shape[-2])
+            made.append(self._changed(Opaque(runs, self._inputs(), key_runs, *some, options, unknown)))
+        output = given.as_output(torch.cat(made, dim=-2) if len(made) > 1 else made[0]).to(query.dtype)
+        return (output, None) if _returns_more(function, args, kwargs) else output
+
+    def _changed(self, call: Opaque) -> Tensor:
+        self._is_own = True  # unlike torch functions, this is not out of sight of the mode
+        try:
+            rows = [self._change(row) for row in call.by_row()] if call.rows_differ else [self._change(call)]
+        finally:
+            self._is_own = False
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+    def _packed_runs(self, tensor: Tensor, total: int) -> Runs:
+        """Say which tokens are text where the sequences of all rows lie one after the other."""
+        label = self.provenance.label(tensor)
+        if not self._needs_text or label is None:
+            return ()
+        one = sum(count for _, count in label.runs)
+        if one and total % one == 0:
+            rows = range(total // one)
+            return tuple(
+                (kind[row - len(rows)] if isinstance(kind, tuple) else kind, count)
+                for row in rows
+                for kind, count in label.runs
+            )
+        given = self.provenance.arguments
+        if any(name in given and given[name].ndim > 2 for name in label.sources - {self.provenance.main}):
+            raise self._text_is_lost(total)
+        return ()
 
     def through(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Follow tensors through a module whatever it calls: custom kernels are not torch functions."""
@@ -198,6 +292,8 @@ class _SelfAttention(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._is_own:
+            return func(*args, **kwargs)
         if self._inside is not None and func in _SEAMS:
             output = _SEAMS[func](self, args, kwargs)
         elif self._inside is not None and func in _SOFTMAX:
@@ -311,10 +407,37 @@ class _SelfAttention(TorchFunctionMode):
         return tuple(given[name] for name in sorted(given, key=lambda name: name != main))
 
 
+def _mask(given: Arguments, layout: Layout, key: Tensor) -> Tensor | None:
+    mask, lengths = given.get(layout.mask), given.get(layout.lengths)
+    if lengths is not None:
+        counts: Tensor = torch.arange(key.shape[-2], device=key.device) < lengths.to(key.device)[:, None]
+        return counts[:, None, None]
+    return mask if isinstance(mask, Tensor) else None
+
+
+def _out_of_sight(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function of which the layout is known: what it does inside is not looked at, and some compile it."""
+    with torch._C.DisableTorchFunction():
+        return function(*args, **kwargs)
+
+
+@functools.cache
+def _forms() -> dict[int, tuple[Any, bool]]:
+    return {}
+
+
+def _returns_more(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Tell whether a function returns more than its output, which versions of it do and others do not: by one call."""
+    known = _forms()
+    if id(function) not in known or known[id(function)][0] is not function:
+        known[id(function)] = function, isinstance(_out_of_sight(function, args, kwargs), tuple)
+    return known[id(function)][1]
+
+
 def _write_back(copies: Any, originals: Any) -> None:
     """Undo what a layer has written into its arguments."""
     with torch.no_grad():
-        for copy, original in zip(pytree.tree_leaves(copies), pytree.tree_leaves(originals), strict=True):
+        for copy, original in zip(objects.leaves(copies), objects.leaves(originals), strict=True):
             if isinstance(original, Tensor) and not torch.equal(copy, original):
                 original.copy_(copy)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stg_hooks.errors import BlockError
-from stg_hooks.modes.token_labels import Runs
+from stg_hooks.modes.token_labels import Runs, part_of
 
 _PART = 2**24
 """Logits of video tokens and text that are held at once."""
@@ -109,14 +109,15 @@ class ScaledDotProduct(AttentionCall):
             return value[row : row + 1] if isinstance(value, Tensor) and value.ndim and len(value) == batch else value
 
         for row in range(batch):
-            yield ScaledDotProduct(
-                of_row(self.runs, row, batch),
-                tuple(cut(tensor, row) for tensor in self.inputs),
-                of_row(self.key_runs, row, batch),
-                self.query[row : row + 1],
-                self.key[row : row + 1],
-                self.value[row : row + 1],
-                {name: cut(value, row) for name, value in self.options.items()},
+            yield dataclasses.replace(
+                self,
+                runs=of_row(self.runs, row, batch),
+                inputs=tuple(cut(tensor, row) for tensor in self.inputs),
+                key_runs=of_row(self.key_runs, row, batch),
+                query=self.query[row : row + 1],
+                key=self.key[row : row + 1],
+                value=self.value[row : row + 1],
+                options={name: cut(value, row) for name, value in self.options.items()},
             )
 
     def compute(self, **changes: Any) -> Tensor:
@@ -177,6 +178,53 @@ class ScaledDotProduct(AttentionCall):
         if self.key_runs == self.runs:
             return tensor
         return torch.cat([tensor[..., rows, :] for is_text, rows in ranges_of(self.key_runs) if not is_text], dim=-2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opaque(ScaledDotProduct):
+    """A call of an attention function that torch cannot look into; its arguments are put as torch's own takes them."""
+
+    not_understood: tuple[str, ...] = ()
+    """Arguments that change which keys count, or by how much, in a way that is not known."""
+
+    def compute(self, **changes: Any) -> Tensor:
+        """Compute attention with torch's own function, with some of the arguments replaced."""
+        if self.not_understood:
+            raise BlockError(
+                f"the attention function was given {', '.join(self.not_understood)}, so what it computes cannot be "
+                "computed in another way. Use mode='values', or mode='residual' on the block."
+            )
+        return super().compute(**changes)
+
+    def own_values_and_text(self) -> Tensor:
+        """Compute all where there is nothing but text."""
+        return self.compute() if all(is_text for is_text, _ in self.runs) else super().own_values_and_text()
+
+    def mean_queries(self) -> Tensor:
+        """Compute all where there is nothing but text."""
+        is_text = bool(self.runs) and all(is_text for is_text, _ in self.runs)
+        return self.compute() if is_text else super().mean_queries()
+
+
+def of_sequences(runs: Runs, query: Tensor, ends: Tensor | None) -> list[tuple[slice, Runs, Runs]]:
+    """Say where sequences are that lie one after the other, and which of their tokens are text.
+
+    Args:
+        runs: the text among all tokens.
+        query: `(..., tokens, channels)`.
+        ends: where sequences begin and end.
+
+    Returns:
+        The tokens of each sequence, and its runs twice: for queries and keys.
+    """
+    stops = [0, query.shape[-2]] if ends is None else [*map(int, ends.tolist())]
+    found = []
+    for start, stop in itertools.pairwise(stops):
+        part = part_of(runs, start, stop) if runs else ()
+        part = part if any(is_text for is_text, _ in part) else ()
+        if stop > start:
+            found.append((slice(start, stop), part, part))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

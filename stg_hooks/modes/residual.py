@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import BlockError
+from stg_hooks.model import objects
 from stg_hooks.model.facts import stated
-from stg_hooks.model.layers import attention_modules, is_attention
+from stg_hooks.model.layers import attention_modules, is_attention, is_bare_attention
 from stg_hooks.model.source import (
     bound_arguments,
     class_forward,
@@ -22,6 +23,7 @@ from stg_hooks.model.source import (
     signature_of,
     signature_text,
 )
+from stg_hooks.model.words import words_of
 from stg_hooks.modes.feed_forward import feed_forwards
 
 # A block adds to its stream, so its output resembles what it was given: by the cosine between them, over all elements.
@@ -60,7 +62,16 @@ class Streams:
         self._stated: tuple[str, ...] | None = next(iter(stated("STREAMS", block)), None)
         self._names = return_names(class_forward(block)) if self._stated is None else None
         self._learned: list[_Correspondence] = []
-        self.may_be_branch = is_attention(block) or bool(attention_modules(block) and not feed_forwards(block))
+        self._may_reshape = any(
+            name == "weight" and weight.ndim > 2
+            for m in block.modules()
+            for name, weight in m._parameters.items()
+            if weight is not None
+        )
+        """Whether it has convolutions, so that what it calls by one name may leave in another shape than it came."""
+        self.may_be_branch = is_bare_attention(block) or (
+            not is_attention(block) and bool(attention_modules(block) and not feed_forwards(block))
+        )
         """Whether its output may not contain its input: attention, and what holds it without a feed-forward network."""
 
     def handed_through(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -78,9 +89,13 @@ class Streams:
             BlockError: as `learn`.
         """
         known, output = self.bypass(args, kwargs)
+        if known and self._may_reshape and not torch.compiler.is_compiling():
+            own_args, own_kwargs = copied(args, kwargs)
+            self._check_shapes(args, kwargs, output, forward(*own_args, **own_kwargs))
+            self._may_reshape = False
         if not known:
             own_args, own_kwargs = copied(args, kwargs)
-            self.learn(args, kwargs, forward(*own_args, **own_kwargs))
+            self.learn(args, kwargs, forward(*own_args, **own_kwargs), objects.leaves((own_args, own_kwargs)))
             _, output = self.bypass(args, kwargs)
         return output
 
@@ -99,7 +114,7 @@ class Streams:
             wanted = (self._names,) if isinstance(self._names, str) else self._names
             if all(name is None or name in given for name in wanted):
                 values = tuple(None if name is None else given[name] for name in wanted)
-                if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(values)):
+                if any(isinstance(leaf, Tensor) for leaf in objects.leaves(values)):
                     return True, values[0] if isinstance(self._names, str) else values
         leaves, structure = _structure(given)
         for known in self._learned:
@@ -109,13 +124,17 @@ class Streams:
                 return True, pytree.tree_unflatten(output, known.spec)
         return False, None
 
-    def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Remember which argument each tensor of a real output corresponds to, by shape and dtype.
+    def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, own: Sequence[Any] = ()) -> None:
+        """Remember which argument each tensor of a real output corresponds to.
+
+        An argument that was handed on is itself. What comes in an object, as a dataclass, corresponds to the same
+        attribute of the object that came in. Else shape and dtype tell.
 
         Args:
             args: positional arguments of the call.
             kwargs: keyword arguments of the call.
             output: what the block returned.
+            own: the leaves of the arguments that it was given, where they are copies.
 
         Raises:
             BlockError: a tensor in the output that no argument can stand in for, or several as well as each other; or
@@ -123,26 +142,35 @@ class Streams:
         """
         given = bound_arguments(self._block, args, kwargs, self._signature)
         inputs, structure = _structure(given)
-        leaves, spec = pytree.tree_flatten(output)
-        constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        owners = [name for name, value in given.items() for _ in pytree.tree_leaves(value)]
+        leaves, spec = objects.flatten(output)
+        originals = dict(zip(map(id, own), objects.leaves((args, kwargs)), strict=True)) if own else {}
+        handed_on = [originals.get(id(leaf), leaf) for leaf in leaves]
+        numbers = {id(leaf): i for i, leaf in enumerate(inputs) if not isinstance(leaf, _PLAIN)}
+        constants = [leaf if isinstance(leaf, _PLAIN) else None for leaf in leaves]
+        owners = [name for name, value in given.items() for _ in objects.leaves(value)]
         free = [i for i, leaf in enumerate(inputs) if isinstance(leaf, Tensor)]
         stated = None if self._stated is None else self._stand_ins(self._stated, [(i, owners[i]) for i in free], output)
-        sources: list[int | None] = []
+        count = sum(isinstance(leaf, Tensor) for leaf in leaves)
+        sources = [None if isinstance(leaf, _PLAIN) else numbers.get(id(leaf)) for leaf in handed_on]
+        sources = _by_attribute(output, sources, given, inputs, leaves)
         for position, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor):
-                if leaf is not None and not isinstance(leaf, (bool, int, float, str)):
+                if sources[position] is None and not isinstance(leaf, _PLAIN):
                     raise BlockError(
                         self._explain(args, kwargs, output, f"a {type(leaf).__name__}", "none of its inputs matches")
                     )
-                sources.append(None)
                 continue
             if stated is not None:
-                sources.append(stated.pop(0))
+                sources[position] = stated.pop(0)
+                continue
+            if sources[position] is not None:
+                free = [i for i in free if i != sources[position]]
                 continue
             fits = [i for i in free if inputs[i].shape == leaf.shape and inputs[i].dtype == leaf.dtype]
             named = names_in_return(class_forward(self._block), position, len(leaves))
             fits = [i for i in fits if owners[i] in named] or fits
+            if count == 1:
+                fits = [i for i in fits if not self._is_beside(owners[i])] or fits
             source = _choose(leaf, fits, inputs, free[0]) if fits else None
             if source is None:
                 which = (
@@ -153,14 +181,27 @@ class Streams:
                 culprit = f"a tensor {tuple(leaf.shape)}"
                 raise BlockError(self._explain(args, kwargs, output, culprit, which[min(len(fits), 2)]))
             free.remove(source)
-            sources.append(source)
+            sources[position] = source
         self._learned.append(_Correspondence(structure, sources, constants, spec))
+
+    def _is_beside(self, name: str) -> bool:
+        """Tell whether an argument comes beside the stream: it may be left out, or carries a skip connection."""
+        parameter = self._signature.parameters.get(name)
+        return (parameter is not None and parameter.default is None) or "skip" in words_of(name)
+
+    def _check_shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any], through: Any, output: Any) -> None:
+        pairs = zip(objects.leaves(through), objects.leaves(output), strict=False)
+        for given, made in pairs:
+            if isinstance(given, Tensor) and isinstance(made, Tensor) and given.shape != made.shape:
+                culprit = f"a tensor {tuple(made.shape)}"
+                explained = self._explain(args, kwargs, output, culprit, "none of its inputs matches")
+                raise BlockError(f"{explained}{_reshaped(given, made)}")
 
     def _stand_ins(self, stated: tuple[str, ...], owned: list[tuple[int, str]], output: Any) -> list[int]:
         """Find what an adapter names, among the numbers of the tensors given and the arguments that they belong to."""
         found = [[i for i, owner in owned if owner == name] for name in stated]
         numbers = [i for numbers in found for i in numbers]
-        count = sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(output))
+        count = sum(isinstance(leaf, Tensor) for leaf in objects.leaves(output))
         if not all(found) or len(numbers) != count:
             kind, names = type(self._block).__name__, ", ".join(dict.fromkeys(owner for _, owner in owned))
             raise BlockError(
@@ -172,7 +213,7 @@ class Streams:
     def _explain(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, culprit: str, which: str) -> str:
         kind = type(self._block).__name__
         given = bound_arguments(self._block, args, kwargs, self._signature)
-        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor))
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in objects.leaves(given) if isinstance(leaf, Tensor))
         found = f"{kind} returns {culprit} that {which} in shape and dtype (inputs: {shapes or 'none'})"
         return (
             f"{found}, so which inputs pass through it is not known, and it cannot be bypassed.\n"
@@ -183,8 +224,8 @@ class Streams:
         )
 
     def _advice(self, given: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> str:
-        names = [name for name, value in given.items() if any(isinstance(t, Tensor) for t in pytree.tree_leaves(value))]
-        leaves = [leaf for leaf in pytree.tree_leaves(output) if leaf is not None]
+        names = [name for name, value in given.items() if any(isinstance(t, Tensor) for t in objects.leaves(value))]
+        leaves = [leaf for leaf in objects.leaves(output) if leaf is not None]
         if all(isinstance(leaf, (Tensor, bool, int, float, str)) for leaf in leaves):
             wanted = sum(isinstance(leaf, Tensor) for leaf in leaves)
             stand_ins = tuple(names[:wanted])
@@ -195,6 +236,7 @@ class Streams:
             )
         return (
             "say what passes through, in the form that it gave:\n"
+            f"{_imported(output)}"
             f"  def pass_through(call): return {_suggestion(args, kwargs, output)}\n"
             "  stg.skip(model, layers, mode=pass_through)   # stg.apply and stg.Guider take mode= as well"
         )
@@ -202,7 +244,7 @@ class Streams:
 
 def copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Copy the tensors among the arguments of a call, each once, for a call that may write into them."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves, spec = objects.flatten((args, kwargs))
     copies = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     first = [next(i for i, other in enumerate(leaves) if other is leaf) for leaf in leaves]
     own: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten([copies[i] for i in first], spec)
@@ -210,9 +252,43 @@ def copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ..
 
 
 def _structure(given: dict[str, Any]) -> tuple[list[Any], tuple[pytree.TreeSpec, tuple[bool, ...]]]:
-    leaves, spec = pytree.tree_flatten(given)
+    leaves, spec = objects.flatten(given)
     # Blocks may return something else where an argument is missing, or a flag is set.
     return leaves, (spec, tuple(leaf is None or leaf is True for leaf in leaves))
+
+
+def _by_attribute(
+    output: Any, sources: list[int | None], given: dict[str, Any], inputs: list[Any], leaves: list[Any]
+) -> list[int | None]:
+    """Complete the sources of what an object that a block returned holds, from the object that came in.
+
+    That is the one whose other attributes were handed on, or else the only one of its class.
+    """
+    made, came = objects.flatten_with_paths(output), objects.flatten_with_paths(given)
+    if not any(isinstance(path[-1], pytree.GetAttrKey) for path, _ in made if path):
+        return sources
+    places = {path: i for i, (path, _) in enumerate(came)}
+    for position, (path, leaf) in enumerate(made):
+        if sources[position] is not None or not isinstance(leaf, Tensor) or not isinstance(path[-1], pytree.GetAttrKey):
+            continue
+        siblings = [i for i, (other, _) in enumerate(made) if other[:-1] == path[:-1]]
+        holders = {came[source][0][:-1] for i in siblings if (source := sources[i]) is not None}
+        names = {made[i][0][-1] for i in siblings}
+        alike = {p[:-1] for p, _ in came if {q[-1] for q, _ in came if q[:-1] == p[:-1]} == names}
+        for candidates in (holders, alike):
+            found = {places[place] for holder in candidates if (place := (*holder, path[-1])) in places}
+            fits = [i for i in found if isinstance(inputs[i], Tensor) and _same_form(inputs[i], leaf)]
+            if len(fits) == 1:
+                sources[position] = fits[0]
+                break
+    return sources
+
+
+def _same_form(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype
+
+
+_PLAIN = (type(None), bool, int, float, str)
 
 
 def _choose(output: Tensor, fits: list[int], inputs: list[Any], first: int) -> int | None:
@@ -236,12 +312,25 @@ def _likeness(one: Tensor, other: Tensor) -> float:
     return float(a @ b) / size if size else 1.0
 
 
+def _reshaped(given: Tensor, made: Tensor) -> str:
+    return (
+        f"\n{tuple(given.shape)} becomes {tuple(made.shape)}: the block changes the shape of its stream, as where the "
+        "resolution or the number of channels changes, so its input cannot take the place of its output. A mode of "
+        "attention (mode='values') leaves the shape alone."
+    )
+
+
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)}"
     if isinstance(value, (list, tuple)):
         return f"{type(value).__name__}({', '.join(map(_describe, value))})"
     return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
+
+
+def _imported(output: Any) -> str:
+    kind = type(output)
+    return "" if kind.__module__ == "builtins" else f"  from {kind.__module__} import {kind.__name__}\n"
 
 
 def _suggestion(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> str:

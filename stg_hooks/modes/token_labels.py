@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from stg_hooks.model import objects
 from stg_hooks.model.words import is_positional, words_of
 
 # What the argument that carries text, or whatever else is not denoised, is called.
@@ -82,7 +83,7 @@ class Provenance:
             for name, leaf in named_tensors(arguments):
                 label = _label_of(outer, leaf)
                 before += [] if label is None else [label]
-                if _carries_tokens(name, leaf) and not any(leaf is a for a in self.arguments.values()):
+                if carries_tokens(name, leaf) and not any(leaf is a for a in self.arguments.values()):
                     self.arguments.setdefault(name, leaf)
                     runs = label.runs if label else known.get(name, ())
                     is_other = label is not None and outer_main not in (None, *label.sources)
@@ -90,9 +91,7 @@ class Provenance:
                     self._set(leaf, Label(frozenset([name]), () if is_text_only(runs) else runs))
             self.main = _main([*self.arguments], others)
             yield output
-            inner = [
-                (tensor, self.label(tensor)) for tensor in pytree.tree_leaves(output) if isinstance(tensor, Tensor)
-            ]
+            inner = [(tensor, self.label(tensor)) for tensor in objects.leaves(output) if isinstance(tensor, Tensor)]
         finally:
             self._labels, self.arguments, self.main = outer, outer_arguments, outer_main
         sources = frozenset[str]().union(*(label.sources for label in before))
@@ -165,7 +164,7 @@ _JOINS = (torch.cat, torch.concat, torch.concatenate, torch.hstack)
 def named_tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Name each tensor among arguments; those in lists and dictionaries by their places, as `args[0]`."""
     for name, value in arguments.items():
-        for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+        for path, leaf in objects.flatten_with_paths(value):
             if isinstance(leaf, Tensor):
                 yield f"{name}{pytree.keystr(path)}", leaf
 
@@ -175,7 +174,8 @@ def _label_of(labels: dict[int, tuple[weakref.ref[Tensor], Label]], tensor: Tens
     return found[1] if found is not None and found[0]() is tensor else None  # ids are used again
 
 
-def _carries_tokens(name: str, tensor: Tensor) -> bool:
+def carries_tokens(name: str, tensor: Tensor) -> bool:
+    """Tell whether an argument of a block or of attention may hold tokens."""
     return tensor.is_floating_point() and tensor.ndim > 1 and not is_positional(name) and "mask" not in name
 
 
@@ -210,15 +210,21 @@ def _carried(runs: Runs, given: Tensor, made: Tensor) -> Runs:
         cut = [dim for dim in range(given.ndim) if given.shape[dim] != made.shape[dim]]
         if len(cut) == 1 and cut[0] == _index(given, total) and given.stride() == made.stride():
             start = (made.storage_offset() - given.storage_offset()) // given.stride(cut[0])
-            return _slice(runs, start, start + made.shape[cut[0]])
-    return runs if total in made.shape else ()
+            return part_of(runs, start, start + made.shape[cut[0]])
+    if total in made.shape:
+        return runs
+    # Rows that lie one after the other hold the same runs each.
+    is_flat = total in given.shape[1:2] and made.ndim == given.ndim - 1 and made.shape[0] == given.shape[0] * total
+    is_as_before = given.shape[:1] == made.shape[:1] and total > 0 and given.shape[0] % total == 0
+    return runs if is_flat or is_as_before else ()
 
 
 def _index(tensor: Tensor, size: int) -> int | None:
     return tensor.shape.index(size) if size in tensor.shape else None
 
 
-def _slice(runs: Runs, start: int, stop: int) -> Runs:
+def part_of(runs: Runs, start: int, stop: int) -> Runs:
+    """Return the runs of some of the tokens."""
     kept: list[tuple[bool | tuple[bool, ...], int]] = []
     position = 0
     for is_text, count in runs:

@@ -15,10 +15,11 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from stg_hooks.errors import BlockError
 from stg_hooks.hooks.compiled import eagerly
 from stg_hooks.hooks.forward import Action, now, patched, set_aside
+from stg_hooks.model import objects
 from stg_hooks.model.layers import find_layers
 from stg_hooks.model.source import bound_arguments
 from stg_hooks.model.words import is_positional
@@ -38,7 +39,7 @@ class _Call:
     @functools.cached_property
     def tensors(self) -> list[tuple[str, Tensor]]:
         given = bound_arguments(self.model, self.args, self.kwargs).items()
-        leaves = [(name, leaf) for name, value in given for leaf in pytree.tree_leaves(value)]
+        leaves = [(name, leaf) for name, value in given for leaf in objects.leaves(value)]
         return [(name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor) and not is_positional(name)]
 
     @functools.cached_property
@@ -109,7 +110,7 @@ class Looks:
             one = self._reach(module, proceed, args, kwargs)
             if change is None:
                 return [one]
-            return [one, self._reach(module, proceed, *pytree.tree_map_only(Tensor, change, (args, kwargs)))]
+            return [one, self._reach(module, proceed, *objects.map_tensors(change, (args, kwargs)))]
 
     def _reach(
         self, module: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -167,6 +168,9 @@ def _layout(name: str, leaf: Tensor) -> tuple[object, ...]:
 
 def _bypass(streams: Streams) -> Action:
     def action(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return streams.handed_through(forward, args, kwargs)
+        try:
+            return streams.handed_through(forward, args, kwargs)
+        except BlockError:  # it cannot be bypassed, so it is computed
+            return forward(*args, **kwargs)
 
     return action

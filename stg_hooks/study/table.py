@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from stg_hooks.errors import TargetError
 from stg_hooks.guidance.settings import Branch, Published, published_settings
 from stg_hooks.hosts import denoisers_of
 from stg_hooks.model.layers import Layer, find_layers, is_attention
 from stg_hooks.modes.frames import kinds_of
+from stg_hooks.modes.recorded import learn_from_call
 
 
-def layers(target: object) -> LayerTable:
+def layers(target: object, example: Mapping[str, Any] | Sequence[Any] | None = None) -> LayerTable:
     """List what can be skipped in a model or in the denoisers of a pipeline.
 
     Args:
         target: a module, or a diffusers pipeline.
+        example: for a module, arguments that it can be called with: a dictionary, or a list of positional ones. It is
+            called with them, twice. That tells which modules compute attention where looking does not, in which order
+            blocks run, and which never run, or not with what is denoised; numbers of layers follow that from then on.
 
     Returns:
         A table that prints, iterates over `Layer` records, and has `.to_dict()`.
 
     Raises:
-        TargetError: neither a module nor a pipeline.
+        TargetError: neither a module nor a pipeline; or an example for a pipeline.
+        CallError: the model cannot be called with the example.
     """
+    if example is not None:
+        if not isinstance(target, nn.Module):
+            raise TargetError(f"example= is for a module, not for {type(target).__name__}: pass its denoiser.")
+        is_named = isinstance(example, Mapping)
+        learn_from_call(target, () if is_named else tuple(example), dict(example) if is_named else {})
     return LayerTable(denoisers_of(target))
 
 
