@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests import zoo
-from tests.stock_pipelines import UNET, euler, image, noise, part, prompts, random_model
+from tests.stock_pipelines import STOCK, UNET, euler, image, masks, noise, part, prompts, random_model
 
 PICTURE = Image.new("RGB", (16, 16), (200, 30, 90))
 UNET_8 = {**UNET, "in_channels": 8}
@@ -55,16 +55,28 @@ class Parted:
 
 
 def ddim() -> dict[str, Any]:
-    return {"vae": vae(), "scheduler": diffusers.DDIMScheduler(), "requires_safety_checker": False}
+    return {
+        "vae": vae(),
+        "scheduler": diffusers.DDIMScheduler(set_alpha_to_one=False),
+        "requires_safety_checker": False,
+    }
 
 
 def vae() -> Any:
     return part("AutoencoderKL", block_out_channels=(4,), norm_num_groups=1)
 
 
-def both_prompts(prompt: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def both_prompts(prompt: str, device: Any, count: int, cfg: bool, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
     """Encode a prompt, and a negative one."""
-    return noise(1, 3, 8, seed=len(prompt)), noise(1, 3, 8, seed=2)
+    return noise(1, 3, 8, seed=len(prompt)), noise(1, 3, 8, seed=2) if cfg else None
+
+
+def boxes(repeat_batch: int, gligen_boxes: Any = (), **kwargs: Any) -> dict[str, Tensor]:
+    """Say what is to be where; nothing, where no boxes are given."""
+    shapes = {"masks": (), "phrases_masks": (), "image_masks": (), "phrases_embeddings": (8,), "image_embeddings": (8,)}
+    found = {name: noise(1, 2, *shape, seed=5) for name, shape in shapes.items()}
+    found["boxes"] = noise(1, 2, 4).sigmoid()
+    return {name: len(gligen_boxes) * t.expand(repeat_batch, *t.shape[1:]) for name, t in found.items()}
 
 
 OFF = {"guidance_scale": 1.0}
@@ -90,8 +102,7 @@ PARTED = {found.pipeline: found for found in [
             "num_attention_heads": 3, "num_kv_heads": 1, "multiple_of": 16, "ffn_dim_multiplier": None,
             "norm_eps": 1e-5, "learn_sigma": True, "qk_norm": True, "cross_attention_dim": 8, "scaling_factor": 1.0},
         lambda: {"vae": None, "scheduler": euler()},
-        prompts(prompt_attention_mask=noise(1, 3).abs().ceil(), negative_prompt_attention_mask=noise(1, 3).abs().ceil(),
-            height=64, width=64),
+        prompts(**masks(), height=64, width=64),
         ("cond+uncond",), "layers.1", zoo.KeepHiddenStates, OFF, denoiser="transformer",
         received=lambda prediction: -prediction[:, :4],
     ),
@@ -118,21 +129,16 @@ PARTED = {found.pipeline: found for found in [
         lambda: {**ddim(), "processor": None},
         prompts(gligen_boxes=[[0.1, 0.1, 0.6, 0.6]], gligen_phrases=["a"], gligen_images=[PICTURE]),
         ("apart+cond", "uncond+apart"), off=OFF, off_rows=("cond", "apart"),
-        patches={"get_cross_attention_kwargs_with_grounded": lambda hidden_size, repeat_batch, **kwargs: {
-            "boxes": noise(1, 2, 4).sigmoid().expand(repeat_batch, -1, -1), **{
-                name: noise(1, 2, *shape, seed=5).expand(repeat_batch, *(-1 for _ in (2, *shape)))
-                for name, shape in {"masks": (), "phrases_masks": (), "image_masks": (), "phrases_embeddings": (8,),
-                    "image_embeddings": (8,)}.items()}}},
+        patches={f"get_cross_attention_kwargs_{kind}_grounded": boxes for kind in ("with", "without")},
     ),
     Parted(
         "StableDiffusionPAGPipeline", "UNet2DConditionModel", UNET, ddim, prompts(**PAG),
         ("uncond+cond+perturbed",), off=PAG_OFF, off_rows=("uncond+cond",),
     ),
     Parted(
-        "SanaPAGPipeline", "SanaTransformer2DModel", zoo.FAMILIES["sana"].config if "sana" in zoo.FAMILIES else {},
+        "SanaPAGPipeline", "SanaTransformer2DModel", STOCK["SanaPipeline"].config,
         lambda: {"vae": None, "scheduler": euler()},
-        prompts(prompt_attention_mask=noise(1, 3).abs().ceil(), negative_prompt_attention_mask=noise(1, 3).abs().ceil(),
-            height=64, width=64, **PAG, use_resolution_binning=False),
+        prompts(**masks(), **PAG, height=128, width=128, use_resolution_binning=False, negative_prompt=None),
         ("uncond+cond+perturbed",), "transformer_blocks.1", zoo.KeepHiddenStates, PAG_OFF, ("uncond+cond",),
         "transformer",
     ),

@@ -61,7 +61,8 @@ def role_of(site: Site, names: Mapping[str, Any], sums: dict[int, float]) -> Rol
     if kind == "unused":
         return None
     if kind == "perturbed":
-        _weight(site.combination, True, names, sums)  # what is mixed with others has weights that sum to one
+        if site.combination is not None and _weight(site.combination, True, names, sums) is None:
+            raise UnreadableError(f"its weights in {ast.unparse(site.combination.expression)} are not known")
         return Role("perturbed")
     is_guided = site.context is not None or kind == "uncond" or (site.guards is not None and holds(site.guards, names))
     weight = _weight(site.combination, site.is_named, names, sums) if is_guided else None

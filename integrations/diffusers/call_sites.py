@@ -148,7 +148,9 @@ def classified(calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Fou
         if kind == "named":
             yield Site(found.lines, "perturbed", found.context)
         elif kind == "both":
-            blend = None if any(_made_by(split, boths) is found for split in splits) else _blend(found, statements)
+            own = [split for split in splits if _made_by(split, boths) is found]
+            is_last = all(split.found.statement.lineno < found.statement.lineno for split in splits)
+            blend = _blend(found, statements) if is_last and not own else None
             if blend is not None:
                 yield Site(found.lines, "perturbed", combination=blend)
             else:
@@ -276,7 +278,9 @@ def _by_weights(
 
 
 def _is_else_of(call: Found, calls: Sequence[Found]) -> bool:
-    """Tell whether a call stands in the `else` of another one, which is made instead."""
+    """Tell whether a call is made instead of others: it stands in the `else` of one, or is returned at once."""
+    if isinstance(call.statement, ast.Return):
+        return True
     negated = {ast.unparse(guard.operand) for guard in call.guards if isinstance(guard, ast.UnaryOp)}
     return any(ast.unparse(guard) in negated for other in calls for guard in other.guards)
 
@@ -364,11 +368,12 @@ def _combination(
     Without names that tell, both have to come to it as they are: `None` if one is assigned anew, other than converted.
     """
     later = [found for found in statements if found.statement.lineno > made[0].statement.lineno]
+    first = statements.index(made[-1]) if made[-1] in statements else -1
     is_several = len({*predictions}) == len(predictions) > 1
     for place, found in enumerate(later):
         value = getattr(found.statement, "value", None)
         expression = _smallest(value, *predictions) if isinstance(value, ast.expr) and is_several else None
-        if expression is None:
+        if expression is None or found in statements[: first + 1]:
             continue
         before = [other for other in later[:place] if other not in made]
         if not is_named and any(_changes(other, {*predictions}) for other in before):
