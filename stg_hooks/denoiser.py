@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import time
 import warnings
@@ -47,6 +48,19 @@ class Session:
     lost_steps: int = 0
     calls_elsewhere: int = 0
     """Calls that would have been guided, had the `with` been in force where they were made."""
+
+    def guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Let a function that takes part in a target's run leave the target as it was, where it raises."""
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except BaseException:
+                self.host.put_back()
+                raise
+
+        return call
 
     def role(self, model: nn.Module) -> Role | None:
         """Say what a call of a model is for; `None` if it is not to be guided.
@@ -161,16 +175,19 @@ class GuidedDenoiser:
         self._guidance.forget_all()
 
     def _install(self) -> tuple[None, Undo]:
+        guarded = self._session.guarded
         with ExitStack() as stack:
             stack.callback(self._forget_all)
             self._of_model = stack.enter_context(shared(self._model, "guided", lambda: (_OfModel(), lambda: None)))
             stack.enter_context(self._predictor.installed())
             if is_compiled(self._model):  # there, hooks are compiled as well, and what we wrap is the call itself
-                stack.enter_context(stack.enter_context(patched(self._model)).everywhere(self._around_compiled))
+                stack.enter_context(
+                    stack.enter_context(patched(self._model)).everywhere(guarded(self._around_compiled))
+                )
                 return None, stack.pop_all().close
             self._patch = stack.enter_context(patched(self._model))
-            before, after = untraced(self._before), untraced(self._after)
-            stack.enter_context(self._patch.everywhere(untraced(self._around)))
+            before, after = untraced(guarded(self._before)), untraced(guarded(self._after))
+            stack.enter_context(self._patch.everywhere(untraced(guarded(self._around))))
             stack.enter_context(self._model.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
             stack.enter_context(self._model.register_forward_hook(after, with_kwargs=True))
             return None, stack.pop_all().close

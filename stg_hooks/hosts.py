@@ -7,8 +7,8 @@ import importlib
 import itertools
 import operator
 import sys
-from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -108,6 +108,39 @@ def phrase(rows: str) -> str:
     return f"[{', '.join(parts)}]" if len(parts) > 1 else _PHRASES[rows]
 
 
+_PROCESSOR = "processor"
+
+
+class Processors:
+    """Keeps what computes attention in some models, and puts it back.
+
+    A pipeline may install processors of its own for a run (PAG does), and puts the former ones back at the end of the
+    run, which an exception skips.
+    """
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        """Look at the models; touch nothing.
+
+        Args:
+            models: all their modules are looked at.
+        """
+        self._models = models
+        self._found: list[tuple[nn.Module, Any]] = []
+        self.note()
+
+    def note(self) -> None:
+        """Keep those that are installed now."""
+        modules = (module for model in self._models for module in model.modules())
+        self._found = [(module, getattr(module, _PROCESSOR)) for module in modules if hasattr(module, _PROCESSOR)]
+
+    def put_back(self) -> None:
+        """Install those again that were noted."""
+        for module, processor in self._found:
+            if getattr(module, _PROCESSOR, None) is not processor:
+                module._modules.pop(_PROCESSOR, None)  # what is no module cannot be assigned over one
+                setattr(module, _PROCESSOR, processor)
+
+
 class Host(Protocol):
     """Answers for one target."""
 
@@ -140,6 +173,9 @@ class Host(Protocol):
 
     def watched(self) -> AbstractContextManager[None]:
         """Do so within a `with`, in the next call of the target."""
+
+    def put_back(self) -> None:
+        """Undo what the target's run has changed of its denoisers, as an exception of ours is going to end it."""
 
 
 class StepCaches(Protocol):
@@ -184,6 +220,7 @@ class ModuleHost:
         self._module = module
         self._said = batched_cfg
         self._caller: tuple[object, Host | None] = None, None
+        self._processors: Processors | None = None
         self._role = Role("uncond+cond" if batched_cfg else "cond", guidance_scale, channels=channels, samples=None)
         self.knows_guidance_scale = not batched_cfg or guidance_scale is not None
 
@@ -229,20 +266,31 @@ class ModuleHost:
     def check_same(self) -> None:
         """Do nothing: which module is called is up to the caller."""
 
-    def watched(self) -> AbstractContextManager[None]:
-        """Do nothing, likewise."""
-        return nullcontext()
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Note the attention processors."""
+        self._processors = Processors([self._module])
+        yield
+
+    def put_back(self) -> None:
+        """Put the attention processors back if a pipeline makes the call; what others set is theirs."""
+        if self._processors is not None and any(self._calling()):
+            self._processors.put_back()
 
     def _calling_host(self) -> Host | None:
-        for library, name in _INTEGRATIONS.items():
-            if library in sys.modules:
-                integration = importlib.import_module(name)
-                pipeline = integration.calling_pipeline()
-                if pipeline is not None:
-                    if self._caller[0] is not pipeline:
-                        self._caller = pipeline, integration.calling_host(pipeline, self._module)
-                    return self._caller[1]
+        for integration, pipeline in self._calling():
+            if self._caller[0] is not pipeline:
+                self._caller = pipeline, integration.calling_host(pipeline, self._module)
+            return self._caller[1]
         return None
+
+    def _calling(self) -> Iterator[tuple[Any, object]]:
+        """Find the pipeline that makes a call, and the integration that knows it."""
+        for library, name in _INTEGRATIONS.items():
+            integration = importlib.import_module(name) if library in sys.modules else None
+            pipeline = None if integration is None else integration.calling_pipeline()
+            if pipeline is not None:
+                yield integration, pipeline
 
 
 def pipeline_host(target: object) -> Host:

@@ -17,6 +17,7 @@ import diffusers
 from stg_hooks.integrations.diffusers.call_sites import Site, UnreadableError
 from stg_hooks.integrations.diffusers.host import DENOISERS
 from stg_hooks.integrations.diffusers.pipeline_code import call_sites_of
+from tests.parted_pipelines import PARTED
 from tests.stock_pipelines import tested
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "pipelines.md"
@@ -52,7 +53,19 @@ def reading(cls: type) -> str:
     except UnreadableError as error:
         return f"refused: {error}"
     words = list(dict.fromkeys(_words([site for calls in sites.values() for site in calls])))
-    return "; ".join(words) or "refused: it does not call its denoiser itself"
+    inner = [] if words else _inner(cls)
+    if not words and not inner:
+        return "refused: it does not call its denoiser itself"
+    return "; ".join(words) or "; ".join(f"{reading(one)}, by {one.__name__}" for one in inner)
+
+
+def _inner(cls: type) -> list[type]:
+    """Find the pipelines with a denoiser that a pipeline builds, and leaves the calls to."""
+    init = inspect.unwrap(cls.__init__)
+    made = [init.__globals__.get(name) for name in init.__code__.co_names]
+    return [
+        one for one in made if inspect.isclass(one) and issubclass(one, diffusers.DiffusionPipeline) and denoisers(one)
+    ]
 
 
 def _words(sites: list[Site]) -> Iterator[str]:
@@ -60,7 +73,7 @@ def _words(sites: list[Site]) -> Iterator[str]:
         if site.context is not None:
             yield "calls named at run time"
         elif site.kind == "both":
-            yield "[uncond, cond] in one call"
+            yield " or ".join(f"[{way.rows.replace('+', ', ')}]" for way in site.ways) + " in one call"
         elif site.kind == "samples":
             yield "cond and uncond samples in one list"
         elif site.kind == "cond":
@@ -73,7 +86,7 @@ def _words(sites: list[Site]) -> Iterator[str]:
 
 def document() -> str:
     """Return the page."""
-    run = tested()
+    run = {*tested(), *PARTED}
     rows = [
         f"| {name} | {', '.join(denoisers(cls))} | {reading(cls)} | {'yes' if name in run else ''} |"
         for name, cls in classes().items()
@@ -83,9 +96,14 @@ def document() -> str:
 
 What `stg.apply` reads in the code of the {len(rows)} pipeline classes of diffusers {diffusers.__version__} that have a
 `transformer` or `unet`: it guides {len(rows) - refused} of them and refuses {refused}, with an error before anything is
-touched. Those marked as tested are run by `tests/test_pipelines.py` or `tests/test_stock_pipelines.py`. A refused
-pipeline can be guided through its denoiser, `with stg.apply(pipe.transformer, ..., batched_cfg=...):`, or in a loop of
+touched. Those marked as tested are run by `tests/test_pipelines.py`, `tests/test_stock_pipelines.py` or
+`tests/test_parted_pipelines.py`. A refused pipeline can be guided through its denoiser, `with stg.apply(pipe.transformer, ..., batched_cfg=...):`, or in a loop of
 your own.
+
+In a call with several kinds of rows, `cond` are those with the whole prompt; `image` are those without the text, and
+`perturbed` those of the pipeline's own attention guidance (PAG). All of them, and `uncond`, get what skip guidance adds:
+the pipeline combines them with weights that sum to one. `apart` rows are not used. `rescale=` and `rule=` are refused
+where there are more than one cond and one uncond prediction.
 
 A pipeline that normalises its combined prediction to the cond one (QwenImage, Lumina2, LongCat, JoyImageEdit, Z-Image's
 `cfg_normalization`, `guidance_rescale`) normalises the guided prediction to the guided cond one; `rescale=` gives the

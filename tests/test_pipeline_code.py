@@ -224,7 +224,7 @@ class Blended(Pipeline):
 
 
 class BlendedHere(Pipeline):
-    image_guidance_scale = 1.5
+    image_guidance_scale = 0.6
 
     def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
         pred = self.transformer(torch.cat([x, x]), torch.cat([neg, cond]))
