@@ -5,8 +5,10 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
+import diffusers
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 import stg_hooks as stg
@@ -78,3 +80,61 @@ def test_pipeline_is_guided_as_by_hand(name: str) -> None:
     check(parted, pipe, parted.call, parted.rows)
     if parted.off is not None:
         check(parted, pipe, {**parted.call, **parted.off}, parted.off_rows)
+
+
+class OursError(Exception):
+    pass
+
+
+def failing(step: stg.Step) -> Any:
+    raise OursError
+
+
+@pytest.mark.parametrize("of_module", [False, True])
+def test_an_error_of_ours_puts_attention_processors_back(of_module: bool) -> None:
+    parted = PARTED["StableDiffusionPAGPipeline"]
+    pipe = parted.build()
+    off = {**parted.call, "pag_scale": 0.0}
+    plain, before = run(pipe, off), dict(pipe.unet.attn_processors)
+    target = pipe.unet if of_module else pipe
+    with stg.apply(target, layers=[parted.layer], schedule=failing), pytest.raises(OursError):
+        run(pipe, parted.call)
+    assert pipe.unet.attn_processors == before
+    assert torch.equal(run(pipe, off), plain)
+
+
+def test_processors_that_were_set_inside_the_with_stay() -> None:
+    parted = PARTED["StableDiffusionPAGPipeline"]
+    pipe = parted.build()
+    with stg.apply(pipe, layers=[parted.layer], schedule=failing):
+        pipe.unet.set_attn_processor(AttnProcessor())
+        before = dict(pipe.unet.attn_processors)
+        with pytest.raises(OursError):
+            run(pipe, parted.call)
+        assert pipe.unet.attn_processors == before
+
+
+class Combined(diffusers.DiffusionPipeline):
+    """Leaves all calls to a pipeline inside it, as Kandinsky's combined ones do."""
+
+    def __init__(self, unet: nn.Module, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.decoder_pipe = PARTED["StableDiffusionPAGPipeline"].build()
+        self.decoder_pipe.unet = unet
+        self.decoder_pipe.scheduler = scheduler
+
+    def __call__(self, **kwargs: Any) -> Any:
+        return self.decoder_pipe(**kwargs)
+
+
+def test_a_pipeline_that_only_calls_another_is_guided() -> None:
+    parted = PARTED["StableDiffusionPAGPipeline"]
+    inner = parted.build()
+    pipe = Combined(inner.unet, inner.scheduler)
+    with stg.apply(inner, layers=[parted.layer], scale=0.7):
+        expected = run(inner, parted.call)
+    with stg.apply(pipe, layers=[parted.layer], scale=0.7) as applied:
+        assert torch.equal(run(pipe, parted.call), expected)
+    assert applied.stats.weak_passes == 2
+    assert_far(expected, run(inner, parted.call))
