@@ -2,6 +2,7 @@
 
 from stg_hooks.adapters.blocks import ATTENTION, STREAMS
 from stg_hooks.adapters.factorised import TEMPORAL
+from stg_hooks.adapters.kin import KIN
 from stg_hooks.adapters.published import PUBLISHED
 
-__all__ = ["ATTENTION", "PUBLISHED", "STREAMS", "TEMPORAL"]
+__all__ = ["ATTENTION", "KIN", "PUBLISHED", "STREAMS", "TEMPORAL"]

@@ -73,7 +73,7 @@ def flops_of(layers: Sequence[nn.Module], call: Callable[[], Any]) -> tuple[int,
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes in tensors that operations have made and somebody still holds, and their peak.
+    """Counts the bytes in tensors that operations have made and something still holds, and their peak.
 
     The same on every machine and in every run. Scratch memory inside an operation is not in it.
     """

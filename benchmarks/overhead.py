@@ -24,7 +24,7 @@ class Nothing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + 1
-        return x  # noqa: RET504 - by its name stg_hooks reads what is handed through
+        return x  # noqa: RET504 - by its name stg_hooks reads what passes through
 
 
 class Nothings(nn.Module):

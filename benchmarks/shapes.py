@@ -50,7 +50,7 @@ class Shape:
     cfg: bool
     make_inputs: Callable[[Mapping[str, Any], Size], Inputs]
     depth: Mapping[str, int]
-    """What the configuration says about the number of blocks; empty for the U-Net, which is no chain of blocks."""
+    """What the configuration says about the number of blocks; empty for the U-Net, which is not a chain of blocks."""
     tiny: Size
     small: Size
     full: Size

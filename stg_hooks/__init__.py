@@ -37,9 +37,11 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
-    """Load `stg_hooks.k_diffusion`, `stg_hooks.report` and `stg_hooks.sweep` when they are first used."""
+    """Load what needs other packages, or much time, when it is first used."""
     if name == "k_diffusion":
         return importlib.import_module("stg_hooks.integrations.k_diffusion")
+    if name == "modular":
+        return importlib.import_module("stg_hooks.integrations.diffusers.skip_guidance")
     if name == "report":
         return importlib.import_module("stg_hooks.study.report").report
     if name == "sweep":

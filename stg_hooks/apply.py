@@ -119,7 +119,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
                 one starts (`"context"`), or in every thread and task of the process while it is open (`"process"`), as
                 a server needs it that enters once and answers in worker threads.
             strict: raise where there would be a warning that nothing, or less than asked for, was guided: in the first
-                call in which a skip changes nothing (this waits for the GPU once), or at the end of the `with`.
+                call in which a skip changes nothing (this synchronises with the GPU once), or at the end of the `with`.
 
         Raises:
             LayerError: a layer that does not exist or cannot be skipped in this mode.

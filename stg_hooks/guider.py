@@ -122,12 +122,12 @@ class Guider(NotCopied):
                 `"full"`.
             group: spread the cond, weak and uncond predictions over these processes, as for `apply`.
             timeout: as for `apply`.
-            strict: raise where a skip changes nothing, instead of a warning; its first call waits for the GPU.
+            strict: raise where a skip changes nothing, instead of a warning; its first call synchronises with the GPU.
 
         Raises:
             LayerError: a layer that does not exist or cannot be skipped in this mode.
             SettingError: a setting that cannot be used, or `layers` left out where nothing is published.
-            TargetError: `denoiser` is not callable, or is no module and `model` is missing.
+            TargetError: `denoiser` is not callable, or is not a module and `model` is missing.
 
         Source: STG, arXiv 2411.18664, Eq. 13 and 20, Alg. 4.
         """
@@ -136,7 +136,7 @@ class Guider(NotCopied):
         if model is None:
             if not isinstance(denoiser, nn.Module):
                 raise TargetError(
-                    f"{denoiser!r} is no torch.nn.Module, so its layers cannot be found: "
+                    f"{denoiser!r} is not a torch.nn.Module, so its layers cannot be found: "
                     "pass the module that it calls as model=..."
                 )
             model = denoiser
@@ -239,7 +239,7 @@ class Guider(NotCopied):
             CallError: the settings depend on something about the step that is not known, or the noise level is 0 (on
                 a GPU it is looked at only if settings change during the run).
             LayerError: with `strict`, a skip changed nothing.
-            TargetError: `cond` or `uncond` is no mapping.
+            TargetError: `cond` or `uncond` is not a mapping.
             SettingError: an argument is given twice, or not for both predictions.
             RankError: with `group`: another rank has failed, died, or was given something else.
         """
@@ -365,7 +365,7 @@ class Guider(NotCopied):
     def _step_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> StepOrLater:
         """Find out the step by the noise level, where the denoiser is called with one.
 
-        Looking waits for the GPU: where only the trace wants to know, it is for those who read the trace.
+        Looking synchronises with the GPU: where only the trace needs it, it is put off until the trace is read.
         """
         sigma = (args[1] if len(args) > 1 else kwargs.get("sigma")) if self._takes_sigma else None
         if is_real(sigma):

@@ -18,6 +18,8 @@ from stg_hooks.step import Step
 
 # Top-level package of a target's class -> module with a `host(target)` function; imported when first needed.
 _INTEGRATIONS = {"diffusers": "stg_hooks.integrations.diffusers.host"}
+# Top-level package of an attention module's class -> module with a `plain_attention(attention)` function.
+_ATTENTION = {**_INTEGRATIONS, "comfy": "stg_hooks.integrations.comfyui.attention"}
 # What a host leaves on modules -> module with a `step_caches(modules)` function.
 _MARKS = {"_diffusers_hook": "stg_hooks.integrations.diffusers.caches"}
 
@@ -319,7 +321,7 @@ def pipeline_host(target: object) -> Host:
 def plain_attention(attention: nn.Module) -> AbstractContextManager[object]:
     """Have an attention module compute with torch's own `scaled_dot_product_attention` within a `with`."""
     for cls in type(attention).__mro__:
-        module = _INTEGRATIONS.get(cls.__module__.partition(".")[0])
+        module = _ATTENTION.get(cls.__module__.partition(".")[0])
         if module is not None:
             context: AbstractContextManager[object] = importlib.import_module(module).plain_attention(attention)
             return context

@@ -124,7 +124,7 @@ class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(m
             layers: index (negative ones count from the end), range, dotted name or unambiguous tail of one, glob,
                 module, or a list of those. `stg.layers(model)` shows what there is.
             mode: `"residual"` (the block hands its inputs through, and is not computed), `"attention"` (self-attention
-                with the identity as its map), another name among `modes.MODES`, or a callable that takes a
+                with the identity as its map), another name that README lists, or a callable that takes a
                 `LayerCall` and returns what the layer should return.
             kind: in factorised models, only attention within frames (`"spatial"`) or across them (`"temporal"`).
             scope: where the `with` is in force: in the thread or asyncio task that enters it and the tasks that this
@@ -134,8 +134,8 @@ class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(m
         Raises:
             LayerError: a layer that does not exist, is ambiguous, or cannot be skipped in this mode.
             SettingError: an unknown mode or scope.
-            TargetError: `model` is no module, `layers` holds something that names no layer, or the model has a step
-                cache that cannot be kept out of the calls.
+            TargetError: `model` is not a module, `layers` holds something that does not name a layer, or the model has
+                a step cache that cannot be kept out of the calls.
 
         Source: STG, arXiv 2411.18664, sec. 4.
         """

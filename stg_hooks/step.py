@@ -36,7 +36,7 @@ class Step:
 
 
 def check_step(step: Step | None) -> Step | None:
-    """Raise unless what somebody set as the step is one, or `None`."""
+    """Raise unless what was set as the step is one, or `None`."""
     if step is None:
         return None
     if not isinstance(step, Step):

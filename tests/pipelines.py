@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tests import zoo
+
 GOLDEN = Path(__file__).resolve().parent / "golden"
 FAMILIES = ("mochi", "ltx", "cogvideox", "hunyuan_video", "wan")
 BATCHED_CFG = ("mochi", "ltx", "cogvideox")
@@ -198,25 +200,13 @@ def _before_step(pipe: Any, change: Callable[[Tensor], Tensor]) -> Iterator[None
 # It uses nothing of stg_hooks, and none of its tricks.
 
 
-class HandsImageThrough(nn.Module):
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
-
-
-class HandsImageAndTextThrough(nn.Module):
-    def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        return hidden_states, encoder_hidden_states
-
-
 # Per family: the stacks in running order, and what a block hands on.
 _BLOCKS: dict[str, tuple[tuple[str, ...], type[nn.Module]]] = {
-    "mochi": (("transformer_blocks",), HandsImageAndTextThrough),
-    "ltx": (("transformer_blocks",), HandsImageThrough),
-    "cogvideox": (("transformer_blocks",), HandsImageAndTextThrough),
-    "hunyuan_video": (("transformer_blocks", "single_transformer_blocks"), HandsImageAndTextThrough),
-    "wan": (("blocks",), HandsImageThrough),
+    "mochi": (("transformer_blocks",), zoo.KeepStreams),
+    "ltx": (("transformer_blocks",), zoo.KeepHiddenStates),
+    "cogvideox": (("transformer_blocks",), zoo.KeepStreams),
+    "hunyuan_video": (("transformer_blocks", "single_transformer_blocks"), zoo.KeepStreams),
+    "wan": (("blocks",), zoo.KeepHiddenStates),
 }
 _HAVE_ROWS = (
     "hidden_states",

@@ -16,12 +16,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 
 import stg_hooks as stg
-from tests import pipelines, ranks
+from tests import pipelines, ranks, zoo
 from tests.tiny_models import MODELS
 
 Settings = tuple[int, str, str]
 """A layer, a mode and an execution."""
-ALL_MODES = ("attention", "values", "attention-input", "feed-forward", "smoothed", "shuffled")
 BYPASS: list[Settings] = [(3, "residual", way) for way in ("auto", "full", "sequential", "batched")]
 
 
@@ -89,7 +88,7 @@ def check_ddp(rank: int, size: int) -> None:
     def spread(model: nn.Module) -> nn.Module:
         return nn.parallel.DistributedDataParallel(model.requires_grad_(True))
 
-    same_as_alone(wan, spread, [*BYPASS, *((2, mode, "auto") for mode in ALL_MODES)])
+    same_as_alone(wan, spread, [*BYPASS, *((2, mode, "auto") for mode in zoo.OTHER_MODES)])
 
 
 def check_fsdp2(rank: int, size: int) -> None:
@@ -100,7 +99,7 @@ def check_fsdp2(rank: int, size: int) -> None:
         fully_shard(model, mesh=mesh)
         return model
 
-    modes: list[Settings] = [(2, mode, "auto") for mode in ALL_MODES]
+    modes: list[Settings] = [(2, mode, "auto") for mode in zoo.OTHER_MODES]
     with pytest.raises(stg.SettingError, match="itself spread over ranks"):
         stg.apply(spread(wan()[0]), [2], group=dist.group.WORLD)
     same_as_alone(wan, spread, [*BYPASS, (0, "residual", "auto"), (5, "residual", "sequential"), *modes])
@@ -119,7 +118,7 @@ def check_tensor_parallel(rank: int, size: int) -> None:
         stg.apply(spread(flux()[0]), [2], group=dist.group.WORLD)
 
     ways: list[Settings] = [(1, "residual", way) for way in ("auto", "full", "sequential", "batched")]
-    modes: list[Settings] = [(2, mode, "auto") for mode in ALL_MODES if mode != "attention-input"]
+    modes: list[Settings] = [(2, mode, "auto") for mode in zoo.OTHER_MODES if mode != "attention-input"]
     same_as_alone(flux, spread, [*ways, *modes, (0, "feed-forward", "auto"), (0, "shuffled", "auto")])
     model, call = flux()
     spread(model)

@@ -188,10 +188,10 @@ def test_text_on_either_side(attention: Callable[[str], nn.Module], side: str) -
 
 
 def test_masked_text_stays_masked() -> None:
-    case = Case("hunyuan_video", 1, ["transformer_blocks.1.attn"], ("last", 3))
+    case = Case("hunyuan_video", 1, ["transformer_blocks.1.attn"], ("last", 5))
     family = zoo.FAMILIES["hunyuan_video"]
     model, inputs = family.build(), family.inputs()
-    inputs["encoder_attention_mask"] = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+    inputs["encoder_attention_mask"] = torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0, 1.0]])
     expected = by_hand(model, case.attention, "attention", case.text)(**inputs)[0]
     assert (expected - weak(model, family.inputs())).abs().max() > 1e-3 * expected.std(), "the mask must matter"
     assert_close_in_std(weak(model, inputs), expected)

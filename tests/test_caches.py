@@ -65,8 +65,7 @@ def _inference() -> Iterator[None]:
 
 
 def build(depth: int = 5) -> nn.Module:
-    family = zoo.FAMILIES["wan"]
-    return dataclasses.replace(family, config={**family.config, "num_layers": depth}).build()
+    return dataclasses.replace(zoo.FAMILIES["wan"], changes={"num_layers": depth}).build()
 
 
 def inputs(step: int, batch: int = 2) -> dict[str, Any]:

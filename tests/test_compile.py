@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -316,3 +317,60 @@ def test_generated_code() -> None:
     warnings.simplefilter("default")
     for how in ("blocks", "in place"):
         check_guided(how, "auto", fullgraph=True)
+
+
+# --- a skip -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("how", ["blocks", *(pytest.param(how, marks=pytest.mark.slow) for how in AS_A_WHOLE)])
+def test_a_skip_and_a_guider_of_a_compiled_model(how: str, fullgraph: bool) -> None:
+    warnings.simplefilter("default")
+    model, inputs = zoo.build("plain"), zoo.inputs()
+    plain, weak = model(**inputs), zoo.without(model, ["blocks.1"])(**inputs)
+    called = WAYS[how](model, backend="eager", fullgraph=fullgraph)
+    assert_close(called(**inputs), plain)
+    before = zoo.snapshot(model)
+    for _ in range(2):
+        with stg.skip(called, ["blocks.1"]):
+            for _ in range(2):
+                assert_close(called(**inputs), weak)
+        assert zoo.snapshot(model) == before
+        assert_close(called(**inputs), plain)
+    guider = stg.Guider(called, ["blocks.1"], 1.0, execution="full")
+    assert_close(guider(**inputs), 2 * plain - weak)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_a_skip_that_was_built_before_the_model_was_compiled_from_outside() -> None:
+    """The skip is on the model itself, which is now called from inside what was compiled."""
+    warnings.simplefilter("default")
+    model, inputs = zoo.build("plain"), zoo.inputs()
+    plain, weak = model(**inputs), zoo.without(model, ["blocks.1"])(**inputs)
+    skip = stg.skip(model, [1])
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        with skip:
+            assert_close(compiled(**inputs), weak)
+        assert_close(compiled(**inputs), plain)
+
+
+def test_a_mode_that_cannot_be_compiled() -> None:
+    model, inputs = compile_in_place(zoo.build("plain"), backend="eager", fullgraph=True), zoo.inputs()
+    local = threading.Lock()
+
+    def mode(call: stg.LayerCall) -> Tensor:
+        with local:
+            return call.args[0]
+
+    with (
+        stg.skip(model, [1], mode=mode),
+        pytest.raises(stg.CallError, match=r"cannot trace DiT with layers skipped\. .* compile its blocks"),
+    ):
+        model(**inputs)
+    compile_blocks(model := zoo.build("plain"), backend="eager", fullgraph=True)
+    expected = zoo.without(model, ["blocks.1"])(**inputs)
+    with stg.skip(model, [1], mode=mode):  # what the message says works
+        assert_close(model(**inputs), expected)

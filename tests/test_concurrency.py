@@ -166,26 +166,33 @@ def test_two_pipelines_of_one_denoiser(family: str) -> None:
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def test_tasks_that_take_turns(model: nn.Module) -> None:
-    """Guidance counts in the task that entered it and in those it starts, threads of theirs included."""
+@pytest.mark.parametrize("use", [stg.apply, stg.skip])
+def test_tasks_that_take_turns(use: Any, model: nn.Module) -> None:
+    """A `with` counts in the task that entered it and in those it starts, threads of theirs included."""
     inputs = zoo.inputs()
     plain = model(**inputs)
-    guided = {layer: plain + layer * (plain - weak(model, layer)) for layer in (1, 2)}
+    weaks = {layer: weak(model, layer) for layer in (1, 2)}
+    inside, nested = weaks, {layer: weak(model, layer, 3) for layer in weaks}
+    if use is stg.apply:
+        inside = {layer: 2 * plain - weaks[layer] for layer in weaks}
+        nested = {layer: 2 * weak(model, 3) - nested[layer] for layer in weaks}
 
     async def check(expected: Tensor) -> None:
         for _ in range(4):
             assert_close(model(**inputs), expected, **close)
             await asyncio.sleep(0)
 
-    async def apply(layer: int) -> None:
-        with stg.apply(model, [layer], float(layer)):
-            await check(guided[layer])
-            await asyncio.gather(check(guided[layer]), check(guided[layer]))
-            assert_close(await asyncio.to_thread(model, **inputs), guided[layer], **close)
+    async def enter(layer: int) -> None:
+        with use(model, [layer]):
+            await check(inside[layer])
+            await asyncio.gather(check(inside[layer]), check(inside[layer]))
+            assert_close(await asyncio.to_thread(model, **inputs), inside[layer], **close)
+            with stg.skip(model, [3]):
+                await check(nested[layer])
         await check(plain)
 
     async def run() -> None:
-        await asyncio.gather(apply(1), check(plain), apply(2), check(plain), apply(1))
+        await asyncio.gather(enter(1), check(plain), enter(2), check(plain), enter(1))
 
     asyncio.run(run())
 

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
-from stg_hooks.guidance import rules
 from tests import kdiffusion, zoo
 
 K = kdiffusion.load()
@@ -281,9 +280,9 @@ def rescaled(out: Tensor, c: Tensor, factor: float) -> Tensor:
     return out * (factor * ratio + 1 - factor)
 
 
-MODES = ("residual", "attention", "values", "attention-input", "feed-forward", "smoothed")
+# The model has no positions, so that a shuffle would change nothing, and is refused.
 SETTINGS: dict[str, Settings] = {
-    **{f"mode {mode}": {"layers": [1], "scale": 1.5, "mode": mode} for mode in MODES},
+    **{f"mode {mode}": {"layers": [1], "scale": 1.5, "mode": mode} for mode in zoo.ALL_MODES if mode != "shuffled"},
     "two residual branches": {"branches": [stg.Branch([1], 1.0), stg.Branch([2], -0.5)]},
     "two branches": {"branches": [stg.Branch([1], 1.0), stg.Branch([2], 0.5, "values")]},
     "scale per sample": {"layers": [1], "scale": torch.tensor([0.5, 2.0])},
@@ -293,7 +292,18 @@ SETTINGS: dict[str, Settings] = {
     "rescale alone": {"layers": [1], "scale": 0.0, "rescale": 0.7},
     "zero_star": {"layers": [1], "scale": 1.5, "rule": "zero_star"},
     "apg alone": {"layers": [1], "scale": 0.0, "rule": "apg"},
-    "orthogonal, rescaled": {"layers": [1], "scale": 1.5, "rule": "orthogonal", "rescale": 0.3},
+    "orthogonal, rescaled": {
+        "branches": [stg.Branch([1], 1.5), stg.Branch([2], 0.5)],
+        "rule": "orthogonal",
+        "rescale": 0.3,
+    },
+    "apg, rescaled": {
+        "layers": [1],
+        "scale": 1.5,
+        "rule": functools.partial(stg.rules.apg, eta=0.5, norm=2.0),
+        "rescale": 0.7,
+    },
+    "a rule from a noise level on": {"layers": [1], "schedule": [(2.0, {}), (0.0, {"rule": "apg"})]},
     "a rule of one's own": {"layers": [1], "rule": lambda c, u, terms, g: c + g * (c - u).tanh() + sum(terms)},
     "function of the step": {"layers": [1], "scale": lambda step: 2.0 * (1 - step.fraction)},
     "window": {"layers": [1], "scale": 1.5, "start": 0.2, "stop": 0.8},
@@ -312,7 +322,7 @@ SETTINGS: dict[str, Settings] = {
 }
 # An object with memory, for each face anew.
 FRESH: dict[str, Callable[[], Settings]] = {
-    "apg with momentum": lambda: {"layers": [1], "scale": 1.5, "rule": rules.AveragedApg(norm=2.0)},
+    "apg with momentum": lambda: {"layers": [1], "scale": 1.5, "rule": stg.rules.AveragedApg(norm=2.0)},
 }
 
 
@@ -395,6 +405,20 @@ TEXTBOOK: dict[str, tuple[Any, ...]] = {
     # Rules are held against their formulas in test_rules.py.
     "zero_star": (lambda i, c, u, w, _: stg.combine(c, w, u, scale=1.5, guidance_scale=G, rule="zero_star"),),
     "apg alone": (lambda i, c, u, w, _: stg.combine(c, [], u, guidance_scale=G, rule="apg"),),
+    "orthogonal, rescaled": (
+        lambda i, c, u, w, _: rescaled(
+            stg.combine(c, w, u, scale=[1.5, 0.5], guidance_scale=G, rule="orthogonal"), c, 0.3
+        ),
+        lambda i: [1, 2],
+    ),
+    "apg, rescaled": (
+        lambda i, c, u, w, _: rescaled(
+            stg.combine(c, w, u, scale=1.5, guidance_scale=G, rule=SETTINGS["apg, rescaled"]["rule"]), c, 0.7
+        ),
+    ),
+    "a rule from a noise level on": (
+        lambda i, c, u, w, _: stg.combine(c, w, u, guidance_scale=G, rule="cfg" if i < 3 else "apg"),
+    ),
     "a rule of one's own": (lambda i, c, u, w, _: c + G * (c - u).tanh() + (c - w[0]),),
     "function of the step": (lambda i, c, u, w, _: cfg(c, u) + 2.0 * (1 - i / STEPS) * (c - w[0]),),
     **dict.fromkeys(
@@ -424,6 +448,7 @@ COUNTED: dict[str, tuple[int, int, list[int]]] = {
     "scale 0": (0, 0, []),
     "off": (0, 0, []),
     "rescale alone": (5, 0, ALL),
+    "apg alone": (5, 0, ALL),
     "window": (3, 3, [1, 2, 3]),
     "sigma_range": (3, 3, [1, 2, 3]),
     "levels": (3, 3, [2, 3, 4]),
@@ -505,9 +530,16 @@ REFUSED: dict[str, tuple[Settings, str]] = {
     "no such layer, of scale 0": ({"branches": [stg.Branch([9], 0.0), stg.Branch([2], 1.5)]}, r"layers=\[9\]"),
     "no such mode": ({"layers": [1], "mode": "skip"}, r"mode='skip'"),
     "no such rule": ({"layers": [1], "rule": "zero-star"}, r"rule='zero-star' .*Did you mean 'zero_star'\?"),
-    "class for a rule": ({"layers": [1], "rule": rules.AveragedApg}, "rule=AveragedApg is a class: pass an object"),
+    "class for a rule": ({"layers": [1], "rule": stg.rules.AveragedApg}, "rule=AveragedApg is a class: pass an object"),
     "number for a rule": ({"layers": [1], "rule": 3}, "rule=3: expected a name or a callable, not int"),
-    "no such execution": ({"layers": [1], "execution": "fast"}, "execution='fast'"),
+    "no such execution": (
+        {"layers": [1], "execution": "fast"},
+        "execution='fast': there is 'auto', 'sequential', 'batched'",
+    ),
+    "a slip of an execution": (
+        {"layers": [1], "execution": "sequental"},
+        r"execution='sequental': .* Did you mean 'sequential'",
+    ),
     "scale that is not finite": ({"layers": [1], "scale": math.inf}, "scale=inf"),
     "rescale too large": ({"layers": [1], "rescale": 1.5}, r"rescale=1\.5"),
     "equal branches": ({"branches": [stg.Branch([1], 1.0), stg.Branch([1], 0.5)]}, "branches 0 and 1 perturb the same"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -216,7 +217,7 @@ def test_targets_that_are_no_modules(target: Any) -> None:
 
 def test_a_function_is_a_denoiser_only_with_its_model() -> None:
     with pytest.raises(
-        stg.TargetError, match=r"is no torch\.nn\.Module, so its layers cannot be found: .* model=\.\.\.$"
+        stg.TargetError, match=r"is not a torch\.nn\.Module, so its layers cannot be found: .* model=\.\.\.$"
     ):
         stg.Guider(lambda x: x, [1])
     with pytest.raises(stg.TargetError, match=r"use stg\.Guider\(function, model=module, \.\.\.\)"):
@@ -237,10 +238,20 @@ def test_bad_arguments_of_combine() -> None:
         ((a, a, 1.0), {}, stg.TargetError, r"^uncond must be a tensor, not float\.$"),
         ((a, None), {}, stg.TargetError, r"^weak must be a tensor, or a list of them, not NoneType\.$"),
         ((a, 3.0), {}, stg.TargetError, r"^weak must be a tensor, or a list of them, not float\.$"),
+        (
+            (a, a),
+            {"rule": "zero-star"},
+            stg.SettingError,
+            r"^rule='zero-star' does not exist\. There is 'cfg'.*Did you mean 'ze",
+        ),
+        ((a, a), {"rule": stg.rules.AveragedApg}, stg.SettingError, r"^rule=AveragedApg is a class: pass an object"),
+        ((a, a), {"rule": 3}, stg.SettingError, r"^rule=3: expected a name or a callable, not int"),
         ((a, a), {"rule": lambda *_: None}, stg.TargetError, r"^rule=<lambda> returned a NoneType: expected a tensor"),
         ((a, a), {"rule": lambda c, *_: c.mean()}, stg.TargetError, r"returned shape \(\): expected .* of cond, \(2"),
-        ((a, ["weak"]), {}, stg.TargetError, r"^weak must be a tensor, not str\.$"),
+        ((a, ["weak"]), {}, stg.TargetError, r"^weak must be a tensor, or a list of them, not str\.$"),
         (([1.0], a), {}, stg.TargetError, r"^cond must be a tensor, not list\.$"),
+        ((a, SimpleNamespace(sample=a)), {}, stg.TargetError, r"not SimpleNamespace\. Pass weak\.sample\.$"),
+        ((SimpleNamespace(sample=a), a), {}, stg.TargetError, r"not SimpleNamespace\. Pass cond\.sample\.$"),
         (
             (a, a),
             {"scale": [1.0, 2.0]},

@@ -61,8 +61,14 @@ def test_import_brings_only_torch() -> None:
     assert newly_imported("stg_hooks") <= {"stg_hooks", "torch"}
 
 
+# Derives from a class of its host, and is loaded when `stg.modular` is first used.
+OF_ITS_HOST = {"stg_hooks.integrations.diffusers.skip_guidance"}
+
+
 def test_no_module_of_ours_imports_its_host() -> None:
-    assert newly_imported(*modules_of("stg_hooks", "adapters", "integrations")) <= {"stg_hooks", "torch"}
+    modules = set(modules_of("stg_hooks", "adapters", "integrations"))
+    assert modules >= OF_ITS_HOST
+    assert newly_imported(*(modules - OF_ITS_HOST)) <= {"stg_hooks", "torch"}
 
 
 def test_the_probe_sees_a_heavy_import(tmp_path: Path) -> None:
@@ -165,7 +171,8 @@ def wrong_arrows(folder: str, source: str) -> list[str]:
 
 @pytest.mark.parametrize("folder", list(MAY_USE))
 def test_arrows_point_one_way(folder: str) -> None:
-    found = {name: wrong_arrows(folder, file.read_text(encoding="utf-8")) for name, file in sources(folder)}
+    files = {name: file for name, file in sources(folder) if name not in OF_ITS_HOST}
+    found = {name: wrong_arrows(folder, file.read_text(encoding="utf-8")) for name, file in files.items()}
     assert found, f"no modules in {folder}"
     assert {name: wrong for name, wrong in found.items() if wrong} == {}
 

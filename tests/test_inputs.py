@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -87,13 +86,7 @@ def given(name: str, step: int = 0) -> dict[str, Any]:
 
 
 def without(model: nn.Module, layer: int) -> nn.Module:
-    class Keep(nn.Module):
-        def forward(self, x: Tensor, *_: Any) -> Tensor:
-            return x
-
-    weak = copy.deepcopy(model)
-    weak.blocks[layer] = Keep()
-    return weak
+    return zoo.without(model, [f"blocks.{layer}"], zoo.Keep)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

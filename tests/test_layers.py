@@ -295,3 +295,32 @@ def test_side_stacks_are_told_by_whole_words() -> None:
         part.blocks = nn.ModuleList(zoo.Block() for _ in range(2))
         model.add_module(name, part)
     assert {name.split(".")[0] for name in numbered(model)} == {"embedded", "contexture"}
+
+
+class Fused(nn.Module):
+    """One projection for queries, keys, values and more, as in the single blocks of Flux: its norms tell."""
+
+    def __init__(self, names: tuple[str, str], inside: bool) -> None:
+        super().__init__()
+        self.linear1, self.linear2 = nn.Linear(8, 40), nn.Linear(24, 8)
+        norms = {name: nn.LayerNorm(4) for name in names}
+        if inside:
+            self.norm = nn.ModuleDict(norms)
+        else:
+            for name, norm in norms.items():
+                self.add_module(name, norm)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(
+    "names",
+    [("query_norm", "key_norm"), ("q_norm", "k_norm"), ("norm_q", "norm_k"), ("img_attn_q_norm", "img_attn_k_norm")],
+)
+def test_blocks_with_one_projection_for_all_are_numbered(names: tuple[str, str], inside: bool) -> None:
+    model = nn.Module()
+    model.single_blocks = nn.ModuleList(Fused(names, inside) for _ in range(3))
+    assert [layer.name for layer in find_layers(model)] == [f"single_blocks.{i}" for i in range(3)]
+    assert is_attention(model.single_blocks[0])  # type: ignore[index]
+    assert not is_attention(nn.ModuleDict({name: nn.LayerNorm(4) for name in names}))  # norms alone project nothing
+    model.single_blocks = nn.ModuleList(Fused((names[0], "other"), inside) for _ in range(3))
+    assert find_layers(model) == []

@@ -19,7 +19,6 @@ from tests import zoo
 from tests.tiny_models import MODELS
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
-MODES = ["attention", "values", "attention-input", "smoothed"]
 
 
 @pytest.fixture(autouse=True)
@@ -97,14 +96,14 @@ UP = "up_blocks.1.attentions.0"
 CASES = [
     Case("wan", 1, ["blocks.1.attn1"]),
     Case("ltx", 1, ["transformer_blocks.1.attn1"]),
-    Case("mochi", 1, ["transformer_blocks.1.attn1"], ("last", 4), without=["attention-input"]),
-    Case("cogvideox", 1, ["transformer_blocks.1.attn1"], ("first", 3)),
-    Case("hunyuan_video", 1, ["transformer_blocks.1.attn"], ("last", 3)),
-    Case("hunyuan_video", 2, ["single_transformer_blocks.0.attn"], ("last", 3)),
-    Case("flux", 1, ["transformer_blocks.1.attn"], ("first", 3)),
-    Case("flux", 3, ["single_transformer_blocks.1.attn"], ("first", 3)),
-    Case("sd3", 1, ["transformer_blocks.1.attn"], ("last", 3)),
-    Case("sd3", 2, ["transformer_blocks.2.attn"], ("last", 3)),
+    Case("mochi", 1, ["transformer_blocks.1.attn1"], ("last", 5), without=["attention-input"]),
+    Case("cogvideox", 1, ["transformer_blocks.1.attn1"], ("first", 5)),
+    Case("hunyuan_video", 1, ["transformer_blocks.1.attn"], ("last", 5)),
+    Case("hunyuan_video", 2, ["single_transformer_blocks.0.attn"], ("last", 5)),
+    Case("flux", 1, ["transformer_blocks.1.attn"], ("first", 5)),
+    Case("flux", 3, ["single_transformer_blocks.1.attn"], ("first", 5)),
+    Case("sd3", 1, ["transformer_blocks.1.attn"], ("last", 5)),
+    Case("sd3", 2, ["transformer_blocks.2.attn"], ("last", 5)),
     Case("unet2d", 1, ["mid_block.attentions.0.transformer_blocks.0.attn1"]),
     Case("svd", 0, ["down_blocks.0.attentions.0.transformer_blocks.0.attn1"], kind="spatial"),
     Case("svd", 0, ["down_blocks.0.attentions.0.temporal_transformer_blocks.0.attn1"], kind="temporal"),
@@ -127,7 +126,7 @@ def assert_close_in_std(actual: Tensor, expected: Tensor, tolerance: float = 1e-
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance * expected.std().item())
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", zoo.ATTENTION_MODES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_skip_equals_attention_written_by_hand(case: Case, mode: str) -> None:
     if mode in case.without:

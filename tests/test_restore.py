@@ -7,13 +7,8 @@ import contextvars
 import copy
 import functools
 import gc
-import io
-import pickle
 import sys
-import threading
-import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -271,71 +266,6 @@ def test_copies_made_afterwards_are_plain(model: nn.Module) -> None:
 # --- copies made inside -----------------------------------------------------------------------------------------------
 
 
-def through_a_file(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    copied: nn.Module = torch.load(file, weights_only=False)
-    return copied
-
-
-COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": through_a_file,
-}
-
-
-def shape_of(model: nn.Module) -> dict[str, Any]:
-    """Every attribute of every module, by type; hooks and the like by number."""
-    return {
-        name: {key: len(value) if isinstance(value, dict) else type(value) for key, value in vars(module).items()}
-        for name, module in model.named_modules()
-    }
-
-
-@pytest.mark.parametrize("make", COPIES.values(), ids=COPIES.keys())
-@ways
-def test_copies_made_inside_are_plain_and_independent(
-    use: Callable[..., None], make: Callable[[nn.Module], nn.Module], model: nn.Module
-) -> None:
-    others: list[str] = []
-    handles = [
-        model.register_forward_pre_hook(functools.partial(_note, others), with_kwargs=True),
-        model.blocks[1].register_forward_hook(functools.partial(_note, others)),
-    ]
-    plain, expected = model(**zoo.inputs()), shape_of(model)
-    copies: list[nn.Module] = []
-    inside: list[Tensor] = []
-
-    def copy_it() -> None:
-        if len(copies) < 2 and shape_of(model) != expected:
-            copies.append(make(model))
-            inside.append(copies[-1](**zoo.inputs()))
-
-    use(model, copy_it)
-    for handle in handles:
-        handle.remove()
-    assert inside
-    copied = copies[0]
-    assert_close(inside[0], plain, **exact)
-    assert shape_of(copied) == expected
-    assert not any("stg_hooks" in type(value).__module__ for m in copied.modules() for value in vars(m).values())
-    assert len(copied._forward_pre_hooks) == len(copied.blocks[1]._forward_hooks) == 1  # other people's are kept
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1.0)
-        assert_close(copied(**zoo.inputs()), plain, **exact)
-        for parameter in model.parameters():
-            parameter.sub_(1.0)
-        for parameter, other in zip(model.parameters(), copied.parameters(), strict=True):
-            parameter.copy_(other)  # to the last bit, for what this file asserts in the end
-
-
-def _note(log: list[str], *_: Any) -> None:
-    log.append("called")
-
-
 @ways
 def test_a_copy_made_inside_can_be_perturbed_itself(use: Callable[..., None], model: nn.Module) -> None:
     expected = zoo.without(model, ["blocks.3"])(**zoo.inputs())
@@ -493,81 +423,6 @@ def test_accelerates_own_hooks_are_kept_and_called(model: nn.Module) -> None:
 # --- threads and tasks ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("error::stg_hooks.StgWarning")
-def test_eight_threads_at_the_same_time(model: nn.Module, unchanged: dict[str, Any]) -> None:
-    """Skips, a guider, an applied guidance and plain calls of one model; every result is checked."""
-    inputs = zoo.inputs()
-    plain = model(**inputs)
-    weak = {layer: zoo.without(model, [f"blocks.{layer}"])(**inputs) for layer in (1, 2)}
-    guider, shared = stg.Guider(model, [2], 1.0), stg.skip(model, [1])
-    start = threading.Barrier(8, timeout=60)
-
-    def plainly() -> Tensor:
-        return model(**inputs)
-
-    def skipping(make: Callable[[], stg.skip]) -> Tensor:
-        with make():
-            return model(**inputs)
-
-    def applying() -> Tensor:
-        with stg.apply(model, [1], 1.0):
-            return model(**inputs)
-
-    jobs: list[tuple[Callable[[], Tensor], Tensor]] = [
-        (plainly, plain),
-        (plainly, plain),
-        (lambda: skipping(lambda: stg.skip(model, [1])), weak[1]),
-        (lambda: skipping(lambda: stg.skip(model, [2])), weak[2]),
-        (lambda: skipping(lambda: shared), weak[1]),
-        (lambda: skipping(lambda: shared), weak[1]),
-        (lambda: guider(**inputs), 2 * plain - weak[2]),
-        (applying, 2 * plain - weak[1]),
-    ]
-
-    def run(job: tuple[Callable[[], Tensor], Tensor]) -> None:
-        start.wait()
-        for _ in range(50):
-            assert_close(job[0](), job[1], rtol=1e-5, atol=1e-5)
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)  # change threads more often than usual
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            results = [pool.submit(run, job) for job in jobs]
-    finally:
-        sys.setswitchinterval(interval)
-    for result in results:
-        result.result()
-    assert snapshot(model) == unchanged
-
-
-def test_tasks_that_take_turns_in_one_thread(model: nn.Module) -> None:
-    """A skip counts in the task that entered it, and in those that it starts."""
-    inputs = zoo.inputs()
-    plain = model(**inputs)
-    weak = {layer: zoo.without(model, [f"blocks.{layer}"])(**inputs) for layer in (1, 2)}
-    both = zoo.without(model, ["blocks.1", "blocks.2"])(**inputs)
-
-    async def call(expected: Tensor) -> None:
-        for _ in range(5):
-            assert_close(model(**inputs), expected, **exact)
-            await asyncio.sleep(0)
-
-    async def skip(layer: int) -> None:
-        with stg.skip(model, [layer]):
-            await call(weak[layer])
-            await asyncio.gather(asyncio.create_task(call(weak[layer])), asyncio.to_thread(model, **inputs))
-            assert_close(await asyncio.to_thread(model, **inputs), weak[layer], **exact)
-            with stg.skip(model, [3 - layer]):
-                await call(both)
-        await call(plain)
-
-    async def run() -> None:
-        await asyncio.gather(skip(1), call(plain), skip(2), call(plain), skip(1))
-
-    asyncio.run(run())
-
-
 def test_a_task_that_outlives_the_with(model: nn.Module) -> None:
     inputs = zoo.inputs()
     plain, weak = model(**inputs), zoo.without(model, ["blocks.1"])(**inputs)
@@ -613,22 +468,6 @@ def test_a_thousand_times_leave_nothing_behind(way: str, model: nn.Module) -> No
     assert objects < 10
     assert blocks < 2 * times  # which wavers by some hundreds
     assert patching._SHARED == {}
-
-
-def test_nothing_keeps_a_model_or_its_copy_alive() -> None:
-    """Not even until the next run of the garbage collector, also where a copy was made inside; see test_traces.py."""
-    model = zoo.build("plain")
-    gc.collect()
-    gc.disable()
-    try:
-        with stg.skip(model, LAYERS):
-            model(**zoo.inputs())
-            copied = copy.deepcopy(model)
-        gone = [weakref.ref(module) for module in (model, model.blocks[1], copied)]
-        del copied, model
-        assert [reference() for reference in gone] == [None] * 3
-    finally:
-        gc.enable()
 
 
 # --- the proof can fail -----------------------------------------------------------------------------------------------

@@ -15,9 +15,7 @@ from torch.testing import assert_close
 
 import stg_hooks as stg
 from stg_hooks.guidance import rules
-from stg_hooks.passes.guided_call import is_checking
 from tests import zoo
-from tests.pipelines import build, run, scheduler_inputs
 
 exact: dict[str, Any] = {"rtol": 0, "atol": 0}
 close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
@@ -150,91 +148,7 @@ def test_a_rule_of_ones_own() -> None:
     assert_close(U, kept, **exact)
 
 
-@pytest.mark.parametrize(
-    ("rule", "message"),
-    [
-        ("zero-star", r"rule='zero-star' does not exist\. There is 'cfg'.*Did you mean 'zero_star'\?"),
-        (rules.AveragedApg, r"rule=AveragedApg is a class: pass an object"),
-        (3, r"rule=3: expected a name or a callable, not int"),
-    ],
-)
-def test_rules_that_do_not_exist(rule: Any, message: str) -> None:
-    with pytest.raises(stg.SettingError, match=message):
-        stg.combine(C, W, U, rule=rule)
-    for make in (stg.Guider, stg.apply):
-        with pytest.raises(stg.SettingError, match=message):
-            make(zoo.DiT(), [2], rule=rule)
-
-
-# --- in a loop, and in pipelines ---
-
-
-@pytest.mark.parametrize("rule", ["zero_star", "apg", "orthogonal", functools.partial(rules.apg, eta=0.5, norm=2.0)])
-def test_a_guider_uses_the_rule(rule: Any) -> None:
-    model: nn.Module = zoo.build("plain")
-    x, text = zoo.inputs().values()
-    other = zoo.inputs(seed=7)["text"]
-    weaks = [zoo.without(model, [f"blocks.{i}"])(x, text) for i in (1, 2)]
-    branches = [stg.Branch([1], 1.5), stg.Branch([2], 0.5)]
-    guider = stg.Guider(model, branches=branches, guidance_scale=G, rescale=0.3, rule=rule)
-    expected = stg.combine(
-        model(x, text), weaks, model(x, other), scale=[1.5, 0.5], guidance_scale=G, rescale=0.3, rule=rule
-    )
-    assert_close(guider(x, cond={"text": text}, uncond={"text": other}), expected, **close)
-
-
-def parts(family: str) -> tuple[Any, dict[str, Any], Any, list[Tensor]]:
-    """Return a pipeline, a call of one step, the case, and what cond, uncond and weak are in that step."""
-    pipe, call, case = build(family)
-    call |= {"num_inference_steps": 1}
-    outputs: list[Tensor] = []
-    handle = pipe.transformer.register_forward_hook(lambda module, args, output: outputs.append(output[0].clone()))
-    run(pipe, call)
-    with stg.skip(pipe.transformer, case.layers):
-        run(pipe, call)
-    handle.remove()
-    if len(outputs) == 4:  # a cond call, then an uncond call
-        cond, uncond, weak, _ = outputs
-    else:
-        (uncond, cond), (_, weak) = (output.chunk(2) for output in outputs)
-    return pipe, call, case, [cond, weak, uncond]
-
-
-@pytest.mark.parametrize("family", ["ltx", "wan"])
-@pytest.mark.parametrize("rule", ["zero_star", "apg"])
-@pytest.mark.parametrize("rescale", [0.0, 0.7])
-def test_a_rule_replaces_the_combination_of_a_pipeline(family: str, rule: str, rescale: float) -> None:
-    pipe, call, case, (cond, weak, uncond) = parts(family)
-    g = call["guidance_scale"]
-    with scheduler_inputs(pipe) as received, stg.apply(pipe, case.layers, 1.5, rule=rule, rescale=rescale):
-        run(pipe, call)
-    expected = stg.combine(cond, weak, uncond, scale=1.5, guidance_scale=g, rescale=rescale, rule=rule)
-    assert_close(received[0].reshape(expected.shape), expected, rtol=1e-4, atol=1e-4)
-    plain = stg.combine(cond, weak, uncond, scale=1.5, guidance_scale=g, rescale=rescale)
-    assert not torch.allclose(expected, plain, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("family", ["ltx", "wan"])
-def test_a_rule_without_skip_guidance(family: str) -> None:
-    """Scale 0: no weak pass is made, and the rule still holds."""
-    pipe, call, case, (cond, _weak, uncond) = parts(family)
-    with scheduler_inputs(pipe) as received, stg.apply(pipe, case.layers, 0.0, rule="zero_star") as applied:
-        run(pipe, call)
-    assert applied.stats.weak_passes == 0
-    expected = stg.combine(cond, [], uncond, guidance_scale=call["guidance_scale"], rule="zero_star")
-    assert_close(received[0].reshape(expected.shape), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_a_rule_may_change_during_the_run() -> None:
-    pipe, call, case, _ = parts("ltx")
-    call |= {"num_inference_steps": 2}
-    with scheduler_inputs(pipe) as plain, stg.apply(pipe, case.layers, 1.5):
-        run(pipe, call)
-    changing = lambda step: {"rule": "apg"} if step.index else {}  # noqa: E731
-    with scheduler_inputs(pipe) as received, stg.apply(pipe, case.layers, 1.5, schedule=changing):
-        run(pipe, call)
-    assert_close(received[0], plain[0], **exact)
-    assert not torch.allclose(received[1], plain[1], rtol=1e-3, atol=1e-3)
+# --- in a run: all faces in test_contract.py ---
 
 
 def test_a_module_has_to_be_told_the_cfg_weight() -> None:
@@ -270,43 +184,6 @@ def test_the_momentum_of_apg_in_a_loop() -> None:
         assert_close(got, expected, **close)
     assert_close(plain(xs[0], cond={"text": text}, uncond={"text": other}), expected[0], **close)
     assert not torch.allclose(plain(xs[1], cond={"text": text}, uncond={"text": other}), expected[1], rtol=1e-2)
-
-
-@pytest.mark.parametrize("family", ["ltx", "wan"])
-def test_the_momentum_of_apg_in_a_pipeline(family: str) -> None:
-    """The scheduler's inputs of two runs, from the predictions that the pipeline's own denoiser makes in them."""
-    pipe, call, case = build(family)
-    call |= {"num_inference_steps": 3}
-    calls: list[tuple[dict[str, Any], Tensor]] = []
-    handle = pipe.transformer.register_forward_hook(
-        lambda _, args, kwargs, output: None if is_checking() else calls.append((kwargs, output[0].clone())),
-        with_kwargs=True,
-    )
-    rule = rules.AveragedApg(momentum=-0.5, eta=0.3, norm=9.0)
-    with scheduler_inputs(pipe) as received, stg.apply(pipe, case.layers, 1.5, rule=rule):
-        run(pipe, call)
-        run(pipe, call)
-    handle.remove()
-    assert_close(received[3:], received[:3], **exact)
-    made = []
-    wanted = 2 if family == "ltx" else 1
-    whole = [kwargs for kwargs, output in calls[: len(calls) // 2] if output.shape[0] == wanted]
-    with torch.no_grad():
-        if family == "ltx":
-            for kwargs in whole:
-                u, c = pipe.transformer(**kwargs)[0].chunk(2)
-                with stg.skip(pipe.transformer, case.layers):
-                    made.append((c, pipe.transformer(**kwargs)[0].chunk(2)[1], u))
-        else:
-            # A weak pass in between shows the same arguments as its cond call.
-            unlike = [k for i, k in enumerate(whole) if i % 3 != 1]
-            assert len(unlike) == 6
-            for cond, uncond in zip(unlike[::2], unlike[1::2], strict=True):
-                with stg.skip(pipe.transformer, case.layers):
-                    weak = pipe.transformer(**cond)[0]
-                made.append((pipe.transformer(**cond)[0], weak, pipe.transformer(**uncond)[0]))
-    for got, expected in zip(received[:3], averaged(made, 1.5, call["guidance_scale"]), strict=True):
-        assert_close(got.reshape(expected.shape), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_rule_that_remembers_needs_a_run() -> None:

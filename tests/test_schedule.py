@@ -135,22 +135,6 @@ def test_another_layer_and_scale_in_each_step(execution: str, model: nn.Module) 
 # --- every ---
 
 
-def test_differences_are_used_again() -> None:
-    pipe, call, case = build("wan")
-    call |= {"num_inference_steps": 4}
-    with scheduler_inputs(pipe) as exact, stg.apply(pipe, case.layers) as each:
-        run(pipe, call)
-    with scheduler_inputs(pipe) as received, stg.apply(pipe, case.layers, every=3) as some:
-        first = run(pipe, call)
-        assert some.stats.weak_passes == 2
-        assert torch.equal(run(pipe, call), first)  # a new run starts with a new evaluation
-    assert each.stats.weak_passes == 4
-    assert some.stats.weak_passes == 4
-    assert some.stats.guided_calls == 2 * each.stats.guided_calls
-    assert_close(received[0], exact[0])
-    assert not torch.allclose(received[1], exact[1])
-
-
 def test_a_guider_uses_differences_again(model: nn.Module) -> None:
     """What is added in a step is `scale * (cond - weak)` of the step that was evaluated; a new run evaluates."""
     inputs = [torch.randn(2, 2, 5, 8).unbind(0) for _ in range(5)]

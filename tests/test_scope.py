@@ -65,16 +65,10 @@ def guided_and_plain(model: nn.Module) -> tuple[Tensor, Tensor]:
 
 def unet_pipeline() -> tuple[Any, dict[str, Any]]:
     """Make a pipeline whose scheduler keeps nothing from step to step, so that threads may run it at once."""
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=8, norm_num_groups=4,
-        attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
     absent = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
     scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
     pipe = diffusers.StableDiffusionPipeline(
-        unet=unet.eval().requires_grad_(False), scheduler=scheduler, requires_safety_checker=False, **absent
+        unet=zoo.FAMILIES["unet2d"].build(), scheduler=scheduler, requires_safety_checker=False, **absent
     )
     pipe.set_progress_bar_config(disable=True)
     text = torch.randn(2, 1, 5, 8, generator=torch.Generator().manual_seed(1))

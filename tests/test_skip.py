@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils.flop_counter import FlopCounterMode
 
 import stg_hooks as stg
+from benchmarks import measure
 from tests import awkward, zoo
 
 exact: dict[str, Any] = {"rtol": 0, "atol": 0}
@@ -44,41 +44,12 @@ def test_zoo_skip_equals_model_with_identities(name: str, layer: int) -> None:
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_zoo_skip_of_several_layers(name: str) -> None:
     case = zoo.ZOO[name]
-    names = list(case.numbered[::2]) or (["first", "second"] if name == "no_stacks" else ["blocks.0", "blocks.2"])
+    names = [*case.numbered[::2], *case.named[1:3]]
+    names = names or (["first", "second"] if name == "no_stacks" else ["blocks.0", "blocks.2"])
     model, inputs = zoo.build(name), zoo.inputs()
     expected = zoo.without(model, names)(**inputs)
     with stg.skip(model, names):
         assert_close(model(**inputs), expected, **exact)
-
-
-def test_refiners_can_be_skipped_by_name() -> None:
-    model, inputs = zoo.build("refined"), zoo.inputs()
-    names = ["prompt.token_refiner.1", "noise_refiner.0"]
-    expected = zoo.without(model, names)(**inputs)
-    with stg.skip(model, names):
-        assert_close(model(**inputs), expected, **exact)
-
-
-FAMILY_SKIPS = [
-    pytest.param(name, list(names), identity, id=f"{name}-{'+'.join(names)}")
-    for name, family in zoo.FAMILIES.items()
-    for names, identity in family.identities
-]
-
-
-@pytest.mark.parametrize(("name", "names", "identity"), FAMILY_SKIPS)
-def test_diffusers_skip_equals_model_with_identities(
-    name: str, names: list[str], identity: Callable[[], nn.Module]
-) -> None:
-    family = zoo.FAMILIES[name]
-    model, inputs = family.build(), family.inputs()
-    plain = model(**inputs)[0]
-    expected = zoo.without(model, names, identity)(**inputs)[0]
-    assert differs(expected, plain)
-    with stg.skip(model, names):
-        assert_close(model(**inputs)[0], expected, **exact)
-        assert_close(model(**inputs)[0], expected, **exact)
-    assert_close(model(**inputs)[0], plain, **exact)
 
 
 @pytest.mark.parametrize("name", ["in_place", "in_place_expression", "silent", "writes_through_view"])
@@ -120,24 +91,6 @@ def test_gradients_flow_around_a_skipped_block() -> None:
 # --- blocks that cannot be bypassed -----------------------------------------------------------------------------------
 
 
-def test_an_output_object_is_refused_and_a_callable_builds_it() -> None:
-    torch.manual_seed(0)
-    model, inputs = zoo.ObjectDiT(zoo.ObjectBlock).eval().requires_grad_(False), zoo.inputs()
-    with (
-        stg.skip(model, [1]),
-        pytest.raises(stg.BlockError, match=r"ObjectBlock returns a BlockOutput that none of its inputs matches"),
-    ):
-        model(**inputs)
-
-    class KeepObject(nn.Module):
-        def forward(self, x: Tensor, text: Tensor) -> zoo.BlockOutput:
-            return zoo.BlockOutput(x)
-
-    expected = zoo.without(model, ["blocks.1"], KeepObject)(**inputs)
-    with stg.skip(model, [1], mode=lambda call: zoo.BlockOutput(call.args[0])):
-        assert_close(model(**inputs), expected, **exact)
-
-
 def test_a_block_that_hands_no_stream_through_is_refused() -> None:
     torch.manual_seed(0)
     model = zoo.DiT(zoo.ShrinkingBlock).eval()
@@ -156,44 +109,43 @@ def test_a_block_that_hands_no_stream_through_is_refused() -> None:
 # --- cost (trap 15) ---------------------------------------------------------------------------------------------------
 
 
-def flops(run: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return int(counter.get_total_flops())
-
-
 @pytest.mark.parametrize("skipped", [[0], [3], [1, 2], [0, 1, 2, 3]])
 @pytest.mark.parametrize("name", ["plain", "keyword_only", "nones"])
 def test_skipped_blocks_are_not_computed(name: str, skipped: list[int]) -> None:
     model, inputs = zoo.build(name), zoo.inputs()
     fewer = zoo.without(model, [])
     fewer.blocks = nn.ModuleList(block for i, block in enumerate(fewer.blocks) if i not in skipped)
-    full, expected = flops(lambda: model(**inputs)), flops(lambda: fewer(**inputs))
+    full, expected = measure.flops(lambda: model(**inputs)), measure.flops(lambda: fewer(**inputs))
     assert expected < full
     with stg.skip(model, skipped):
-        assert flops(lambda: model(**inputs)) == expected
+        assert measure.flops(lambda: model(**inputs)) == expected
 
 
 def test_a_block_that_has_to_be_learnt_is_computed_once() -> None:
     model, inputs = zoo.build("expression"), zoo.inputs()
-    full, expected = flops(lambda: model(**inputs)), flops(lambda: zoo.without(model, ["blocks.1"])(**inputs))
+    full, expected = (
+        measure.flops(lambda: model(**inputs)),
+        measure.flops(lambda: zoo.without(model, ["blocks.1"])(**inputs)),
+    )
     skip = stg.skip(model, [1])
     with skip:
-        assert flops(lambda: model(**inputs)) == full
-        assert flops(lambda: model(**inputs)) == expected
+        assert measure.flops(lambda: model(**inputs)) == full
+        assert measure.flops(lambda: model(**inputs)) == expected
     with skip:  # remembered by the object, not by the `with`
-        assert flops(lambda: model(**inputs)) == expected
+        assert measure.flops(lambda: model(**inputs)) == expected
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan_video", "flux"])
 def test_diffusers_skipped_blocks_are_not_computed(name: str) -> None:
     family = zoo.FAMILIES[name]
-    names, identity = family.identities[-1]
-    model, inputs = family.build(), family.inputs()
-    full, expected = flops(lambda: model(**inputs)), flops(lambda: zoo.without(model, names, identity)(**inputs))
+    model, layer, inputs = family.build(), family.skips[-1], family.inputs()
+    full, expected = (
+        measure.flops(lambda: model(**inputs)),
+        measure.flops(lambda: family.without(model, layer)(**inputs)),
+    )
     assert expected < full
-    with stg.skip(model, list(names)):
-        assert flops(lambda: model(**inputs)) == expected
+    with stg.skip(model, [layer]):
+        assert measure.flops(lambda: model(**inputs)) == expected
 
 
 # --- only here --------------------------------------------------------------------------------------------------------
@@ -548,93 +500,7 @@ def test_leaving_without_entering_is_an_error() -> None:
         skip.__exit__(None, None, None)
 
 
-# --- under torch.compile ----------------------------------------------------------------------------------------------
-# With the backend "eager" Dynamo does all that could go wrong here, and nothing is generated.
-
-
-def compile_blocks(model: nn.Module, fullgraph: bool) -> nn.Module:
-    for block in model.blocks:
-        block.compile(backend="eager", fullgraph=fullgraph)
-    return model
-
-
-def compile_in_place(model: nn.Module, fullgraph: bool) -> nn.Module:
-    model.compile(backend="eager", fullgraph=fullgraph)
-    return model
-
-
-def compile_from_outside(model: nn.Module, fullgraph: bool) -> nn.Module:
-    compiled: nn.Module = torch.compile(model, backend="eager", fullgraph=fullgraph)
-    return compiled
-
-
-COMPILED = [
-    pytest.param(compile_blocks, id="blocks"),
-    pytest.param(compile_in_place, id="in place", marks=pytest.mark.slow),
-    pytest.param(compile_from_outside, id="from outside", marks=pytest.mark.slow),
-]
-
-
-@pytest.fixture
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_dynamo")
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-@pytest.mark.parametrize("fullgraph", [False, True])
-@pytest.mark.parametrize("make", COMPILED)
-def test_compiled(make: Callable[..., nn.Module], fullgraph: bool) -> None:
-    model, inputs = zoo.build("plain"), zoo.inputs()
-    plain, weak = model(**inputs), zoo.without(model, ["blocks.1"])(**inputs)
-    called = make(model, fullgraph)
-    assert_close(called(**inputs), plain)
-    before = zoo.snapshot(model)
-    for _ in range(2):
-        with stg.skip(called, ["blocks.1"]):
-            for _ in range(2):
-                assert_close(called(**inputs), weak)
-        assert zoo.snapshot(model) == before
-        assert_close(called(**inputs), plain)
-    guider = stg.Guider(called, ["blocks.1"], 1.0, execution="full")
-    assert_close(guider(**inputs), 2 * plain - weak)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("_fresh_dynamo")
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-def test_compiled_from_outside_after_the_skip_was_built() -> None:
-    """The skip is on the model itself, which is now called from inside what was compiled."""
-    model, inputs = zoo.build("plain"), zoo.inputs()
-    plain, weak = model(**inputs), zoo.without(model, ["blocks.1"])(**inputs)
-    skip = stg.skip(model, [1])
-    compiled = torch.compile(model, backend="eager")
-    for _ in range(2):
-        with skip:
-            assert_close(compiled(**inputs), weak)
-        assert_close(compiled(**inputs), plain)
-
-
-@pytest.mark.usefixtures("_fresh_dynamo")
-def test_compiled_with_a_mode_that_cannot_be() -> None:
-    model, inputs = compile_in_place(zoo.build("plain"), fullgraph=True), zoo.inputs()
-    local = threading.Lock()
-
-    def mode(call: stg.LayerCall) -> Tensor:
-        with local:
-            return call.args[0]
-
-    with (
-        stg.skip(model, [1], mode=mode),
-        pytest.raises(stg.CallError, match=r"cannot trace DiT with layers skipped\. .* compile its blocks"),
-    ):
-        model(**inputs)
-    compile_blocks(model := zoo.build("plain"), fullgraph=True)
-    expected = zoo.without(model, ["blocks.1"])(**inputs)
-    with stg.skip(model, [1], mode=mode):  # what the message says works
-        assert_close(model(**inputs), expected)
+# --- checking without a skip -----------------------------------------------------------------------------------------
 
 
 def test_check_returns_the_layers_and_touches_nothing() -> None:

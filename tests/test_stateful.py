@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import stg_hooks as stg
+from tests import zoo
 
 WIDTH, SKIPPED = 8, 2
 COUNTS: dict[str, Any] = {"calls": 0, "kept": []}
@@ -216,7 +217,7 @@ def controlled() -> nn.Module:
     return model
 
 
-ZOO: dict[str, Callable[[], nn.Module]] = {
+MODELS: dict[str, Callable[[], nn.Module]] = {
     "TeaCache": teacache,
     "TeaCache with a threshold": Threshold,
     "attention broadcast": broadcast,
@@ -249,7 +250,7 @@ def reset() -> None:
 
 def made(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return ZOO[name]().eval()
+    return MODELS[name]().eval()
 
 
 def run(predict: Callable[..., Tensor], rows: int = 1) -> Tensor:
@@ -262,7 +263,7 @@ def run(predict: Callable[..., Tensor], rows: int = 1) -> Tensor:
 
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", MODELS)
 def test_own_passes_and_runs_afterwards_are_plain(name: str, execution: str, rows: int) -> None:
     plain = made(name)
     want = run(plain, rows), run(plain, rows)
@@ -278,7 +279,7 @@ def test_own_passes_and_runs_afterwards_are_plain(name: str, execution: str, row
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_exception_in_a_weak_pass_leaves_nothing_behind(
     name: str, execution: str, error: type[BaseException]
@@ -310,7 +311,7 @@ def test_an_exception_in_a_weak_pass_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", MODELS)
 def test_numbers_are_those_of_two_models(name: str, execution: str) -> None:
     plain = made(name)
     weak = copy.deepcopy(plain)
@@ -454,24 +455,69 @@ def test_what_is_right_or_refused(start: Callable[[], Callable[[], float]], exec
         assert torch.equal(run(model), want[1])
 
 
-@pytest.mark.parametrize("block", [SKIPPED, 3])
-@pytest.mark.parametrize("kind", ["pre_hook", "hook"])
-def test_a_hook_that_counts_is_refused(kind: str, block: int) -> None:
-    torch.manual_seed(0)
-    model, calls = Net(), 0
+class Scaling:
+    """An object whose methods are hooks, as attention controllers are."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> Any:
+        self.calls += 1
+        return (output or args)[0] * (1 + self.calls % 3)
+
+    def written(self, module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:
+        self.calls += 1
+        (output or args)[0].mul_(1 + self.calls % 3)
+
+
+def count_of() -> Callable[..., Any]:
+    calls = 0
 
     def count(module: nn.Module, args: tuple[Any, ...], *output: Any) -> Any:
         nonlocal calls
         calls += 1
         return (output or args)[0] * (1 + calls % 3)
 
+    return count
+
+
+HOOKS = {"function": count_of, "object": Scaling, "method": lambda: Scaling().__call__}
+HOOKS["in place"] = lambda: Scaling().written
+
+
+@pytest.mark.parametrize("block", [0, SKIPPED, 3])
+@pytest.mark.parametrize("kind", ["pre_hook", "hook"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_that_counts_is_refused(hook: str, kind: str, block: int) -> None:
+    torch.manual_seed(0)
+    model = Net()
     of = model.blocks[block]
-    of.register_forward_pre_hook(count) if kind == "pre_hook" else of.register_forward_hook(count)
+    getattr(of, f"register_forward_{kind}")(HOOKS[hook]())
     with (
-        pytest.raises(stg.CallError, match=rf"blocks\.{block} has the hook .*count"),
+        pytest.raises(stg.CallError, match=rf"blocks\.{block} has the hook "),
         stg.apply(model, layers=[f"blocks.{SKIPPED}"], scale=1.0, batched_cfg=False),
     ):
         run(model)
+
+
+def looking(seen: list[Any]) -> Callable[..., None]:
+    def look(module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:
+        if len(args) > 1:
+            return
+        seen.append(args)
+
+    return look
+
+
+@pytest.mark.parametrize("kind", ["pre_hook", "hook"])
+@pytest.mark.parametrize("look", [looking, lambda seen: lambda *call: seen.append(call[1][0].clone())])
+def test_a_hook_that_only_looks_costs_no_pass_more(kind: str, look: Callable[[list[Any]], Any]) -> None:
+    torch.manual_seed(0)
+    model, seen = Net(), list[Any]()
+    getattr(model.blocks[3], f"register_forward_{kind}")(look(seen))
+    with stg.apply(model, layers=[f"blocks.{SKIPPED}"], scale=1.0, batched_cfg=False):
+        run(model)
+    assert 12 <= len(seen) <= 14  # six steps, and what checks the first
 
 
 class Passed:
@@ -535,21 +581,13 @@ def test_the_deepcache_package() -> None:
     diffusers = pytest.importorskip("diffusers")
 
     def pipeline() -> Any:
-        torch.manual_seed(0)
-        unet = diffusers.UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            cross_attention_dim=8,
-            norm_num_groups=4,
-            attention_head_dim=4,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        ).eval()
         scheduler = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
         names = ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor")
         pipe = diffusers.StableDiffusionPipeline(
-            **dict.fromkeys(names), unet=unet, scheduler=scheduler, requires_safety_checker=False
+            **dict.fromkeys(names),
+            unet=zoo.FAMILIES["unet2d"].build(),
+            scheduler=scheduler,
+            requires_safety_checker=False,
         )
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -573,12 +611,8 @@ def test_the_deepcache_package() -> None:
         "return_dict": False,
     }
 
-    class InTuple(nn.Module):
-        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
-            return (hidden_states,)
-
     plain, weak = pipeline(), pipeline()
-    weak.unet.mid_block.attentions[0] = InTuple()
+    weak.unet.mid_block.attentions[0] = zoo.KeepInTuple()
     weak.scheduler = plain.scheduler
     cached(plain), cached(weak)
     step, forward, last = plain.scheduler.step, plain.unet.forward, {}

@@ -197,7 +197,8 @@ def test_an_adapter_that_does_not_fit_is_an_error(names: tuple[str, ...], monkey
 def test_what_the_error_says_to_type_works() -> None:
     torch.manual_seed(0)
     model, inputs = zoo.ObjectDiT(zoo.ObjectBlock).eval().requires_grad_(False), zoo.inputs()
-    with pytest.raises(stg.BlockError) as error, stg.skip(model, [1]):
+    told = "ObjectBlock returns a BlockOutput that none of its inputs matches"
+    with pytest.raises(stg.BlockError, match=told) as error, stg.skip(model, [1]):
         model(**inputs)
     typed = next(line.strip() for line in str(error.value).splitlines() if line.startswith("  def pass_through"))
     assert typed == "def pass_through(call): return BlockOutput(call.args[0])"

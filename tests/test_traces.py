@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 import stg_hooks as stg
-from stg_hooks.hooks import forward as patching
 from tests import pipelines, zoo
 
 LAYER = 2
@@ -34,6 +33,7 @@ def _apply(model: nn.Module, **settings: Any) -> Any:
 
 SESSIONS: dict[str, Callable[[nn.Module], Any]] = {
     "skip": _skip,
+    "guider": lambda model: stg.Guider(model, [LAYER], guidance_scale=3.0),
     "apply sequential": lambda model: _apply(model, execution="sequential"),
     "apply batched": lambda model: _apply(model, execution="batched"),
     "apply full": lambda model: _apply(model, execution="full"),
@@ -59,6 +59,7 @@ def test_a_model_is_freed_at_once(make: Callable[[nn.Module], Any], ends: str) -
             with session:
                 for _ in range(2):
                     model(**zoo.inputs(4))
+                gone.append(weakref.ref(copy.deepcopy(model)))
         elif ends == "with an error":
             _fail(session, model)
         gone.append(weakref.ref(session))
@@ -66,6 +67,10 @@ def test_a_model_is_freed_at_once(make: Callable[[nn.Module], Any], ends: str) -
         assert [ref() for ref in gone if ref() is not None] == []
     finally:
         gc.enable()
+
+
+def _other(*_: Any) -> None:
+    """Stand for a hook of others."""
 
 
 def _fail(session: Any, model: nn.Module) -> None:
@@ -100,6 +105,8 @@ def test_a_guider_is_freed_at_once(settings: dict[str, Any]) -> None:
 def test_what_is_copied_or_saved_inside_is_the_plain_model(make: Callable[[nn.Module], Any]) -> None:
     """And outside it is what it was, byte for byte."""
     model, inputs = zoo.build("plain"), zoo.inputs(4)
+    model.register_forward_pre_hook(_other)
+    model.blocks[LAYER].register_forward_hook(_other)
     plain, keys, pickled = model(**inputs), list(model.state_dict()), pickle.dumps(model)
     with make(model):
         model(**inputs)
@@ -112,7 +119,9 @@ def test_what_is_copied_or_saved_inside_is_the_plain_model(make: Callable[[nn.Mo
     assert pickle.dumps(model) == pickled
     for copied in copies:
         assert zoo.snapshot(copied)["modules"].keys() == zoo.snapshot(model)["modules"].keys()
-        assert not any(patching._is_ours(value) for module in copied.modules() for value in vars(module).values())
+        assert zoo.is_plain(copied)
+        assert len(copied._forward_pre_hooks) == len(copied.blocks[LAYER]._forward_hooks) == 1  # those of others
+        assert not {id(one) for one in copied.parameters()} & {id(one) for one in model.parameters()}
         assert torch.equal(copied(**inputs), plain)
 
 

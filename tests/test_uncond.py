@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
-from torch.utils.flop_counter import FlopCounterMode
 
 import stg_hooks as stg
+from benchmarks import measure
 from tests import awkward, zoo
-from tests.pipelines import build, run, scheduler_inputs
+from tests.pipelines import build, run
 
 exact: dict[str, Any] = {"rtol": 0, "atol": 0}
 close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
@@ -77,16 +77,12 @@ def test_rows_of_a_module(name: str, pairs: int) -> None:
     assert_close(model(**inputs), plain, **exact)
 
 
-FAMILIES = [name for name, family in zoo.FAMILIES.items() if family.identities]
-
-
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", zoo.FAMILIES)
 def test_rows_of_every_family(name: str) -> None:
     family = zoo.FAMILIES[name]
-    names, identity = family.identities[0]
-    model, weak_model, inputs = family.build(), zoo.without(family.build(), names, identity), family.inputs(4)
-    plain, weak = model(**inputs)[0], weak_model(**inputs)[0]
-    with stg.apply(model, list(names), on="uncond", batched_cfg=True):
+    model, layer, inputs = family.build(), family.skips[0], family.inputs(4)
+    plain, weak = model(**inputs)[0], family.without(model, layer)(**inputs)[0]
+    with stg.apply(model, [layer], on="uncond", batched_cfg=True):
         got = model(**inputs)[0]
     assert_close(got, torch.cat([weak[:2], plain[2:]]), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(plain[:2], weak[:2], rtol=1e-3, atol=1e-3)
@@ -191,17 +187,11 @@ def test_halves_are_compared_once_for_each_layout() -> None:
 
 def test_two_halves_cost_what_the_plain_call_costs_less_the_skipped_block() -> None:
     model, inputs = zoo.build("plain"), zoo.inputs(4)
-
-    def flops(call: Callable[[], Any]) -> int:
-        with FlopCounterMode(display=False) as counter:
-            call()
-        return counter.get_total_flops()
-
-    plain = flops(lambda: model(**inputs))
-    block = plain - flops(lambda: zoo.without(model, ["blocks.2"])(**inputs))
+    plain = measure.flops(lambda: model(**inputs))
+    block = plain - measure.flops(lambda: zoo.without(model, ["blocks.2"])(**inputs))
     with stg.apply(model, [2], on="uncond", batched_cfg=True):
         model(**inputs)
-        assert flops(lambda: model(**inputs)) == plain - block // 2
+        assert measure.flops(lambda: model(**inputs)) == plain - block // 2
 
 
 def test_rows_of_a_model_that_counts_its_calls() -> None:
@@ -235,34 +225,6 @@ def test_rows_that_influence_each_other() -> None:
 # --- pipelines ---
 
 
-@pytest.mark.parametrize("family", ["ltx", "wan", "mochi", "cogvideox"])
-def test_a_pipeline(family: str) -> None:
-    """By hand: a forward hook gives the uncond rows, or the uncond call, what the weak model makes of them."""
-    pipe, call, case = build(family)
-    model = pipe.transformer
-    weak_model = zoo.without(model, [])  # a copy, without our hook
-    calls: list[Any] = []
-
-    def by_hand(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        calls.append(args)
-        (full,) = output
-        with stg.skip(weak_model, case.layers):
-            weak = weak_model(*args, **kwargs)[0]
-        if family == "wan":
-            return (weak if len(calls) % 2 == 0 else full,)
-        return (torch.cat([weak.chunk(2)[0], full.chunk(2)[1]]),)
-
-    handle = model.register_forward_hook(by_hand, with_kwargs=True)
-    with scheduler_inputs(pipe) as expected:
-        run(pipe, call)
-    handle.remove()
-    with scheduler_inputs(pipe) as received, stg.apply(pipe, case.layers, on="uncond") as applied:
-        run(pipe, call)
-    assert_close(received, expected, rtol=1e-4, atol=1e-4)
-    assert applied.stats.guided_calls == case.steps
-    assert applied.stats.weak_passes == 0
-
-
 def test_a_pipeline_without_cfg_says_so() -> None:
     pipe, call, case = build("ltx")
     with pytest.warns(stg.StgWarning, match="guided nothing"), stg.apply(pipe, case.layers, on="uncond"):
@@ -287,10 +249,8 @@ def test_settings_without_a_meaning(arguments: dict[str, Any], message: str) -> 
 
 # --- what skipped layers do instead ---
 
-MODES = ["attention", "values", "feed-forward", "smoothed"]
 
-
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["attention", "values", "feed-forward", "smoothed"])
 @pytest.mark.parametrize("family", ["ltx", "cogvideox", "mochi"])
 def test_modes_on_rows(family: str, mode: str) -> None:
     model, inputs = zoo.FAMILIES[family].build(), zoo.FAMILIES[family].inputs(4)

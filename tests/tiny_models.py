@@ -65,9 +65,9 @@ class Tiny:
             parameter.copy_(scale + 0.2 * torch.randn_like(parameter))
         return model
 
-    def inputs(self, batch: int = 2) -> dict[str, Any]:
-        """Make the arguments of a call, the same ones every time."""
-        random = torch.Generator().manual_seed(1)
+    def inputs(self, batch: int = 2, seed: int = 1) -> dict[str, Any]:
+        """Make the arguments of a call, the same ones for the same seed."""
+        random = torch.Generator().manual_seed(seed)
         call = self.call(batch, lambda *shape: torch.randn(*shape, generator=random))
         return {**call, **({"return_dict": False} if self.return_dict else {})}
 

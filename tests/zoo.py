@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import queue
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stg_hooks.hooks.forward import _is_ours
+from stg_hooks.modes.modes import MODES
+from tests.tiny_models import MODELS, HandThrough, Tiny, expand
+
 DIM, TEXT_TOKENS, TOKENS = 8, 3, 5
+ALL_MODES = list(MODES)
+ATTENTION_MODES = [name for name, mode in MODES.items() if mode.needs == "attention"]
+OTHER_MODES = [name for name in MODES if name != "residual"]
+"""Those that compute the layer, changed."""
 
 
 # --- identities -------------------------------------------------------------------------------------------------------
@@ -552,6 +561,17 @@ class Hourglass(nn.Module):
         return x
 
 
+class Styled(nn.Module):
+    """Returns a prediction in some wrapping."""
+
+    def __init__(self, style: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.model, self.style = build("plain"), style
+
+    def forward(self, x: Tensor, text: Tensor) -> Any:
+        return self.style(self.model(x, text))
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A model of the zoo, and what is to be found in it."""
@@ -699,6 +719,11 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def is_plain(model: nn.Module) -> bool:
+    """Say whether nothing of ours lies on any module."""
+    return not any(_is_ours(value) for module in model.modules() for value in vars(module).values())
+
+
 def calls(model: nn.Module, names: Sequence[str], run: Callable[[], object]) -> list[str]:
     """Run something and return which of the named modules were called, in the order in which they were."""
     seen: list[str] = []
@@ -737,13 +762,6 @@ class KeepHiddenStates(nn.Module):
         return hidden_states
 
 
-class KeepSD3Last(nn.Module):
-    """SD3's last block returns no text."""
-
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
-        return None, hidden_states
-
-
 class KeepInTuple(nn.Module):
     """The attention blocks of a U-Net, called with `return_dict=False`."""
 
@@ -753,247 +771,64 @@ class KeepInTuple(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A tiny random model of diffusers, and a call of it."""
+    """One of the tiny models of diffusers."""
 
     model: str
-    config: dict[str, Any]
-    call: Callable[[int, Callable[..., Tensor]], dict[str, Any]]
-    numbered: Sequence[str]
-    named: Sequence[str] = ()
-    identities: tuple[tuple[Sequence[str], Callable[[], nn.Module]], ...] = ()
-    """What to skip, and the identity that replaces it in the oracle."""
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What differs from the configuration in tiny_models.py."""
+
+    @property
+    def tiny(self) -> Tiny:
+        tiny = MODELS[self.model]
+        return dataclasses.replace(tiny, config={**tiny.config, **self.changes})
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.tiny.config
+
+    @property
+    def skips(self) -> Sequence[str]:
+        """One block of each kind."""
+        return list(self.tiny.skips)
+
+    @functools.cached_property
+    def numbered(self) -> list[str]:
+        return expand(self.tiny.layers, [name for name, _ in self.build().named_modules()])
+
+    @functools.cached_property
+    def named(self) -> list[str]:
+        return expand(self.tiny.named, [name for name, _ in self.build().named_modules()])
 
     def build(self) -> nn.Module:
-        import diffusers
-
-        torch.manual_seed(0)
-        model = getattr(diffusers, self.model)(**self.config).eval().requires_grad_(False)
-        for parameter in model.parameters():  # some start at zero, and then a skip would change nothing
-            parameter.copy_(0.2 * torch.randn_like(parameter) + (1.0 if parameter.ndim == 1 else 0.0))
-        return model
+        return self.tiny.build(self.model)
 
     def inputs(self, batch: int = 2, seed: int = 1) -> dict[str, Any]:
-        random = torch.Generator().manual_seed(seed)
-        return {**self.call(batch, lambda *shape: torch.randn(*shape, generator=random)), "return_dict": False}
+        return self.tiny.inputs(batch, seed)
+
+    def without(self, model: nn.Module, name: str) -> nn.Module:
+        """Copy a model, with a module in place of a block that hands through what the table says."""
+        model = copy.deepcopy(model)
+        model.set_submodule(name, HandThrough(model.get_submodule(name), self.tiny.skips[name]))
+        return model
 
 
 FAMILIES: dict[str, Family] = {
-    "wan": Family(
-        "WanTransformer3DModel",
-        {
-            "num_attention_heads": 2,
-            "attention_head_dim": 12,
-            "in_channels": 4,
-            "out_channels": 4,
-            "text_dim": 8,
-            "freq_dim": 16,
-            "ffn_dim": 16,
-            "num_layers": 3,
-            "rope_max_seq_len": 32,
-        },
-        lambda batch, randn: {
-            "hidden_states": randn(batch, 4, 2, 4, 4),
-            "timestep": torch.full((batch,), 500),
-            "encoder_hidden_states": randn(batch, 3, 8),
-        },
-        _stack("blocks", 3),
-        identities=((["blocks.1"], KeepHiddenStates), (["blocks.0", "blocks.2"], KeepHiddenStates)),
-    ),
-    "ltx": Family(
-        "LTXVideoTransformer3DModel",
-        {
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_attention_heads": 2,
-            "attention_head_dim": 8,
-            "cross_attention_dim": 16,
-            "num_layers": 3,
-            "caption_channels": 8,
-        },
-        lambda batch, randn: {
-            "hidden_states": randn(batch, 8, 4),
-            "encoder_hidden_states": randn(batch, 3, 8),
-            "timestep": torch.full((batch,), 500),
-            "encoder_attention_mask": torch.ones(batch, 3),
-            "num_frames": 2,
-            "height": 2,
-            "width": 2,
-        },
-        _stack("transformer_blocks", 3),
-        identities=((["transformer_blocks.1"], KeepHiddenStates), (["transformer_blocks.2"], KeepHiddenStates)),
-    ),
-    "mochi": Family(
-        "MochiTransformer3DModel",
-        {
-            "num_attention_heads": 4,
-            "attention_head_dim": 8,
-            "num_layers": 3,
-            "pooled_projection_dim": 16,
-            "in_channels": 4,
-            "text_embed_dim": 16,
-            "time_embed_dim": 8,
-            "max_sequence_length": 4,
-        },
-        lambda batch, randn: {
-            "hidden_states": randn(batch, 4, 2, 4, 4),
-            "encoder_hidden_states": randn(batch, 4, 16),
-            "timestep": torch.full((batch,), 500),
-            "encoder_attention_mask": torch.ones(batch, 4, dtype=torch.bool),
-        },
-        _stack("transformer_blocks", 3),
-        identities=((["transformer_blocks.1"], KeepStreams),),
-    ),
-    "cogvideox": Family(
-        "CogVideoXTransformer3DModel",
-        {
-            "num_attention_heads": 2,
-            "attention_head_dim": 8,
-            "in_channels": 4,
-            "out_channels": 4,
-            "time_embed_dim": 8,
-            "text_embed_dim": 8,
-            "num_layers": 3,
-            "sample_width": 4,
-            "sample_height": 4,
-            "sample_frames": 5,
-            "max_text_seq_length": 3,
-        },
-        lambda batch, randn: {
-            "hidden_states": randn(batch, 2, 4, 4, 4),
-            "encoder_hidden_states": randn(batch, 3, 8),
-            "timestep": torch.full((batch,), 500),
-        },
-        _stack("transformer_blocks", 3),
-        identities=((["transformer_blocks.1"], KeepStreams), (["transformer_blocks.0"], KeepStreams)),
-    ),
-    "hunyuan_video": Family(
-        "HunyuanVideoTransformer3DModel",
-        {
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_attention_heads": 2,
-            "attention_head_dim": 8,
-            "num_layers": 2,
-            "num_single_layers": 3,
-            "num_refiner_layers": 2,
-            "text_embed_dim": 8,
-            "pooled_projection_dim": 8,
-            "rope_axes_dim": (2, 2, 4),
-        },
-        lambda batch, randn: {
-            "hidden_states": randn(batch, 4, 2, 4, 4),
-            "timestep": torch.full((batch,), 500),
-            "encoder_hidden_states": randn(batch, 3, 8),
-            "encoder_attention_mask": torch.ones(batch, 3),
-            "pooled_projections": randn(batch, 8),
-            "guidance": torch.full((batch,), 6000.0),
-        },
-        _stack("transformer_blocks", 2) + _stack("single_transformer_blocks", 3),
-        _stack("context_embedder.token_refiner.refiner_blocks", 2),
-        identities=(
-            (["transformer_blocks.1"], KeepStreams),
-            (["single_transformer_blocks.0"], KeepStreams),
-            (["transformer_blocks.0", "single_transformer_blocks.2"], KeepStreams),
-        ),
-    ),
-    "flux": Family(
-        "FluxTransformer2DModel",
-        {
-            "in_channels": 4,
-            "num_layers": 2,
-            "num_single_layers": 3,
-            "attention_head_dim": 8,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 8,
-            "pooled_projection_dim": 8,
-            "axes_dims_rope": (2, 2, 4),
-        },
-        lambda batch, randn: {
-            "hidden_states": randn(batch, 6, 4),
-            "encoder_hidden_states": randn(batch, 3, 8),
-            "pooled_projections": randn(batch, 8),
-            "timestep": torch.full((batch,), 0.5),
-            "img_ids": torch.arange(18.0).reshape(6, 3),
-            "txt_ids": torch.zeros(3, 3),
-        },
-        _stack("transformer_blocks", 2) + _stack("single_transformer_blocks", 3),
-        identities=((["transformer_blocks.1"], KeepTextFirst), (["single_transformer_blocks.1"], KeepTextFirst)),
-    ),
-    "sd3": Family(
-        "SD3Transformer2DModel",
-        {
-            "sample_size": 4,
-            "patch_size": 2,
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_layers": 3,
-            "attention_head_dim": 8,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 8,
-            "caption_projection_dim": 16,
-            "pooled_projection_dim": 8,
-            "pos_embed_max_size": 4,
-        },
-        lambda batch, randn: {
-            "hidden_states": randn(batch, 4, 4, 4),
-            "encoder_hidden_states": randn(batch, 3, 8),
-            "pooled_projections": randn(batch, 8),
-            "timestep": torch.full((batch,), 500),
-        },
-        _stack("transformer_blocks", 3),
-        identities=((["transformer_blocks.1"], KeepTextFirst), (["transformer_blocks.2"], KeepSD3Last)),
-    ),
-    "unet2d": Family(
-        "UNet2DConditionModel",
-        {
-            "sample_size": 8,
-            "in_channels": 4,
-            "out_channels": 4,
-            "layers_per_block": 1,
-            "block_out_channels": (8, 16),
-            "norm_num_groups": 4,
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            "cross_attention_dim": 8,
-            "attention_head_dim": 4,
-        },
-        lambda batch, randn: {
-            "sample": randn(batch, 4, 8, 8),
-            "timestep": 500,
-            "encoder_hidden_states": randn(batch, 3, 8),
-        },
-        [
-            "down_blocks.0.attentions.0",
-            "mid_block.attentions.0",
-            "up_blocks.1.attentions.0",
-            "up_blocks.1.attentions.1",
-        ],
-        identities=((["mid_block.attentions.0"], KeepInTuple), (["up_blocks.1.attentions.0"], KeepInTuple)),
-    ),
-    "svd": Family(
+    "wan": Family("WanTransformer3DModel"),
+    "ltx": Family("LTXVideoTransformer3DModel"),
+    "mochi": Family("MochiTransformer3DModel"),
+    "cogvideox": Family("CogVideoXTransformer3DModel"),
+    "hunyuan_video": Family("HunyuanVideoTransformer3DModel", {"num_single_layers": 3}),
+    "flux": Family("FluxTransformer2DModel", {"num_single_layers": 3}),
+    "sd3": Family("SD3Transformer2DModel"),
+    "unet2d": Family("UNet2DConditionModel"),
+    "svd": Family(  # with as many levels, and so layers, as the published model
         "UNetSpatioTemporalConditionModel",
         {
-            "sample_size": 16,
-            "in_channels": 8,
-            "out_channels": 4,
+            "layers_per_block": 2,
             "block_out_channels": (32, 32, 64, 64),
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 24,
-            "cross_attention_dim": 16,
             "num_attention_heads": (2, 2, 4, 4),
-            "num_frames": 2,
+            "down_block_types": (*3 * ("CrossAttnDownBlockSpatioTemporal",), "DownBlockSpatioTemporal"),
+            "up_block_types": ("UpBlockSpatioTemporal", *3 * ("CrossAttnUpBlockSpatioTemporal",)),
         },
-        lambda batch, randn: {
-            "sample": randn(batch, 2, 8, 16, 16),
-            "timestep": torch.tensor(1.3),
-            "encoder_hidden_states": randn(batch, 1, 16),
-            "added_time_ids": torch.ones(batch, 3),
-        },
-        [
-            *(f"down_blocks.{i}.attentions.{j}" for i in range(3) for j in range(2)),
-            "mid_block.attentions.0",
-            *(f"up_blocks.{i}.attentions.{j}" for i in range(1, 4) for j in range(3)),
-        ],
-        identities=((["up_blocks.1.attentions.0"], KeepInTuple),),
     ),
 }

@@ -83,21 +83,32 @@ class ModularHost(PipelineHost):
 
     def step(self) -> Step:
         """Say where in its loop over timesteps the pipeline is."""
-        frame, scheduler = self._frame(), getattr(self.pipeline, "scheduler", None)
-        guider = None if frame is None else self._guider(frame.f_locals)
-        index, count = getattr(guider, "_step", None), getattr(guider, "_num_inference_steps", None)
+        frame = self._frame()
+        if frame is None:
+            return Step()
+        guider = self._guider(frame.f_locals)
+        if guider is not None:
+            return self.step_of(guider)
+        state = frame.f_locals.get("block_state")
+        return self._step_at(
+            frame.f_locals.get("i"), getattr(state, "num_inference_steps", None), frame.f_locals.get("t")
+        )
+
+    def step_of(self, guider: Any) -> Step:
+        """Say where in its loop over timesteps a guider was told that it is."""
+        names = ("_step", "_num_inference_steps", "_timestep")
+        return self._step_at(*(getattr(guider, name, None) for name in names))
+
+    def _step_at(self, index: Any, count: Any, timestep: Any) -> Step:
         if not isinstance(index, int) or count is None:
             return Step()
-        names = {
-            "i": index,
-            "t": getattr(guider, "_timestep", None),
-            "timesteps": getattr(scheduler, "timesteps", None),
-        }
+        scheduler = getattr(self.pipeline, "scheduler", None)
+        names = {"i": index, "t": timestep, "timesteps": getattr(scheduler, "timesteps", None)}
         return Step(index, int(count), *self._noise_level(scheduler, index, names))
 
     def _guider(self, names: Any) -> Any:
         chosen = getattr(names.get("block_state"), "guider", None)  # where there is one for each denoiser
-        return self.pipeline.guider if chosen is None else chosen
+        return getattr(self.pipeline, "guider", None) if chosen is None else chosen
 
     def _frame(self) -> FrameType | None:
         """Find the innermost block that is running for our pipeline."""

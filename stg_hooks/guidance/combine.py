@@ -39,7 +39,7 @@ def combine(
         scale: weight of `cond - weak`; one for all branches, or one per branch. 0 leaves `weak` out of account. A
             tensor holds one value per sample, `(B,)`, or has the dimensions of `cond` (a value per frame, say); with
             fewer values, of which B is a multiple, one per prompt, whose samples are neighbours.
-        guidance_scale: CFG weight, 1 = off: then `uncond` is left out of account. A tensor as for `scale`.
+        guidance_scale: CFG weight, 1 = off: then `uncond` is ignored. A tensor as for `scale`.
         rescale: 0 = off, 1 = the result has the standard deviation of `cond`.
         rule: how they become one before `rescale`: `"cfg"` as above, `"zero_star"`, `"apg"` or `"orthogonal"` as in
             `stg.rules`; or a function of `(cond, uncond, terms, guidance_scale)` in float32, where `terms` are
@@ -55,8 +55,8 @@ def combine(
 
     Source: STG, arXiv 2411.18664, Eq. 13 and 20 and Alg. 4; rescale after arXiv 2305.08891, sec. 3.4.
     """
-    if not isinstance(weak, Iterable):
-        raise TargetError(f"weak must be a tensor, or a list of them, not {type(weak).__name__}.")
+    if hasattr(weak, "sample") or not isinstance(weak, Iterable):
+        raise _not_a_tensor("weak", weak)
     weaks = [weak] if isinstance(weak, Tensor) else list(weak)
     scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(weaks)
     if len(scales) != len(weaks):
@@ -68,7 +68,7 @@ def combine(
         if tensor is None and name == "uncond":
             continue
         if not isinstance(tensor, Tensor):
-            raise TargetError(f"{name} must be a tensor, not {type(tensor).__name__}.")
+            raise _not_a_tensor(name, tensor)
         if tensor.shape != cond.shape:
             raise TargetError(f"{name} has shape {tuple(tensor.shape)}, but cond has {tuple(cond.shape)}.")
 
@@ -107,6 +107,12 @@ def terms(cond: Tensor, weaks: Sequence[Tensor], scales: Sequence[Scale]) -> lis
         term = s * (c - weak.float())
         found.append(torch.where(s == 0, 0.0, term) if isinstance(s, Tensor) else term)
     return found
+
+
+def _not_a_tensor(name: str, value: object) -> TargetError:
+    tensor = "a tensor, or a list of them" if name == "weak" else "a tensor"
+    hint = f" Pass {name}.sample." if hasattr(value, "sample") else ""
+    return TargetError(f"{name} must be {tensor}, not {type(value).__name__}.{hint}")
 
 
 def correction(cond: Tensor, weaks: Sequence[Tensor], scales: Sequence[Scale]) -> Tensor:
@@ -194,7 +200,7 @@ def _std_factor(cond: Tensor, out: Tensor, rescale: float) -> Tensor:
 
 
 def check_scale(name: str, value: object) -> None:
-    """Raise unless `value` is a finite number or a tensor (whose values are not read: that would wait for the GPU)."""
+    """Raise unless `value` is a finite number or a tensor, whose values are not read: that would block the GPU."""
     if isinstance(value, Tensor):
         return
     if not is_real(value):

@@ -25,7 +25,7 @@ from stg_hooks.step import Step, check_once
 PREDICTIONS = ("cond", "uncond")
 
 StepOrLater: TypeAlias = Step | Callable[[], Step]
-"""A step, or a function that finds it out: for readers of the trace, where looking would wait for the GPU."""
+"""A step, or a function that finds it out: for readers of the trace, where looking would synchronise with the GPU."""
 
 
 @dataclasses.dataclass

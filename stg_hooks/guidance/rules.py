@@ -147,7 +147,7 @@ class AveragedApg:
             norm: as for `apg`.
 
         Raises:
-            SettingError: a momentum that is no number between -1 and 1.
+            SettingError: the momentum is not a number between -1 and 1.
 
         Source: APG, arXiv 2410.02416, Alg. 1.
         """
@@ -259,7 +259,7 @@ def find_rule(rule: str | Rule) -> Rule:
     """Look up a rule by name; a callable is a rule already.
 
     Raises:
-        SettingError: a name that is no rule, or something that is neither.
+        SettingError: an unknown name, or neither a name nor a function.
     """
     return named("rule", rule, RULES)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import operator
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,8 +47,34 @@ def _key(layers: object) -> Hashable:
 
 
 @dataclasses.dataclass(frozen=True)
+class Kin:
+    """A class of another code base for a model that is published under the name of another class."""
+
+    model: str
+    where: Mapping[str, str]
+    """By name of a value of the configuration there: the attribute of the module here that tells it."""
+    has: tuple[str, ...] = ()
+    """Attributes without which it is a module of another family, of a class of the same name."""
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What class names of modules are called in the configuration there."""
+
+    def found_in(self, module: nn.Module, key: str) -> object:
+        """Return what a module says about a value of the configuration; `None` where it does not."""
+        if any(getattr(module, name, None) is None for name in self.has):
+            return None
+        try:
+            value = operator.attrgetter(self.where[key])(module)
+        except (AttributeError, KeyError):
+            return None
+        if isinstance(value, nn.ModuleList):
+            return len(value)
+        kind = type(value).__name__
+        return self.names.get(kind, kind) if isinstance(value, nn.Module) else value
+
+
+@dataclasses.dataclass(frozen=True)
 class Published:
-    """A setting that somebody published for a model, with its source.
+    """A setting that was published for a model, with its source.
 
     `model` is a class name, and `where` what the model's configuration must say for the setting to be meant for it.
     """
@@ -76,12 +103,13 @@ class Published:
 
     def fits(self, module: nn.Module) -> bool:
         """Tell whether a module is of this class and configuration."""
-        if self.model not in {cls.__name__ for cls in type(module).__mro__}:
-            return False
-        return self.found_in(module) == dict(self.where)
+        return _is_a(module, self.model) and self.found_in(module) == dict(self.where)
 
     def found_in(self, module: nn.Module) -> dict[str, object]:
-        """Return what a module's configuration says where `where` asks."""
+        """Return what a module says about itself where `where` asks."""
+        kin = _kin(module)
+        if kin is not None:
+            return {key: kin.found_in(module, key) for key in self.where}
         config = getattr(module, "config", {})
         values = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
         return {key: values.get(key) for key in self.where}
@@ -96,9 +124,30 @@ class Published:
         return {**dataclasses.asdict(self), "where": dict(self.where), "layers": list(self.layers)}
 
 
+def _kin(module: nn.Module) -> Kin | None:
+    """Return what is known of the module's class where it is one of another code base."""
+    adapters = importlib.import_module("stg_hooks.adapters")
+    models = {setting.model for setting in adapters.PUBLISHED}
+    names = (cls.__name__ for cls in type(module).__mro__)
+    nearest = next((name for name in names if name in adapters.KIN or name in models), None)
+    kin: Kin | None = adapters.KIN.get(nearest)
+    return kin
+
+
+def _is_a(module: nn.Module, model: str) -> bool:
+    """Tell whether a module is of a class, or of one of another code base for the same."""
+    kin = _kin(module)
+    return model == kin.model if kin is not None else model in {cls.__name__ for cls in type(module).__mro__}
+
+
 def _table() -> Sequence[Published]:
     table: Sequence[Published] = importlib.import_module("stg_hooks.adapters").PUBLISHED
     return table
+
+
+def published_names() -> list[str]:
+    """Return the names of all published settings, as `preset` takes them."""
+    return [setting.name for setting in _table()]
 
 
 def published_settings(module: nn.Module) -> list[Published]:
@@ -116,9 +165,10 @@ def recommended(module: nn.Module) -> Published:
     if found:
         return found[0]
     table = _table()
-    kin = {cls.__name__ for cls in type(module).__mro__}
     others = "; ".join(
-        f"{entry.name} with {dict(entry.where)}: layers={list(entry.layers)}" for entry in table if entry.model in kin
+        f"{entry.name} with {dict(entry.where)}: layers={list(entry.layers)}"
+        for entry in table
+        if _is_a(module, entry.model)
     )
     raise SettingError(
         f"no layers given, and no setting is published for this {type(module).__name__}"
@@ -138,7 +188,7 @@ def preset_for(module: nn.Module, name: str) -> Published:
     found = [setting for setting in table if setting.name.lower() == str(name).lower()]
     if not found:
         fitting = [setting.name for setting in published_settings(module)]
-        names = [setting.name for setting in table]
+        names = published_names()
         raise SettingError(
             f"preset={name!r} does not exist."
             + (closest(str(name), names) or f" There is {', '.join(map(repr, names))}.")
@@ -146,7 +196,7 @@ def preset_for(module: nn.Module, name: str) -> Published:
         )
     if not found[0].fits(module):
         here = type(module).__name__
-        if here == found[0].model:
+        if _is_a(module, found[0].model):
             here += f" with {found[0].found_in(module)}"
         raise SettingError(
             f"preset={name!r} is for a {found[0].model} with {dict(found[0].where)}, but this is a {here}."

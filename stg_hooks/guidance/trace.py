@@ -34,7 +34,7 @@ class Stats:
 
 @dataclasses.dataclass(frozen=True)
 class TraceRow:
-    """One guided call. What is on the device stays there until somebody reads it."""
+    """One guided call. What is on the device stays there until it is read."""
 
     _step: Step | Callable[[], Step]
     scales: tuple[Scale, ...]

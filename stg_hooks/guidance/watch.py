@@ -43,7 +43,7 @@ class Watch:
 
     Both are computed where the predictions are, a few small reductions per call. On a GPU the answers, one byte each,
     are copied to the CPU asynchronously, and read in a later call that finds them arrived (an event tells), or when
-    `report` is told to wait, as at the end of a `with`. So nobody waits for the GPU in between.
+    `report` is told to wait, as at the end of a `with`. So nothing synchronises with the GPU in between.
     """
 
     def __init__(self, name: str, strict: bool = False) -> None:
@@ -51,7 +51,7 @@ class Watch:
 
         Args:
             name: what to call the user's own call in messages.
-            strict: raise where a skip changed nothing, in the first call of its kind: wait for the GPU there.
+            strict: raise where a skip changed nothing, in the first call of its kind: synchronise with the GPU there.
         """
         self._name = name
         self.strict = strict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -41,7 +42,8 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     if "torch._dynamo" not in sys.modules:  # which takes a second to import
         return function
     reason = "stg_hooks guides this model from outside: compile it before stg.apply(), and pass what is compiled to it."
-    disabled: Callable[..., Any] = torch.compiler.disable(function, reason=reason)
+    takes_reason = "reason" in inspect.signature(torch.compiler.disable).parameters  # from torch 2.8 on
+    disabled: Callable[..., Any] = torch.compiler.disable(function, **({"reason": reason} if takes_reason else {}))
     return disabled
 
 

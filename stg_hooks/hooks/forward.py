@@ -28,7 +28,7 @@ _CLOCK = itertools.count(1)
 
 
 def now() -> int:
-    """Return a number that is higher than all before, to tell who came first."""
+    """Return a number that is higher than all before, to tell which came first."""
     return next(_CLOCK)
 
 
@@ -75,7 +75,7 @@ class Patch:
         found = getattr(module, name)
         while getattr(found, "__func__", None) is not type(module).forward:
             if found is forward or not hasattr(found, "__wrapped__"):
-                return False  # on top of ours, or nobody knows
+                return False  # on top of ours, or not known
             found = found.__wrapped__
         return True
 
@@ -269,8 +269,8 @@ def set_attribute(owner: object, name: str, value: object) -> Undo:
         value: its new value.
 
     Returns:
-        A function that brings the instance's own attribute back, or removes it where it had none. If somebody has put
-        another value on top in the meantime, that one stays: it usually holds ours and calls it.
+        A function that brings the instance's own attribute back, or removes it where it had none. Where other
+        code has put a value on top in the meantime, that one stays: it usually holds ours and calls it.
     """
     before = owner.__dict__.get(name, _MISSING)
     owner.__dict__[name] = value
@@ -296,7 +296,7 @@ def shared(owner: object, what: str, install: Callable[[], tuple[T, Undo]]) -> I
         install: installs it and returns it together with a function that removes it.
 
     Returns:
-        A context manager that gives what `install` returned to the first one who asked.
+        A context manager that gives what `install` returned the first time.
     """
     key = (id(owner), what)
     with _LOCK:

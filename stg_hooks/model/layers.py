@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from itertools import islice, zip_longest
 from typing import SupportsIndex, cast
@@ -32,6 +32,8 @@ _PROJECTIONS = (
     {"query_key_value"},
     {"in_proj_weight"},
 )
+# Norms of queries and keys: beside a projection of another name (`linear1`), they tell that it makes both.
+_NORMS = (("query_norm", "key_norm"), ("q_norm", "k_norm"), ("norm_q", "norm_k"))
 _DEPTH = 20  # of lists in lists
 _MOST = 10_000  # layers that a generator gives
 _SHOWN = 120  # characters of what a user typed, in messages
@@ -66,10 +68,27 @@ def is_attention(module: nn.Module) -> bool:
     names = {*module._modules, *module._parameters}
     if any(wanted <= names for wanted in _PROJECTIONS):
         return True
+    if _norms_queries(module):
+        return True
     kind = type(module).__name__
     if "Attention" in kind and not any(word in kind for word in ("Block", "Layer", "Norm", "Transformer", "Pool")):
         return True
     return bool(stated("ATTENTION", module))
+
+
+def _norms_queries(module: nn.Module) -> bool:
+    """Tell whether a module norms queries and keys that it projects itself: blocks with one projection for all do."""
+    children = [child for child in module._modules.values() if child is not None]
+    if not any(_has_pair(names) for names in (module._modules, *(child._modules for child in children))):
+        return False
+    weights = [getattr(child, "weight", None) for child in children]
+    return any(isinstance(weight, Tensor) and weight.ndim == 2 for weight in weights)
+
+
+def _has_pair(names: Collection[str]) -> bool:
+    return any(
+        name.endswith(query) and name.removesuffix(query) + key in names for query, key in _NORMS for name in names
+    )
 
 
 def attention_modules(module: nn.Module) -> tuple[str, ...]:

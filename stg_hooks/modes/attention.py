@@ -109,7 +109,9 @@ class AttentionSeam:
             if whole:
                 output = mode.around(whole[0], self._layer, known)(forward, args, kwargs)
             else:
-                with mode.provenance.call(bound_arguments(self._layer, args, kwargs), known):
+                # Attention that the layer turns out to compute itself has to be seen.
+                plain = nullcontext() if before is None else plain_attention(self._layer)
+                with mode.provenance.call(bound_arguments(self._layer, args, kwargs), known), plain:
                     output = forward(*args, **kwargs)
         if before is not None:
             self._computes_itself = not mode.replaced and mode.outside > 0 and self._are_all(targets)

@@ -121,16 +121,21 @@ class BatchedPass:
 
     def _take(self, groups: list[_Group], arguments: Any) -> Any:
         def take(leaf: Any) -> Any:
-            folded = row_factor(leaf, self._total) if isinstance(leaf, Tensor) else 0
+            if not isinstance(leaf, Tensor):
+                plain = leaf is None or isinstance(leaf, (bool, int, float))
+                return leaf if plain else pytree.tree_map_only(Tensor, take, leaf)
+            folded = row_factor(leaf, self._total)
             if not folded or (folded > 1 and leaf.ndim < 4):  # flatter ones may be tables with an entry per token
                 return leaf
             parts = [cut(leaf, group.rows, self._total, folded) for group in groups]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-        return pytree.tree_map(take, arguments)
+        if isinstance(arguments, dict):
+            return {name: take(value) for name, value in arguments.items()}
+        return tuple(map(take, arguments))
 
     def _join(self, output: Any, computed: list[_Group], instead: dict[int, Any]) -> Any:
-        leaves, spec = pytree.tree_flatten(output)
+        leaves, spec = ([output], None) if isinstance(output, Tensor) else pytree.tree_flatten(output)
         others = {branch: pytree.tree_leaves(value) for branch, value in instead.items()}
         if any(len(other) != len(leaves) for other in others.values()):
             raise RowsError
@@ -152,4 +157,4 @@ class BatchedPass:
                 else:
                     parts.append(next(later) if group in computed else cut(base, self._cond, self._batch, folded))
             joined.append(torch.cat(parts))
-        return pytree.tree_unflatten(joined, spec)
+        return joined[0] if spec is None else pytree.tree_unflatten(joined, spec)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from stg_hooks.passes.rows import leaves_of
 
-# What every module has; parameters, which those who save memory move about; and what these people leave on modules.
-_NO_STATE = {*nn.Module().__dict__, "_hf_hook", "_diffusers_hook"}
+# What every module has; parameters, which offloading hooks move about; and what these hooks leave on modules.
+NO_STATE = {*nn.Module().__dict__, "_hf_hook", "_diffusers_hook"}
 _DEPTH = 3
 
 Marks = list[tuple[object, object]]

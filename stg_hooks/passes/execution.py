@@ -21,10 +21,12 @@ from stg_hooks.hooks.compiled import compiled_among, eagerly, is_compiled, surro
 from stg_hooks.hooks.forward import Patch, patched, pushed
 from stg_hooks.model.layers import Layer, find_layers
 from stg_hooks.model.source import parameter_names
+from stg_hooks.modes.modes import MODES
 from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.batched import BatchedPass, RowsError
 from stg_hooks.passes.caches import Caches
 from stg_hooks.passes.effects import Randomness
+from stg_hooks.passes.findings import Findings, KnownLayout, forget, recall
 from stg_hooks.passes.guided_call import Arguments, GuidedCall, checking, layout_of, weak_pass
 from stg_hooks.passes.inputs import Inputs, Written
 from stg_hooks.passes.rows import (
@@ -48,10 +50,19 @@ from stg_hooks.passes.shared import (
     Repetition,
     prefix_units,
 )
-from stg_hooks.passes.state import Copies, Kept, counted, parts_of
+from stg_hooks.passes.state import Snapshot
 from stg_hooks.passes.streaming import weights_are_streamed
+from stg_hooks.passes.transaction import Transactions
 
 EXECUTIONS = ("auto", "sequential", "batched", "full")
+
+
+def check_execution(execution: object) -> None:
+    """Raise unless `execution` is one of `EXECUTIONS`."""
+    if execution not in EXECUTIONS:
+        names = ", ".join(map(repr, EXECUTIONS))
+        raise SettingError(f"execution={execution!r}: there is {names}.{closest(str(execution), EXECUTIONS)}")
+
 
 _LAYOUTS = 64
 _PATIENCE = 2  # calls
@@ -64,15 +75,6 @@ class NotSharedError(Exception):
 
 class _GapsError(Exception):
     """What was let go may be wanted."""
-
-
-@dataclasses.dataclass
-class _Known:
-    """What is known about the calls of one layout."""
-
-    prefix: Layout
-    in_one_pass: bool = False
-    """One pass with more rows has given the same."""
 
 
 class Execution:
@@ -111,9 +113,7 @@ class Execution:
             LayerError: a layer that does not exist or cannot be skipped in its mode.
             SettingError: an unknown execution, or two branches that are the same.
         """
-        if execution not in EXECUTIONS:
-            names = ", ".join(map(repr, EXECUTIONS))
-            raise SettingError(f"execution={execution!r}: there is {names}.{closest(str(execution), EXECUTIONS)}")
+        check_execution(execution)
         self._streams = weights_are_streamed(model)
         is_auto = execution == "auto"
         if is_auto:
@@ -148,20 +148,13 @@ class Execution:
         self._surrounding = {way: surrounding(model, units) for way, units in self._units.items()}
         self._uncompiled: list[nn.Module] = []
         self._patches: dict[int, Patch] = {}
-        self._keeps_all: set[Hashable] = set()  # layouts of which nothing is let go
-        self._known: dict[Hashable, _Known] = {}
+        self._key = execution, *(_what(switch, branch) for switch, branch in zip(self.switches, branches, strict=True))
+        self._found = Findings()
         self._written: Written = {}
+        self._is_new = True
         self._seen: Counter[Hashable] = Counter()  # how often a layout had to be recorded
-        self._cut: set[Hashable] = set()  # layouts whose cond rows are known to be found
-        # Who moves weights about may move buffers, too.
-        self._kept = Kept(model, with_buffers=not self._streams)
-        self._keeps_state = self._keeps_tensors = False
-        self._runs: dict[Hashable, set[str]] = {}
-        """By the layout of a call in which the model keeps something, the parts that run in it."""
-        # What is compiled would be compiled anew for each look.
-        self._parts = {} if any(map(is_compiled, model.modules())) else parts_of(model)
-        self._copies = [Copies() for _ in branches]
-        self._again: dict[Hashable, int] = {}  # how many calls of a layout could have been made once more
+        # Offloading hooks may move buffers, too.
+        self._state = Transactions(model, self.switches, with_buffers=not self._streams)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -180,7 +173,7 @@ class Execution:
         for way in ways[ways.index(asked) :]:
             compiled = compiled_among(self._surrounding[way])
             if self._caches.found is not None and way in ("batched", "sequential"):
-                obstacle = f"what a step cache keeps ({self._caches.found.name}) depends on who makes a pass"
+                obstacle = f"what a step cache keeps ({self._caches.found.name}) depends on which pass computes it"
             elif compiled is not None:
                 obstacle = f"{type(compiled).__name__} is compiled as a whole, so its blocks are not seen from outside"
                 advice = " Compile the blocks instead, and it works: for block in model.blocks: block.compile()."
@@ -200,6 +193,15 @@ class Execution:
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         """Look at the arguments of a call, before it is made."""
         return Inputs(args, kwargs, self._written)
+
+    def _look(self) -> Snapshot:
+        """Look at what the model keeps before a call; the first time, recall what is known of a model like this."""
+        before = self._state.kept.look()
+        if self._is_new:
+            self._is_new = False
+            if self._caches.found is None and all(switch.mode in MODES.values() for switch in self.switches):
+                self._found = recall(self._model, (self._key, before.mark()))
+        return before
 
     def cond_pass(
         self,
@@ -227,74 +229,19 @@ class Execution:
             inputs = self.inputs(args, kwargs)
         call = GuidedCall(denoiser, inputs, rows, cut=cut)
         call.layout = layout_of(args, kwargs, rows)
-        call.before = before = self._kept.look()
-        is_counted = call.layout in self._runs
-        randomness = Randomness.for_call(args, kwargs)
-        with counted(self._parts) if is_counted else nullcontext(set[str]()) as run:
+        before, kept_before = self._look(), self._state.keeps_state
+        with self._state.cond_pass(call, before) as randomness:
             output = self._cond_pass(call, args, kwargs, randomness)
-        if randomness.is_used():
-            call.random_before, call.random_after = randomness, Randomness.for_call(args, kwargs)
-        after = self._kept.look(before)
-        call.changes_state = call.changes_state or (after is not before and before.differs())
         if call.changes_state and call.weaks is not None:  # it has kept what belongs to rows of ours
             before.put_back()
             self._stop_batching(RowsError("it keeps something from one call to the next"))
             call.weaks, call.prefix, call.check = None, None, None
             output = denoiser(*call.inputs.again()[0], **call.inputs.again()[1])
-            after = self._kept.look(before)
-        call.after = after
-        self._keeps_state = self._keeps_state or call.changes_state
-        self._keeps_tensors = self._keeps_tensors or (call.changes_state and before.has_new_tensors())
-        if is_counted:
-            known = self._runs[call.layout]
-            call.reuses = not known <= run
-            # The first pass to be counted was a weak one, without what lies in its skipped layers.
-            skipped = [module for switch in self.switches for module in switch.modules]
-            inside = {id(inner) for module in skipped for inner in module.modules()}
-            if any(id(self._parts[name]) not in inside for name in run - known):
-                self._warn(
-                    f"{type(self._model).__name__} computes more in this call than in those before, which were guided. "
-                    "If they reused what earlier calls had left, so did their weak passes, and guidance was not exact. "
-                    "Let guidance begin in a step in which everything is computed."
-                )
-            known |= run
+            call.after = self._state.kept.look(before)
+        if call.changes_state and not kept_before:
+            forget(self._model)  # what it computes in other calls depends on what it keeps
         call.inputs.compare()
         return output, call
-
-    @contextmanager
-    def _transaction(self, call: GuidedCall, branch: int | None = None) -> Iterator[None]:
-        """Let a pass begin where the cond pass of a call has begun, and leave nothing behind.
-
-        In a call that reuses what an earlier one has computed, a branch reuses what it has computed itself.
-        """
-        before, after = call.before, call.after
-        if before is None or after is None:
-            yield
-            return
-        before.put_back()
-        if call.random_before is not None:
-            call.random_before.put_back()
-        try:
-            if branch is not None and call.reuses:
-                has_own = self._copies[branch].use(before, after)
-                if not has_own and (self._keeps_tensors or self._kept.replaced()):
-                    raise self._not_found()
-            yield
-            if branch is not None and self._keeps_state:
-                self._copies[branch].keep(before)
-        finally:
-            after.put_back()
-            if call.random_after is not None:
-                call.random_after.put_back()
-
-    def _not_found(self, what: str = "computes less in this call than in one before") -> CallError:
-        replaced = "; ".join(self._kept.replaced()[:2])
-        by = f" ({replaced})" if replaced else ""
-        return CallError(
-            f"{type(self._model).__name__} keeps something from one call to the next and {what}, so it reuses what an "
-            f"earlier one has left, and what the weak model would reuse is not known{by}. "
-            "Let guidance begin in a step in which everything is computed, or switch this cache off."
-        )
 
     def _cond_pass(
         self, call: GuidedCall, args: tuple[Any, ...], kwargs: dict[str, Any], randomness: Randomness
@@ -309,7 +256,10 @@ class Execution:
         if self.way in ("full", "whole") or batch is None or (rows is not None and not rows.fit(batch)):
             return denoiser(*args, **kwargs)
         cond = slice(None) if rows is None else rows.of(batch)
-        known = self._known.get(call.layout)
+        known = self._found.known.get(call.layout)
+        if known is not None and known.prefix.has_new_hooks():
+            self._found.known.pop(call.layout)
+            known = None
         is_batched = self.way == "batched" and call.cut is None  # hosts say how to cut, not how to add rows
         if is_batched and known is not None and known.in_one_pass:
             try:
@@ -317,18 +267,20 @@ class Execution:
             except RowsError as error:
                 self._stop_batching(error)
         once = dataclasses.replace(call) if is_batched else None  # as it is made here: weak passes may go another way
+        look = partial(self._state.kept.look, call.before) if known is None or self._state.keeps_state else None
+        units = self._prefix
         if known is None:
             self._seen[call.layout] += 1
-            prefix: Prefix = Recording(self._starts, batch, cond, call.layout in self._keeps_all)
+            prefix: Prefix = Recording(self._starts, batch, cond, call.layout in self._found.keeps_all, look)
         else:
-            prefix = Repetition(known.prefix, self._starts, batch, cond)
-        if known is None or self._keeps_state:
-            prefix.look = partial(self._kept.look, call.before)
-        with pushed(self._patches_of(self._prefix), [prefix.action(unit) for unit in self._prefix]):
+            prefix = Repetition(known.prefix, self._starts, batch, cond, look)
+            if look is None:
+                units = [unit for unit in units if id(unit) in known.prefix.units]
+        with pushed(self._patches_of(units), [prefix.action(unit) for unit in units]):
             output = denoiser(*args, **kwargs)
         prefix.finish()
         if isinstance(prefix, Repetition) and prefix.differs:
-            self._known.pop(call.layout, None)
+            self._found.known.pop(call.layout, None)
         else:
             call.prefix = prefix
         if once is not None:
@@ -353,13 +305,13 @@ class Execution:
         """Make a call once more in one pass, and compare: some models let rows influence each other."""
         stats = dataclasses.replace(self._stats)
         try:
-            with self._transaction(call), weak_pass():
+            with self._state.weak_pass(call), weak_pass():
                 again = predictions(self._batched_pass(call, batch, cond))
             expected = [*own, *itertools.chain(*weaks)]
             got = [*again, *itertools.chain(*(call.weaks or []))]
             if not agree(got, expected):
                 raise RowsError("rows influence each other, or were cut wrongly")
-            self._known[call.layout].in_one_pass = True
+            self._found.known[call.layout].in_one_pass = True
         except Exception as error:
             self._stop_batching(error)
         finally:
@@ -404,7 +356,7 @@ class Execution:
         if results is None:
             if call.rows is not None:
                 call.alone.clear()
-            is_cut = self.way == "full" and call.rows is not None and not self._keeps_state
+            is_cut = self.way == "full" and call.rows is not None and not self._state.keeps_state
             if is_cut and self._is_to_be_checked(call):
                 is_cut = self._check_rows(call)
             # Where a check is only put off to the next call, nothing is known about cutting rows.
@@ -441,7 +393,11 @@ class Execution:
             return None
         is_to_be_checked = isinstance(prefix, Recording) and (call.rows is not None or call.is_comparable)
         if isinstance(prefix, Recording) and not is_to_be_checked and prefix.has_gaps:
-            self._keeps_all.add(call.layout)  # without a check nothing would tell that NaN has come through
+            self._found.keeps_all.add(call.layout)  # without a check nothing would tell that NaN has come through
+            return None
+        is_known = isinstance(prefix, Repetition)
+        if is_known and call.random_before is not None and not self._found.known[call.layout].draws:
+            del self._found.known[call.layout]  # blocks whose calls are not looked at may draw them
             return None
         prefix.is_reused = prefix.is_reused or is_to_be_checked
         stats = dataclasses.replace(self._stats)
@@ -456,18 +412,20 @@ class Execution:
                 self._check_shared(call, prefix, results)
         except (NotSharedError, PrefixMismatchError, _GapsError) as error:
             vars(self._stats).update(vars(stats))
-            self._known.pop(call.layout, None)
-            if prefix.is_broken:
+            self._found.known.pop(call.layout, None)
+            if isinstance(prefix, Repetition):
+                pass  # this call goes another way than the one that was recorded: the next one is recorded anew
+            elif prefix.is_broken:
                 self._stop_sharing("it calls other blocks in the weak pass than in the cond pass")
             elif isinstance(error, _GapsError):
-                self._keeps_all.add(call.layout)  # from the next call on
+                self._found.keeps_all.add(call.layout)  # from the next call on
             else:
                 call.conclude = partial(self._stop_sharing, str(error))
             return None
         if isinstance(prefix, Recording):
-            if len(self._known) >= _LAYOUTS:
-                self._known.clear()
-            self._known[call.layout] = _Known(Layout(prefix))
+            if len(self._found.known) >= _LAYOUTS:
+                self._found.known.clear()
+            self._found.known[call.layout] = KnownLayout(Layout(prefix), call.random_before is not None)
         return results
 
     def _sets_again(self, prefix: Prefix) -> bool:
@@ -476,7 +434,7 @@ class Execution:
         What it has set after them may come from them, and be reused in a later call.
         """
         started = prefix.started
-        return started is not None and not (started.changes() or started.written() or self._kept.replaced())
+        return started is not None and not (started.changes() or started.written() or self._state.kept.replaced())
 
     def _shared_pass(self, call: GuidedCall, prefix: Prefix, branch: int) -> list[Tensor]:
         """Run a pass on the cond rows, up to the end of a branch's prefix from the record.
@@ -509,7 +467,7 @@ class Execution:
             try:
                 # The replay comes last, so that it is asked first: up to its end no layer is skipped.
                 patches = self._patches_of(self._prefix)
-                with self._transaction(call), weak_pass(), prefix.replayed(branch, patches, self._prefix):
+                with self._state.weak_pass(call), weak_pass(), prefix.replayed(branch, patches, self._prefix):
                     return own_predictions(call.denoiser(*args, **kwargs))
             except RuntimeError as error:
                 if prefix.is_dense or "single memory location" not in str(error):
@@ -527,7 +485,7 @@ class Execution:
         """
         by_length = sorted(range(len(self.switches)), key=lambda branch: prefix.ends[branch] or 0)
         for branch in {by_length[0], by_length[-1]}:
-            # Without gradients: the one who computes this call again, for them, makes no such pass.
+            # Without gradients: checkpointing, which computes this call again for them, makes no such pass.
             with torch.no_grad(), checking():
                 again = self._shared_pass(call, prefix, branch)
                 if call.rows is not None:
@@ -562,14 +520,9 @@ class Execution:
     def _full_pass(self, call: GuidedCall, branch: int, is_cut: bool) -> list[Tensor]:
         """Run a weak pass as the textbook does, on the cond rows alone or on all."""
         args, kwargs = self._cond_rows(call) if is_cut else call.inputs.again()
-        is_counted = self._keeps_state and call.layout not in self._runs
-        with self._transaction(call, branch), counted(self._parts if is_counted else {}) as run:
+        with self._state.full_pass(call, branch):
             # The model may keep its predictions itself, in memory that is put back.
             weak = own_predictions(self.full_pass(branch, call.denoiser, args, kwargs))
-        if is_counted:  # in a pass of our own: in the cond pass it was not known yet that anything is kept
-            if not self.switches[branch].was_reached:
-                raise self._not_found("does not call the layers to skip in this call")
-            self._runs[call.layout] = run
         if call.rows is not None and not is_cut:
             weak = [call.rows.take(tensor) for tensor in weak]
         if call.rows is None or not is_cut:
@@ -586,20 +539,20 @@ class Execution:
         Raises:
             CallError: what comes out is another prediction than the cond pass has made.
         """
-        count = self._again[call.layout] = self._again.get(call.layout, 0) + 1
+        count = self._found.again[call.layout] = self._found.again.get(call.layout, 0) + 1
         if count > _PATIENCE or not call.is_comparable or self._caches.found is not None:
             return
-        replaced = self._kept.replaced()
-        is_suspect = bool(replaced) or self._keeps_state or self._kept.has_opaque()
+        suspects = self._state.suspects()
+        is_suspect = bool(suspects) or self._state.keeps_state or self._state.kept.has_opaque()
         if not is_suspect and (is_checked or count > 1):
             return
         for _ in range(2 if is_suspect else 1):  # what is counted modulo two comes out right once
             args, kwargs = call.inputs.again()
-            with self._transaction(call), torch.no_grad(), checking(), weak_pass(), eagerly():
+            with self._state.weak_pass(call), torch.no_grad(), checking(), weak_pass(), eagerly():
                 again = own_predictions(call.denoiser(*args, **kwargs))
             again = again if call.rows is None else [call.rows.take(tensor) for tensor in again]
             if not agree(again, call.cond):
-                found = "; ".join([*replaced, *self._kept.hooked()][:2])
+                found = "; ".join(suspects[:2])
                 raise CallError(
                     f"{type(self._model).__name__} predicts something else when the same call is made once more, so it "
                     "keeps something from one call to the next that cannot be put back after a weak pass"
@@ -607,7 +560,7 @@ class Execution:
                 )
 
     def _is_to_be_checked(self, call: GuidedCall) -> bool:
-        return call.rows is not None and call.layout not in self._cut
+        return call.rows is not None and call.layout not in self._found.cut
 
     def _check_rows(self, call: GuidedCall) -> bool:
         """Make a pass on the cond rows with nothing skipped, once: it has to give what the cond pass gave.
@@ -619,13 +572,13 @@ class Execution:
         try:
             args, kwargs = self._cond_rows(call)
             no_caches = self._caches.apart(self, [self._model], bypassed=False)
-            with self._transaction(call), torch.no_grad(), checking(), weak_pass(), eagerly(), no_caches:
+            with self._state.weak_pass(call), torch.no_grad(), checking(), weak_pass(), eagerly(), no_caches:
                 again, cond = own_predictions(call.denoiser(*args, **kwargs)), call.cond
                 if self._caches.found is not None:  # which have made the cond pass another one than it is by itself
                     args, kwargs = call.inputs.again()
                     cond = [call.rows.take(t) for t in predictions(call.denoiser(*args, **kwargs))]
             if agree(again, cond):
-                self._cut.add(call.layout)
+                self._found.cut.add(call.layout)
                 if self._caches.found is None:
                     call.alone = dict.fromkeys(range(len(self.switches)), again)
                 return True
@@ -668,9 +621,10 @@ class Execution:
         if batch is None or batch % 2:
             raise CallError(f"a call with {batch or 'no'} rows cannot be [uncond, cond], which batched_cfg=True says.")
         unconds, conds = (Rows.chosen(half, batch) for half in (slice(batch // 2), slice(batch // 2, None)))
-        layout = layout_of(args, kwargs, conds)
-        if layout in self._cut and layout_of(args, kwargs, unconds) in self._cut and not self._keeps_state:
-            inputs, before, found = self.inputs(args, kwargs), self._kept.look(), []
+        layout, before = layout_of(args, kwargs, conds), self._look()
+        halved = {layout, layout_of(args, kwargs, unconds)}
+        if halved <= self._found.cut and not self._state.keeps_state:
+            inputs, found = self.inputs(args, kwargs), []
             for rows in (unconds, conds):
                 assert rows is not None
                 own_args, own_kwargs = take_rows(*inputs.again(), self._names, batch, rows.of(batch))
@@ -686,7 +640,7 @@ class Execution:
         stats = dataclasses.replace(self._stats)
         (weak,) = self.weak_predictions(call, [halves(tensor)[0] for tensor in own])
         vars(self._stats).update(vars(stats))  # a weak pass takes the place of an uncond one
-        if layout_of(args, kwargs, unconds) in self._cut and layout not in self._cut:
+        if halved - self._found.cut == {layout}:
             other = dataclasses.replace(call, rows=conds, layout=layout, cond=[halves(tensor)[1] for tensor in own])
             if not self._check_rows(other) and other.conclude is not None:
                 other.conclude()
@@ -718,11 +672,15 @@ def _block_of(module: nn.Module, layers: Sequence[Layer]) -> nn.Module:
     return module
 
 
+def _what(switch: Switch, branch: Branch) -> Hashable:
+    return switch.mode, branch.kind, tuple(layer.name for layer in switch.layers)
+
+
 def _check_different(switches: Sequence[Switch], branches: Sequence[Branch]) -> None:
     """Raise if two branches would compute the same."""
     seen: dict[object, int] = {}
     for i, (switch, branch) in enumerate(zip(switches, branches, strict=True)):
-        what = switch.mode, branch.kind, tuple(layer.name for layer in switch.layers)
+        what = _what(switch, branch)
         if what in seen:
             first = branches[seen[what]].scale
             both = "" if isinstance(first, Tensor) or isinstance(branch.scale, Tensor) else f" {first + branch.scale}"

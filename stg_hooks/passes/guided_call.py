@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from stg_hooks.passes.effects import Randomness
@@ -26,7 +27,7 @@ _LOCAL = _Local()
 
 
 def in_weak_pass() -> bool:
-    """Tell whether this thread is computing a weak prediction, which nobody is to guide again."""
+    """Tell whether this thread is computing a weak prediction, which must not be guided again."""
     return _LOCAL.in_weak_pass
 
 
@@ -110,4 +111,4 @@ def layout_of(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows | None) 
 
     positional = tuple(map(describe, leaves_of(args, {})))
     named = tuple((name, *map(describe, leaves_of((value,), {}))) for name, value in kwargs.items())
-    return rows, positional, named
+    return rows, torch.is_grad_enabled(), positional, named

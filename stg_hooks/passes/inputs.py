@@ -17,7 +17,7 @@ from stg_hooks.errors import CallError
 from stg_hooks.passes.effects import count_of_writes
 
 Written: TypeAlias = dict[Hashable, frozenset[int]]
-"""By the structure of a call's arguments: which of its leaves the denoiser writes into."""
+"""By the names and the number of a call's arguments: which of its leaves the denoiser writes into."""
 
 
 class Inputs:
@@ -32,10 +32,12 @@ class Inputs:
             written: what is known of other calls of the denoiser. Of a kind of call that is not known yet all tensors
                 are copied, until it has been made.
         """
-        self._args, self._kwargs = args, kwargs
+        self.given = args, kwargs
+        """The arguments themselves."""
         self._leaves, self._spec = pytree.tree_flatten((args, kwargs))
         self._written = written
-        self._known = written.get(self._spec)
+        self._key = len(args), *kwargs, len(self._leaves)
+        self._known = written.get(self._key)
         self._copies = {
             i: leaf.clone()
             for i, leaf in enumerate(self._leaves)
@@ -45,8 +47,9 @@ class Inputs:
 
     def are(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Tell whether these arguments are the same objects."""
-        pairs = zip((*self._args, *self._kwargs.values()), (*args, *kwargs.values()), strict=False)
-        return (len(args), *kwargs) == (len(self._args), *self._kwargs) and all(a is b for a, b in pairs)
+        own, named = self.given
+        pairs = zip((*own, *named.values()), (*args, *kwargs.values()), strict=False)
+        return (len(args), *kwargs) == (len(own), *named) and all(a is b for a, b in pairs)
 
     def compare(self) -> None:
         """Find out what a pass on the arguments themselves has written into.
@@ -56,7 +59,7 @@ class Inputs:
         """
         found = frozenset(i for i in range(len(self._leaves)) if self._is_changed(i))
         if self._known is None:
-            self._known = self._written[self._spec] = found
+            self._known = self._written[self._key] = found
             self._copies = {i: self._copies[i] for i in found}
         elif not found <= self._known:
             i = min(found - self._known)

@@ -12,7 +12,10 @@ predicts where that conclusion was wrong.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
+import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -93,10 +96,11 @@ class Given:
 
 
 @dataclasses.dataclass(eq=False)
-class Step:
+class UnitCall:
     """One call of a unit."""
 
-    unit: nn.Module
+    unit: weakref.ref[nn.Module]
+    """Weak, because what is known of a model must not keep its parts alive."""
     spec: pytree.TreeSpec | None
     """The structure of its output; `None` for a bare tensor."""
     values: list[Any] | None
@@ -108,33 +112,36 @@ class Step:
         """Look at what the step needs."""
         self.takes_arguments = bool(self.writes) or any(isinstance(value, Given) for value in self.values or ())
         self.keeps = any(output.is_kept for output in self.outputs)
-        self.is_watched = bool(self.unit._forward_hooks)
+        self.is_watched = bool(_hooks_of(self))
 
     @property
     def outputs(self) -> list[Output]:
         """The tensors that it returns and writes."""
         return [value for value in self.values or () if isinstance(value, Output)] + [out for _, out in self.writes]
 
-    def replaced(self, new: dict[Output, Output]) -> Step:
+    def replaced(self, new: dict[Output, Output]) -> UnitCall:
         """Return the same step with other outputs."""
         values = None if self.values is None else [new.get(v, v) if isinstance(v, Output) else v for v in self.values]
-        return Step(self.unit, self.spec, values, [(i, new.get(output, output)) for i, output in self.writes])
+        return UnitCall(self.unit, self.spec, values, [(i, new.get(output, output)) for i, output in self.writes])
 
 
 class Prefix:
     """What the weak passes of one call can share with its cond pass; filled while that runs."""
 
-    def __init__(self, starts: Sequence[Collection[int]], batch: int, rows: Indices) -> None:
+    def __init__(
+        self, starts: Sequence[Collection[int]], batch: int, rows: Indices, look: Callable[[], Snapshot] | None
+    ) -> None:
         """Start with nothing.
 
         Args:
             starts: for each branch, the modules (by `id`) before the first of which its prefix ends.
             batch: number of rows of the call.
             rows: which of them are conditional.
+            look: looks at what the model keeps; `None` not to.
         """
         self.batch = batch
         self.rows = rows
-        self.steps: list[Step] = []
+        self.steps: list[UnitCall] = []
         self.ends: list[int | None] = [None] * len(starts)
         self.obstacle: str | None = None
         """What the prefix does besides returning something, so that it cannot be shared."""
@@ -150,12 +157,12 @@ class Prefix:
         """More than one pass is going to be made with it."""
         self.is_dense = False
         """The model writes into what was let go, so that each answer needs memory of its own."""
-        self._starts = starts
+        self.starts = starts
         self._all_starts = {key for keys in starts for key in keys}
-        self._inside = False
-        self._randomness: Randomness | None = None
-        self.look: Callable[[], Snapshot] | None = None
-        """Looks at what the model keeps; `None` not to."""
+        self.is_nested = False
+        """Units call other units."""
+        self._inside = self._has_begun = False
+        self._look = look
 
     @property
     def has_gaps(self) -> bool:
@@ -173,11 +180,12 @@ class Prefix:
                 return proceed(*args, **kwargs)
             if is_start:
                 self._note_ends(unit)  # also if another unit calls it, which is then not part of the prefix
+            self.is_nested = self.is_nested or self._inside
             if self._inside or self.is_complete:
                 return proceed(*args, **kwargs)
-            if self._randomness is None:
-                self._randomness = Randomness.for_call(args, kwargs)
-                self.started = self.look() if self.look is not None else None
+            if not self._has_begun:
+                self._has_begun = True
+                self._start(args, kwargs)
             before = self._begin(unit, args, kwargs)
             self._inside = True
             try:
@@ -190,6 +198,10 @@ class Prefix:
 
         return record
 
+    def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at what is there when the first unit is called."""
+        self.started = None if self._look is None else self._look()
+
     def _begin(self, unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Look at a call before it is made; return what `_conclude` needs of that."""
         raise NotImplementedError
@@ -200,36 +212,29 @@ class Prefix:
         """Look at a call after it was made."""
         raise NotImplementedError
 
-    @property
-    def _position(self) -> int:
-        """Number of calls so far."""
+    def _end(self, branch: int) -> int:
+        """Look at what is there when a branch's prefix ends; return how many steps it has."""
         raise NotImplementedError
 
-    def _end(self, branch: int) -> None:
-        """Look at what is there when a branch's prefix ends."""
-
     def _note_ends(self, unit: nn.Module) -> None:
-        for branch, starts in enumerate(self._starts):
+        for branch, starts in enumerate(self.starts):
             if self.ends[branch] is None and id(unit) in starts:
-                self.ends[branch] = self._position
-                self._end(branch)
+                self.ends[branch] = self._end(branch)
         if None not in self.ends:
             self.is_complete = True
             self.finish()
 
     def finish(self) -> None:
         """Conclude what can be shared, at the end of the prefixes or of the pass."""
-        if self._randomness is not None and self._randomness.is_used():
-            self.obstacle = DRAWS_RANDOM_NUMBERS
-        if self._randomness is not None and self.started is not None:
+        if self._has_begun and self.started is not None:
             self.has_new_state = self.started.differs()
-        self._randomness = None
+        self._has_begun = False
 
     # --- the weak passes
 
     def answered(self, branch: int) -> list[int]:
         """List the units (by `id`) that answer from the record in a branch's weak pass."""
-        return [id(step.unit) for step in self.steps[: self.ends[branch]] if step.values is not None]
+        return [id(step.unit()) for step in self.steps[: self.ends[branch]] if step.values is not None]
 
     @contextmanager
     def replayed(self, branch: int, patches: Sequence[Patch], units: Sequence[nn.Module]) -> Iterator[None]:
@@ -254,7 +259,7 @@ class Prefix:
                 if position == end or inside:
                     return proceed(*args, **kwargs)
                 step = self.steps[position]
-                if step.unit is not unit:
+                if step.unit() is not unit:
                     self.is_broken = True
                     raise PrefixMismatchError
                 position += 1
@@ -274,7 +279,7 @@ class Prefix:
             self.is_broken = True
             raise PrefixMismatchError
 
-    def _answer(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _answer(self, step: UnitCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert step.values is not None
         if not step.takes_arguments and step.spec is None:
             return self._copy(step.values[0])
@@ -313,7 +318,14 @@ class _Live:
 class Recording(Prefix):
     """The prefix of a call of which nothing is known yet."""
 
-    def __init__(self, starts: Sequence[Collection[int]], batch: int, rows: Indices, keeps_all: bool) -> None:
+    def __init__(
+        self,
+        starts: Sequence[Collection[int]],
+        batch: int,
+        rows: Indices,
+        keeps_all: bool,
+        look: Callable[[], Snapshot] | None,
+    ) -> None:
         """Start with nothing recorded.
 
         Args:
@@ -321,16 +333,18 @@ class Recording(Prefix):
             batch: number of rows of the call.
             rows: which of them are conditional.
             keeps_all: whether to keep what the model does not hold any more, too.
+            look: looks at what the model keeps.
         """
-        super().__init__(starts, batch, rows)
+        super().__init__(starts, batch, rows, look)
         self._keeps_all = keeps_all
+        self._randomness: Randomness | None = None
         self._with_grad = torch.is_grad_enabled()
         self._live: list[_Live] = []
         self._last: list[_Live] = []
 
-    @property
-    def _position(self) -> int:
-        return len(self.steps)
+    def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._start(args, kwargs)
+        self._randomness = Randomness.for_call(args, kwargs)
 
     def _begin(self, unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         # Let go what the model holds no more before the next block allocates. The last output may be held in another
@@ -344,13 +358,17 @@ class Recording(Prefix):
                 live.output.let_go()
         self._live = [live for live in self._live if live.output.is_kept]
 
-    def _end(self, branch: int) -> None:
+    def _end(self, branch: int) -> int:
         for live in self._live:
             live.is_needed = live.is_needed or live.is_held() or live in self._last
+        return len(self.steps)
 
     def finish(self) -> None:
         """Conclude what can be shared, at the end of the prefixes or of the pass."""
         super().finish()
+        if self._randomness is not None and self._randomness.is_used():
+            self.obstacle = DRAWS_RANDOM_NUMBERS
+        self._randomness = None
         self._let_go(self._live)
         self._live, self._last = [], []
         self.steps = [step.replaced({}) for step in self.steps]
@@ -386,7 +404,7 @@ class Recording(Prefix):
             and all(self._has_known_rows(tensor) for _, tensor in into)
         )
         if not can_share:  # it will run again, on what it was given
-            self.steps.append(Step(unit, spec, None, []))
+            self.steps.append(UnitCall(weakref.ref(unit), spec, None, []))
             self._last = []
             for live in self._live:
                 live.is_needed = live.is_needed or live.storage in storages
@@ -395,7 +413,7 @@ class Recording(Prefix):
             lives[id(tensor)] = live = lives.get(id(tensor)) or self._new(tensor, is_watched)
             self._let_go([other for other in self._live if other.memory == live.memory])
         writes = [(i, lives[id(tensor)].output) for i, tensor in into]
-        self.steps.append(Step(unit, spec, outputs, writes))
+        self.steps.append(UnitCall(weakref.ref(unit), spec, outputs, writes))
         self._last = list(lives.values())
         self._live += self._last
 
@@ -420,12 +438,33 @@ class Layout:
         self.ends = list(recording.ends)
         self.is_dense = recording.is_dense
         self.steps = [_without_values(step) for step in recording.steps]
+        # Of a unit with anything to keep all calls are seen, to tell one from the next; of the others none, unless
+        # units call each other.
+        kept = {id(step.unit()) for step in self.steps if step.keeps or recording.is_nested}
+        self.units = {*kept, *itertools.chain(*recording.starts)}
+        """The units (by `id`) whose calls are to be seen."""
+        self.seen = [i for i, step in enumerate(self.steps) if id(step.unit()) in self.units]
+        """The steps that are calls of these."""
+
+    def has_new_hooks(self) -> bool:
+        """Tell whether hooks were added that look at outputs which are not kept."""
+        return any(_hooks_of(step) and not step.is_watched for step in self.steps)
 
 
 class Repetition(Prefix):
-    """The prefix of a call whose layout is known: nothing is looked at or copied but what will be asked for."""
+    """The prefix of a call whose layout is known: nothing is looked at or copied but what will be asked for.
 
-    def __init__(self, layout: Layout, starts: Sequence[Collection[int]], batch: int, rows: Indices) -> None:
+    Where the call goes another way than those before it, its weak passes find out: their blocks come in another order.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        starts: Sequence[Collection[int]],
+        batch: int,
+        rows: Indices,
+        look: Callable[[], Snapshot] | None,
+    ) -> None:
         """Start with nothing recorded.
 
         Args:
@@ -433,31 +472,30 @@ class Repetition(Prefix):
             starts: for each branch, the modules (by `id`) before the first of which its prefix ends.
             batch: number of rows of the call.
             rows: which of them are conditional.
+            look: looks at what the model keeps; with it, the calls of all units are to be seen.
         """
-        super().__init__(starts, batch, rows)
+        super().__init__(starts, batch, rows, look)
         self.steps = list(layout.steps)
         self.is_dense = layout.is_dense
         self.differs = False
         """This call goes another way than the ones before it."""
-        self._layout = layout
+        self._ends = layout.ends
+        self._seen: Sequence[int] = layout.seen if look is None else range(len(self.steps))
         self._done = 0
         self._sees_writes = not torch.is_inference_mode_enabled()
 
-    @property
-    def _position(self) -> int:
-        return self._done
-
     def _begin(self, unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
-        if self._done == len(self.steps) or self.steps[self._done].unit is not unit:
+        step = self.steps[self._seen[self._done]] if self._done < len(self._seen) else None
+        if step is None or step.unit() is not unit:
             self._differ()
             return None
-        if not self._sees_writes or self.steps[self._done].writes:
-            return None
-        return _versions(args, kwargs)
+        return None if step.writes or not self._sees_writes else _versions(args, kwargs)
 
-    def _end(self, branch: int) -> None:
-        if self.ends[branch] != self._layout.ends[branch]:
+    def _end(self, branch: int) -> int:
+        end = self._ends[branch] or 0
+        if bisect.bisect_left(self._seen, end) != self._done:
             self._differ()
+        return end
 
     def _differ(self) -> None:
         self.differs = self.is_complete = True
@@ -465,39 +503,38 @@ class Repetition(Prefix):
     def _conclude(
         self, unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], before: list[int] | None, output: Any
     ) -> None:
-        step = self.steps[self._done]
+        number = self._seen[self._done]
+        step = self.steps[number]
         if before is not None and before != _versions(args, kwargs):
             return self._differ()
-        if step.values is not None and not self._took(step, args, kwargs, output):
-            return self._differ()
+        if step.values is not None:
+            took = self._taken(step, args, kwargs, output)
+            if took is None:
+                return self._differ()
+            self.steps[number] = took
         self._done += 1
         return None
 
-    def _took(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
-        """Keep of a step what is to be kept; tell whether it looks as known."""
+    def _taken(self, step: UnitCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> UnitCall | None:
+        """Return a step with what is to be kept of it; `None` where it looks otherwise than known."""
         assert step.values is not None
-        value = step.values[0] if step.values else None
-        if not step.keeps and step.spec is None and isinstance(value, Output):
-            return isinstance(output, Tensor) and output.shape == value.shape and not step.unit._forward_hooks
         values, spec = ([output], None) if isinstance(output, Tensor) else pytree.tree_flatten(output)
-        if spec != step.spec or (step.unit._forward_hooks and not step.is_watched):
-            return False
+        if spec != step.spec:
+            return None
         given = leaves_of(args, kwargs) if step.takes_arguments else []
         new: dict[Output, Output] = {}
         for value, known in zip(values, step.values, strict=True):
             if isinstance(known, Output):
                 if not self._takes(known, value, new):
-                    return False
+                    return None
             elif isinstance(known, Given):
                 if value is not given[known.index]:
-                    return False
+                    return None
             elif type(value) is not type(known) or value != known:
-                return False
+                return None
         if not all(self._takes(known, given[i], new) for i, known in step.writes):
-            return False
-        if new:
-            self.steps[self._done] = step.replaced(new)
-        return True
+            return None
+        return step.replaced(new) if new else step
 
     def _takes(self, known: Output, value: Any, new: dict[Output, Output]) -> bool:
         if not isinstance(value, Tensor) or value.shape != known.shape or value.dtype != known.rows.dtype:
@@ -508,11 +545,15 @@ class Repetition(Prefix):
         return True
 
 
+def _hooks_of(step: UnitCall) -> object:
+    return getattr(step.unit(), "_forward_hooks", None)
+
+
 def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
     return [value._version for value in (*args, *kwargs.values()) if type(value) is Tensor and not value.is_inference()]
 
 
-def _without_values(step: Step) -> Step:
+def _without_values(step: UnitCall) -> UnitCall:
     new = {output: dataclasses.replace(output) for output in step.outputs}
     for output in new.values():
         if output.is_kept:

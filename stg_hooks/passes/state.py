@@ -1,261 +1,35 @@
-"""What a model keeps from one call to the next, and passes that leave none of it changed."""
+"""What a model kept at one time, and how it is put back."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import itertools
 import operator
-import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stg_hooks.errors import CallError
-from stg_hooks.hooks.forward import Action, patched, pushed
-from stg_hooks.model.layers import is_attention
-from stg_hooks.passes.effects import _NO_STATE, count_of_writes
+from stg_hooks.passes.effects import count_of_writes
+from stg_hooks.passes.walk import (
+    KNOWN_LIBRARIES,
+    MISSING,
+    NUMBERS,
+    STATELESS,
+    Attributes,
+    Contents,
+    Holder,
+    Sequence,
+    Walk,
+    library_of,
+    may_alter,
+    replaced_forward,
+)
 
-# What these keep is not what a prediction depends on, or is put right by themselves.
-_LIBRARIES = {"torch", "accelerate", "bitsandbytes", "torchao", "peft", "stg_hooks", "numpy", "builtins", "threading"}
-_CLASSES_KNOWN = _LIBRARIES | {"diffusers", "transformers"}
-_NO_ATTRIBUTE = {*_NO_STATE, "forward", "_old_forward", "_internal_dict", "__getstate__", "_compiled_call_impl"}
-_NUMBERS = (int, float, complex, str, bytes, bool, type(None))
-_STATELESS = (*_NUMBERS, nn.Module, nn.Parameter, type, types.ModuleType, torch.dtype, torch.device)
-_DEPTH = 12
-_HOLDERS = 20_000
 _LARGE = 1 << 20  # entries
 _LOOKS = 4
-_MISSING = object()
-
-Contents = dict[Any, Any]
-
-
-class _Attributes:
-    """A dictionary, or the attributes of an object or a module."""
-
-    def __init__(self, mapping: dict[Any, Any], start: int = 0, apart: Iterable[str] = ()) -> None:
-        self.mapping, self.start, self.apart = mapping, start, frozenset(apart)
-
-    def values(self) -> list[Any]:
-        return list(self.mapping.values())[self.start :]
-
-    def getter(self) -> Callable[[dict[Any, Any]], tuple[Any, ...]]:
-        """Return what reads its values as fast as can be."""
-        names = [*self.mapping][self.start :]
-        if len(names) < 2:
-            return operator.itemgetter(names[0], names[0]) if names else _nothing
-        return operator.itemgetter(*names)
-
-    def read(self) -> Contents:
-        # In one step: other threads may install something on the same module meanwhile.
-        return {k: v for k, v in dict(self.mapping).items() if k not in self.apart}
-
-    def write(self, contents: Contents) -> None:
-        for key in [key for key in list(self.mapping) if key not in self.apart and key not in contents]:
-            del self.mapping[key]
-        for key, value in contents.items():
-            self.mapping[key] = value
-
-
-class _Named:
-    """Some attributes of an object: of a closure's cell, a class, an object with slots, a module of Python."""
-
-    def __init__(self, owner: object, names: tuple[str, ...]) -> None:
-        self.owner, self.names = owner, names
-
-    def values(self) -> list[Any]:
-        return [_get(self.owner, name) for name in self.names]
-
-    def read(self) -> Contents:
-        return dict(zip(self.names, self.values(), strict=True))
-
-    def write(self, contents: Contents) -> None:
-        for name, value in contents.items():
-            if value is _MISSING:
-                if _get(self.owner, name) is not _MISSING:
-                    delattr(self.owner, name)
-            else:
-                setattr(self.owner, name, value)
-
-
-class _Globals(_Named):
-    owner: dict[str, Any]
-
-    def values(self) -> list[Any]:
-        return [self.owner.get(name, _MISSING) for name in self.names]
-
-    def write(self, contents: Contents) -> None:
-        for name, value in contents.items():
-            if value is _MISSING:
-                self.owner.pop(name, None)
-            else:
-                self.owner[name] = value
-
-
-class _Sequence:
-    """A list, a deque or a set."""
-
-    def __init__(self, owner: Any) -> None:
-        self.owner = owner
-
-    def values(self) -> list[Any]:
-        return list(self.owner)
-
-    def read(self) -> Contents:
-        return dict(enumerate(self.owner))
-
-    def write(self, contents: Contents) -> None:
-        self.owner.clear()
-        add = self.owner.update if isinstance(self.owner, set) else self.owner.extend
-        add(contents.values())
-
-
-Holder = _Attributes | _Named | _Sequence
-
-
-class _Walk:
-    """Finds all that a model keeps."""
-
-    def __init__(self, modules: Iterable[nn.Module], with_buffers: bool) -> None:
-        self.holders: list[Holder] = []
-        self.tensors: list[Tensor] = []
-        self.buffers: set[int] = set()
-        self.has_opaque = False
-        """There are objects into which Python cannot look: iterators, generators, locks."""
-        self._seen: set[int] = set()
-        self._kept_alive: list[object] = []
-        self._sealed: list[dict[str, Any]] = []
-        self._own: list[set[str]] = []
-        for module in modules:
-            if _library(type(module)) in _LIBRARIES and "torch.nn" not in type(module).__module__:
-                continue
-            values = module.__dict__
-            own = _own_attributes(type(module))
-            if values.keys() <= own:  # of torch, without anything that was set on it alone
-                self._sealed.append(values)
-                self._own.append(own)
-                if with_buffers and module._buffers:
-                    self.buffers |= {id(buffer) for buffer in module._buffers.values()}
-                    self._hold(_Attributes(module._buffers), module._buffers, 2)
-                continue
-            start = sum(1 for _ in itertools.takewhile(_NO_STATE.__contains__, list(values)))
-            self._hold(_Attributes(values, start, _NO_ATTRIBUTE), values, _DEPTH)
-            if with_buffers and module._buffers:
-                self.buffers |= {id(buffer) for buffer in module._buffers.values()}
-                self._hold(_Attributes(module._buffers), module._buffers, 2)
-            replaced = replaced_forward(module)
-            if replaced is not None:
-                self._walk(replaced, _DEPTH)
-            self._class(type(module), _DEPTH)
-        self._mappings = [holder.mapping for holder in self.holders if isinstance(holder, _Attributes)]
-        self._getters = [holder.getter() for holder in self.holders if isinstance(holder, _Attributes)]
-        self._lengths = [*map(len, self._mappings)]
-        self._others = [holder for holder in self.holders if not isinstance(holder, _Attributes)]
-        self._sizes = [*map(len, self._sealed)]
-
-    def values(self) -> list[Any] | None:
-        """List all that is held, in an order of its own; `None` where a container has more or less than it had."""
-        if [*map(len, self._mappings)] != self._lengths or [*map(len, self._sealed)] != self._sizes:
-            return None
-        found: list[Any] = []
-        try:
-            for getter, mapping in zip(self._getters, self._mappings, strict=True):
-                found += getter(mapping)
-        except KeyError:
-            return None
-        for holder in self._others:
-            found += holder.values()
-        return found
-
-    def added(self) -> list[tuple[dict[str, Any], str]]:
-        """List the attributes that were set since on modules of torch that had none of their own."""
-        if [*map(len, self._sealed)] == self._sizes:
-            return []
-        return [(values, key) for values, own in zip(self._sealed, self._own, strict=True) for key in {*values} - own]
-
-    def _hold(self, holder: Holder, owner: object, depth: int) -> None:
-        if id(owner) in self._seen or len(self.holders) > _HOLDERS:
-            return
-        self._seen.add(id(owner))
-        self._kept_alive.append(owner)
-        self.holders.append(holder)
-        for value in holder.read().values():
-            self._walk(value, depth - 1)
-
-    def _walk(self, value: Any, depth: int) -> None:
-        if isinstance(value, _STATELESS) or depth <= 0 or id(value) in self._seen:
-            return
-        if isinstance(value, Tensor):
-            self._seen.add(id(value))
-            self.tensors.append(value)
-        elif isinstance(value, dict):
-            self._hold(_Attributes(value), value, depth)
-        elif isinstance(value, (list, deque, set)):
-            self._hold(_Sequence(value), value, depth)
-        elif isinstance(value, (tuple, frozenset)):
-            for inner in value:
-                self._walk(inner, depth - 1)
-        elif isinstance(value, types.FunctionType):
-            self._function(value, depth)
-        elif isinstance(value, types.MethodType):
-            self._walk(value.__func__, depth - 1)
-            self._walk(value.__self__, depth - 1)
-        elif isinstance(value, functools.partial):
-            for inner in (value.func, value.args, value.keywords):
-                self._walk(inner, depth - 1)
-        elif isinstance(value, Iterator):
-            self.has_opaque = True
-        elif _library(type(value)) not in _LIBRARIES and not type(value).__module__.startswith("diffusers.hooks"):
-            self._object(value, depth)
-
-    def _object(self, value: object, depth: int) -> None:
-        if hasattr(value, "__dict__"):
-            self._hold(_Attributes(value.__dict__), value, depth)
-        slots = tuple(
-            name
-            for cls in type(value).__mro__
-            for name in _names(cls.__dict__.get("__slots__", ()))
-            if name not in ("__dict__", "__weakref__") and not name.startswith("__")
-        )
-        if slots:
-            self._hold(_Named(value, slots), slots, depth)
-        self._class(type(value), depth)
-
-    def _class(self, cls: type, depth: int) -> None:
-        for base in cls.__mro__:
-            if _library(base) in _CLASSES_KNOWN or id(base) in self._seen:
-                continue
-            self._seen.add(id(base))
-            data = [name for name, value in vars(base).items() if not name.startswith("__") and _is_data(value)]
-            if data:
-                self._hold(_Named(base, tuple(data)), data, depth)
-            for value in vars(base).values():
-                if isinstance(value, types.FunctionType):
-                    self._function(value, depth - 1)
-
-    def _function(self, function: types.FunctionType, depth: int) -> None:
-        if id(function) in self._seen or depth <= 0 or _library(function) in _CLASSES_KNOWN:
-            return
-        self._seen.add(id(function))
-        for cell in function.__closure__ or ():
-            self._hold(_Named(cell, ("cell_contents",)), cell, depth)
-        self._walk(function.__defaults__, depth - 1)
-        self._walk(function.__kwdefaults__, depth - 1)
-        self._walk(inspect_unwrapped(function), depth - 1)
-        known = function.__globals__
-        names = [name for name in dict.fromkeys(_globals_of(function.__code__)) if name in known]
-        data = tuple(name for name in names if _is_data(known[name]))
-        if data:
-            self._hold(_Globals(known, data), data, depth)
-        for name in names:
-            value = known[name]
-            if isinstance(value, types.FunctionType) and value.__globals__ is known:
-                self._function(value, depth - 1)
 
 
 class Snapshot:
@@ -263,7 +37,7 @@ class Snapshot:
 
     def __init__(
         self,
-        walk: _Walk,
+        walk: Walk,
         contents: list[Contents] | None,
         values: list[Any] | None,
         copies: Callable[[Tensor], Tensor | None],
@@ -274,6 +48,18 @@ class Snapshot:
         self.values = walk.values() if values is None else values
         self.writes = [count_of_writes(tensor) for tensor in walk.tensors]
         self.copies = {id(tensor): copies(tensor) for tensor in walk.tensors}
+
+    def mark(self) -> int:
+        """Return a number that is another one where the model is built, or set, in another way.
+
+        Values of tensors do not count.
+        """
+
+        def marked(value: object) -> object:
+            return value if isinstance(value, NUMBERS) else (type(value), id(value))
+
+        held = [[*map(marked, (*contents.keys(), *contents.values()))] for contents in self.contents]
+        return hash((self.walk.mark(), tuple(itertools.chain(*held))))
 
     def is_in_place(self) -> bool:
         """Tell whether all containers hold the same objects still."""
@@ -307,12 +93,12 @@ class Snapshot:
         found: list[tuple[Holder, Any, Any]] = []
         if self.is_in_place():
             return found
-        found = [(_Attributes(v), key, v[key]) for v, key in self.walk.added() if _has_tensors(v[key])]
+        found = [(Attributes(v), key, v[key]) for v, key in self.walk.added() if _has_tensors(v[key])]
         for holder, contents in zip(self.walk.holders, self.contents, strict=True):
-            if isinstance(holder, _Sequence) and isinstance(holder.owner, set):
+            if isinstance(holder, Sequence) and isinstance(holder.owner, set):
                 continue
             for key, value in holder.read().items():
-                if contents.get(key, _MISSING) is not value and _has_tensors(value):
+                if contents.get(key, MISSING) is not value and _has_tensors(value):
                     found.append((holder, key, value))
         return found
 
@@ -320,7 +106,7 @@ class Snapshot:
         """Tell whether tensors were written into since, or put where there was something else."""
         pairs = zip(self.walk.holders, self.contents, strict=True)
         return bool(self.written()) or any(
-            contents.get(key, _MISSING) is not value and _has_tensors(value)
+            contents.get(key, MISSING) is not value and _has_tensors(value)
             for holder, contents in pairs
             for key, value in holder.read().items()
         )
@@ -356,7 +142,7 @@ class Kept:
 
         Args:
             model: the denoiser.
-            with_buffers: not where those who move weights about move buffers, too.
+            with_buffers: not where offloading hooks move buffers about.
         """
         self._model = model
         self._modules = list(model.modules())
@@ -393,7 +179,7 @@ class Kept:
             walk = last.walk
             self._last = Snapshot(walk, last.contents, last.values, copied)
         else:
-            walk = _Walk(self._modules, self._with_buffers)
+            walk = Walk(self._modules, self._with_buffers)
             self._last = Snapshot(walk, None, None, copied)
         return self._last
 
@@ -412,12 +198,12 @@ class Kept:
         return names
 
     def hooked(self) -> list[str]:
-        """Name the modules with hooks that are neither ours nor a known library's, each with the function."""
+        """Name the modules with hooks, neither ours nor a known library's, that may change what passes through them."""
         names = []
         for name, module in self._model.named_modules():
             for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
                 own = getattr(hook, "func", hook)
-                if _library(own) not in _LIBRARIES | {"diffusers"}:
+                if library_of(own) not in KNOWN_LIBRARIES | {"diffusers"} and may_alter(own):
                     what = getattr(own, "__qualname__", type(own).__qualname__)
                     names.append(f"{name or type(module).__name__} has the hook {_module_of(own)}.{what}")
         return names
@@ -447,7 +233,7 @@ class Copies:
         old = {_place(holder): contents for holder, contents in zip(before.walk.holders, before.contents, strict=True)}
         new = {_place(holder): contents for holder, contents in zip(after.walk.holders, after.contents, strict=True)}
         for (owner, key), (holder, value) in self._places.items():
-            if old.get(owner, {}).get(key, _MISSING) is new.get(owner, {}).get(key, _MISSING):
+            if old.get(owner, {}).get(key, MISSING) is new.get(owner, {}).get(key, MISSING):
                 holder.write({**holder.read(), key: value})
                 used = True
         writes = dict(zip(map(id, before.walk.tensors), before.writes, strict=True))
@@ -460,130 +246,25 @@ class Copies:
         return used
 
 
-@contextmanager
-def counted(parts: Mapping[str, nn.Module]) -> Iterator[set[str]]:
-    """Note which of these modules run in this thread within a `with`, by their names."""
-    run: set[str] = set()
-
-    def noting(name: str) -> Action:
-        def note(proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            run.add(name)
-            return proceed(*args, **kwargs)
-
-        return note
-
-    with ExitStack() as stack:
-        patches = [stack.enter_context(patched(module)) for module in parts.values()]
-        stack.enter_context(pushed(patches, list(map(noting, parts))))
-        yield run
-
-
-def parts_of(model: nn.Module) -> dict[str, nn.Module]:
-    """List what a step cache may leave out: the model's own parts, entries of lists, attention, and what these call.
-
-    Not what lies inside attention: keys and values of a text may be kept, where the attention itself runs in each step.
-    """
-    found: dict[str, nn.Module] = {}
-
-    def add(name: str, module: nn.Module) -> None:
-        found[name] = module
-        if not is_attention(module):
-            found.update({f"{name}.{inner}": child for inner, child in module.named_children()})
-
-    for name, module in model.named_modules():
-        if not name or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            for inner, child in module.named_children():
-                add(f"{name}.{inner}".lstrip("."), child)
-        elif is_attention(module):
-            add(name, module)
-    return found
-
-
-def replaced_forward(module: nn.Module) -> Any:
-    """Return the function that replaces `forward` on a module itself, unless it is ours or a known library's."""
-    found = module.__dict__.get("forward")
-    while (
-        found is not None
-        and getattr(found, "__globals__", {}).get("__name__", "").startswith("stg_hooks.")
-        and hasattr(found, "__wrapped__")
-    ):
-        found = found.__wrapped__  # what a patch of ours goes around
-    if found is None or (isinstance(found, types.MethodType) and found.__func__ is type(module).forward):
-        return None
-    function = found.func if isinstance(found, functools.partial) else getattr(found, "__func__", found)
-    return None if _library(function) in _LIBRARIES or _library(function) == "diffusers" else found
-
-
-def inspect_unwrapped(function: Any) -> Any:
-    """Return what a decorator has wrapped, if any."""
-    return getattr(function, "__wrapped__", None)
-
-
-def _nothing(_: object) -> tuple[Any, ...]:
-    return ()
-
-
-_OWN_ATTRIBUTES: dict[type, set[str]] = {}
-
-
-def _own_attributes(cls: type) -> set[str]:
-    """Name what a module of torch has by its class; nothing for other classes, which may keep state anywhere."""
-    if not cls.__module__.startswith("torch.nn.modules"):
-        return set()
-    if cls not in _OWN_ATTRIBUTES:
-        annotated = {name for base in cls.__mro__ for name in inspect.get_annotations(base)}
-        _OWN_ATTRIBUTES[cls] = annotated | _NO_STATE | {*getattr(cls, "__constants__", ())}
-    return _OWN_ATTRIBUTES[cls]
-
-
 def _place(holder: Holder) -> int:
-    return id(holder.mapping if isinstance(holder, _Attributes) else holder.owner)
+    return id(holder.mapping if isinstance(holder, Attributes) else holder.owner)
 
 
 def _same(a: Contents, b: Contents) -> bool:
     def equal(x: object, y: object) -> bool:
-        return x is y or (isinstance(x, _NUMBERS) and type(x) is type(y) and x == y)
+        return x is y or (isinstance(x, NUMBERS) and type(x) is type(y) and x == y)
 
     return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-
-
-def _library(thing: Any) -> str:
-    return str(getattr(thing, "__module__", None) or "").partition(".")[0]
 
 
 def _module_of(function: Any) -> str:
     return str(getattr(function, "__module__", type(function).__module__))
 
 
-def _names(slots: Any) -> tuple[str, ...]:
-    return (slots,) if isinstance(slots, str) else tuple(slots)
-
-
-def _is_data(value: object) -> bool:
-    if isinstance(value, (*_NUMBERS, Tensor, dict, list, set, deque, tuple)):
-        return True
-    is_code = isinstance(value, (type, types.ModuleType, nn.Module)) or callable(value) or hasattr(value, "__get__")
-    return not is_code and _library(type(value)) not in _CLASSES_KNOWN and hasattr(value, "__dict__")
-
-
-def _globals_of(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _globals_of(constant)
-
-
 def _has_tensors(value: object, depth: int = 4) -> bool:
     if isinstance(value, Tensor):
         return True
-    if not depth or isinstance(value, _STATELESS):
+    if not depth or isinstance(value, STATELESS):
         return False
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, deque)) else ()
     return any(_has_tensors(one, depth - 1) for one in (*inner, *getattr(value, "__dict__", {}).values()))
-
-
-def _get(owner: object, name: str) -> Any:
-    try:
-        return getattr(owner, name)
-    except (AttributeError, ValueError):
-        return _MISSING

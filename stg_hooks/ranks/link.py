@@ -61,8 +61,8 @@ class Ranks:
             timeout: seconds to wait for the other ranks, in each exchange.
 
         Raises:
-            SettingError: a timeout that is no positive number.
-            TargetError: `group` is no process group, or this process is not in it.
+            SettingError: the timeout is not a positive number.
+            TargetError: `group` is not a process group, or this process is not in it.
         """
         import torch.distributed as dist
 
@@ -202,7 +202,7 @@ class Ranks:
             self._exchange({"error": _shortened(f"{type(error).__name__}: {error}")}, waits)
 
     def _exchange(self, message: Mapping[str, str], waits: bool = True) -> dict[int, dict[str, str]]:
-        """Send a message to every other rank, and return theirs; nothing, where nobody waits for them."""
+        """Send a message to every other rank, and return theirs; nothing, where the others do not wait."""
         text = "\n".join(f"{key}\t{value}" for key, value in message.items()).encode("ascii", "backslashreplace")
         assert len(text) <= _LENGTH
         mine = torch.frombuffer(bytearray(text.ljust(_LENGTH)), dtype=torch.uint8)

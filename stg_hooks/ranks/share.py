@@ -89,7 +89,7 @@ class Share:
             tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
             if not all(map(is_prediction, tensors)):
                 raise CallError(
-                    "group=: the denoiser returns a tensor that is no prediction (its dtype is not floating, or it "
+                    "group=: the denoiser returns a tensor that is not a prediction (its dtype is not floating, or it "
                     "has no dimensions), so it is not known how to put its rows together. Leave group out."
                 )
             return output

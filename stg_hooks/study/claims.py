@@ -2,7 +2,7 @@
 
 A claim is a file `<name>.<number>`, made with O_EXCL, so that one process alone can make it, and touched every few
 seconds while its owner works. The highest number counts. Where the owner is gone, the next number is free to make; so
-one process alone can take a claim over, too, and nothing is renamed or replaced that somebody else could have made in
+one process alone can take a claim over, too, and nothing is renamed or replaced that another process could have made in
 the meantime.
 """
 
@@ -44,7 +44,7 @@ class Claim:
 
     @property
     def holds(self) -> bool:
-        """Whether nobody has taken it over, as happens to a process that stood still for too long."""
+        """Whether it is still ours: a process that stands still for too long is replaced by another."""
         newest = _newest(self.file.parent, self.file.name.rpartition(".")[0])
         return newest == self.file and _read(self.file).get("token") == self._token
 

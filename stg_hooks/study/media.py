@@ -53,7 +53,7 @@ def frames_of(output: Any) -> Array:
         if getattr(output, name, None) is not None:
             value = getattr(output, name)
     if getattr(output, "images", None) is not None:
-        value = value[0]  # a batch of images is no video
+        value = value[0]  # a batch of images, not a video
     value = _stacked(value)
     if value.ndim not in (3, 4, 5) or 3 not in (value.shape[-1], value.shape[-3]):
         raise TargetError(

@@ -72,7 +72,7 @@ class Profile:
         """Read what `save` wrote.
 
         Raises:
-            ResultsError: there is no profile in the folder, or another version of stg_hooks wrote it.
+            ResultsError: the folder has no profile, or another version of stg_hooks wrote it.
         """
         data = read_json(Path(folder) / PROFILE_FILE, "profile")
         rows = tuple(ProfileRow(**_known(ProfileRow, row)) for row in data.pop("rows"))
@@ -134,7 +134,7 @@ class Cell:
         """Read a cell's folder.
 
         Raises:
-            ResultsError: there is no cell in it.
+            ResultsError: it has no cell.
         """
         data = read_json(folder / CELL_FILE, None)
         samples = tuple(Sample(**_known(Sample, sample)) for sample in data.pop("samples"))
@@ -156,7 +156,7 @@ class Sweep:
         """Read a sweep's folder, also while the sweep is running.
 
         Raises:
-            ResultsError: there is no sweep in the folder, or another version of stg_hooks wrote it.
+            ResultsError: the folder has no sweep, or another version of stg_hooks wrote it.
         """
         folder = Path(folder)
         settings = read_json(folder / SWEEP_FILE, "sweep")

@@ -78,7 +78,7 @@ def prompts_from(prompts: str | Sequence[str], pipe: object = None) -> tuple[str
     """Check prompts, one string is one prompt; and that the pipeline takes them, if there is one.
 
     Raises:
-        SettingError: there is none, something that is no string, or a pipeline that is not called with a prompt.
+        SettingError: there is none, something that is not a string, or a pipeline that is not called with a prompt.
     """
     found = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     if not found or not all(isinstance(prompt, str) for prompt in found):

@@ -70,8 +70,8 @@ def sweep(
 
     Each finished cell (one combination, all prompts and seeds) is on disk at once. Called again with the same settings
     and folder, also after it was killed, a sweep goes on where it stopped, and tries failed cells once more. Any number
-    of processes on any number of machines may run the same sweep on one common folder: each takes the cells that
-    nobody else has, and returns when all of them are made.
+    of processes on any number of machines may run the same sweep on one common folder: each takes cells that
+    no other has taken, and returns when all of them are made.
 
     Args:
         pipe: a diffusers pipeline, or a module, with `sample`.
@@ -175,7 +175,7 @@ class _Run:
         self._finished |= {name for name in self._places if (self._out / CELLS / name / CELL_FILE).exists()}
 
     def _try(self, name: str, bar: Any) -> bool:
-        """Make a cell, unless somebody else is at it or has made it; tell whether it was made here."""
+        """Make a cell, unless another process makes it or has made it; tell whether it was made here."""
         folder = self._out / CELLS / name
         with claims.claimed(self._claims, name, self._stale_after) as claim:
             if claim is None or (folder / CELL_FILE).exists():
@@ -258,7 +258,7 @@ class _Run:
         return Sample(i, j, file, *strip, found)
 
     def _await_baseline(self, bar: Any) -> None:
-        """Wait until the plain pipeline's samples are there; make them, if nobody is at it."""
+        """Wait until the plain pipeline's samples are there; make them, unless another process does."""
         while not (self._out / CELLS / BASELINE / CELL_FILE).exists():
             if not self._try(BASELINE, bar):
                 time.sleep(_POLL)

@@ -1,0 +1,56 @@
+"""What has been found out about the calls of a model, kept for as long as the model lives and stays as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from stg_hooks.passes.shared import Layout
+
+_AT_ONCE = 8
+
+
+@dataclasses.dataclass
+class KnownLayout:
+    """What is known about the calls of one layout."""
+
+    prefix: Layout
+    draws: bool
+    """Such calls draw random numbers, after the prefix."""
+    in_one_pass: bool = False
+    """One pass with more rows has given the same."""
+
+
+@dataclasses.dataclass
+class Findings:
+    """What checks have found out about the calls of one model, by their layouts; no values and no modules."""
+
+    known: dict[Hashable, KnownLayout] = dataclasses.field(default_factory=dict)
+    """Layouts whose weak passes can share the prefix."""
+    keeps_all: set[Hashable] = dataclasses.field(default_factory=set)
+    """Layouts of which nothing is let go."""
+    cut: set[Hashable] = dataclasses.field(default_factory=set)
+    """Layouts whose cond rows are known to be found."""
+    again: dict[Hashable, int] = dataclasses.field(default_factory=dict)
+    """How many calls of a layout have been, or could have been, made once more."""
+
+
+def recall(model: nn.Module, key: Hashable) -> Findings:
+    """Return what is known of a model in the state that `key` tells, or findings that are to be filled."""
+    found = _REMEMBERED.setdefault(model, {})
+    if key not in found:
+        while len(found) >= _AT_ONCE:
+            del found[next(iter(found))]
+        found[key] = Findings()
+    return found[key]
+
+
+def forget(model: nn.Module) -> None:
+    """Check the calls of a model anew from now on."""
+    _REMEMBERED.pop(model, None)
+
+
+_REMEMBERED: WeakKeyDictionary[nn.Module, dict[Hashable, Findings]] = WeakKeyDictionary()
