@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import time
 import warnings
@@ -25,10 +26,11 @@ from stg_hooks.hooks.compiled import is_compiled, untraced
 from stg_hooks.hooks.forward import Patch, Undo, patched, shared
 from stg_hooks.hosts import Host, Role, check_rows_apart
 from stg_hooks.model.source import parameter_names
+from stg_hooks.parts import cond_rows, put_back, sides, uncond_side
 from stg_hooks.passes.guided_call import GuidedCall, in_weak_pass, layout_of
 from stg_hooks.passes.inputs import Inputs, Written
 from stg_hooks.passes.predict import Predictor
-from stg_hooks.passes.rows import HALF, Rows, first_batch, halves, own_predictions, replace_predictions, take_rows
+from stg_hooks.passes.rows import Rows, first_batch, own_predictions, replace_predictions, take_rows
 from stg_hooks.ranks.link import Ranks
 from stg_hooks.ranks.share import Share, check_alone
 from stg_hooks.step import Step, check_step
@@ -46,6 +48,19 @@ class Session:
     lost_steps: int = 0
     calls_elsewhere: int = 0
     """Calls that would have been guided, had the `with` been in force where they were made."""
+
+    def guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Let a function that takes part in a target's run leave the target as it was, where it raises."""
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except BaseException:
+                self.host.put_back()
+                raise
+
+        return call
 
     def role(self, model: nn.Module) -> Role | None:
         """Say what a call of a model is for; `None` if it is not to be guided.
@@ -91,12 +106,12 @@ class _Call:
 
     @property
     def is_cond(self) -> bool:
-        return self.role.rows in ("cond", "uncond+cond", "cond+uncond")
+        return self.role.is_cond
 
     @property
     def rows(self) -> Rows | None:
-        """Its cond rows; `None` where all are."""
-        return HALF if self.role.is_halved else None
+        """Those that its weak passes are made with; `None` for all."""
+        return cond_rows(self.role, self.args, self.kwargs)
 
     @property
     def guidance_scale(self) -> Scale | None:
@@ -160,16 +175,19 @@ class GuidedDenoiser:
         self._guidance.forget_all()
 
     def _install(self) -> tuple[None, Undo]:
+        guarded = self._session.guarded
         with ExitStack() as stack:
             stack.callback(self._forget_all)
             self._of_model = stack.enter_context(shared(self._model, "guided", lambda: (_OfModel(), lambda: None)))
             stack.enter_context(self._predictor.installed())
             if is_compiled(self._model):  # there, hooks are compiled as well, and what we wrap is the call itself
-                stack.enter_context(stack.enter_context(patched(self._model)).everywhere(self._around_compiled))
+                stack.enter_context(
+                    stack.enter_context(patched(self._model)).everywhere(guarded(self._around_compiled))
+                )
                 return None, stack.pop_all().close
             self._patch = stack.enter_context(patched(self._model))
-            before, after = untraced(self._before), untraced(self._after)
-            stack.enter_context(self._patch.everywhere(untraced(self._around)))
+            before, after = untraced(guarded(self._before)), untraced(guarded(self._after))
+            stack.enter_context(self._patch.everywhere(untraced(guarded(self._around))))
             stack.enter_context(self._model.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
             stack.enter_context(self._model.register_forward_hook(after, with_kwargs=True))
             return None, stack.pop_all().close
@@ -190,9 +208,9 @@ class GuidedDenoiser:
         check_alone(self._session, self._session.ranks, self._model)
         self._predictor.caches.check_same()
         self._predictor.caches.begin_pass()
-        if role.rows in ("uncond", "perturbed"):
+        if not role.is_cond:
             before = self._local.last
-            if role.rows == "uncond":
+            if role.is_uncond:
                 before, self._local.guided = self._local.guided, None
             settings = Settings(()) if before is None else before.settings
             self._local.call = call = _Call(role, Step(), settings, args, kwargs, before=before)
@@ -317,9 +335,9 @@ class GuidedDenoiser:
 
     def _guided(self, call: _Call, unguided: Sequence[Tensor], output: Sequence[Tensor]) -> list[Tensor]:
         """Return the guided `output`; `unguided` differs from it where another session came first."""
-        role, both = call.role, call.role.is_halved
-        conds, unconds = _sides(role, unguided)
-        predictions = self._weaks(call, conds, unconds) if call.branches else Predictions(conds, unconds)
+        role = call.role
+        conds, unconds = sides(role, unguided)
+        predictions = self._weaks(call, unguided, conds, unconds) if call.branches else Predictions(conds, unconds)
         guidance, samples = self._guidance, bool(role.samples)
         guided = guidance.guided(call.step, call.settings, predictions, role.channels, samples)
         self._local.last = guided
@@ -331,16 +349,16 @@ class GuidedDenoiser:
                 self._session.lost_steps += 1
             self._local.guided = guided
             if replaces and not is_number(role.guidance_scale, 1):
-                return [*conds]  # the final prediction has to wait for uncond
+                return [*unguided]  # the final prediction has to wait for uncond
         terms = guided.terms()
         if not role.uncond_follows:
             guidance.traced(guided, terms, unconds, call.guidance_scale)
         new = guided.final(_or_one(call.guidance_scale), unconds) if replaces else terms
-        new = new + new if role.is_list_of_both else [torch.cat([tensor, tensor]) if both else tensor for tensor in new]
-        put = guided.whole if replaces else guided.added
-        return [put(*pair) for pair in zip(new, output, strict=True)]
+        return put_back(role, new, output, guided.whole if replaces else guided.added)
 
-    def _weaks(self, call: _Call, conds: Sequence[Tensor], unconds: Sequence[Tensor | None]) -> Predictions:
+    def _weaks(
+        self, call: _Call, unguided: Sequence[Tensor], conds: Sequence[Tensor], unconds: Sequence[Tensor | None]
+    ) -> Predictions:
         """Make the weak predictions of a call."""
         if call.guided is None:
             raise CallError(
@@ -353,17 +371,13 @@ class GuidedDenoiser:
         execution = self._predictor.of(call.branches)
         found = Predictions(conds, unconds)
         found.switches = execution.switches if call.share is None else call.share.switches
-        if not call.role.samples:
+        if not call.role.is_whole:
             found.weaks = execution.weak_predictions(call.guided, conds, self._model, call.inputs)
             found.alone = [call.guided.alone.get(branch) for branch in range(len(found.weaks))]
             return found
-        # A list of samples is not cut: the weak pass predicts all of them.
-        others = [tensor for tensor in unconds if tensor is not None]
-        uncond_first = call.role.rows == "uncond+cond"
-        samples = [*others, *conds] if uncond_first else [*conds, *others]
-        rows = slice(len(others), None) if uncond_first else slice(len(conds))
-        weaks = execution.weak_predictions(call.guided, samples, self._model, call.inputs)
-        found.weaks = [of_branch[rows] for of_branch in weaks]
+        # Rows that are not predicted apart are not cut: the weak pass predicts all of them.
+        weaks = execution.weak_predictions(call.guided, unguided, self._model, call.inputs)
+        found.weaks = [sides(call.role, of_branch)[0] for of_branch in weaks]
         return found
 
     def _check_replaceable(self, guided: Guided, role: Role, is_first: bool) -> None:
@@ -373,7 +387,12 @@ class GuidedDenoiser:
                 f"another stg.apply() has guided this call of {type(self._model).__name__} already, so {what} cannot "
                 "give the final prediction. Use one stg.apply(branches=[...])."
             )
-        cfg = role.rows in ("uncond+cond", "cond+uncond") or role.uncond_follows
+        if role.has_more:
+            raise CallError(
+                f"{name} combines more than one cond and one uncond prediction in this step, so {what} cannot give the "
+                "final prediction. Switch that guidance off, or use rescale=0.0 and rule='cfg'."
+            )
+        cfg = "uncond" in role.parts or role.uncond_follows
         if not cfg and settings.guidance_scale is not None and not is_number(settings.guidance_scale, 1):
             raise CallError(
                 f"guidance_scale={settings.guidance_scale}: {name} makes no uncond prediction in this step. "
@@ -395,10 +414,11 @@ class GuidedDenoiser:
         guidance = self._guidance
         if guided is not None and not guided.settings.changes:
             return None
-        if guided is not None and role.rows == "uncond":
+        own = uncond_side(role, output)
+        if guided is not None and role.is_uncond:
             assert isinstance(guided.step, Step)
-            guidance.watch.look(guided.step, (), output)
-        if guided is None or [c.shape for c in guided.conds] != [guided.part(o).shape for o in output]:
+            guidance.watch.look(guided.step, (), own)
+        if guided is None or [c.shape for c in guided.conds] != [guided.part(o).shape for o in own]:
             if guidance.plan.is_constant and not guidance.plan.base.changes:
                 return None
             raise CallError(
@@ -412,21 +432,20 @@ class GuidedDenoiser:
                     f"{self._session.host.name} adds a guidance of its own in this step, so rescale cannot give the "
                     "final prediction. Switch that guidance off, or use rescale=0.0."
                 )
-            return [guided.added(*pair) for pair in zip(terms, output, strict=True)]
+            return put_back(role, terms, output, guided.added)
         g = _scale_of(guided.settings, role)
-        guidance.traced(guided, terms, output, g)
+        guidance.traced(guided, terms, own, g)
         if not guided.settings.replaces:
-            return [guided.added(*pair) for pair in zip(terms, output, strict=True)]
+            return put_back(role, terms, output, guided.added)
         if is_number(role.guidance_scale, 1):
             return None  # it has no weight, and cond is the final prediction already
         # The caller has cond already and will compute u' + g * (c - u'): choose u' so that this is the final one.
         assert role.guidance_scale is not None
         moved = []
-        for i, (final, c) in enumerate(zip(guided.final(_or_one(g), output), guided.conds, strict=True)):
+        for i, (final, c) in enumerate(zip(guided.final(_or_one(g), own), guided.conds, strict=True)):
             applied = fitted("guidance_scale", guided.weight("guidance_scale", role.guidance_scale, i), c)
-            part = ((final.float() - applied * c.float()) / (1.0 - applied)).to(c.dtype)
-            moved.append(guided.whole(part, output[i]))
-        return moved
+            moved.append(((final.float() - applied * c.float()) / (1.0 - applied)).to(c.dtype))
+        return put_back(role, moved, output, guided.whole)
 
 
 def _scale_of(settings: Settings, role: Role) -> Scale | None:
@@ -435,20 +454,3 @@ def _scale_of(settings: Settings, role: Role) -> Scale | None:
 
 def _or_one(guidance_scale: Scale | None) -> Scale:
     return 1.0 if guidance_scale is None else guidance_scale
-
-
-def _sides(role: Role, found: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return the cond and the uncond predictions in what a call predicted."""
-    if role.is_halved:
-        pairs = [halves(tensor) for tensor in found]
-        return [cond for _, cond in pairs], [uncond for uncond, _ in pairs]
-    if not role.is_list_of_both:
-        return list(found), [None] * len(found)
-    first, second = list(found[: len(found) // 2]), list(found[len(found) // 2 :])
-    conds, unconds = (first, second) if role.rows == "cond+uncond" else (second, first)
-    if [c.shape for c in conds] != [u.shape for u in unconds]:
-        shapes = [tuple(tensor.shape) for tensor in found]
-        raise CallError(
-            f"a list of predictions of the shapes {shapes} cannot be [{role.rows.replace('+', ', ')}] samples."
-        )
-    return conds, [*unconds]

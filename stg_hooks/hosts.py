@@ -7,9 +7,9 @@ import importlib
 import itertools
 import operator
 import sys
-from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, Protocol
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -24,34 +24,46 @@ _ATTENTION = {**_INTEGRATIONS, "comfy": "stg_hooks.integrations.comfyui.attentio
 _MARKS = {"_diffusers_hook": "stg_hooks.integrations.diffusers.caches"}
 
 
-_PHRASES = {
-    "cond": "conditional",
-    "uncond": "unconditional",
-    "uncond+cond": "[uncond, cond]",
-    "cond+uncond": "[cond, uncond]",
-    "perturbed": "a weak prediction of its own",
-}
+_PHRASES = {"cond": "conditional", "uncond": "unconditional", "perturbed": "a weak prediction of its own"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Role:
     """What one call of a denoiser is for.
 
-    `rows` says what its rows are: all conditional, all unconditional, `[uncond, cond]` halves, or all conditional in a
-    weak prediction of the caller's own, which follows those that it is compared with. `guidance_scale` is the CFG
-    weight that the caller is going to apply, where it is known. `uncond_follows` marks a cond call whose uncond
-    prediction comes from a call of its own, later in the same step. `channels` says how many channels (dimension 1) of
-    a prediction are guided, where the others predict something else, a variance; all, if left out. With `samples`, the
-    denoiser returns its predictions as a list of single samples, without a dimension for the batch; then rows may also
-    be `"cond+uncond"`: the first half of the list is conditional; with `"uncond+cond"`, the second one is. `None` lets
-    the call tell.
+    `rows` says what its rows are: one label, or several joined by `+` for as many parts of equal size. `"cond"` rows
+    are those that weak passes predict; `"uncond"` rows belong to them, the first part to the first. The caller combines
+    them, with weights that sum to one, and may do so with further parts: `"image"`, another condition left out; and
+    `"perturbed"`, a weak prediction of its own, which may be a call of its own after those that it is compared with.
+    `"apart"` rows are left as they are.
+
+    `guidance_scale` is the CFG weight that the caller is going to apply, where it is known. `uncond_follows` marks a
+    cond call whose uncond prediction comes from a call of its own, later in the same step. `channels` says how many
+    channels (dimension 1) of a prediction are guided, where the others predict something else, a variance; all, if left
+    out. With `samples`, the denoiser returns its predictions as a list of single samples, without a dimension for the
+    batch; then rows may be `"uncond+cond"` or `"cond+uncond"`: halves of the list. `None` lets the call tell.
     """
 
-    rows: Literal["cond", "uncond", "uncond+cond", "cond+uncond", "perturbed"]
+    rows: str
     guidance_scale: float | Tensor | None = None
     uncond_follows: bool = False
     channels: int | None = None
     samples: bool | None = False
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The labels of its rows."""
+        return tuple(self.rows.split("+"))
+
+    @property
+    def is_cond(self) -> bool:
+        """Whether it has cond rows."""
+        return "cond" in self.parts
+
+    @property
+    def is_uncond(self) -> bool:
+        """Whether it is the uncond call that follows a cond call."""
+        return "uncond" in self.parts and not self.is_cond
 
     @property
     def is_halved(self) -> bool:
@@ -61,16 +73,74 @@ class Role:
     @property
     def is_list_of_both(self) -> bool:
         """Whether a list of samples holds cond and uncond ones."""
-        return self.rows == "cond+uncond" or (self.rows == "uncond+cond" and bool(self.samples))
+        return bool(self.samples) and len(self.parts) == 2
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether rows are not predicted apart: lists of samples, and parts that the denoiser itself tells apart."""
+        return bool(self.samples) or ("perturbed" in self.parts and self.is_cond)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether the caller combines more than one cond and one uncond prediction."""
+        return bool({"image", "perturbed"} & {*self.parts}) or self.parts.count("cond") > 1
 
 
 def check_rows_apart(role: Role, what: str) -> None:
-    """Raise where a call holds cond and uncond samples in one list, which is never cut, and `what` needs them apart."""
+    """Raise where `what` would need cond and uncond rows apart, and a call holds them in another way than in halves.
+
+    Raises:
+        CallError: so it is.
+    """
     if role.is_list_of_both:
         raise CallError(
             f"{what} cannot be used where cond and uncond are predicted in one list of samples. Leave it out, or use "
             "stg.Guider in a loop of your own."
         )
+    if len(role.parts) > 1 and not role.is_halved:
+        raise CallError(
+            f"{what} cannot be used where the rows of a call are {phrase(role.rows)}, as it needs [uncond, cond]. "
+            "Leave it out, or use stg.Guider in a loop of your own."
+        )
+
+
+def phrase(rows: str) -> str:
+    """Say in words what rows are."""
+    parts = rows.split("+")
+    return f"[{', '.join(parts)}]" if len(parts) > 1 else _PHRASES[rows]
+
+
+_PROCESSOR = "processor"
+
+
+class Processors:
+    """Keeps what computes attention in some models, and puts it back.
+
+    A pipeline may install processors of its own for a run (PAG does), and puts the former ones back at the end of the
+    run, which an exception skips.
+    """
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        """Look at the models; touch nothing.
+
+        Args:
+            models: all their modules are looked at.
+        """
+        self._models = models
+        self._found: list[tuple[nn.Module, Any]] = []
+        self.note()
+
+    def note(self) -> None:
+        """Keep those that are installed now."""
+        modules = (module for model in self._models for module in model.modules())
+        self._found = [(module, getattr(module, _PROCESSOR)) for module in modules if hasattr(module, _PROCESSOR)]
+
+    def put_back(self) -> None:
+        """Install those again that were noted."""
+        for module, processor in self._found:
+            if getattr(module, _PROCESSOR, None) is not processor:
+                module._modules.pop(_PROCESSOR, None)  # what is no module cannot be assigned over one
+                setattr(module, _PROCESSOR, processor)
 
 
 class Host(Protocol):
@@ -105,6 +175,9 @@ class Host(Protocol):
 
     def watched(self) -> AbstractContextManager[None]:
         """Do so within a `with`, in the next call of the target."""
+
+    def put_back(self) -> None:
+        """Undo what the target's run has changed of its denoisers, as an exception of ours is going to end it."""
 
 
 class StepCaches(Protocol):
@@ -149,6 +222,7 @@ class ModuleHost:
         self._module = module
         self._said = batched_cfg
         self._caller: tuple[object, Host | None] = None, None
+        self._processors: Processors | None = None
         self._role = Role("uncond+cond" if batched_cfg else "cond", guidance_scale, channels=channels, samples=None)
         self.knows_guidance_scale = not batched_cfg or guidance_scale is not None
 
@@ -180,8 +254,8 @@ class ModuleHost:
             return found if found is None else dataclasses.replace(found, **changes)
         if found.rows != self._role.rows:
             raise CallError(
-                f"batched_cfg={self._said} says that the rows of this call are {_PHRASES[self._role.rows]}, but "
-                f"{caller.name}, which makes it, predicts {_PHRASES[found.rows]} in it. Pass the pipeline: "
+                f"batched_cfg={self._said} says that the rows of this call are {phrase(self._role.rows)}, but "
+                f"{caller.name}, which makes it, predicts {phrase(found.rows)} in it. Pass the pipeline: "
                 "stg.apply(pipe, ...), or leave batched_cfg= out."
             )
         return self._role
@@ -194,20 +268,31 @@ class ModuleHost:
     def check_same(self) -> None:
         """Do nothing: which module is called is up to the caller."""
 
-    def watched(self) -> AbstractContextManager[None]:
-        """Do nothing, likewise."""
-        return nullcontext()
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Note the attention processors."""
+        self._processors = Processors([self._module])
+        yield
+
+    def put_back(self) -> None:
+        """Put the attention processors back if a pipeline makes the call; what others set is theirs."""
+        if self._processors is not None and any(self._calling()):
+            self._processors.put_back()
 
     def _calling_host(self) -> Host | None:
-        for library, name in _INTEGRATIONS.items():
-            if library in sys.modules:
-                integration = importlib.import_module(name)
-                pipeline = integration.calling_pipeline()
-                if pipeline is not None:
-                    if self._caller[0] is not pipeline:
-                        self._caller = pipeline, integration.calling_host(pipeline, self._module)
-                    return self._caller[1]
+        for integration, pipeline in self._calling():
+            if self._caller[0] is not pipeline:
+                self._caller = pipeline, integration.calling_host(pipeline, self._module)
+            return self._caller[1]
         return None
+
+    def _calling(self) -> Iterator[tuple[Any, object]]:
+        """Find the pipeline that makes a call, and the integration that knows it."""
+        for library, name in _INTEGRATIONS.items():
+            integration = importlib.import_module(name) if library in sys.modules else None
+            pipeline = None if integration is None else integration.calling_pipeline()
+            if pipeline is not None:
+                yield integration, pipeline
 
 
 def pipeline_host(target: object) -> Host:

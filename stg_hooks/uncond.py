@@ -67,7 +67,7 @@ class UncondDenoiser:
             stack.enter_context(self._predictor.installed())
             self._check_caches()
             patch = stack.enter_context(patched(self._model))
-            stack.enter_context(patch.everywhere(self._around))
+            stack.enter_context(patch.everywhere(self._session.guarded(self._around)))
             if not is_compiled(self._model):
                 stack.enter_context(self._model.register_forward_pre_hook(patch.check, prepend=True))
             yield

@@ -17,9 +17,25 @@ import diffusers
 from stg_hooks.integrations.diffusers.call_sites import Site, UnreadableError
 from stg_hooks.integrations.diffusers.host import DENOISERS
 from stg_hooks.integrations.diffusers.pipeline_code import call_sites_of
+from tests.parted_pipelines import PARTED
 from tests.stock_pipelines import tested
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "pipelines.md"
+
+
+REFUSED = {
+    "AnyFlowFAR": "it hands a cache of keys and values from chunk to chunk, filled in calls that predict nothing.",
+    "Ideogram 4": "cond and uncond come from two models, and its cond call predicts text tokens as well.",
+    "LEdits++ (two), Semantic, Safe": "each adds terms that depend on thresholds, and on quantiles, of the differences "
+    "of its predictions; what is added to all of them does not come through as it is.",
+    "Attend-and-Excite, Pix2PixZero": "they look into the attention of the U-Net after a call, and change the latents "
+    "by gradients of it.",
+    "SAG": "it makes degraded latents out of its uncond prediction, which guidance would change.",
+    "Panorama": "its rows are cond and uncond of each view in turn, taken apart by slices with a step.",
+    "Paradigms": "it predicts several steps at once, in rows of its own.",
+    "UniDiffuser": "image and text are predicted together, and each has its own calls for uncond.",
+}
+"""Why the others cannot be guided, in one sentence each."""
 
 
 def classes() -> dict[str, type]:
@@ -52,7 +68,24 @@ def reading(cls: type) -> str:
     except UnreadableError as error:
         return f"refused: {error}"
     words = list(dict.fromkeys(_words([site for calls in sites.values() for site in calls])))
-    return "; ".join(words) or "refused: it does not call its denoiser itself"
+    inner = [] if words else _inner(cls)
+    if not words and not inner:
+        return "refused: it does not call its denoiser itself"
+    return "; ".join(words) or "; ".join(f"{reading(one)}, by {one.__name__}" for one in inner)
+
+
+def _inner(cls: type) -> list[type]:
+    """Find the pipelines with a denoiser that a pipeline builds, and leaves the calls to."""
+    init = inspect.unwrap(cls.__init__)
+    made = [init.__globals__.get(name) for name in init.__code__.co_names]
+    pipelines = [one for one in made if inspect.isclass(one) and issubclass(one, diffusers.DiffusionPipeline)]
+    return [one for one in pipelines if denoisers(one)]
+
+
+def not_read() -> list[str]:
+    """Name the pipeline classes that diffusers has, and that need packages that are not installed."""
+    found = {name: getattr(diffusers, name) for name in dir(diffusers) if "Pipeline" in name}
+    return sorted(name for name, value in found.items() if ".dummy_" in getattr(value, "__module__", ""))
 
 
 def _words(sites: list[Site]) -> Iterator[str]:
@@ -60,7 +93,7 @@ def _words(sites: list[Site]) -> Iterator[str]:
         if site.context is not None:
             yield "calls named at run time"
         elif site.kind == "both":
-            yield "[uncond, cond] in one call"
+            yield " or ".join(f"[{way.rows.replace('+', ', ')}]" for way in site.ways) + " in one call"
         elif site.kind == "samples":
             yield "cond and uncond samples in one list"
         elif site.kind == "cond":
@@ -73,7 +106,7 @@ def _words(sites: list[Site]) -> Iterator[str]:
 
 def document() -> str:
     """Return the page."""
-    run = tested()
+    run = {*tested(), *PARTED}
     rows = [
         f"| {name} | {', '.join(denoisers(cls))} | {reading(cls)} | {'yes' if name in run else ''} |"
         for name, cls in classes().items()
@@ -83,9 +116,15 @@ def document() -> str:
 
 What `stg.apply` reads in the code of the {len(rows)} pipeline classes of diffusers {diffusers.__version__} that have a
 `transformer` or `unet`: it guides {len(rows) - refused} of them and refuses {refused}, with an error before anything is
-touched. Those marked as tested are run by `tests/test_pipelines.py` or `tests/test_stock_pipelines.py`. A refused
-pipeline can be guided through its denoiser, `with stg.apply(pipe.transformer, ..., batched_cfg=...):`, or in a loop of
+touched. Those marked as tested are run by `tests/test_pipelines.py`, `tests/test_stock_pipelines.py` or
+`tests/test_parted_pipelines.py`. A refused pipeline
+can be guided through its denoiser, `with stg.apply(pipe.transformer, ..., batched_cfg=...):`, or in a loop of
 your own.
+
+In a call with several kinds of rows, `cond` are those with the whole prompt; `image` are those without the text, and
+`perturbed` those of the pipeline's own attention guidance (PAG). All of them, and `uncond`, get what skip guidance
+adds: the pipeline combines them with weights that sum to one. `apart` rows are not used. `rescale=` and `rule=` are
+refused where there are more than one cond and one uncond prediction.
 
 A pipeline that normalises its combined prediction to the cond one (QwenImage, Lumina2, LongCat, JoyImageEdit, Z-Image's
 `cfg_normalization`, `guidance_rescale`) normalises the guided prediction to the guided cond one; `rescale=` gives the
@@ -98,6 +137,14 @@ Written by `python -m tests.pipeline_table`.
 | pipeline | denoiser | its calls | tested |
 | --- | --- | --- | --- |
 {chr(10).join(rows)}
+
+## Why some are refused
+
+{chr(10).join(f"- {names}: {why}" for names, why in REFUSED.items())}
+
+## Not read
+
+These need packages that were not installed when this page was written: {", ".join(not_read()) or "none"}.
 """
 
 

@@ -155,11 +155,128 @@ class Reversed(Pipeline):
         return pred_uncond + self.guidance_scale * (pred_text - pred_uncond)
 
 
-class Thirds(Pipeline):
+class SplitReversed(Pipeline):
     def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
-        pred = self.transformer(torch.cat([x] * 3), torch.cat([neg, cond, cond]))
+        if not self.do_cfg:
+            return self.transformer(x, cond)
+        pred = self.transformer(torch.cat([x, x]), torch.cat([cond, neg]))
+        cond_eps, uncond_eps = torch.split(pred, len(pred) // 2, dim=0)
+        return uncond_eps + self.guidance_scale * (cond_eps - uncond_eps)
+
+
+class OfTwoCalls(Pipeline):
+    """Takes cond from one call on both, and uncond from another: GLIGEN with text and images."""
+
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        with_boxes = self.transformer(torch.cat([x, x]), torch.cat([x, cond]))
+        without = self.transformer(torch.cat([x, x]), torch.cat([neg, x]))
+        _, pred_text = with_boxes.chunk(2)
+        pred_uncond, _ = without.chunk(2)
+        return pred_uncond + self.guidance_scale * (pred_text - pred_uncond)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.6])
+@pytest.mark.parametrize("cls", [Reversed, SplitReversed, OfTwoCalls])
+def test_rows_may_be_in_another_order(
+    cls: type[Pipeline], rescale: float, arguments: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    pipe = cls(Denoiser())
+    with torch.no_grad(), stg.apply(pipe, layers=["blocks.1"], scale=0.7, rescale=rescale) as handle:
+        assert_close(pipe(*arguments), expected(pipe, *arguments, rescale), rtol=1e-5, atol=1e-5)
+    assert handle.stats.weak_passes == 1
+
+
+class Thirds(Pipeline):
+    """InstructPix2Pix: the prompt and an image, each with a weight."""
+
+    image_guidance_scale = 1.5
+
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        pred = self.transformer(torch.cat([x] * 3), torch.cat([neg, cond + neg, cond]))
+        pred_uncond, pred_image, pred_text = pred.chunk(3)
+        return (
+            pred_uncond
+            + self.guidance_scale * (pred_text - pred_image)
+            + self.image_guidance_scale * (pred_image - pred_uncond)
+        )
+
+
+class ThirdsOfOne(Thirds):
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        pred = self.transformer(torch.cat([x] * 3), torch.cat([neg, cond + neg, cond]))
         pred_uncond, pred_image, pred_text = pred.chunk(3)
         return pred_uncond + pred_image + pred_text
+
+
+class Blended(Pipeline):
+    """ACE-Step: a call of its own for another prompt, and the two are mixed."""
+
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        pred = self.transformer(torch.cat([x, x]), torch.cat([neg, cond]))
+        pred_uncond, pred_text = pred.chunk(2)
+        pred = pred_uncond + self.guidance_scale * (pred_text - pred_uncond)
+        output = self.transformer(x, cond + x)
+        other = 1.0 * output
+        return self.mixed(pred, other)
+
+    def mixed(self, pred: Tensor, other: Tensor) -> Tensor:
+        return 0.6 * pred + 0.4 * other
+
+
+class BlendedHere(Pipeline):
+    image_guidance_scale = 0.6
+
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        pred = self.transformer(torch.cat([x, x]), torch.cat([neg, cond]))
+        pred_uncond, pred_text = pred.chunk(2)
+        pred = pred_uncond + self.guidance_scale * (pred_text - pred_uncond)
+        output = self.transformer(x, cond + x)
+        other = 1.0 * output
+        pred = self.image_guidance_scale * pred + (1.0 - self.image_guidance_scale) * other
+        return 1.0 * pred
+
+
+@pytest.mark.parametrize("cls", [Thirds, BlendedHere])
+def test_what_sums_to_one_comes_through(cls: type[Pipeline], arguments: tuple[Tensor, Tensor, Tensor]) -> None:
+    pipe = cls(Denoiser())
+    x, cond, _ = arguments
+    with torch.no_grad():
+        with stg.skip(pipe.transformer, ["blocks.1"]):
+            weak = pipe.transformer(x, cond)
+        right = pipe(*arguments) + 0.7 * (pipe.transformer(x, cond) - weak)
+        with stg.apply(pipe, layers=["blocks.1"], scale=0.7) as handle:
+            assert_close(pipe(*arguments), right, rtol=1e-5, atol=1e-5)
+        assert handle.stats.weak_passes == 1
+        told = r"(more than one cond and one uncond|a guidance of its own).*rescale=0\.0"
+        with pytest.raises(stg.CallError, match=told), stg.apply(pipe, layers=["blocks.1"], rescale=0.5):
+            pipe(*arguments)
+
+
+def test_three_predictions_whose_weights_do_not_sum_to_one_are_refused(
+    arguments: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    pipe = ThirdsOfOne(Denoiser())
+    with pytest.raises(stg.CallError, match="do not sum to one"), stg.apply(pipe, layers=["blocks.1"]):
+        pipe(*arguments)
+    with pytest.raises(stg.TargetError, match="does not say which half is which"):
+        stg.apply(Blended(Denoiser()), layers=["blocks.1"])
+
+
+@pytest.mark.parametrize("cls", [Reversed, Thirds])
+def test_on_uncond_needs_halves(cls: type[Pipeline], arguments: tuple[Tensor, Tensor, Tensor]) -> None:
+    pipe = cls(Denoiser())
+    told = pytest.raises(stg.CallError, match=r"on='uncond' cannot be used where the rows of a call are \[")
+    with told, stg.apply(pipe, layers=["blocks.1"], on="uncond"):
+        pipe(*arguments)
+
+
+class Unknown(Pipeline):
+    """Says of two predictions only that they are not uncond."""
+
+    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
+        pred = self.transformer(torch.cat([x] * 3), torch.cat([neg, cond, cond]))
+        pred_uncond, pred_a, pred_b = pred.chunk(3)
+        return pred_uncond + self.guidance_scale * (pred_a - pred_b)
 
 
 class Slices(Pipeline):
@@ -187,17 +304,6 @@ class ForAttentionMaps(Pipeline):
         return pred_uncond + self.guidance_scale * (pred_text - pred_uncond)
 
 
-class UncondFromAnotherCall(Pipeline):
-    """Takes cond from one call on both, and uncond from another: their weak predictions differ."""
-
-    def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
-        grounded = self.transformer(torch.cat([x, x]), torch.cat([neg, cond]))
-        pred = self.transformer(torch.cat([x, x]) + 1, torch.cat([neg, cond]))
-        _, pred_text = grounded.chunk(2)
-        pred_uncond, _ = pred.chunk(2)
-        return pred_uncond + self.guidance_scale * (pred_text - pred_uncond)
-
-
 class CallsTwiceForOneResult(Pipeline):
     def __call__(self, x: Tensor, cond: Tensor, neg: Tensor) -> Tensor:
         pred = self.transformer(torch.cat([x, x]), torch.cat([neg, cond]))
@@ -219,12 +325,10 @@ def run_elsewhere(pipe: Pipeline, x: Tensor, cond: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("cls", "why"),
     [
-        (Reversed, r"its rows are \[pred_text, pred_uncond\]"),
-        (Thirds, r"its rows are \[pred_uncond, pred_image, pred_text\]"),
+        (Unknown, r"its rows are \[pred_uncond, pred_a, pred_b\]"),
         (Slices, "guided, but not by uncond and cond calls or halves"),
         (ThreeCalls, "it makes 3 different calls"),
         (ForAttentionMaps, "it looks into its denoiser after a call"),
-        (UncondFromAnotherCall, r"its rows are \[pred_uncond, _\]"),
         (CallsTwiceForOneResult, "does not say which half is which"),
         (Elsewhere, "Elsewhere does not call its transformer itself"),
     ],

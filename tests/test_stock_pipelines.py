@@ -145,12 +145,8 @@ def test_pipeline_is_guided_as_by_hand(name: str) -> None:
 
 
 REFUSED = {
-    "DiTPipeline": r"its rows are \[cond_eps, uncond_eps\]",
-    "LuminaPipeline": r"its rows are \[noise_pred_cond_eps, noise_pred_uncond_eps\]",
-    "StableDiffusionInstructPix2PixPipeline": r"its rows are \[noise_pred_text, noise_pred_image, noise_pred_uncond\]",
     "StableDiffusionSAGPipeline": "it makes 3 different calls",
     "StableDiffusionAttendAndExcitePipeline": "it looks into its denoiser after a call",
-    "StableDiffusionGLIGENTextImagePipeline": r"its rows are \[noise_pred_uncond, _\]",
     "StableDiffusionPix2PixZeroPipeline": "does not say which half is which",
 }
 

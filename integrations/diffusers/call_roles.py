@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stg_hooks.hosts import Role
-from stg_hooks.integrations.diffusers.call_sites import KINDS, Combination, Guards, Site, UnreadableError
+from stg_hooks.integrations.diffusers.call_sites import KINDS, Combination, Guards, Site, UnreadableError, Way
 from stg_hooks.integrations.diffusers.expressions import evaluate
 from stg_hooks.model.source import parameter_names
 from stg_hooks.step import Step
@@ -53,66 +53,85 @@ def role_of(site: Site, names: Mapping[str, Any], sums: dict[int, float]) -> Rol
     """
     if site.unless is not None and evaluate(site.unless, names):
         raise UnreadableError(f"it guides its predictions by itself, as {ast.unparse(site.unless)} is true")
-    kind, guards = site.kind, site.guards or ()
+    kind = site.kind
+    if kind == "both":
+        return _role_of_parts(site.ways, names, sums)
     if site.context is not None:
         kind = KINDS.get(str(evaluate(site.context, names)), "perturbed")
     if kind == "unused":
         return None
     if kind == "perturbed":
+        if site.combination is not None and _weight(site.combination, True, names, sums) is None:
+            raise UnreadableError(f"its weights in {ast.unparse(site.combination.expression)} are not known")
         return Role("perturbed")
-    is_guided = site.context is not None or kind == "uncond" or (site.guards is not None and holds(guards, names))
-    weight = _weight(site, names, sums) if is_guided else None
+    is_guided = site.context is not None or kind == "uncond" or (site.guards is not None and holds(site.guards, names))
+    weight = _weight(site.combination, site.is_named, names, sums) if is_guided else None
     is_guided = is_guided and (site.is_named or weight is not None)
     if kind == "samples":
         return Role("cond+uncond" if is_guided else "cond", weight, samples=True)
     if kind == "uncond" and is_guided:
         return Role("uncond", weight)
-    if kind == "both" and is_guided:
-        return Role("uncond+cond", weight)
-    # Where an `else` takes a prediction in halves, the other branch has other rows.
-    other = next((guard for guard in guards if _is_else(guard) and not evaluate(guard, names)), None)
-    if kind == "both" and other is not None:
-        raise UnreadableError(f"it adds perturbed rows of its own, as {ast.unparse(other)} is false")
     return Role("cond", weight, uncond_follows=kind == "cond" and is_guided)
+
+
+def _role_of_parts(ways: Sequence[Way], names: Mapping[str, Any], sums: dict[int, float]) -> Role | None:
+    """Tell what a call is for whose rows are taken apart in one of these ways, or in none."""
+    for way in ways:
+        if not holds(way.guards, names):
+            continue
+        weights = [_weight(combination, way.is_named, names, sums) for combination in way.combinations]
+        weight = weights[0] if len(weights) == 1 else None
+        if way.is_named or weight is not None:
+            return Role(way.rows, weight, uncond_follows=way.uncond_follows)
+    if not any("cond" in way.rows.split("+") for way in ways):
+        return None
+    # Where an `else` takes a prediction in halves, the other branch has other rows.
+    guards = (guard for way in ways for guard in way.guards)
+    other = next((guard for guard in guards if _is_else(guard) and not evaluate(guard, names)), None)
+    if other is not None:
+        raise UnreadableError(f"it adds perturbed rows of its own, as {ast.unparse(other)} is false")
+    return Role("cond")
 
 
 def _is_else(guard: ast.expr) -> bool:
     return isinstance(guard, ast.UnaryOp) and isinstance(guard.op, ast.Not)
 
 
-def _weight(site: Site, names: Mapping[str, Any], sums: dict[int, float]) -> float | Tensor | None:
+def _weight(
+    combination: Combination | None, is_named: bool, names: Mapping[str, Any], sums: dict[int, float]
+) -> float | Tensor | None:
     """Return `g` of `uncond + g * (cond - uncond)`; `None` if it is not known, or tells no more than names do."""
-    combination = site.combination
     try:
         found = None if combination is None else _combined(combination, names, sums)
     except UnreadableError:
-        if site.is_named:
+        if is_named:
             raise
         return None
     if found is None or combination is None or isinstance(found, Tensor):
-        return found if site.is_named else None
-    if found < 0 and site.is_named:
+        return found if is_named else None
+    if found < 0 and is_named:
         raise UnreadableError(
             f"it calls {combination.uncond} what it uses as cond: {ast.unparse(combination.expression)}"
         )
-    return float(found) if site.is_named or found >= 1 else None
+    return float(found) if is_named or found >= 1 else None
 
 
 def _combined(combination: Combination, names: Mapping[str, Any], sums: dict[int, float]) -> Any:
-    """Evaluate the weight that cond has.
+    """Evaluate the weight that cond has; `None` where it is not known, or there are more than cond and uncond.
 
     Raises:
         UnreadableError: the running function combines the predictions in another way.
     """
-    expression, cond, uncond = combination.expression, combination.cond, combination.uncond
+    expression, others = combination.expression, combination.others
     try:
         other = next((guard for guard in combination.guards if not evaluate(guard, names)), None)
         if other is not None:
             raise UnreadableError(f"it combines its predictions in another way, as {ast.unparse(other)} is false")
         if any(holds(guards, names) for guards in combination.changes):
             return None
-        g = evaluate(expression, {**names, cond: 1.0, uncond: 0.0})
-        total = g + evaluate(expression, {**names, cond: 0.0, uncond: 1.0})
+        without = dict.fromkeys((combination.cond, combination.uncond, *others), 0.0)
+        weights = [evaluate(expression, {**names, **without, name: 1.0}) for name in without]
+        g, total = weights[0], sum(weights)
     except (LookupError, TypeError):
         return None
     found = sums.get(id(combination)) if hasattr(total, "max") else None
@@ -121,7 +140,7 @@ def _combined(combination: Combination, names: Mapping[str, Any], sums: dict[int
         if found is None:
             raise UnreadableError(f"the weights in {ast.unparse(expression)} do not sum to one")
         sums[id(combination)] = found
-    return g if found else None  # 0: a difference, which is added to something
+    return g if found and not others else None  # 0: a difference, which is added to something
 
 
 def _is_near(value: Any, wanted: float) -> bool:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import itertools
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -19,6 +19,13 @@ from typing import NamedTuple, TypeAlias
 KINDS = {"cond": "cond", "pred_cond": "cond", "uncond": "uncond", "pred_uncond": "uncond", "cond_uncond": "both"}
 
 _UNCOND = re.compile(r"(^|_)(neg|negative|uncond|unconditional|null)(_|$)")
+# What a part of a prediction is, by its name; the first that fits. Others are cond.
+_LABELS = {
+    "apart": re.compile(r"^_$"),
+    "uncond": _UNCOND,
+    "perturbed": re.compile(r"(^|_)(perturb|perturbed)(_|$)"),
+    "image": re.compile(r"(^|_)(img|image)(_|$)"),
+}
 _GUIDED = re.compile(r"(^|_)(uncond|unconditional|cfg|classifier_free)(_|$)")
 _CUTS = ("chunk", "split", "tensor_split", "unbind")
 _CONVERSIONS = ("float", "double", "half", "bfloat16", "to", "type", "clone", "contiguous", "detach")
@@ -31,20 +38,33 @@ class UnreadableError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Combination:
-    """The expression that combines both predictions, and the assignments that may change its weight before it."""
+    """The expression that combines predictions, and the assignments that may change its weight before it."""
 
     expression: ast.expr
     cond: str
     uncond: str
     guards: Guards
     changes: tuple[Guards, ...]
+    others: tuple[str, ...] = ()
+    """Further predictions that it combines."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way in which the rows of a call are taken apart, while `guards` hold; `rows` are as those of a role."""
+
+    rows: str
+    guards: Guards
+    combinations: tuple[Combination, ...]
+    uncond_follows: bool = False
+    is_named: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
     """A call of a denoiser in a function's code.
 
-    `kind` says what it is for: `"cond"`, `"uncond"`, `"both"` (rows `[uncond, cond]`, while `guards` hold),
+    `kind` says what it is for: `"cond"`, `"uncond"`, `"both"` (rows of several kinds, in one of the `ways`, or cond),
     `"samples"` (a list of samples, the first half of them cond and the second half uncond, while `guards` hold),
     `"perturbed"` (a weak prediction of the pipeline's own), or `"unused"`. Where the code names it at run time,
     `context` is that name. For a cond call, `guards` are the conditions under which the uncond call follows; `None` if
@@ -58,6 +78,7 @@ class Site:
     context: ast.expr | None = None
     guards: Guards | None = None
     combination: Combination | None = None
+    ways: tuple[Way, ...] = ()
     unless: ast.expr | None = None
     channels: ast.expr | None = None
     is_named: bool = True
@@ -99,7 +120,7 @@ def classified(calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Fou
     """
     kinds = [_kind(found, call) for found, call in calls]
     founds = [found for found, _ in calls]
-    splits = list(_named_splits(statements))
+    splits = _named_splits(statements)
     sliced = _sliced(founds[0], statements) if kinds == ["cond"] and not splits else None
     if sliced is not None:
         yield sliced
@@ -122,14 +143,19 @@ def classified(calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Fou
     if cond is not None and uncond is not None:
         if uncond.statement.lineno < cond.statement.lineno:
             raise UnreadableError("it calls its denoiser for uncond first, before the cond prediction is known")
-        pair = _combination((cond, uncond), cond.target, uncond.target, statements, is_named)
+        pair = _combination((cond, uncond), [cond.target, uncond.target], statements, is_named)
     for kind, found in zip(kinds, founds, strict=True):
         if kind == "named":
             yield Site(found.lines, "perturbed", found.context)
         elif kind == "both":
-            split = _split_of(found, boths, splits)
-            combination = _combination((found, split.found), split.cond, split.uncond, statements, is_named)
-            yield Site(found.lines, "both", None, split.found.guards, combination, is_named=is_named)
+            own = [split for split in splits if _made_by(split, boths) is found]
+            is_last = all(split.found.statement.lineno < found.statement.lineno for split in splits)
+            blend = _blend(found, statements) if is_last and not own else None
+            if blend is not None:
+                yield Site(found.lines, "perturbed", combination=blend)
+            else:
+                ways = tuple(_ways(found, boths, splits, statements, is_named))
+                yield Site(found.lines, "both", ways=ways, is_named=is_named)
         elif kind == "cond" and uncond is not None:
             guards = tuple(guard for guard in uncond.guards if guard not in found.guards)
             yield Site(found.lines, kind, None, guards, pair, is_named=is_named)
@@ -183,21 +209,34 @@ def _switch_of_guidance(calls: Sequence[Found], statements: Sequence[Found]) -> 
 
 
 class _Split(NamedTuple):
-    """Where a prediction is taken apart, `uncond, cond = prediction.chunk(2)`, and both names."""
+    """Where a prediction is taken apart, `uncond, cond = prediction.chunk(2)`, and what its parts are."""
 
     found: Found
-    cond: str
-    uncond: str
+    names: list[str]
+    labels: list[str]
+
+    def named(self, label: str) -> list[str]:
+        """Return the names of the parts that have a label."""
+        return [name for name, of in zip(self.names, self.labels, strict=True) if of == label]
 
 
-def _named_splits(statements: Sequence[Found]) -> Iterator[_Split]:
+def _named_splits(statements: Sequence[Found]) -> list[_Split]:
+    splits = []
     for found, cut, names in _cuts(statements):
-        unconds = [bool(_UNCOND.search(name)) for name in names]
-        if not any(unconds) or any("emb" in name for name in names):
+        labels = [_label(name) for name in names]
+        if not {"uncond", "perturbed", "apart"} & {*labels} or any("emb" in name for name in names):
             continue
-        if unconds != [True, False] or "_" in names or cut != "chunk":
+        conds, unconds = labels.count("cond"), labels.count("uncond")
+        is_known = conds == unconds or (len(names) == 2 and (conds or "apart" in labels))
+        if cut != "chunk" or not is_known or (conds > 1 and len(names) > conds + unconds):
             raise UnreadableError(f"its rows are [{', '.join(names)}]")
-        yield _Split(found, names[1], names[0])
+        splits.append(_Split(found, names, labels))
+    is_apart = any("uncond" in split.labels and "apart" in split.labels for split in splits)
+    return [split for split in splits if is_apart or {"uncond", "perturbed"} & {*split.labels}]
+
+
+def _label(name: str) -> str:
+    return next((label for label, pattern in _LABELS.items() if pattern.search(name)), "cond")
 
 
 def _cuts(statements: Sequence[Found]) -> Iterator[tuple[Found, str, list[str]]]:
@@ -207,7 +246,22 @@ def _cuts(statements: Sequence[Found]) -> Iterator[tuple[Found, str, list[str]]]
         if not (isinstance(found.value, ast.Call) and isinstance(target, ast.Tuple)):
             continue
         if tail(found.value.func) in _CUTS and _dim(found.value) == "0":
-            yield found, tail(found.value.func), [ast.unparse(one) for one in target.elts]
+            names = [ast.unparse(one) for one in target.elts]
+            yield found, "chunk" if _is_even(found.value, len(names)) else tail(found.value.func), names
+
+
+def _is_even(call: ast.Call, count: int) -> bool:
+    """Tell whether `torch.split(x, len(x) // 2)` cuts into so many equal parts."""
+    size = call.args[-1] if tail(call.func) == "split" and call.args else None
+    if not isinstance(size, ast.BinOp) or not isinstance(size.op, ast.FloorDiv):
+        return False
+    return isinstance(size.right, ast.Constant) and size.right.value == count
+
+
+def takes_apart(statements: Sequence[Found]) -> bool:
+    """Tell whether something is taken apart there, into parts whose names say what they are."""
+    names = (name for _, _, names in _cuts(statements) for name in names)
+    return any(_label(name) in ("uncond", "perturbed") and "emb" not in name for name in names)
 
 
 def _by_weights(
@@ -215,22 +269,63 @@ def _by_weights(
 ) -> tuple[list[_Split], list[str]]:
     """Find what can be cond and uncond, as it is combined: two halves or, if there are none, two calls."""
     halves = [(found, names) for found, cut, names in _cuts(statements) if cut == "chunk" and len(names) == 2]
-    splits = [_Split(found, cond, uncond) for found, (uncond, cond) in halves]
-    splits = [split for split in splits if _combination((split.found,), split.cond, split.uncond, statements, False)]
+    splits = [_Split(found, names, ["uncond", "cond"]) for found, names in halves]
+    splits = [split for split in splits if _combination((split.found,), split.names[::-1], statements, False)]
     pair = [found for kind, found in zip(kinds, calls, strict=True) if kind == "cond"]
-    if splits or len(pair) != 2 or _combination(pair, pair[0].target, pair[1].target, statements, False) is None:
+    if splits or len(pair) != 2 or _combination(pair, [pair[0].target, pair[1].target], statements, False) is None:
         return splits, kinds
     return [], ["uncond" if found is pair[1] else kind for kind, found in zip(kinds, calls, strict=True)]
 
 
-def _split_of(call: Found, calls: Sequence[Found], splits: Sequence[_Split]) -> _Split:
-    """Find where the prediction of a call is taken apart: after it, and before the next one is made."""
-    line = call.statement.lineno
-    following = [other.statement.lineno for other in calls if other.statement.lineno > line]
-    for split in splits:
-        if line <= split.found.statement.lineno < min(following, default=sys.maxsize):
-            return split
-    raise UnreadableError("it makes a call for cond and uncond, and does not say which half is which")
+def _is_else_of(call: Found, calls: Sequence[Found]) -> bool:
+    """Tell whether a call is made instead of others: it stands in the `else` of one, or is returned at once."""
+    if isinstance(call.statement, ast.Return):
+        return True
+    negated = {ast.unparse(guard.operand) for guard in call.guards if isinstance(guard, ast.UnaryOp)}
+    return any(ast.unparse(guard) in negated for other in calls for guard in other.guards)
+
+
+def _ways(
+    call: Found, calls: Sequence[Found], splits: Sequence[_Split], statements: Sequence[Found], is_named: bool
+) -> Iterator[Way]:
+    """Find where the prediction of a call is taken apart: after it, and before the next one of that name is made."""
+    own = [split for split in splits if _made_by(split, calls) is call]
+    if not own and _is_else_of(call, calls):
+        yield Way("cond", (), ())
+    elif not own:
+        raise UnreadableError("it makes a call for cond and uncond, and does not say which half is which")
+    for split in own:
+        conds, unconds = split.named("cond"), split.named("uncond")
+        # Where they come from calls of their own, the other half of each is not used.
+        elsewhere = [other for other in splits if other.found.guards == split.found.guards and other is not split]
+        follows = bool(conds) and "apart" in split.labels
+        if "apart" in split.labels:
+            conds = conds or [name for other in elsewhere for name in other.named("cond")]
+            unconds = unconds or [name for other in elsewhere for name in other.named("uncond")]
+        if not conds or len(unconds) > len(conds):
+            raise UnreadableError(f"its rows are [{', '.join(split.names)}]")
+        others = [*split.named("perturbed"), *split.named("image")]
+        groups = (
+            [[cond, *uncond, *others] for cond, *uncond in itertools.zip_longest(conds, unconds)] if unconds else []
+        )
+        found = (_combination((call, split.found), group, statements, is_named) for group in groups)
+        combinations = tuple(one for one in found if one is not None)
+        yield Way("+".join(split.labels), split.found.guards, combinations, follows, is_named)
+
+
+def _blend(call: Found, statements: Sequence[Found]) -> Combination | None:
+    """Find where the prediction of a call is mixed into the one before it, `pred = w * pred + (1 - w) * other`."""
+    names = [call.target, *(found.target for found in statements if call.target in _names(found.statement))]
+    pairs = ((name, found) for found in statements for name in names if found.target not in ("", name))
+    combined = (_combination((call,), [name, found.target], [found]) for name, found in pairs)
+    return next((one for one in combined if one is not None), None)
+
+
+def _made_by(split: _Split, calls: Sequence[Found]) -> Found | None:
+    """Return the last call before a split that made what it takes apart, by its name if one has that."""
+    line, names = split.found.statement.lineno, {*_names(split.found.value or split.found.statement)}
+    before = [call for call in calls if call.statement.lineno <= line]
+    return next(reversed([call for call in before if call.target in names] or before), None)
 
 
 def _sliced(call: Found, statements: Sequence[Found]) -> Site | None:
@@ -250,7 +345,7 @@ def _sliced(call: Found, statements: Sequence[Found]) -> Site | None:
         return None
     made_of = [(found.target, set(_names(found.statement))) for found in statements]
     one, other = (next((x for x, names in made_of if x not in ("", name) and name in names), "") for name in parts)
-    combination = _combination((call,), one, other, statements)
+    combination = _combination((call,), [one, other], statements)
     return None if combination is None else Site(call.lines, "samples", None, guards, combination)
 
 
@@ -266,29 +361,32 @@ def _dim(call: ast.Call) -> str:
 
 
 def _combination(
-    made: Sequence[Found], cond: str, uncond: str, statements: Sequence[Found], is_named: bool = True
+    made: Sequence[Found], predictions: Sequence[str], statements: Sequence[Found], is_named: bool = True
 ) -> Combination | None:
-    """Find the expression that combines both predictions, after the statements that make them.
+    """Find the expression that combines predictions, cond, uncond and others, after the statements that make them.
 
     Without names that tell, both have to come to it as they are: `None` if one is assigned anew, other than converted.
     """
     later = [found for found in statements if found.statement.lineno > made[0].statement.lineno]
+    first = statements.index(made[-1]) if made[-1] in statements else -1
+    is_several = len({*predictions}) == len(predictions) > 1
     for place, found in enumerate(later):
         value = getattr(found.statement, "value", None)
-        expression = _smallest(value, cond, uncond) if isinstance(value, ast.expr) and cond != uncond else None
-        if expression is None:
+        expression = _smallest(value, *predictions) if isinstance(value, ast.expr) and is_several else None
+        if expression is None or found in statements[: first + 1]:
             continue
         before = [other for other in later[:place] if other not in made]
-        if not is_named and any(_changes(other, {cond, uncond}) for other in before):
+        if not is_named and any(_changes(other, {*predictions}) for other in before):
             return None
-        weights = {name.lstrip("_") for name in _names(expression)} - {cond, uncond, "self"}
+        weights = {name.lstrip("_") for name in _names(expression)} - {*predictions, "self"}
         changes = tuple(
             other.guards
             for other in before
             if isinstance(other.statement, ast.Assign)
             and {name.lstrip("_") for target in other.statement.targets for name in _names(target)} & weights
         )
-        return Combination(expression, cond, uncond, found.guards, changes)
+        cond, uncond, *others = predictions
+        return Combination(expression, cond, uncond, found.guards, changes, tuple(others))
     return None
 
 

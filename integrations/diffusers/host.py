@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import sys
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from types import CodeType, FrameType
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from stg_hooks.errors import CallError, TargetError
 from stg_hooks.hooks.forward import Undo, set_attribute, shared
-from stg_hooks.hosts import Role
+from stg_hooks.hosts import Processors, Role
 from stg_hooks.integrations.diffusers.call_roles import Latents, latents_of, role_of
 from stg_hooks.integrations.diffusers.call_sites import Site, UnreadableError
 from stg_hooks.integrations.diffusers.expressions import evaluate
@@ -54,7 +55,9 @@ class PipelineHost:
                 f"{self.name} has no {', '.join(DENOISERS[:-1])} or {DENOISERS[-1]} that is a torch.nn.Module. "
                 "Pass the module that denoises instead: stg.apply(module, ...)."
             )
+        self._callers: tuple[Any, ...] = (pipeline,)
         self._sites = self._read()
+        self._processors: Processors | None = None
         self._sums: dict[int, float] = {}
         self._latents = Latents()
         self._read_already: dict[str, tuple[Tensor, list[float]]] = {}
@@ -69,6 +72,10 @@ class PipelineHost:
         )
         try:
             sites = call_sites_of(type(self.pipeline), DiffusionPipeline, names)
+            if not sites:
+                self._callers = tuple(self._inner())
+                found = [call_sites_of(type(inner), DiffusionPipeline, names) for inner in self._callers]
+                sites = {code: of_code for of_one in found for code, of_code in of_one.items()}
         except UnreadableError as error:
             raise TargetError(
                 f"apply() cannot tell what {self.name} calls its denoiser for: {error}. {elsewhere}"
@@ -78,6 +85,17 @@ class PipelineHost:
         if not sites:
             raise TargetError(f"{self.name} does not call its {names[0]} itself. {elsewhere}")
         return sites
+
+    def _inner(self) -> Iterator[Any]:
+        """Find the pipelines in this one that have the same denoisers: it leaves the calls to them."""
+        from diffusers import DiffusionPipeline
+
+        for value in vars(self.pipeline).values():
+            own = (
+                [getattr(value, name, None) for name in self._denoisers] if isinstance(value, DiffusionPipeline) else []
+            )
+            if any(module is not None and module in self._denoisers.values() for module in own):
+                yield value
 
     def denoisers(self) -> dict[str, nn.Module]:
         """Return the modules that denoise, in the order in which the pipeline uses them."""
@@ -120,8 +138,8 @@ class PipelineHost:
         Raises:
             CallError: one was.
         """
-        for name, module in self._denoisers.items():
-            found = getattr(self.pipeline, name, None)
+        for caller, (name, module) in itertools.product(self._callers, self._denoisers.items()):
+            found = getattr(caller, name, None)
             # One that calls it, as torch.compile() gives, is guided through it; one that was taken away is not called.
             if found is None or found is module:
                 continue
@@ -140,13 +158,24 @@ class PipelineHost:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        own = self.pipeline, "progress_bar"
-        with shared(*own, partial(_install_bar, *own)) as bar:
-            bar.checks = (*bar.checks, self.check_same)
-            try:
-                yield
-            finally:
-                bar.checks = tuple(check for check in bar.checks if check != self.check_same)
+        self._processors = Processors(list(self._denoisers.values()))
+        with ExitStack() as stack:
+            for caller in self._callers:
+                stack.enter_context(_called_at(caller, "check_inputs", _Method, self._processors.note))
+                stack.enter_context(_called_at(caller, "progress_bar", _Bar, self._check_in_run))
+            yield
+
+    def _check_in_run(self) -> None:
+        try:
+            self.check_same()
+        except CallError:
+            self.put_back()
+            raise
+
+    def put_back(self) -> None:
+        """Put the attention processors back that were there when the run began."""
+        if self._processors is not None:
+            self._processors.put_back()
 
     def _why_not_read(self, frame: FrameType) -> str:
         """Say who calls the denoiser where the pipeline itself does not: a callback, most likely."""
@@ -178,7 +207,7 @@ class PipelineHost:
         """Say where in its loop over timesteps the pipeline is."""
         frame = self._frame()
         names = {} if frame is None else frame.f_locals
-        scheduler = getattr(self.pipeline, "scheduler", None)
+        scheduler = getattr(names.get("self", self.pipeline), "scheduler", None)
         timesteps = names.get("timesteps", getattr(scheduler, "timesteps", None))
         index, count = names.get("i"), None if timesteps is None else len(timesteps)
         if not isinstance(index, int) or count is None:
@@ -215,43 +244,64 @@ class PipelineHost:
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code not in self._sites:
             frame = frame.f_back
-        return frame if frame is not None and frame.f_locals.get("self") is self.pipeline else None
+        caller = None if frame is None else frame.f_locals.get("self")
+        return frame if any(caller is one for one in self._callers) else None
 
 
-class _Bar:
-    """A pipeline's `progress_bar`, which all runs make, and which they update after each step."""
+class _Method:
+    """A method of a pipeline that its runs call, in place of which stands this, to look at them."""
 
-    def __init__(self, pipeline: Any, progress_bar: Callable[..., Any]) -> None:
-        self.checks: tuple[Callable[[], None], ...] = ()
+    def __init__(self, pipeline: Any, name: str) -> None:
+        self.callbacks: tuple[Callable[[], None], ...] = ()
         self._pipeline = pipeline
-        self._progress_bar = progress_bar
+        self._name = name
+        self._method = getattr(pipeline, name, lambda *_, **__: nullcontext())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._check()
-        bar = self._progress_bar(*args, **kwargs)
+        self._call_back()
+        return self._method(*args, **kwargs)
+
+    def _call_back(self) -> None:
+        for callback in self.callbacks:
+            callback()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let copies and pickles of the pipeline have a plain one."""
+        is_plain = getattr(self._method, "__self__", None) is self._pipeline
+        plain = (getattr(type(self._pipeline), self._name), self._pipeline) if is_plain else (self._method,)
+        return partial, plain
+
+
+class _Bar(_Method):
+    """A pipeline's `progress_bar`, which all runs make, and which they update after each step."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bar = super().__call__(*args, **kwargs)
         update = getattr(bar, "update", None)
         if callable(update) and hasattr(bar, "__dict__"):
 
             def checked(*args: Any, **kwargs: Any) -> Any:
-                self._check()
+                self._call_back()
                 return update(*args, **kwargs)
 
             bar.update = checked
         return bar
 
-    def _check(self) -> None:
-        for check in self.checks:
-            check()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Let copies and pickles of the pipeline have a plain one."""
-        is_plain = getattr(self._progress_bar, "__self__", None) is self._pipeline
-        return partial, (type(self._pipeline).progress_bar, self._pipeline) if is_plain else (self._progress_bar,)
+@contextmanager
+def _called_at(pipeline: Any, name: str, kind: type[_Method], callback: Callable[[], None]) -> Iterator[None]:
+    """Call back whenever a pipeline calls a method of its own, within a `with`."""
 
+    def install() -> tuple[_Method, Undo]:
+        method = kind(pipeline, name)
+        return method, set_attribute(pipeline, name, method)
 
-def _install_bar(pipeline: Any, name: str) -> tuple[_Bar, Undo]:
-    bar = _Bar(pipeline, getattr(pipeline, name, lambda *_, **__: nullcontext()))
-    return bar, set_attribute(pipeline, name, bar)
+    with shared(pipeline, name, install) as method:
+        method.callbacks = (*method.callbacks, callback)
+        try:
+            yield
+        finally:
+            method.callbacks = tuple(other for other in method.callbacks if other != callback)
 
 
 def host(target: Any) -> PipelineHost:

@@ -9,7 +9,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 from stg_hooks.errors import CallError, TargetError
-from stg_hooks.hosts import Role
+from stg_hooks.hosts import Processors, Role
 from stg_hooks.integrations.diffusers.call_sites import Site
 from stg_hooks.integrations.diffusers.host import PipelineHost
 from stg_hooks.step import Step
@@ -49,7 +49,8 @@ class ModularHost(PipelineHost):
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Do nothing: the blocks of a run make progress bars of their own."""
+        """Note the attention processors; the blocks of a run make progress bars of their own."""
+        self._processors = Processors(list(self._denoisers.values()))
         yield
 
     def role(self) -> Role | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import functools
 import inspect
 import itertools
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import CodeType, FunctionType
 
 from stg_hooks.integrations.diffusers.call_sites import (
@@ -19,6 +20,7 @@ from stg_hooks.integrations.diffusers.call_sites import (
     channels_of,
     classified,
     tail,
+    takes_apart,
 )
 
 _CONTEXT = "cache_context"
@@ -43,11 +45,13 @@ def call_sites_of(cls: type, base: type, denoisers: tuple[str, ...]) -> dict[Cod
         UnreadableError: one of them calls a denoiser, but for what cannot be told.
         OSError: its source is not there.
     """
-    return dict(_read_together(tuple(_functions(cls, base)), denoisers))
+    own = list(itertools.takewhile(lambda owner: owner is not base, cls.__mro__))
+    mixed_in = [owner for owner in cls.__mro__ if owner not in own and owner not in base.__mro__]
+    return dict(_read_together(tuple(_functions(own)), tuple(_functions(mixed_in)), denoisers))
 
 
-def _functions(cls: type, base: type) -> Iterator[FunctionType]:
-    for owner in itertools.takewhile(lambda owner: owner is not base, cls.__mro__):
+def _functions(owners: Sequence[type]) -> Iterator[FunctionType]:
+    for owner in owners:
         for value in vars(owner).values():
             function = inspect.unwrap(value) if callable(value) else None
             if isinstance(function, FunctionType):
@@ -55,12 +59,15 @@ def _functions(cls: type, base: type) -> Iterator[FunctionType]:
 
 
 @functools.lru_cache(maxsize=64)
-def _read_together(functions: tuple[FunctionType, ...], denoisers: tuple[str, ...]) -> dict[CodeType, tuple[Site, ...]]:
-    alone = read = {function: _read(function, denoisers) for function in functions}
+def _read_together(
+    functions: tuple[FunctionType, ...], mixed_in: tuple[FunctionType, ...], denoisers: tuple[str, ...]
+) -> dict[CodeType, tuple[Site, ...]]:
+    methods = {function.__name__: function for function in reversed((*functions, *mixed_in))}
+    alone = read = {function: _read(function, denoisers, methods) for function in functions}
     wrappers: set[str] = set()
     while found := {function.__name__ for function, sites in read.items() if _hands_on(function, sites)} - wrappers:
         wrappers |= found
-        read = {function: _read(function, (*denoisers, *sorted(wrappers))) for function in functions}
+        read = {function: _read(function, (*denoisers, *sorted(wrappers)), methods) for function in functions}
     # What only hands a prediction on is as its callers are, if these say more than it does.
     read = {function: sites for function, sites in read.items() if function.__name__ not in wrappers}
     if all(map(_is_plain, itertools.chain(*read.values()))):
@@ -83,8 +90,8 @@ def _hands_on(function: FunctionType, sites: Sequence[Site]) -> bool:
     return not loops and any(isinstance(node, ast.Return) and node.value is not None for node in nodes)
 
 
-def _read(function: FunctionType, denoisers: tuple[str, ...]) -> tuple[Site, ...]:
-    """Find a function's calls of a denoiser, and what they are for.
+def _read(function: FunctionType, denoisers: tuple[str, ...], methods: Mapping[str, FunctionType]) -> tuple[Site, ...]:
+    """Find a function's calls of a denoiser, and what they are for; `methods` may take predictions apart for it.
 
     Raises:
         UnreadableError: it calls a denoiser, but for what cannot be told.
@@ -99,8 +106,50 @@ def _read(function: FunctionType, denoisers: tuple[str, ...]) -> tuple[Site, ...
     everywhere = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in callees]
     if len(everywhere) != len(calls):
         raise UnreadableError(f"{function.__name__} calls its denoiser in a condition, or in a function inside it")
+    statements = list(_with_methods(statements, {found.target for found, _ in calls} - {""}, methods))
     channels = channels_of(statements)
     return tuple(dataclasses.replace(site, channels=channels) for site in classified(calls, statements))
+
+
+def _with_methods(
+    statements: Sequence[Found], predictions: set[str], methods: Mapping[str, FunctionType]
+) -> Iterator[Found]:
+    """Write out the methods that predictions are given to and that take them apart, in the place of their calls."""
+    for found in statements:
+        call = found.value
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == f"self.{tail(call.func)}":
+            method = methods.get(tail(call.func))
+            if method is not None and predictions & {tail(argument) for argument in call.args}:
+                yield from _written_out(method, call, found)
+        yield found
+
+
+def _written_out(method: FunctionType, call: ast.Call, at: Found) -> Iterator[Found]:
+    tree = copy.deepcopy(_tree(method.__code__))
+    if not isinstance(tree, ast.FunctionDef) or not takes_apart(list(_statements(tree.body, (), None, None))):
+        return
+    parameters = [parameter.arg for parameter in tree.args.args[1:]]
+    given = dict(zip(parameters, call.args, strict=False))
+    given |= {word.arg: word.value for word in call.keywords if word.arg}
+    _Given(given).visit(tree)
+    for node in ast.walk(tree):
+        ast.copy_location(node, at.statement)
+    for inner in _statements(tree.body, at.guards, at.context, at.loop):
+        yield dataclasses.replace(inner, loop=at.loop)
+
+
+class _Given(ast.NodeTransformer):
+    """Put what a method is given in the place of its parameters."""
+
+    def __init__(self, given: Mapping[str, ast.expr]) -> None:
+        self._given = given
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        """Replace a parameter; one that is assigned to only by another name."""
+        value = self._given.get(node.id)
+        if value is None or (isinstance(node.ctx, ast.Store) and not isinstance(value, ast.Name)):
+            return node
+        return ast.Name(value.id, node.ctx) if isinstance(value, ast.Name) else copy.deepcopy(value)
 
 
 def _names_in(code: CodeType) -> Iterator[str]:
