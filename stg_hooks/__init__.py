@@ -25,13 +25,13 @@ from stg_hooks.passes.predict import Predictor
 from stg_hooks.skip import check, skip
 from stg_hooks.step import Step
 from stg_hooks.study import results
-from stg_hooks.study.profile import profile
 from stg_hooks.study.table import layers
 
 __version__ = "0.1.0"
 
 
 if TYPE_CHECKING:
+    from stg_hooks.study.profile import profile
     from stg_hooks.study.report import report
     from stg_hooks.study.sweep import sweep
 
@@ -42,6 +42,8 @@ def __getattr__(name: str) -> object:
         return importlib.import_module("stg_hooks.integrations.k_diffusion")
     if name == "modular":
         return importlib.import_module("stg_hooks.integrations.diffusers.skip_guidance")
+    if name == "profile":
+        return importlib.import_module("stg_hooks.study.profile").profile
     if name == "report":
         return importlib.import_module("stg_hooks.study.report").report
     if name == "sweep":

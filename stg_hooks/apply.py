@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from stg_hooks.denoiser import GuidedDenoiser, Session
+from stg_hooks.denoiser import GuidedDenoiser
 from stg_hooks.errors import CallError, NotCopied, SettingError, StgWarning
 from stg_hooks.guidance.channels import VarianceWatch
 from stg_hooks.guidance.combine import Scale, check_scale
@@ -24,9 +24,10 @@ from stg_hooks.guidance.trace import Stats, Trace
 from stg_hooks.hooks import activation
 from stg_hooks.hosts import Host, ModuleHost, pipeline_host
 from stg_hooks.model.layers import LayerSpec
+from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.modes import Mode
-from stg_hooks.modes.sites import Kind
 from stg_hooks.ranks.link import check_own_copy, ranks_from
+from stg_hooks.session import Session
 from stg_hooks.step import Step
 from stg_hooks.uncond import UncondDenoiser
 

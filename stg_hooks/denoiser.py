@@ -3,86 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from stg_hooks.errors import CallError, StgWarning
+from stg_hooks.errors import CallError
 from stg_hooks.guidance.combine import Scale, fitted, is_number
-from stg_hooks.guidance.guide import Guidance, Guided, Predictions
+from stg_hooks.guidance.guide import Guided, Predictions
 from stg_hooks.guidance.samples import takes_samples
 from stg_hooks.guidance.schedule import Settings
 from stg_hooks.guidance.settings import Branch
-from stg_hooks.hooks import activation
 from stg_hooks.hooks.compiled import is_compiled, untraced
 from stg_hooks.hooks.forward import Patch, Undo, patched, shared
-from stg_hooks.hosts import Host, Role, check_rows_apart
+from stg_hooks.hosts import Role, check_rows_apart
 from stg_hooks.model.source import parameter_names
 from stg_hooks.parts import cond_rows, put_back, sides, uncond_side
 from stg_hooks.passes.guided_call import GuidedCall, in_weak_pass, layout_of
 from stg_hooks.passes.inputs import Inputs, Written
 from stg_hooks.passes.predict import Predictor
 from stg_hooks.passes.rows import Rows, first_batch, own_predictions, replace_predictions, take_rows
-from stg_hooks.ranks.link import Ranks
-from stg_hooks.ranks.share import Share, check_alone
+from stg_hooks.ranks.link import check_alone
+from stg_hooks.session import Session
 from stg_hooks.step import Step, check_step
 
-
-@dataclasses.dataclass(eq=False)
-class Session:
-    """What the guides of one `apply` share; it knows none of them, so that nothing keeps itself alive."""
-
-    host: Host
-    guidance: Guidance
-    ranks: Ranks | None = None
-    step: Step | None = None
-    models: tuple[nn.Module, ...] = ()
-    lost_steps: int = 0
-    calls_elsewhere: int = 0
-    """Calls that would have been guided, had the `with` been in force where they were made."""
-
-    def guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Let a function that takes part in a target's run leave the target as it was, where it raises."""
-
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return function(*args, **kwargs)
-            except BaseException:
-                self.host.put_back()
-                raise
-
-        return call
-
-    def role(self, model: nn.Module) -> Role | None:
-        """Say what a call of a model is for; `None` if it is not to be guided.
-
-        Raises:
-            CallError: with `strict`, the target makes it where the `with` is not in force.
-        """
-        if activation.is_active(self):
-            return self.host.role()
-        is_own = self.host.is_calling()
-        if is_own is False or any(model in getattr(other, "models", ()) for other in activation.others(self)):
-            return None
-        self.calls_elsewhere += 1
-        if is_own and (self.guidance.watch.strict or self.calls_elsewhere == 1):
-            text = (
-                f"{self.host.name} is called in another thread, task or context than the one in which its stg.apply() "
-                f"was entered, so this call is not guided. {activation.ENTER_THERE}"
-            )
-            if self.guidance.watch.strict:
-                raise CallError(text)
-            warnings.warn(text, StgWarning, stacklevel=3)
-        return None
+if TYPE_CHECKING:
+    from stg_hooks.ranks.share import Share
 
 
 @dataclasses.dataclass
@@ -237,6 +188,8 @@ class GuidedDenoiser:
         if self._session.ranks is not None:
             check_rows_apart(call.role, "group=")
             both = call.role.is_halved
+            from stg_hooks.ranks.share import Share
+
             call.share = Share(self._session.ranks, self._predictor, call.branches, both)
             return call.share.first(proceed, partial(self._arguments, both, args, kwargs))
         if not call.branches:

@@ -24,14 +24,13 @@ from stg_hooks.guidance.settings import Branch
 from stg_hooks.guidance.trace import Stats, Trace
 from stg_hooks.hooks import activation
 from stg_hooks.model.layers import LayerSpec
+from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.modes import Mode
-from stg_hooks.modes.sites import Kind
 from stg_hooks.passes.guided_call import in_weak_pass
 from stg_hooks.passes.inputs import Inputs, Written
 from stg_hooks.passes.predict import Predictor
 from stg_hooks.passes.rows import HALF, halves, own_predictions, predictions, replace_predictions
-from stg_hooks.ranks.link import Ranks, check_own_copy, ranks_from
-from stg_hooks.ranks.share import Share, check_alone
+from stg_hooks.ranks.link import Ranks, check_alone, check_own_copy, ranks_from
 from stg_hooks.step import Step, check_step, is_new_run, noise_levels, step_at
 
 if TYPE_CHECKING:
@@ -337,6 +336,8 @@ class Guider(NotCopied):
         conditions = [call.positive, call.positive if call.negative is None else call.negative]
         inputs = [Inputs(args, condition, self._written) for condition in conditions]
         with self._prepared(), activation.entered(self):
+            from stg_hooks.ranks.share import Share
+
             share = Share(ranks, self._predictor, wanted, has_uncond)
             output = share.first(self.denoiser, lambda for_uncond: (args, conditions[for_uncond]))
             first = own_predictions(output)

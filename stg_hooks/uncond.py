@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stg_hooks.denoiser import Session
 from stg_hooks.errors import CallError, SettingError
 from stg_hooks.guidance.samples import are_samples, check_told, takes_samples
 from stg_hooks.guidance.schedule import Settings
@@ -27,6 +26,7 @@ from stg_hooks.passes.rows import (
     predictions,
     replace_predictions,
 )
+from stg_hooks.session import Session
 from stg_hooks.step import check_step
 
 Args = tuple[Any, ...]

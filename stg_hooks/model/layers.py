@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from stg_hooks.errors import LayerError, TargetError, closest
 from stg_hooks.model.facts import stated
 from stg_hooks.model.flow import bystanders
-from stg_hooks.model.source import calls_attention, running_order
-from stg_hooks.model.words import words_of
+from stg_hooks.model.source import calls_attention, running_order, words_of
 
 LayerSpec = SupportsIndex | str | range | nn.Module | Iterable["SupportsIndex | str | range | nn.Module"]
 """What may be passed as `layers`: indices, dotted names or globs, modules, or a list of those."""

@@ -13,7 +13,7 @@ import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ from stg_hooks.modes.attention_calls import AttentionCall, HandMade, MultiHead, 
 from stg_hooks.modes.kernels import advice, seeing
 from stg_hooks.modes.layouts import Arguments, Layout
 from stg_hooks.modes.residual import copied
-from stg_hooks.modes.text_tokens import TextTokens
 from stg_hooks.modes.token_labels import (
     NOTHING,
     Provenance,
@@ -39,6 +38,9 @@ from stg_hooks.modes.token_labels import (
     carries_tokens,
     named_tensors,
 )
+
+if TYPE_CHECKING:
+    from stg_hooks.modes.text_tokens import TextTokens
 
 Change = Callable[[AttentionCall], Any]
 """What a computation of self-attention gives instead."""

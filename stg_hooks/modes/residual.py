@@ -22,8 +22,8 @@ from stg_hooks.model.source import (
     return_names,
     signature_of,
     signature_text,
+    words_of,
 )
-from stg_hooks.model.words import words_of
 from stg_hooks.modes.feed_forward import feed_forwards
 
 # A block adds to its stream, so its output resembles what it was given: by the cosine between them, over all elements.

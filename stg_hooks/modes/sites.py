@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import get_args
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, get_args
 
 from torch import nn
 
@@ -12,9 +12,10 @@ from stg_hooks.errors import LayerError, SettingError, closest
 from stg_hooks.model.layers import Layer, attention_modules, find_layers, is_attention
 from stg_hooks.model.source import signature_text
 from stg_hooks.modes.feed_forward import feed_forwards
-from stg_hooks.modes.frames import Kind as Kind
-from stg_hooks.modes.frames import kinds_of, temporal_lines
-from stg_hooks.modes.modes import MODES, Needs, Perturbation
+from stg_hooks.modes.frames import Kind, kinds_of, temporal_lines
+
+if TYPE_CHECKING:
+    from stg_hooks.modes.modes import Needs, Perturbation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ def find_sites(model: nn.Module, layers: Sequence[Layer], mode: Perturbation, ki
     check_kind(kind)
     _check_nesting(layers)
     if kind is not None and mode.needs not in ("attention", "anything"):
-        names = ", ".join(repr(name) for name, other in MODES.items() if other.needs == "attention")
+        names = _modes(lambda needs: needs == "attention")
         raise SettingError(
             f"kind={kind!r} chooses among the attention of a layer, which {mode} does not change. Choose from {names}."
         )
@@ -166,4 +167,11 @@ def _has(layer: Layer, needs: Needs) -> bool:
 
 
 def _possible(layer: Layer) -> str:
-    return ", ".join(repr(name) for name, mode in MODES.items() if _has(layer, mode.needs))
+    return _modes(lambda needs: _has(layer, needs))
+
+
+def _modes(fits: Callable[[Needs], bool]) -> str:
+    """Name the modes that need something, for a message."""
+    from stg_hooks.modes.modes import MODES
+
+    return ", ".join(repr(name) for name, mode in MODES.items() if fits(mode.needs))

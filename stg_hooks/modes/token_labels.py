@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from stg_hooks.model import objects
-from stg_hooks.model.words import is_positional, words_of
+from stg_hooks.model.source import is_positional, words_of
 
 # What the argument that carries text, or whatever else is not denoised, is called.
 _TEXT_WORDS = words_of(

@@ -21,8 +21,7 @@ from stg_hooks.hooks.compiled import eagerly
 from stg_hooks.hooks.forward import Action, now, patched, set_aside
 from stg_hooks.model import objects
 from stg_hooks.model.layers import find_layers
-from stg_hooks.model.source import bound_arguments
-from stg_hooks.model.words import is_positional
+from stg_hooks.model.source import bound_arguments, is_positional
 from stg_hooks.modes.residual import Streams
 from stg_hooks.modes.token_labels import named_tensors, sounds_like_text
 

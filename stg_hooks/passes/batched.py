@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from stg_hooks.hooks.checkpointing import checkpointed
 from stg_hooks.hooks.forward import Action, Patch, pushed
-from stg_hooks.model.words import is_positional
+from stg_hooks.model.source import is_positional
 from stg_hooks.passes.rows import Indices, count_of, cut, map_arguments, row_factor
 
 

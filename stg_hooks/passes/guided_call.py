@@ -6,7 +6,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,8 +14,10 @@ from torch import Tensor
 from stg_hooks.passes.effects import Randomness
 from stg_hooks.passes.inputs import Inputs
 from stg_hooks.passes.rows import Rows, leaves_of
-from stg_hooks.passes.shared import Prefix
-from stg_hooks.passes.state import Snapshot
+
+if TYPE_CHECKING:
+    from stg_hooks.passes.shared import Prefix
+    from stg_hooks.passes.state import Snapshot
 
 
 class _Local(threading.local):

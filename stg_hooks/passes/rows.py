@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import CallError
+from stg_hooks.model.source import is_positional
 from stg_hooks.model.tensors import is_prediction as is_prediction
 from stg_hooks.model.tensors import leaves_of as leaves_of
-from stg_hooks.model.words import is_positional
 
 Indices: TypeAlias = slice | tuple[int, ...]
 """Some rows of a call; a slice has step 1."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,10 +13,12 @@ from stg_hooks.errors import CallError, StgWarning
 from stg_hooks.hooks.compiled import is_compiled
 from stg_hooks.hooks.forward import Action, patched, pushed
 from stg_hooks.model.layers import is_attention
-from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.effects import Randomness
 from stg_hooks.passes.guided_call import GuidedCall
 from stg_hooks.passes.state import Copies, Kept, Snapshot
+
+if TYPE_CHECKING:
+    from stg_hooks.modes.switch import Switch
 
 
 class Transactions:

@@ -16,7 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from stg_hooks.errors import RankError, SettingError, TargetError
+from stg_hooks.errors import CallError, RankError, SettingError, TargetError
+from stg_hooks.hooks import activation
 from stg_hooks.passes.rows import leaves_of
 
 if TYPE_CHECKING:
@@ -346,3 +347,22 @@ def _same(key: str, mine: str | None, theirs: str | None) -> bool:
 def _first(error: BaseException) -> str:
     """Return the first sentence of what gloo says, without where in its source it says so."""
     return re.sub(r"^\[\S+\] ", "", str(error).strip()).split("\n")[0].split(". ")[0]
+
+
+def check_alone(session: object, ranks: Ranks | None, model: nn.Module) -> None:
+    """Raise if several sessions guide the same calls, and one of them spreads these over ranks.
+
+    Args:
+        session: one of them.
+        ranks: the ranks that it spreads its calls over, if any.
+        model: the module that it guides.
+
+    Raises:
+        CallError: there is another one.
+    """
+    for other in activation.others(session):
+        if (ranks or getattr(other, "ranks", None)) and any(m is model for m in getattr(other, "models", ())):
+            raise CallError(
+                f"group=: calls of {type(model).__name__} are guided twice here, and cannot be spread over ranks then. "
+                "Use one stg.apply(branches=[...], group=...)."
+            )

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import CallError
 from stg_hooks.guidance.settings import Branch
-from stg_hooks.hooks import activation
 from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.execution import Execution
 from stg_hooks.passes.guided_call import GuidedCall, weak_pass
@@ -154,25 +153,6 @@ class Share:
             ([layer.name for layer in switch.layers], branch.mode, branch.kind, branch.scale)
             for switch, branch in zip(switches, self._branches, strict=True)
         ]
-
-
-def check_alone(session: object, ranks: Ranks | None, model: nn.Module) -> None:
-    """Raise if several sessions guide the same calls, and one of them spreads these over ranks.
-
-    Args:
-        session: one of them.
-        ranks: the ranks that it spreads its calls over, if any.
-        model: the module that it guides.
-
-    Raises:
-        CallError: there is another one.
-    """
-    for other in activation.others(session):
-        if (ranks or getattr(other, "ranks", None)) and any(m is model for m in getattr(other, "models", ())):
-            raise CallError(
-                f"group=: calls of {type(model).__name__} are guided twice here, and cannot be spread over ranks then. "
-                "Use one stg.apply(branches=[...], group=...)."
-            )
 
 
 def _called(denoiser: Callable[..., Any], arguments: Arguments) -> Any:

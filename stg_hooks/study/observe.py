@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stg_hooks.denoiser import GuidedDenoiser, Session
+from stg_hooks.denoiser import GuidedDenoiser
 from stg_hooks.errors import CallError, SettingError, StgWarning
 from stg_hooks.guidance.channels import VarianceWatch
 from stg_hooks.guidance.guide import Guidance, Guided, Predictions, StepOrLater
@@ -23,6 +23,7 @@ from stg_hooks.guidance.watch import Watch
 from stg_hooks.hosts import check_rows_apart
 from stg_hooks.passes.guided_call import in_weak_pass, is_checking, weak_pass
 from stg_hooks.passes.rows import halves, take_rows
+from stg_hooks.session import Session
 from stg_hooks.step import Step
 from stg_hooks.study.cost import Flops, is_compiled_anywhere
 

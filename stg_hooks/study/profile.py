@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stg_hooks.denoiser import Session
 from stg_hooks.errors import LayerError, SettingError, StgWarning, TargetError
 from stg_hooks.guidance.guide import Guided
 from stg_hooks.guidance.settings import Branch
@@ -20,6 +19,7 @@ from stg_hooks.hosts import Host, ModuleHost, pipeline_host
 from stg_hooks.model.layers import Layer, LayerSpec, find_layers, resolve
 from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.predict import Predictor
+from stg_hooks.session import Session
 from stg_hooks.step import Step
 from stg_hooks.study import measures
 from stg_hooks.study.observe import NoiseLevels, Observation, Observing, Probe, observation_of

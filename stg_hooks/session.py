@@ -1,0 +1,69 @@
+"""What the denoisers of one `apply` have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from stg_hooks.errors import CallError, StgWarning
+from stg_hooks.hooks import activation
+from stg_hooks.step import Step
+
+if TYPE_CHECKING:
+    from stg_hooks.guidance.guide import Guidance
+    from stg_hooks.hosts import Host, Role
+    from stg_hooks.ranks.link import Ranks
+
+
+@dataclasses.dataclass(eq=False)
+class Session:
+    """What the guides of one `apply` share; it knows none of them, so that nothing keeps itself alive."""
+
+    host: Host
+    guidance: Guidance
+    ranks: Ranks | None = None
+    step: Step | None = None
+    models: tuple[nn.Module, ...] = ()
+    lost_steps: int = 0
+    calls_elsewhere: int = 0
+    """Calls that would have been guided, had the `with` been in force where they were made."""
+
+    def guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Let a function that takes part in a target's run leave the target as it was, where it raises."""
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except BaseException:
+                self.host.put_back()
+                raise
+
+        return call
+
+    def role(self, model: nn.Module) -> Role | None:
+        """Say what a call of a model is for; `None` if it is not to be guided.
+
+        Raises:
+            CallError: with `strict`, the target makes it where the `with` is not in force.
+        """
+        if activation.is_active(self):
+            return self.host.role()
+        is_own = self.host.is_calling()
+        if is_own is False or any(model in getattr(other, "models", ()) for other in activation.others(self)):
+            return None
+        self.calls_elsewhere += 1
+        if is_own and (self.guidance.watch.strict or self.calls_elsewhere == 1):
+            text = (
+                f"{self.host.name} is called in another thread, task or context than the one in which its stg.apply() "
+                f"was entered, so this call is not guided. {activation.ENTER_THERE}"
+            )
+            if self.guidance.watch.strict:
+                raise CallError(text)
+            warnings.warn(text, StgWarning, stacklevel=3)
+        return None
