@@ -50,9 +50,19 @@ def classes() -> dict[str, type]:
     return found
 
 
+def rows_in(page: str) -> dict[str, str]:
+    """Return the rows of a page's table, by the classes that they tell about."""
+    return {found[1]: found[0] for found in re.finditer(r"^\| (\w*Pipeline\w*) \|.*$", page, flags=re.MULTILINE)}
+
+
+def unread_in(page: str) -> list[str]:
+    """Name the classes that were not read when a page was written."""
+    return re.findall(r"\w*Pipeline\w*", page.partition("## Not read")[2])
+
+
 def unclassified(page: str) -> set[str]:
     """Name the pipeline classes that a page does not tell about."""
-    return set(classes()) - set(re.findall(r"^\| (\w+) \|", page, flags=re.MULTILINE))
+    return set(classes()) - set(rows_in(page)) - set(unread_in(page))
 
 
 def denoisers(cls: type) -> tuple[str, ...]:
@@ -104,13 +114,23 @@ def _words(sites: list[Site]) -> Iterator[str]:
             yield "perturbed calls of its own"
 
 
-def document() -> str:
-    """Return the page."""
+def rows() -> dict[str, str]:
+    """Return the rows of the classes that can be read here."""
     run = {*tested(), *PARTED}
-    rows = [
-        f"| {name} | {', '.join(denoisers(cls))} | {reading(cls)} | {'yes' if name in run else ''} |"
+    return {
+        name: f"| {name} | {', '.join(denoisers(cls))} | {reading(cls)} | {'yes' if name in run else ''} |"
         for name, cls in classes().items()
-    ]
+    }
+
+
+def document(told: dict[str, str], unread: list[str]) -> str:
+    """Return the page.
+
+    Args:
+        told: the rows of its table.
+        unread: names of the classes that it has no rows for.
+    """
+    rows = [told[name] for name in sorted(told)]
     refused = sum("| refused: " in row for row in rows)
     return f"""# Pipelines
 
@@ -144,10 +164,10 @@ Written by `python -m tests.pipeline_table`.
 
 ## Not read
 
-These need packages that were not installed when this page was written: {", ".join(not_read()) or "none"}.
+These need packages that were not installed when this page was written: {", ".join(unread) or "none"}.
 """
 
 
 if __name__ == "__main__":
     FILE.parent.mkdir(exist_ok=True)
-    FILE.write_text(document(), encoding="utf-8")
+    FILE.write_text(document(rows(), not_read()), encoding="utf-8")
