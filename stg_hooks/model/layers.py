@@ -269,13 +269,14 @@ def _is_side(name: str) -> bool:
     return not _SIDE_WORDS.isdisjoint(words_of(name))
 
 
-def resolve(model: nn.Module, spec: object) -> list[Layer]:
+def resolve(model: nn.Module, spec: object, known: list[Layer] | None = None) -> list[Layer]:
     """Find the layers that a user asked for; all of them, or an error and none.
 
     Args:
         model: the module that holds the layers.
         spec: an index (negative ones count from the end), a range, a dotted name or an unambiguous tail of one, a
             glob whose `*` stays between two dots, a module, or a list of those.
+        known: what `find_layers` gives, where that was called already.
 
     Returns:
         The layers, each once, numbered ones in running order.
@@ -286,7 +287,7 @@ def resolve(model: nn.Module, spec: object) -> list[Layer]:
     """
     if not isinstance(model, nn.Module):
         raise TargetError(f"expected a torch.nn.Module to find layers in, not {type(model).__name__}.")
-    known = find_layers(model)
+    known = find_layers(model) if known is None else known
     chosen: dict[str, Layer] = {}
     for item in items_of(spec):
         for layer in _resolve_one(model, known, item):

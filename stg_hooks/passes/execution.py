@@ -125,9 +125,9 @@ class Execution:
         self._caches = caches
         self._model = model
         self._names = parameter_names(model)
-        self.switches = [Switch(model, branch.layers, branch.mode, branch.kind) for branch in branches]
-        _check_different(self.switches, branches)
         layers = find_layers(model)
+        self.switches = [Switch(model, branch.layers, branch.mode, branch.kind, layers) for branch in branches]
+        _check_different(self.switches, branches)
         self._blocks = {id(layer.module) for layer in layers if layer.index is not None}
         starts = [[_block_of(module, layers) for module in switch.modules] for switch in self.switches]
         self._starts = [{id(module) for module in modules} for modules in starts]
