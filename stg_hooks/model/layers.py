@@ -147,7 +147,7 @@ def is_bare_attention(module: nn.Module) -> bool:
     sizes = {True: 0, False: 0}
     for name, child in module._modules.items():
         if child is not None:
-            is_of_attention = not _ATTENTION_WORDS.isdisjoint(words_of(name))
+            is_of_attention = not _ATTENTION_WORDS.isdisjoint(words_of(name)) or is_attention(child)
             sizes[is_of_attention] += sum(parameter.numel() for parameter in child.parameters())
     return sizes[True] >= sizes[False]
 
