@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -193,6 +193,18 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
     def not_to_be_entered(self) -> None:
         """Say that it was made for its checks alone, so that dropping it is no mistake."""
         self._made_at = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was asked for as JSON can hold it: `stg.apply(pipe, **json.load(file))` asks for the same.
+
+        Returns:
+            Settings by their names, without those that were left out. A branch is a dictionary, a function of a module
+            its name, `"module:function"`.
+
+        Raises:
+            SettingError: JSON cannot hold a setting, such as a function that no module has under its name.
+        """
+        return self._session.guidance.to_dict()
 
     @property
     def stats(self) -> Stats:
