@@ -190,6 +190,11 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         text = "stg.apply(...) was made but never entered, so it guided nothing. Write: with stg.apply(...):"
         warnings.warn_explicit(text, StgWarning, *self._made_at)
 
+    def __repr__(self) -> str:
+        """Say what is guided, and how to have it guided."""
+        state = "in force" if activation.is_active(self._session) else "not entered: with stg.apply(...):"
+        return f"<stg.apply of {self._session.host.name}, {state}>"
+
     def not_to_be_entered(self) -> None:
         """Say that it was made for its checks alone, so that dropping it is no mistake."""
         self._made_at = None

@@ -207,3 +207,15 @@ def test_the_site_builds_and_needs_no_network(tmp_path: Path) -> None:
     assert {"apply", "Guider", "skip", "combine", "layers", "Branch", "Step"} <= {
         re.sub(r"<[^>]+>", "", name).strip() for name in names
     }
+
+
+def test_every_place_that_the_page_for_developers_names_is_there() -> None:
+    text = PAGES["architecture.md"].read_text(encoding="utf-8")
+    named = re.findall(r"`([a-z_/]+\.py)(?::([A-Za-z_.]+))?`", text)
+    assert len(named) > 40
+    for name, places in named:
+        (file,) = [path for path in (ROOT / "stg_hooks" / name, ROOT / name) if path.is_file()][:1] or [None]
+        assert file is not None, name
+        source = file.read_text(encoding="utf-8")
+        for part in filter(None, places.split(".")):
+            assert re.search(rf"^\s*(async )?(def|class) {part}\b|^{part}\b.* = ", source, re.M), f"{name}:{places}"

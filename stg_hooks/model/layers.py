@@ -413,10 +413,12 @@ def _by_name(model: nn.Module, known: list[Layer], name: str) -> list[Layer]:
             f"layers=[{_shown(name)}] is not the name of a module. For an index write layers=[{int(name)}]."
         )
     asked = name[:_SHOWN]
-    tails = [tail for layer in known for tail in (layer.name, layer.name.split(".", 1)[-1])]
+    inside = [f"{layer.name}.{attention}" for layer in known for attention in layer.attention]
+    existing = [*(layer.name for layer in known), *inside]
+    tails = [tail for full in existing for tail in (full, full.split(".", 1)[-1])]
     raise LayerError(
         f"layers=[{_shown(name)}]: {type(model).__name__} has no module of that name."
-        f"{closest(asked, tails) or ' ' + _what_exists(model, known)} See stg.layers(model)."
+        f"{closest(asked, tails)} {_what_exists(model, known)} See stg.layers(model)."
     )
 
 

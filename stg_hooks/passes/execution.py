@@ -95,7 +95,7 @@ class Execution:
     first call of each layout (its shapes, types and switches): there the weak pass is made once more with nothing
     skipped, and has to give cond again. Where a model turns out not to allow a way, the next one is taken from then on,
     and a warning says so: batched, sequential, full, and in the end a full pass on all rows, of which nothing is
-    assumed. A model that is compiled as a whole, or has step caches, allows `"full"` only.
+    assumed (`"whole"`). A model that is compiled as a whole, or has step caches, allows `"full"` only.
     """
 
     def __init__(
