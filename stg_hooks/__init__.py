@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 __version__ = "0.2.0"
+_TORCH = (2, 5)  # the oldest that `make test-oldest` runs with
 
 if TYPE_CHECKING:
     from stg_hooks import rules
@@ -78,7 +79,13 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> object:
-    """Load what a name stands for when it is first used."""
+    """Load what a name stands for when it is first used.
+
+    Raises:
+        ImportError: torch is too old.
+    """
+    if _HOMES.get(name, name in _MODULES) not in ("errors", False):
+        _check_torch()
     if name in _HOMES:
         found = getattr(importlib.import_module(f"stg_hooks.{_HOMES[name]}"), name)
     elif name in _MODULES:
@@ -87,6 +94,18 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = found
     return found
+
+
+def _check_torch() -> None:
+    import torch
+
+    found = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if found < _TORCH:
+        needed = ".".join(map(str, _TORCH))
+        raise ImportError(
+            f"stg_hooks {__version__} needs torch >= {needed}; this is {torch.__version__}: "
+            f'pip install "torch>={needed}"'
+        )
 
 
 def __dir__() -> list[str]:

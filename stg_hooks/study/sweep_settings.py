@@ -148,7 +148,7 @@ def check_same(folder: Path, found: Mapping[str, Any], asked: Mapping[str, Any])
 
 
 def call_text(pipe: Any, sample: Sample | None, settings: Mapping[str, Any]) -> str:
-    """Write the call that makes a sample of `prompt` and `generator`, with what it takes by default, as defaults change.
+    """Write the call that makes a sample of `prompt` and `generator`, and its defaults, which may change.
 
     What stands in a pipeline's `stg_sample` may say as `.code` how it is written out; lines before the last are set-up.
     """
