@@ -377,8 +377,7 @@ def _shown(value: object) -> str:
 def _by_index(model: nn.Module, known: list[Layer], index: int) -> Layer:
     numbered = [layer for layer in known if layer.index is not None]
     if not -len(numbered) <= index < len(numbered):
-        hint = " Did you mean layers=[-1]?" if numbered and index > 0 else ""
-        raise LayerError(f"layers=[{_shown(index)}]: {_what_exists(model, known)}{hint} See stg.layers(model).")
+        raise LayerError(f"layers=[{_shown(index)}]: {_what_exists(model, known)} See stg.layers(model).")
     return numbered[index]
 
 
