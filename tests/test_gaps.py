@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +73,46 @@ def test_an_output_that_is_used_again_at_some_noise_levels(join: str, order: tup
             cond = plain(x, text, t)
             expected = cond + 1.5 * (cond - weak(x, text, t))
             assert_close(model(x, text, t), expected, rtol=1e-4, atol=1e-5)
+
+
+class Collecting(zoo.Block):
+    """Hands over what it returns at low noise levels, in a list or a dictionary that it is given."""
+
+    def forward(self, x: Tensor, text: Tensor, found: Any) -> Tensor:
+        x = self.mix(x, text)
+        if isinstance(found, list):
+            found.append(x)
+        elif found is not None:
+            found[len(found)] = x
+        return x
+
+
+class Collects(nn.Module):
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Collecting() for _ in range(6)])
+        self.kind = kind
+
+    def forward(self, x: Tensor, text: Tensor, t: float) -> Tensor:
+        found = self.kind()
+        for block in self.blocks:
+            x = block(x, text, found=found if t < LATE else None)
+        return x + sum(found if isinstance(found, list) else found.values())
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("kind", [list, dict])
+def test_blocks_that_begin_to_hand_over_more_than_they_return(kind: type, inference: bool) -> None:
+    torch.manual_seed(0)
+    model = Collects(kind).eval()
+    weak, plain = zoo.without(model, (f"blocks.{SKIPPED}",)), copy.deepcopy(model)
+    x, text = torch.randn(2, zoo.TOKENS, zoo.DIM), torch.randn(2, zoo.TEXT_TOKENS, zoo.DIM)
+    with torch.inference_mode(inference), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", stg.StgWarning)  # it says that nothing is shared from there on
+        with stg.apply(model, [SKIPPED], 1.5):
+            for t in (900.0, 100.0, 100.0):
+                cond = plain(x, text, t)
+                assert_close(model(x, text, t), cond + 1.5 * (cond - weak(x, text, t)), rtol=1e-4, atol=1e-5)
 
 
 def test_a_gap_may_be_computed_with_only_while_that_cannot_matter() -> None:

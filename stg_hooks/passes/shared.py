@@ -494,14 +494,13 @@ class Repetition(Prefix):
         self._ends = layout.ends
         self._seen: Sequence[int] = layout.seen if look is None else range(len(self.steps))
         self._done = 0
-        self._sees_writes = not torch.is_inference_mode_enabled()
 
-    def _begin(self, unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
+    def _begin(self, unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int, int]] | None:
         step = self.steps[self._seen[self._done]] if self._done < len(self._seen) else None
         if step is None or step.unit() is not unit:
             self._differ()
             return None
-        return None if step.writes or not self._sees_writes else _versions(args, kwargs)
+        return None if step.writes else _versions(args, kwargs)
 
     def _end(self, branch: int) -> int:
         end = self._ends[branch] or 0
@@ -513,7 +512,12 @@ class Repetition(Prefix):
         self.differs = self.is_complete = True
 
     def _conclude(
-        self, unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], before: list[int] | None, output: Any
+        self,
+        unit: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        before: list[tuple[int, int]] | None,
+        output: Any,
     ) -> None:
         number = self._seen[self._done]
         step = self.steps[number]
@@ -561,8 +565,12 @@ def _hooks_of(step: UnitCall) -> object:
     return getattr(step.unit(), "_forward_hooks", None)
 
 
-def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
-    return [value._version for value in (*args, *kwargs.values()) if type(value) is Tensor and not value.is_inference()]
+def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int, int]]:
+    given: Sequence[Any] = (*args, *kwargs.values())
+    if any(isinstance(value, (list, dict)) for value in given):
+        given = leaves_of(args, kwargs)  # one may be added
+    tensors = [value for value in given if type(value) is Tensor]
+    return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
 
 
 def _without_values(step: UnitCall) -> UnitCall:
