@@ -63,7 +63,8 @@ BAD_LAYERS: list[tuple[str, Any, type[Exception], str]] = [
         "misspelt",
         ["block.3"],
         LookupError,
-        rf"^layers=\['block\.3'\]: DiT has no module of that name\. Did you mean 'blocks\.3'(, 'blocks\.\d+')+\?{SEE}$",
+        rf"^layers=\['block\.3'\]: DiT has no module of that name\. Did you mean 'blocks\.3'(, 'blocks\.\d+')+\? "
+        rf"{THIRTY}{SEE}$",
     ),
     ("nothing near", "zzz", LookupError, rf"^layers=\['zzz'\]: DiT has no module of that name\. {THIRTY}{SEE}$"),
     ("number as a string", ["40"], LookupError, r"^layers=\['40'\] is not .* For an index write layers=\[40\]\.$"),

@@ -92,7 +92,7 @@ class Execution:
     first call of each layout (its shapes, types and switches): there the weak pass is made once more with nothing
     skipped, and has to give cond again. Where a model turns out not to allow a way, the next one is taken from then on,
     and a warning says so: batched, sequential, full, and in the end a full pass on all rows, of which nothing is
-    assumed. A model that is compiled as a whole, or has step caches, allows `"full"` only.
+    assumed (`"whole"`). A model that is compiled as a whole, or has step caches, allows `"full"` only.
     """
 
     def __init__(
@@ -122,9 +122,9 @@ class Execution:
         self._caches = caches
         self._model = model
         self._names = parameter_names(model)
-        self.switches = [Switch(model, branch.layers, branch.mode, branch.kind) for branch in branches]
-        _check_different(self.switches, branches)
         layers = find_layers(model)
+        self.switches = [Switch(model, branch.layers, branch.mode, branch.kind, layers) for branch in branches]
+        _check_different(self.switches, branches)
         self._blocks = {id(layer.module) for layer in layers if layer.index is not None}
         starts = [[_block_of(module, layers) for module in switch.modules] for switch in self.switches]
         self._starts = [{id(module) for module in modules} for modules in starts]

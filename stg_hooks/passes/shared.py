@@ -113,7 +113,7 @@ class UnitCall:
     """What it writes, by the number of the argument."""
 
     def __post_init__(self) -> None:
-        """Look at what the step needs."""
+        """Look at what the call needs."""
         self.takes_arguments = bool(self.writes) or any(isinstance(value, Given) for value in self.values or ())
         self.keeps = any(output.is_kept for output in self.outputs)
         self.is_watched = bool(_hooks_of(self))
@@ -124,7 +124,7 @@ class UnitCall:
         return [value for value in self.values or () if isinstance(value, Output)] + [out for _, out in self.writes]
 
     def replaced(self, new: dict[Output, Output]) -> UnitCall:
-        """Return the same step with other outputs."""
+        """Return the same call with other outputs."""
         values = None if self.values is None else [new.get(v, v) if isinstance(v, Output) else v for v in self.values]
         return UnitCall(self.unit, self.spec, values, [(i, new.get(output, output)) for i, output in self.writes])
 
