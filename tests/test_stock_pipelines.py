@@ -177,6 +177,32 @@ def test_lists_of_samples_are_rescaled_each_by_itself(cfg: bool) -> None:
         assert_same(one.prediction(), torch.stack(expected).squeeze(2))
 
 
+def test_a_guider_that_asks_for_one_call_only_has_no_weight_to_tell() -> None:
+    """HunyuanVideo 1.5, MotifVideo: a guider names calls at run time, and its weight is not read."""
+    (name,) = (name for name, stock in STOCK.items() if stock.pipeline == "HunyuanVideo15Pipeline")
+    stock = STOCK[name]
+    pipe = stock.build()
+    one = Run(stock, pipe, cfg=False)
+    for guider in (diffusers.ClassifierFreeGuidance(enabled=False), diffusers.ClassifierFreeGuidance(1.0)):
+        pipe.guider = guider
+        plain, calls = one.observed()
+        assert len(calls) == 1
+        (term,) = one.term(calls, zoo.without(one.denoiser, [stock.layer], stock.identity))
+        cond = calls[0].output[0]
+        out = cond + 2.0 * term
+        final = out * (0.7 * cond.std() / out.std() + 0.3)
+        expected = one.with_added([final - cond])
+        assert_far(expected, plain)
+        with stg.apply(pipe, layers=[stock.layer], scale=2.0, rescale=0.7):
+            assert_same(one.prediction(), expected)
+    pipe.guider = diffusers.ClassifierFreeGuidance(3.0)
+    with (
+        pytest.raises(stg.CallError, match="needs the CFG weight"),
+        stg.apply(pipe, layers=[stock.layer], rescale=0.7),
+    ):
+        one.whole()
+
+
 def test_lists_of_samples_are_not_cut_for_uncond_alone() -> None:
     stock = STOCK["ZImagePipeline"]
     one = Run(stock, stock.build(), cfg=True)

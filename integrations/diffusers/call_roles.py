@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -64,6 +64,8 @@ def role_of(site: Site, names: Mapping[str, Any], sums: dict[int, float]) -> Rol
         if site.combination is not None and _weight(site.combination, True, names, sums) is None:
             raise UnreadableError(f"its weights in {ast.unparse(site.combination.expression)} are not known")
         return Role("perturbed")
+    if kind == "cond" and _is_alone(site, names):
+        return Role("cond")
     is_guided = site.context is not None or kind == "uncond" or (site.guards is not None and holds(site.guards, names))
     weight = _weight(site.combination, site.is_named, names, sums) if is_guided else None
     is_guided = is_guided and (site.is_named or weight is not None)
@@ -72,6 +74,15 @@ def role_of(site: Site, names: Mapping[str, Any], sums: dict[int, float]) -> Rol
     if kind == "uncond" and is_guided:
         return Role("uncond", weight)
     return Role("cond", weight, uncond_follows=kind == "cond" and is_guided)
+
+
+def _is_alone(site: Site, names: Mapping[str, Any]) -> bool:
+    """Tell whether a guider has asked for one call only, so that nothing is combined with its prediction."""
+    try:
+        batches = None if site.batches is None else evaluate(site.batches, names)
+    except LookupError:
+        return False
+    return isinstance(batches, Sized) and len(batches) == 1
 
 
 def _role_of_parts(ways: Sequence[Way], names: Mapping[str, Any], sums: dict[int, float]) -> Role | None:

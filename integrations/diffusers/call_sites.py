@@ -67,15 +67,17 @@ class Site:
     `kind` says what it is for: `"cond"`, `"uncond"`, `"both"` (rows of several kinds, in one of the `ways`, or cond),
     `"samples"` (a list of samples, the first half of them cond and the second half uncond, while `guards` hold),
     `"perturbed"` (a weak prediction of the pipeline's own), or `"unused"`. Where the code names it at run time,
-    `context` is that name. For a cond call, `guards` are the conditions under which the uncond call follows; `None` if
-    none does. While `unless` holds, the prediction is guided in some way that is not understood. `channels` is how many
-    channels of the prediction are guided, where the others predict a variance. Unless it `is_named`, no name says what
-    the call is for: `kind` is what it can be, which the weight and the latents of the running call decide.
+    `context` is that name, and `batches` what the loop around it goes through, one call each. For a cond call, `guards`
+    are the conditions under which the uncond call follows; `None` if none does. While `unless` holds, the prediction is
+    guided in some way that is not understood. `channels` is how many channels of the prediction are guided, where the
+    others predict a variance. Unless it `is_named`, no name says what the call is for: `kind` is what it can be, which
+    the weight and the latents of the running call decide.
     """
 
     lines: range
     kind: str
     context: ast.expr | None = None
+    batches: ast.expr | None = None
     guards: Guards | None = None
     combination: Combination | None = None
     ways: tuple[Way, ...] = ()
@@ -97,6 +99,13 @@ class Found:
     def lines(self) -> range:
         """Where it stands."""
         return range(self.statement.lineno, (self.statement.end_lineno or self.statement.lineno) + 1)
+
+    @property
+    def batches(self) -> ast.expr | None:
+        """What the innermost loop around it goes through, where that is not the loop of the steps itself."""
+        loops = [] if self.loop is None else [node for node in ast.walk(self.loop) if isinstance(node, ast.For)]
+        around = [loop for loop in loops if any(node is self.statement for node in ast.walk(loop))]
+        return around[-1].iter if len(around) > 1 else None
 
     @property
     def value(self) -> ast.expr | None:
@@ -146,7 +155,7 @@ def classified(calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Fou
         pair = _combination((cond, uncond), [cond.target, uncond.target], statements, is_named)
     for kind, found in zip(kinds, founds, strict=True):
         if kind == "named":
-            yield Site(found.lines, "perturbed", found.context)
+            yield Site(found.lines, "perturbed", found.context, found.batches)
         elif kind == "both":
             own = [split for split in splits if _made_by(split, boths) is found]
             is_last = all(split.found.statement.lineno < found.statement.lineno for split in splits)
@@ -158,9 +167,9 @@ def classified(calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Fou
                 yield Site(found.lines, "both", ways=ways, is_named=is_named)
         elif kind == "cond" and uncond is not None:
             guards = tuple(guard for guard in uncond.guards if guard not in found.guards)
-            yield Site(found.lines, kind, None, guards, pair, is_named=is_named)
+            yield Site(found.lines, kind, guards=guards, combination=pair, is_named=is_named)
         elif kind == "uncond":
-            yield Site(found.lines, kind, None, None, pair, is_named=is_named)
+            yield Site(found.lines, kind, combination=pair, is_named=is_named)
         else:
             yield Site(found.lines, kind, unless=unless, is_named=kind != "cond" or found.context is not None)
 
@@ -346,7 +355,7 @@ def _sliced(call: Found, statements: Sequence[Found]) -> Site | None:
     made_of = [(found.target, set(_names(found.statement))) for found in statements]
     one, other = (next((x for x, names in made_of if x not in ("", name) and name in names), "") for name in parts)
     combination = _combination((call,), [one, other], statements)
-    return None if combination is None else Site(call.lines, "samples", None, guards, combination)
+    return None if combination is None else Site(call.lines, "samples", guards=guards, combination=combination)
 
 
 def channels_of(statements: Sequence[Found]) -> ast.expr | None:
