@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -190,9 +190,26 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         text = "stg.apply(...) was made but never entered, so it guided nothing. Write: with stg.apply(...):"
         warnings.warn_explicit(text, StgWarning, *self._made_at)
 
+    def __repr__(self) -> str:
+        """Say what is guided, and how to have it guided."""
+        state = "in force" if activation.is_active(self._session) else "not entered: with stg.apply(...):"
+        return f"<stg.apply of {self._session.host.name}, {state}>"
+
     def not_to_be_entered(self) -> None:
         """Say that it was made for its checks alone, so that dropping it is no mistake."""
         self._made_at = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was asked for as JSON can hold it: `stg.apply(pipe, **json.load(file))` asks for the same.
+
+        Returns:
+            Settings by their names, without those that were left out. A branch is a dictionary, a function of a module
+            its name, `"module:function"`.
+
+        Raises:
+            SettingError: JSON cannot hold a setting, such as a function that no module has under its name.
+        """
+        return self._session.guidance.to_dict()
 
     @property
     def stats(self) -> Stats:

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from stg_hooks.errors import CallError, NotCopied, SettingError, TargetError
 from stg_hooks.guidance.combine import Scale, check_scale, is_number, is_real
 from stg_hooks.guidance.guide import Guidance, Guided, Predictions, StepOrLater
+from stg_hooks.guidance.plain import written
 from stg_hooks.guidance.rules import AveragedApg, Rule
 from stg_hooks.guidance.samples import takes_samples
 from stg_hooks.guidance.schedule import Plan, Request, Schedule, Settings
@@ -176,6 +177,14 @@ class Guider(NotCopied):
         self._has_met = False
         if self.ranks is not None:
             check_own_copy(model, self.ranks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was asked for as JSON can hold it, as `apply.to_dict` does, with a number as `guidance_scale`.
+
+        Raises:
+            SettingError: JSON cannot hold a setting, such as a function that no module has under its name.
+        """
+        return {**self._guidance.to_dict(), "guidance_scale": written("guidance_scale", self.guidance_scale)}
 
     @property
     def plan(self) -> Plan:

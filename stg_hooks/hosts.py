@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from stg_hooks.errors import CallError, TargetError
 from stg_hooks.step import Step
 
-# Top-level package of a target's class -> module with a `host(target)` function; imported when first needed.
+# Top-level package of a target's class -> module with a `host(target)` function; imported when first needed. Where the
+# module has `calling_pipeline()` and `calling_host(pipeline, module)` as well, they tell who calls a guided module; and
+# `plain_attention(attention)` has its attention computed where it can be seen.
 _INTEGRATIONS = {"diffusers": "stg_hooks.integrations.diffusers.host"}
 # Top-level package of an attention module's class -> module with a `plain_attention(attention)` function.
 _ATTENTION = {**_INTEGRATIONS, "comfy": "stg_hooks.integrations.comfyui.attention"}
@@ -290,13 +292,14 @@ class ModuleHost:
         """Find the pipeline that makes a call, and the integration that knows it."""
         for library, name in _INTEGRATIONS.items():
             integration = importlib.import_module(name) if library in sys.modules else None
-            pipeline = None if integration is None else integration.calling_pipeline()
+            calling = getattr(integration, "calling_pipeline", None)
+            pipeline = None if calling is None else calling()
             if pipeline is not None:
                 yield integration, pipeline
 
 
 def pipeline_host(target: object) -> Host:
-    """Find who answers for a pipeline.
+    """Find the host of a pipeline.
 
     Args:
         target: an object of a class that belongs to a known host library, or derives from one that does.
@@ -305,7 +308,7 @@ def pipeline_host(target: object) -> Host:
         Its host.
 
     Raises:
-        TargetError: nobody knows this kind of object.
+        TargetError: no integration knows this kind of object.
     """
     for cls in type(target).__mro__:
         module = _INTEGRATIONS.get(cls.__module__.partition(".")[0])
@@ -322,8 +325,9 @@ def plain_attention(attention: nn.Module) -> AbstractContextManager[object]:
     """Have an attention module compute with torch's own `scaled_dot_product_attention` within a `with`."""
     for cls in type(attention).__mro__:
         module = _ATTENTION.get(cls.__module__.partition(".")[0])
-        if module is not None:
-            context: AbstractContextManager[object] = importlib.import_module(module).plain_attention(attention)
+        plain = getattr(importlib.import_module(module), "plain_attention", None) if module is not None else None
+        if plain is not None:
+            context: AbstractContextManager[object] = plain(attention)
             return context
     return nullcontext()
 

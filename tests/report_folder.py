@@ -50,6 +50,7 @@ def write_sweep(
     prompts: Sequence[str] = PROMPTS,
     seeds: Sequence[int] = (7, 8),
     failed: Sequence[str] = (),
+    own: Sequence[str] = (),
 ) -> None:
     """Write sweep.json and its cells; the clips grow brighter with the scale."""
     settings = {
@@ -64,6 +65,7 @@ def write_sweep(
         "seeds": seeds,
         "guidance_scale": 2.0,
         "fps": 8,
+        "metrics": own,
         "settings": {"num_inference_steps": 12},
     }
     results.write_json(folder / results.SWEEP_FILE, settings)
@@ -92,7 +94,7 @@ def _sample(home: Path, place: results.Place, prompt: int, seed: int) -> results
 def _cell(name: str, place: results.Place, error: str | None, samples: Sequence[results.Sample]) -> results.Cell:
     layers, mode, scale = place
     names = samples[0].metrics if samples else ()
-    code = "video = pipe(prompt).frames[0]"
+    code = "video = pipe(prompt=prompt, generator=generator).frames[0]"
     if layers:
         setting = "" if mode == "residual" else f', mode="{mode}"'
         code = f"with stg.apply(pipe, layers={list(layers)}, scale={scale}{setting}):\n    {code}"

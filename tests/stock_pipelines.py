@@ -740,8 +740,8 @@ def tested() -> dict[str, Rows]:
     return {**GOLDEN, **{stock.pipeline: stock.rows for stock in STOCK.values()}}
 
 
-def readme_table() -> str:
-    """Return the README's table of what works."""
+def page_table() -> str:
+    """Return the table of docs/how-it-works.md."""
     lines = ["| how a pipeline calls its denoiser | pipelines that tests run |", "| --- | --- |"]
     for rows, way in _WAYS.items():
         names = [name.removesuffix("Pipeline") for name, value in tested().items() if value == rows]

@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 import stg_hooks as stg
 from stg_hooks import demo
 from stg_hooks.cli import app as cli
-from stg_hooks.cli import calls, files, models
+from stg_hooks.cli import calls, files, main, models
 from tests import pipelines, stock_pipelines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -208,7 +208,7 @@ def test_a_setting_without_an_option_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--layers", "99"], ["layers=[99]", "8 layers"]),
+        (["--layers", "99"], ["--layers 99: ", "8 layers", "stg-hooks layers MODEL"]),
         (["--layers", "2,,3"], ["--layers '2,,3'"]),
         (["--layers", "2", "--mode", "residuals"], ["'residuals'", "residual"]),
         (["--layers", "2", "--rescale", "7"], ["rescale"]),
@@ -380,7 +380,7 @@ def test_sweep(tmp_path: Path) -> None:
     names = {file.parent.name for file in tmp_path.glob("cells/*/cell.json")}
     assert names == {"baseline", "residual-L2-s0.5", "residual-L2+5-s0.5"}
     fails(run("sweep", "demo", "--layers", "2", "--scales", "x", "--out", tmp_path), 2, "--scales 'x'")
-    fails(run("sweep", "demo", "--layers", "2,88", "--out", tmp_path), 2, "layers=[88]")
+    fails(run("sweep", "demo", "--layers", "2,88", "--out", tmp_path), 2, "--layers 88: ")
     fails(run("sweep", "demo", "--layers", "3", *SHORT, "--out", tmp_path), 1, str(tmp_path))
 
 
@@ -402,7 +402,7 @@ def test_profile_and_report(tmp_path: Path) -> None:
 
 def test_profile_checks_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli.Source, "pipeline", lambda self: pytest.fail("loaded"))
-    fails(run("profile", "demo", "--layers", "2,77", "--out", tmp_path), 2, "layers=[77]")
+    fails(run("profile", "demo", "--layers", "2,77", "--out", tmp_path), 2, "--layers 77: ")
     fails(run("profile", "demo", "--layers", "2", "--modes", "residual,", "--out", tmp_path), 2, "--modes")
     assert list(tmp_path.iterdir()) == []
 
@@ -441,6 +441,84 @@ def test_demo_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("stg_hooks.demo.__main__.main", lambda argv: given.append(argv) or 1)
     assert run("demo", "--out", tmp_path, "--clips", "2").exit_code == 1
     assert given == [["--out", str(tmp_path), "--clips", "2", "--seed", "0"]]
+
+
+# --- in the words of the command line, and at once --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["generate", "--help"]])
+def test_what_needs_no_model_loads_no_torch(arguments: list[str]) -> None:
+    code = f"import sys; sys.argv[1:] = {arguments}\nfrom stg_hooks.cli import main\n"
+    code += "try:\n    main()\nfinally:\n    print('torch' in sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr.split() == ["False"]
+
+
+def test_the_faces_stay_what_they_are_whatever_is_imported_first() -> None:
+    code = "import stg_hooks.apply, stg_hooks.skip, stg_hooks.step; import stg_hooks as stg; "
+    code += "print(stg.apply.__name__, stg.skip.__name__, stg.Step.__name__, all(map(stg.__getattr__, stg.__all__)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["apply", "skip", "Step", "True"]
+
+
+def test_an_interrupt_while_the_command_line_loads(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for where in ("importlib.import_module", "stg_hooks.cli.app.app"):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, interrupted)
+            with pytest.raises(SystemExit) as stopped:
+                main()
+        assert stopped.value.code == 130
+        assert capsys.readouterr().err == "stg-hooks: interrupted.\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "typed", "words"),
+    [
+        ("generate", ["--layers", "2,5"], ["--layers 2,5", "--layers 2+5"]),
+        ("bench", ["--layers", "2,5"], ["--layers 2,5", "--layers 2+5"]),
+        ("profile", ["--layers", "2+5"], ["--layers 2+5", "--layers 2,5"]),
+        *((name, ["--layers", "2", "--layers", "5"], ["given 2 times", "--layers 2+5", "--layers 2,5"])
+          for name in ("generate", "bench", "profile", "sweep")),
+    ],
+)  # fmt: skip
+def test_layers_mean_one_thing(tmp_path: Path, command: str, typed: list[str], words: list[str]) -> None:
+    out = {"generate": ["-o", tmp_path / "out.png"], "bench": []}.get(command, ["-o", tmp_path])
+    fails(run(command, "demo", *typed, *out), 2, *words)
+
+
+def test_a_wrong_layer_is_not_answered_with_another(tmp_path: Path) -> None:
+    assert "Did you mean" not in run("generate", "demo", "--layers", "99", "-o", tmp_path / "out.png").output
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "sizes differ: tensor([[1.5, 2.5],\n [3.5, 4.5]])",
+        "[Errno 32] Broken pipe\n\nFFMPEG COMMAND:\nffmpeg -y -f rawvideo 1.5",
+        "word " * 500,
+    ],
+)
+def test_messages_of_others_are_cut_to_what_a_person_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(cli, "write_frames", fail)
+    result = run("generate", "demo", "--layers", "2", "--steps", "1", "-o", tmp_path / "out.png")
+    fails(result, 1, "RuntimeError: ")
+    line = next(line for line in result.stderr.splitlines() if line.startswith("stg-hooks: "))
+    assert "1.5" not in line
+    assert len(line) < 400
+
+
+def test_generate_says_what_the_demo_draws(tmp_path: Path) -> None:
+    result = run("generate", "demo", "--layers", "2", "--steps", "1", "-o", tmp_path / "out.png")
+    assert f'demo draws "{calls.DEMO_PROMPT}"' in result.stderr
 
 
 # --- the pages that show it -------------------------------------------------------------------------------------------

@@ -72,6 +72,50 @@ def test_a_model_that_has_changed_is_checked_again(model: Any, change: str) -> N
     assert passes(model, counter) > second
 
 
+def _hook(factor: float) -> Callable[..., Tensor]:
+    return lambda _module, _args, output: output * factor
+
+
+def _other_hook(model: Any) -> None:
+    model.handle.remove()  # so that the next function may get its address
+    model.handle = model.blocks[0].register_forward_hook(_hook(0.5))
+
+
+RETURNS: dict[str, tuple[Callable[[Any], object], Callable[[Any], object]]] = {
+    "a hook in the place of another": (
+        lambda model: setattr(model, "handle", model.blocks[0].register_forward_hook(_hook(1.0))),
+        _other_hook,
+    ),
+    "numbers of one hash": (lambda model: setattr(model, "window", -1), lambda model: setattr(model, "window", -2)),
+    "numbers that are equal": (lambda model: setattr(model, "on", True), lambda model: setattr(model, "on", 1)),
+    "a tuple": (lambda model: setattr(model, "on", (1, [])), lambda model: setattr(model, "on", (2, []))),
+    "weights": (lambda _: None, lambda model: model.load_state_dict(zoo.build("plain", 3).state_dict())),
+    "a method": (lambda model: setattr(type(model), "run", _run), lambda model: setattr(type(model), "run", _run_more)),
+}
+
+
+def _run(self: Any, block: Any, x: Tensor, text: Tensor) -> Any:
+    return block(x, text)
+
+
+def _run_more(self: Any, block: Any, x: Tensor, text: Tensor) -> Any:
+    return block(x, text) * 0.5
+
+
+@pytest.mark.parametrize("change", RETURNS)
+def test_what_takes_the_place_of_something_known_is_new(
+    model: Any, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(model), "run", _run)
+    before, after = RETURNS[change]
+    before(model)
+    counter = Counter(model)
+    passes(model, counter)
+    known = passes(model, counter)
+    after(model)
+    assert passes(model, counter) > known
+
+
 def test_gradients_are_another_matter(model: Any) -> None:
     counter = Counter(model)
     with torch.no_grad():

@@ -272,9 +272,10 @@ def test_layers_of_a_function_cost_as_much_as_those_of_a_list() -> None:
         def forward(self, x: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
             return super().forward(x, text)
 
-    model, sigmas = Denoiser(), torch.linspace(1.0, 0.0, 7)
+    sigmas = torch.linspace(1.0, 0.0, 7)
 
     def flops(schedule: Any) -> list[int]:
+        model = Denoiser()  # of which nothing is known yet
         guider, found = stg.Guider(model, [2], guidance_scale=3.0, sigmas=sigmas, schedule=schedule), []
         for sigma in sigmas[:-1]:
             conditions: dict[str, Any] = {"cond": {"text": POSITIVE}, "uncond": {"text": NEGATIVE}}

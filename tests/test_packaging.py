@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def test_metadata(wheel: Path, content: set[str]) -> None:
     with zipfile.ZipFile(wheel) as archive:
         metadata = archive.read(name).decode()
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist: ")]
-    assert [line for line in required if "extra ==" not in line] == ["Requires-Dist: torch>=2.4"]
+    assert [line for line in required if "extra ==" not in line] == ["Requires-Dist: torch>=2.5"]
     assert "License-Expression: Apache-2.0" in metadata.splitlines()
     assert f"Version: {stg_hooks.__version__}" in metadata.splitlines()
     assert any(n.endswith("/licenses/LICENSE") for n in content)
@@ -133,3 +134,18 @@ def test_installed_wheel_imports(wheel: Path, tmp_path: Path) -> None:
     assert [file for file in loaded if not Path(file).is_relative_to(target)] == [], (
         "imported from the checkout instead"
     )
+
+
+def test_a_torch_that_is_too_old_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    (dependency,) = re.findall(r'^dependencies = \["torch>=([0-9.]+)"\]', (ROOT / "pyproject.toml").read_text(), re.M)
+    monkeypatch.setattr("torch.__version__", "2.4.1+cpu")
+    with pytest.raises(ImportError, match=rf"needs torch >= {dependency}; this is 2\.4\.1\+cpu: pip install"):
+        stg_hooks.__getattr__("apply")
+    assert stg_hooks.__getattr__("StgError") is stg_hooks.StgError
+
+
+def test_the_oldest_versions_that_are_tested_are_those_that_are_claimed() -> None:
+    pins = dict(re.findall(r"^([a-z-]+)==([0-9.]+)$", (ROOT / "constraints-oldest.txt").read_text(), re.M))
+    claimed = dict(re.findall(r'"([a-z]+)>=([0-9.]+)[,"]', (ROOT / "pyproject.toml").read_text()))
+    for name in ("torch", "numpy", "diffusers", "transformers", "accelerate", "safetensors"):
+        assert f"{pins[name]}.".startswith(f"{claimed[name]}."), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import time
@@ -200,7 +201,10 @@ def test_the_slider_changes_the_scale_of_every_row(visit: Callable[..., Any], wr
 def test_the_code_of_the_chosen_cell_is_copied(visit: Callable[..., Any], written: Path) -> None:
     page = visit(written, permissions=["clipboard-read", "clipboard-write"])
     page.click("#table tr[data-cell='attention-L2+5-s1.0'] td:last-child")
-    code = 'with stg.apply(pipe, layers=[2, 5], scale=1.0, mode="attention"):\n    video = pipe(prompt).frames[0]'
+    call = "video = pipe(prompt=prompt, generator=generator).frames[0]"
+    given = 'prompt = "red circle left"\ngenerator = torch.Generator().manual_seed(7)\n'
+    session = 'with stg.apply(pipe, layers=[2, 5], scale=1.0, mode="attention"):'
+    code = f"import torch\nimport stg_hooks as stg\n\n{given}{session}\n    {call}"
     assert page.locator("#code").text_content() == code
     assert page.inner_text("#chosen-name") == "Layers 2 + 5, attention, scale 1"
     page.click("#copy")
@@ -208,23 +212,51 @@ def test_the_code_of_the_chosen_cell_is_copied(visit: Callable[..., Any], writte
     assert page.evaluate("navigator.clipboard.readText()") == code
     page.locator("#scatter [data-cell='baseline']").focus()
     page.keyboard.press("Enter")
-    assert page.locator("#code").text_content() == "video = pipe(prompt).frames[0]"
+    assert page.locator("#code").text_content() == f"import torch\n\n{given}{call}"
     page.keyboard.press("ArrowRight")
     assert "stg.apply" in page.locator("#code").text_content()
     page.locator("#sheet tbody .tile").nth(5).press("Enter")
     assert page.input_value("#sample") == "1"
+    assert "manual_seed(8)" in page.locator("#code").text_content()
+    page.select_option("#sample", "2")
+    line = page.locator("#code").text_content().split("\n")[3]
+    assert ast.literal_eval(line.removeprefix("prompt = ")) == HOSTILE
+    page.select_option("#sample", "1")
     assert page.locator(".tile[aria-pressed=true]").count() == 1
 
 
 def test_the_front_has_what_nothing_beats(visit: Callable[..., Any], written: Path) -> None:
     page = visit(written)
-    page.select_option("#metric", "flicker")
-    assert page.input_value("#better") == "lower"
+    assert page.input_value("#metric") == "flicker"  # here is no metric of the user's, and no contrast
+    assert page.input_value("#better") == "kept"
+    assert "damage" in page.inner_text("#effect")
+    page.select_option("#better", "lower")
     assert page.locator("#scatter .label").all_text_contents()[-1] == "unguided"
     points = "document.querySelector('.front').getAttribute('points').split(' ').length"
     assert page.evaluate(points) == 1  # costs nothing, flickers least
     page.select_option("#better", "further")
     assert page.evaluate(points) > 1
+
+
+def test_a_metric_of_the_users_comes_first(visit: Callable[..., Any], tmp_path: Path) -> None:
+    report_folder.write_sweep(tmp_path, own=("difference",))
+    page = visit(stg.report(tmp_path))
+    assert (page.input_value("#metric"), page.input_value("#better")) == ("difference", "higher")
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_labels_stay_inside_the_plot(visit: Callable[..., Any], written: Path, width: int) -> None:
+    page = visit(written, width=width)
+    for better in ("higher", "lower", "kept", "further"):
+        page.select_option("#better", better)
+        outside = """() => {
+            const plot = document.querySelector("#scatter svg").getBoundingClientRect();
+            return [...document.querySelectorAll("#scatter .label")].filter((label) => {
+                const box = label.getBoundingClientRect();
+                return box.left < plot.left + 56 || box.right > plot.right || box.top < plot.top;
+            }).map((label) => label.textContent);
+        }"""
+        assert page.evaluate(outside) == []
 
 
 def luminance(page: Any) -> float:

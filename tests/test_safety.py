@@ -70,9 +70,12 @@ def test_the_search_sees(source: str) -> None:
 
 
 def test_weights_are_safetensors_only() -> None:
-    """No file that we ship has a format that can hold code, but for what is code: Python's, and a browser's."""
+    """No file that we ship has a format that can hold code, but for what is code: Python's, and a browser's.
+
+    A node pack of ComfyUI says in text files what it is and needs.
+    """
     shipped = {file.suffix for folder in FOLDERS for file in (ROOT / folder).rglob("*") if file.is_file()}
-    assert shipped - {".pyc"} <= {".py", ".typed", ".safetensors", ".json", ".html", ".css", ".js"}
+    assert shipped - {".pyc"} <= {".py", ".typed", ".safetensors", ".json", ".html", ".css", ".js", ".toml", ".txt"}
 
 
 # --- no network at import ---------------------------------------------------------------------------------------------

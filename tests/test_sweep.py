@@ -185,9 +185,14 @@ def test_a_stock_pipeline(tmp_path: Path) -> None:
         frames = torch.tensor(np.asarray(strip.convert("RGB"))).unflatten(1, (6, 24)).transpose(0, 1)
     assert torch.equal(frames, demo.to_video(latents)[0])
     assert found.cells[1].code == (
+        "from stg_hooks import demo\n"
         "with stg.apply(pipe, layers=[6], scale=0.5):\n"
-        "    video = pipe.stg_sample(prompt, generator, num_inference_steps=3)"
+        "    video = demo.to_video(pipe(**demo.inputs([prompt]) | dict(guidance_scale=2.0, "
+        "num_inference_steps=3), generator=generator).frames)[0]"
     )
+    names = {"stg": stg, "pipe": pipe, "prompt": "red circle left", "generator": torch.Generator().manual_seed(0)}
+    exec(found.cells[1].code, names)
+    assert torch.equal(frames, names["video"])
 
 
 # --- going on -------------------------------------------------------------------------------------------------------

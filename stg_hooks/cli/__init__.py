@@ -15,10 +15,18 @@ def main() -> None:
     try:
         app = importlib.import_module("stg_hooks.cli.app").app
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(_interrupted())
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
         if package not in ("typer", "rich"):
             raise
         sys.exit(f'stg-hooks: {package} is not installed: pip install "stg-hooks[cli]"')
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(_interrupted())
+
+
+def _interrupted() -> int:
+    print("stg-hooks: interrupted.", file=sys.stderr)  # noqa: T201  rich may not have been loaded
+    return 130

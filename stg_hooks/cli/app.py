@@ -7,17 +7,14 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import stg_hooks as stg
 from stg_hooks.cli.calls import (
     guidance_from,
     in_groups,
-    layers_from,
     numbers_from,
+    one_by_one,
     picture_from,
     prompt_for,
     settings_from,
@@ -25,19 +22,16 @@ from stg_hooks.cli.calls import (
 )
 from stg_hooks.cli.failures import FailureError, note, reported
 from stg_hooks.cli.files import check_folder, check_output, write_frames
-from stg_hooks.cli.models import Dtype, Offload, Source
-from stg_hooks.study.sampling import prompts_from, sampler_of
-from stg_hooks.study.table import LayerTable
+from stg_hooks.cli.models import DEMO, Dtype, Offload, Source
 
 app = typer.Typer(
     name="stg-hooks",
     help="Skip guidance for video and image diffusion models.\n\nMODEL is a folder or a model of the hub that "
     "diffusers loads, or `demo` for the small model inside this package (write `./demo` for a folder of that name).\n\n"
-    "Exit status: 0 done, 1 failed, 2 what was asked for cannot be done.",
+    "Exit status: 0 done, 1 failed, 2 what was asked for cannot be done, 130 interrupted.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -48,11 +42,15 @@ DtypeOption = Annotated[
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel="Loading")]
 OffloadOption = Annotated[
     Offload,
-    typer.Option("--offload", help="Keep weights in CPU memory, as diffusers does it.", rich_help_panel="Loading"),
+    typer.Option(
+        "--offload",
+        help="Keep weights in CPU memory: a model, a layer (least memory, slowest) or a group of layers at a time.",
+        rich_help_panel="Loading",
+    ),
 ]
 Layers = Annotated[
-    str | None,
-    typer.Option("--layers", help="Skipped together: numbers or names, `34` or `2,5`. Left out: as published."),
+    list[str] | None,
+    typer.Option("--layers", help="Skipped together: numbers or names, `34` or `2+5`. Left out: as published."),
 ]
 Scale = Annotated[float | None, typer.Option("--scale", help="Weight of skip guidance; 0 is off.  [default: 1]")]
 Mode = Annotated[str | None, typer.Option("--mode", help="What a skipped layer does: residual, attention, values, ...")]
@@ -69,7 +67,9 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results."
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"stg-hooks {stg.__version__}, torch {torch.__version__}")
+        from importlib.metadata import version
+
+        typer.echo(f"stg-hooks {stg.__version__}, torch {version('torch')}")
         raise typer.Exit
 
 
@@ -87,6 +87,8 @@ def layers(
 ) -> None:
     """List what can be skipped, and what is published. Reads configurations only: no weights are fetched or loaded."""
     with reported():
+        from stg_hooks.study.table import LayerTable
+
         table = LayerTable(Source(model).denoisers())
         if as_json:
             typer.echo(json.dumps(table.to_dict(), indent=1, default=str))
@@ -137,11 +139,15 @@ def generate(
         }
         settings = settings_from(setting, given)
         _check(source, guidance)
+        from stg_hooks.study.sampling import generator_of, prompts_from, sampler_of
+
         pipe = source.pipeline()
         make = sampler_of(pipe, None, settings, "np")
         prompts_from(text, pipe)
+        if model == DEMO:
+            note(f'demo draws "{text}"')
         with stg.apply(pipe, **guidance) as session:
-            output = make(text, torch.Generator().manual_seed(seed))
+            output = make(text, generator_of(seed))
         media = importlib.import_module("stg_hooks.study.media")
         write_frames(out, media.frames_of(output), fps)
         note(f"{out}: {session.stats.guided_calls} of {session.stats.calls} calls of the model guided")
@@ -151,7 +157,7 @@ def generate(
 def profile(
     model: Model,
     out: Out,
-    layers: Annotated[str | None, typer.Option("--layers", help="Each by itself: `2,5`. Left out: all.")] = None,
+    layers: Annotated[list[str] | None, typer.Option("--layers", help="Each by itself: `2,5`. Left out: all.")] = None,
     modes: Annotated[str, typer.Option("--modes", help="What skipped layers do.")] = "residual",
     levels: Annotated[int, typer.Option("--levels", min=1, help="How many noise levels.")] = 5,
     prompt: Prompts = None,
@@ -171,7 +177,7 @@ def profile(
     with reported():
         check_folder(out)
         source = Source(model, dtype, device, offload)
-        chosen, kinds = layers and layers_from(layers), words_from("--modes", modes)
+        chosen, kinds = one_by_one(layers), words_from("--modes", modes)
         if chosen:
             _check_all(source, [[layer] for layer in chosen], kinds)
         given = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "image": picture_from(image)}
@@ -198,7 +204,7 @@ def report(
 def sweep(
     model: Model,
     out: Out,
-    layers: Annotated[str | None, typer.Option("--layers", help="One cell each: `2,5`; together: `2+5`.")] = None,
+    layers: Annotated[list[str] | None, typer.Option("--layers", help="One cell each: `2,5`; together: `2+5`.")] = None,
     scales: Annotated[str, typer.Option("--scales", help="Weights of skip guidance.")] = "0.5,1.0",
     modes: Annotated[str, typer.Option("--modes", help="What skipped layers do.")] = "residual",
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many per prompt and cell.")] = 1,
@@ -217,7 +223,7 @@ def sweep(
         check_folder(out)
         source = Source(model, dtype, device, offload)
         prompts = prompt or [prompt_for(source, None, image)]
-        columns = None if layers is None else in_groups(layers)
+        columns = in_groups(layers)
         weights, kinds = numbers_from("--scales", scales), words_from("--modes", modes)
         _check_all(source, columns or [], kinds)
         given = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "image": picture_from(image)}
@@ -240,6 +246,7 @@ def demo(
 ) -> None:
     """Make clips of the embedded model with and without skip guidance, on a page; two minutes on a CPU."""
     with reported():
+        check_folder(out)
         try:
             run = importlib.import_module("stg_hooks.demo.__main__").main
             status = run(["--out", str(out), "--clips", str(clips), "--seed", str(seed)])
@@ -265,6 +272,11 @@ def bench(
 ) -> None:
     """Time a step of the pipeline without skip guidance, and with each way to compute it."""
     with reported():
+        from rich.console import Console
+        from rich.table import Table
+
+        from stg_hooks.study.sampling import generator_of, prompts_from, sampler_of
+
         measure = importlib.import_module("stg_hooks.cli.bench").measure
         source = Source(model, dtype, device, offload)
         guidance, text = guidance_from(layers, None, mode), prompt_for(source, prompt, image)
@@ -277,7 +289,7 @@ def bench(
 
         def run(ended: Any) -> None:
             make = sampler_of(pipe, None, {**settings, "callback_on_step_end": ended}, "np")
-            make(text, torch.Generator().manual_seed(0))
+            make(text, generator_of(0))
 
         with Console(stderr=True).status("") as status:
             rows = measure(pipe, run, guidance, rounds, status.update)

@@ -13,17 +13,49 @@ from stg_hooks.cli.models import DEMO, Source
 DEMO_PROMPT = "red circle left"
 
 
-def layers_from(text: str, separator: str = ",") -> list[int | str]:
-    """Read layers: numbers or names."""
-    words = [word.strip() for word in text.split(separator)]
-    if not all(words):
-        raise FailureError(f"--layers {text!r}: expected numbers or names, such as 34 or 2,5 or blocks.4.", USAGE)
-    return [int(word) if word.lstrip("-").isdigit() else word for word in words]
+def in_groups(typed: Sequence[str] | None) -> list[list[int | str]] | None:
+    """Read layers, numbers or names: `2,5,2+5` is three settings, the last of which skips both."""
+    if not typed:
+        return None
+    if len(typed) > 1:
+        raise FailureError(
+            f"--layers is given {len(typed)} times. Give it once: --layers {'+'.join(typed)} skips them together, "
+            f"--layers {','.join(typed)} one by one.",
+            USAGE,
+        )
+    groups = [[word.strip() for word in group.split("+")] for group in typed[0].split(",")]
+    if not all(word for group in groups for word in group):
+        raise FailureError(
+            f"--layers {typed[0]!r}: expected numbers or names, such as 34 or blocks.4; 2+5 skips both, 2,5 is two "
+            "settings.",
+            USAGE,
+        )
+    return [[int(word) if word.lstrip("-").isdigit() else word for word in group] for group in groups]
 
 
-def in_groups(text: str) -> list[list[int | str]]:
-    """Read the columns of a grid: `2,5,2+5` is three, the last of which skips both."""
-    return [layers_from(group, "+") for group in text.split(",")]
+def together(typed: Sequence[str] | None) -> list[int | str] | None:
+    """Read the layers of one setting."""
+    groups = in_groups(typed)
+    if groups is not None and typed and len(groups) > 1:
+        joined = typed[0].replace(",", "+")
+        raise FailureError(
+            f"--layers {typed[0]}: commas stand between settings, and here there is one. To skip these layers "
+            f"together: --layers {joined}",
+            USAGE,
+        )
+    return groups[0] if groups else None
+
+
+def one_by_one(typed: Sequence[str] | None) -> list[int | str] | None:
+    """Read layers that are looked at by themselves."""
+    groups = in_groups(typed)
+    if groups is not None and typed and any(len(group) > 1 for group in groups):
+        apart = typed[0].replace("+", ",")
+        raise FailureError(
+            f"--layers {typed[0]}: profile measures each layer by itself: --layers {apart}. sweep tries them together.",
+            USAGE,
+        )
+    return [layer for group in groups for layer in group] if groups else None
 
 
 def numbers_from(name: str, text: str) -> list[float]:
@@ -42,9 +74,9 @@ def words_from(name: str, text: str) -> list[str]:
     return words
 
 
-def guidance_from(layers: str | None, scale: float | None, mode: str | None) -> dict[str, Any]:
+def guidance_from(layers: Sequence[str] | None, scale: float | None, mode: str | None) -> dict[str, Any]:
     """Return what `apply` takes; what was not typed is left out, so that the published setting counts."""
-    given = {"layers": None if layers is None else layers_from(layers), "scale": scale, "mode": mode}
+    given = {"layers": together(layers), "scale": scale, "mode": mode}
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -5,16 +5,27 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
+import signal
+import textwrap
+import threading
 import warnings
 from collections.abc import Iterator
 
-import torch
 import typer
-from rich.console import Console
 
 from stg_hooks.errors import LayerError, SettingError, StgError
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
+_LONGEST = 300  # characters of a message that is not ours
+
+# What the library says of its arguments, in the words of the command line.
+_WORDS = (
+    (re.compile(r"stg\.layers\(model\)"), "stg-hooks layers MODEL"),
+    (re.compile(r"layers=\[([^\[\]]*)\]"), lambda found: f"--layers {found[1].replace(', ', '+')}"),
+    (re.compile(r"\b(mode|scale|rescale|start|stop|guidance_scale|layers)=(?=\S)"), r"--\1 "),
+    (re.compile(r"--guidance_scale"), "--guidance-scale"),
+)
 
 
 class FailureError(Exception):
@@ -42,12 +53,16 @@ def reported() -> Iterator[None]:
         if os.environ.get("STG_HOOKS_DEBUG"):
             raise
         line, status = _explain(error)
+        if status == INTERRUPTED and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed again, it would print a traceback on the way out
         note(f"stg-hooks: {line}")
         raise typer.Exit(status) from None
 
 
 def note(text: str) -> None:
     """Print to stderr; stdout is for results."""
+    from rich.console import Console
+
     Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
 
 
@@ -63,10 +78,10 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted.", INTERRUPTED
     if isinstance(error, StgError):
-        return text, USAGE if isinstance(error, (LayerError, SettingError)) else FAILED
-    if isinstance(error, torch.OutOfMemoryError):
+        return _in_its_words(text), USAGE if isinstance(error, (LayerError, SettingError)) else FAILED
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not have been loaded
         return (
-            "out of memory on the accelerator. Try --offload model, or --offload sequential, or fewer frames.",
+            "out of memory on the accelerator. Try --offload model, or --offload layer, or fewer frames.",
             FAILED,
         )
     if isinstance(error, ImportError):
@@ -76,4 +91,16 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return f"no space left on the device{where}. Nothing half-written was kept.", FAILED
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}", FAILED
-    return f"{type(error).__name__}: {text} (STG_HOOKS_DEBUG=1 shows where)", FAILED
+    return f"{type(error).__name__}: {_short(str(error))} (STG_HOOKS_DEBUG=1 shows where)", FAILED
+
+
+def _in_its_words(text: str) -> str:
+    for pattern, words in _WORDS:
+        text = pattern.sub(words, text)
+    return text
+
+
+def _short(text: str) -> str:
+    """Keep what a person reads of the message of another package: no values of a tensor, no command of an encoder."""
+    text = re.split(r"\b(?:FFMPEG COMMAND|Parameter containing)\b|\b(?:tensor|array)\(", text, maxsplit=1)[0]
+    return textwrap.shorten(text, _LONGEST, placeholder=" ...").rstrip(" :,=")

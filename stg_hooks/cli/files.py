@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from stg_hooks.cli.failures import USAGE, FailureError
-from stg_hooks.study.media import needs
 
 ENDINGS = (".mp4", ".webp", ".gif", ".png")
 _SMALL = 128  # pixels; a smaller picture is enlarged by whole pixels, to be seen at all
@@ -46,6 +46,11 @@ def check_folder(folder: Path) -> None:
         raise FailureError(f"{folder}: {there} is a file. Name a folder.", USAGE)
     if not os.access(there, os.W_OK | os.X_OK):
         raise FailureError(f"{folder}: {there} cannot be written to.")
+    try:
+        with tempfile.TemporaryFile(dir=there):  # permissions do not tell of a read-only or a full disk
+            pass
+    except OSError as error:
+        raise FailureError(f"{folder}: {there} cannot be written to ({error.strerror}).") from error
 
 
 def write_frames(path: Path, frames: Any, fps: float) -> None:
@@ -62,7 +67,7 @@ def write_frames(path: Path, frames: Any, fps: float) -> None:
         if path.suffix.lower() == ".mp4":
             _write_mp4(partial, frames, fps)
         else:
-            (image,) = needs("PIL.Image")
+            (image,) = _needs("PIL.Image")
             first, *rest = [image.fromarray(frame) for frame in frames]
             moving = {"save_all": True, "append_images": rest, "duration": round(1000 / fps), "loop": 0} if rest else {}
             first.save(partial, quality=90, **moving)
@@ -80,9 +85,9 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def _write_mp4(path: Path, frames: Any, fps: float) -> None:
-    imageio, ffmpeg = needs("imageio.v2", "imageio_ffmpeg")
+    imageio, ffmpeg = _needs("imageio.v2", "imageio_ffmpeg")
     odd = [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)]  # the codec wants even sides
-    (np,) = needs("numpy")
+    (np,) = _needs("numpy")
     frames = np.pad(frames, odd, mode="edge")
     options = {"codec": "libx264", "quality": 8, "macro_block_size": 1, "pixelformat": "yuv420p"}
     with imageio.get_writer(path, format="FFMPEG", fps=fps, ffmpeg_log_level="quiet", **options) as writer:
@@ -95,3 +100,9 @@ def _write_mp4(path: Path, frames: Any, fps: float) -> None:
         written = 0
     if written != len(frames):
         raise FailureError(f"{path.parent}: only {written} of {len(frames)} frames could be written. Is the disk full?")
+
+
+def _needs(*names: str) -> list[Any]:
+    from stg_hooks.study.media import needs  # here: it brings torch along
+
+    return list(needs(*names))

@@ -11,14 +11,12 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from stg_hooks import demo
 from stg_hooks.cli.failures import FailureError
-from stg_hooks.hosts import denoisers_of
+
+if TYPE_CHECKING:  # torch loads when a model does: `--help` must not wait for it
+    from torch import nn
 
 DEMO = "demo"
 DENOISERS = ("transformer", "transformer_2", "unet")
@@ -38,7 +36,7 @@ class Offload(str, enum.Enum):
 
     none = "none"
     model = "model"
-    sequential = "sequential"
+    layer = "layer"  # not "sequential", as diffusers says: that is an `execution` here
     group = "group"
 
 
@@ -58,6 +56,9 @@ class Source:
             FailureError: there is no such model.
         """
         if self.name == DEMO:
+            from stg_hooks import demo
+            from stg_hooks.hosts import denoisers_of
+
             return denoisers_of(demo.load())
         diffusers = _diffusers()
         with _finding(self.name):
@@ -79,8 +80,12 @@ class Source:
         Raises:
             FailureError: it cannot be loaded, or not onto this device.
         """
+        import torch
+
         device = torch.device(self.where)
         if self.name == DEMO:
+            from stg_hooks import demo
+
             if self.offload is not Offload.none:
                 raise FailureError(f"--offload {self.offload.value}: the embedded model is not offloaded.", 2)
             pipe = demo.load().to(device)
@@ -90,7 +95,7 @@ class Source:
             pipe = diffusers.DiffusionPipeline.from_pretrained(self.name, torch_dtype=getattr(torch, self.numbers))
         if self.offload is Offload.model:
             pipe.enable_model_cpu_offload(device=device)
-        elif self.offload is Offload.sequential:
+        elif self.offload is Offload.layer:
             pipe.enable_sequential_cpu_offload(device=device)
         elif self.offload is Offload.group:
             pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda")
@@ -101,6 +106,8 @@ class Source:
     @property
     def where(self) -> str:
         """The device: the accelerator if there is one (each process of a launcher has its own), unless it is named."""
+        import torch
+
         if self.device == "auto":
             if torch.cuda.is_available():
                 return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"

@@ -53,6 +53,10 @@ def load() -> Any:
     # How stg.profile and stg.sweep make samples with it.
     pipe.stg_sample = functools.partial(sample, pipe)
     pipe.stg_sample.prompts = PROMPTS
+    pipe.stg_sample.code = (
+        "from stg_hooks import demo\n"
+        "demo.to_video(pipe(**demo.inputs([prompt]) | dict({}), generator=generator).frames)[0]"
+    )
     return pipe
 
 

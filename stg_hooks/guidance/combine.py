@@ -36,14 +36,14 @@ def combine(
         cond: prediction with the prompt, `(B, ...)`.
         weak: prediction of the weak model with the prompt, shape of `cond`; or one per branch.
         uncond: prediction without the prompt, shape of `cond`.
-        scale: weight of `cond - weak`; one for all branches, or one per branch. 0 leaves `weak` out of account. A
+        scale: weight of `cond - weak`; one for all branches, or one per branch. at 0 `weak` is ignored. A
             tensor holds one value per sample, `(B,)`, or has the dimensions of `cond` (a value per frame, say); with
             fewer values, of which B is a multiple, one per prompt, whose samples are neighbours.
         guidance_scale: CFG weight, 1 = off: then `uncond` is ignored. A tensor as for `scale`.
         rescale: 0 = off, 1 = the result has the standard deviation of `cond`.
-        rule: how they become one before `rescale`: `"cfg"` as above, `"zero_star"`, `"apg"` or `"orthogonal"` as in
-            `stg.rules`; or a function of `(cond, uncond, terms, guidance_scale)` in float32, where `terms` are
-            the `scale_i * (cond - weak_i)` and `uncond` is `None` where CFG is off.
+        rule: how they become one before `rescale`: `"cfg"` as above, another rule of `stg.rules` by its name; or a
+            function of `(cond, uncond, terms, guidance_scale)` in float32, where `terms` are the
+            `scale_i * (cond - weak_i)` and `uncond` is `None` where CFG is off.
 
     Returns:
         The guided prediction in the shape and dtype of `cond`.

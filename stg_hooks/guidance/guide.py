@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from stg_hooks.errors import CallError, SettingError, closest
 from stg_hooks.guidance.channels import VarianceWatch, check_channels, guided_part, with_rest
 from stg_hooks.guidance.combine import Scale, combine, correction, is_number, of_sample
+from stg_hooks.guidance.plain import read, written
 from stg_hooks.guidance.rules import at_step
 from stg_hooks.guidance.samples import are_samples, check_told
 from stg_hooks.guidance.schedule import Request, Settings, check_every, known, plan_from
@@ -154,8 +156,12 @@ class Guidance:
         Raises:
             SettingError: a value that cannot be used, or a contradiction.
         """
+        request = dataclasses.replace(
+            request, **{field.name: read(field.name, getattr(request, field.name)) for field in fields(request)}
+        )
         _check_on(request.on, request.scale)
         check_channels(channels)
+        self._request = request
         self.on = request.on
         self.plan = plan_from(model, request)
         check_every(every)
@@ -171,6 +177,18 @@ class Guidance:
                 raise SettingError(f"every={every}: on='uncond' makes no extra pass that could be left out.")
             for settings in self.plan.known:
                 check_uncond(settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was asked for as JSON can hold it: `stg.apply(pipe, **found)` asks for the same.
+
+        Raises:
+            SettingError: JSON cannot hold a setting, such as a function that no module has under its name.
+        """
+        asked = {field.name: getattr(self._request, field.name) for field in fields(self._request)}
+        asked |= {"every": self.every, "channels": self.channels, "strict": self.watch.strict}
+        for name, plain in {"on": "cond", "every": 1, "strict": False}.items():
+            asked[name] = None if asked[name] == plain else asked[name]
+        return {name: written(name, value) for name, value in asked.items() if value is not None}
 
     def for_another(self) -> Guidance:
         """Return the same guidance for another denoiser of the same pipeline: what `every` uses again is its own."""

@@ -12,6 +12,7 @@ from typing import Any
 from stg_hooks.errors import SettingError
 from stg_hooks.guidance.settings import Branch
 
+_SHOWN = 100  # characters of a value, in messages
 _OBJECTS = ("scale", "mode", "rule", "schedule")  # may be given as an object of a module, by its name
 
 
@@ -34,8 +35,8 @@ def written(name: str, value: Any) -> Any:
         json.dumps(plain)
     except (TypeError, ValueError) as error:
         raise SettingError(
-            f"{name}={value!r} cannot be saved as JSON, as these settings are: {error}. Give numbers, strings, lists "
-            "of them, stg.Branch, or a function that a module has under its name (a lambda has none)."
+            f"{name}={_shown(value)} cannot be saved as JSON, as these settings are: {error}. Give numbers, strings, "
+            "lists of them, stg.Branch, or a function that a module has under its name (a lambda has none)."
         ) from error
     return plain
 
@@ -78,6 +79,11 @@ def _written(value: Any) -> Any:
         return int(value) if isinstance(value, numbers.Integral) else float(value)
     name = f"{getattr(value, '__module__', None)}:{getattr(value, '__qualname__', None)}"
     return name if callable(value) and _lookup(name) is value else value
+
+
+def _shown(value: object) -> str:
+    first, *more = str(value if isinstance(value, str) else repr(value)).splitlines() or [""]
+    return first[:_SHOWN] + ("..." if more or len(first) > _SHOWN else "")
 
 
 def _is_pair(value: object) -> bool:

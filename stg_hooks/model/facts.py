@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -19,6 +20,11 @@ def stated(table: str, module: nn.Module) -> list[Any]:
     Returns:
         The facts about its class and the bases of it, the class first; for a collection, the names found.
     """
-    facts: Mapping[str, Any] | Collection[str] = getattr(importlib.import_module("stg_hooks.adapters"), table)
+    facts: Mapping[str, Any] | Collection[str] = getattr(_adapters(), table)
     found = [cls.__name__ for cls in type(module).__mro__ if cls.__name__ in facts] if facts else []
     return [facts[name] for name in found] if isinstance(facts, Mapping) else found
+
+
+@functools.cache
+def _adapters() -> Any:
+    return importlib.import_module("stg_hooks.adapters")

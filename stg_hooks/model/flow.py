@@ -1,6 +1,7 @@
 """Read which children of a module its `forward` gives what is denoised, without running it.
 
-What is denoised is the first argument, and whatever is computed from it. A child that `forward` calls with other things
+What is denoised is the first argument (the second, where the first is the time), and whatever is computed from it. What
+functions inside it are given may be that as well. A child that `forward` calls with other things
 only (a text encoder, an extractor of faces) prepares conditions, and one that it calls only where an argument switches
 on what is off by default (the masking of a training step) does not run in sampling.
 """
@@ -18,6 +19,7 @@ from stg_hooks.model.source import class_forward, parsed, unwrapped
 
 # What these tell of a tensor does not carry it on.
 _FACTS = frozenset({"device", "dtype", "shape", "ndim", "size", "dim", "requires_grad", "training", "numel"})
+_TIMES = frozenset({"t", "time", "times", "timestep", "timesteps", "sigma", "sigmas"})
 _LOOPS = 2  # readings of a body, after which what comes from an earlier turn of a loop is known
 
 
@@ -42,7 +44,8 @@ def _bystanders(cls: type, forward: Callable[..., Any]) -> frozenset[str]:
         return frozenset()
     reader = _Flow(cls)
     unknown = [a.arg for a in (tree.args.vararg, tree.args.kwarg) if a is not None]
-    reader.read(tree, {parameters[0], *unknown})
+    first = parameters[:2] if parameters[0] in _TIMES else parameters[:1]
+    reader.read(tree, {*first, *unknown})
     return frozenset(name for name, carries in reader.calls.items() if not any(carries))
 
 
@@ -55,6 +58,7 @@ class _Flow:
         self._cls = cls
         self._read: set[tuple[str, frozenset[str]]] = set()
         self._flows: set[str] = set()
+        self._kept: set[str] = set()  # attributes that carry it
         self._children: dict[str, set[str]] = {}  # variables that stand for a child, or an entry of it
         self._off: set[str] = set()  # arguments that are off by default
         self._is_off = False
@@ -87,18 +91,33 @@ class _Flow:
                 self._bind(target, node.value)
         elif isinstance(node, ast.expr):
             self._expression(node)
+        elif isinstance(node, ast.withitem):
+            self._expression(node.context_expr)
+            if node.optional_vars is not None:
+                self._bind(node.optional_vars, node.context_expr)
         else:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                self._flows |= _arguments(node)
             self._body(ast.iter_child_nodes(node))
 
     def _bind(self, target: ast.AST, value: ast.AST) -> None:
         names = {node.id for node in ast.walk(target) if isinstance(node, ast.Name) and node.id != "self"}
+        self._off -= names  # set to something else
         if self._carries(value):
             self._flows |= names
+            self._kept |= {inner.attr for inner in ast.walk(target) if _is_own(inner)}  # type: ignore[attr-defined]
         children = self._passed(value) if _is_listing(value) else self._itself(value)
         for name in names:
             self._children[name] = children
 
     def _expression(self, node: ast.AST) -> None:
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.comprehension):
+                self._bind(inner.target, inner.iter)
+            elif isinstance(inner, ast.NamedExpr):
+                self._bind(inner.target, inner.value)
+            elif isinstance(inner, ast.Lambda):
+                self._flows |= _arguments(inner)
         for call in [inner for inner in ast.walk(node) if isinstance(inner, ast.Call)]:
             given = [*call.args, *(keyword.value for keyword in call.keywords)]
             carries = any(map(self._carries, given))
@@ -132,6 +151,12 @@ class _Flow:
             return False
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "len":
             return False
+        if _is_own(node):
+            return node.attr in self._kept  # type: ignore[attr-defined]
+        if isinstance(node, ast.Call) and _is_own(node.func) and self._kept:
+            method = getattr(self._cls, node.func.attr, None)  # type: ignore[attr-defined]
+            if method is not None and not isinstance(method, type):
+                return True  # what it returns may come from these
         return any(map(self._carries, ast.iter_child_nodes(node)))
 
     def _named(self, node: ast.AST) -> set[str]:
@@ -156,13 +181,21 @@ class _Flow:
             node = node.value
         if isinstance(node, ast.Name):
             return self._children.get(node.id, set())
-        is_own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
-        return {node.attr} if is_own else set()  # type: ignore[attr-defined]
+        return {node.attr} if _is_own(node) else set()  # type: ignore[attr-defined]
 
     def _is_false(self, test: ast.AST) -> bool:
         if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
             return any(map(self._is_false, test.values))
         return isinstance(test, ast.Name) and test.id in self._off
+
+
+def _is_own(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+
+
+def _arguments(function: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> set[str]:
+    args = function.args
+    return {a.arg for a in (*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg) if a is not None}
 
 
 def _is_listing(node: ast.AST) -> bool:

@@ -147,7 +147,7 @@ def is_bare_attention(module: nn.Module) -> bool:
     sizes = {True: 0, False: 0}
     for name, child in module._modules.items():
         if child is not None:
-            is_of_attention = not _ATTENTION_WORDS.isdisjoint(words_of(name))
+            is_of_attention = not _ATTENTION_WORDS.isdisjoint(words_of(name)) or is_attention(child)
             sizes[is_of_attention] += sum(parameter.numel() for parameter in child.parameters())
     return sizes[True] >= sizes[False]
 
@@ -269,13 +269,14 @@ def _is_side(name: str) -> bool:
     return not _SIDE_WORDS.isdisjoint(words_of(name))
 
 
-def resolve(model: nn.Module, spec: object) -> list[Layer]:
+def resolve(model: nn.Module, spec: object, known: list[Layer] | None = None) -> list[Layer]:
     """Find the layers that a user asked for; all of them, or an error and none.
 
     Args:
         model: the module that holds the layers.
         spec: an index (negative ones count from the end), a range, a dotted name or an unambiguous tail of one, a
             glob whose `*` stays between two dots, a module, or a list of those.
+        known: what `find_layers` gives, where that was called already.
 
     Returns:
         The layers, each once, numbered ones in running order.
@@ -286,7 +287,7 @@ def resolve(model: nn.Module, spec: object) -> list[Layer]:
     """
     if not isinstance(model, nn.Module):
         raise TargetError(f"expected a torch.nn.Module to find layers in, not {type(model).__name__}.")
-    known = find_layers(model)
+    known = find_layers(model) if known is None else known
     chosen: dict[str, Layer] = {}
     for item in items_of(spec):
         for layer in _resolve_one(model, known, item):
@@ -376,8 +377,7 @@ def _shown(value: object) -> str:
 def _by_index(model: nn.Module, known: list[Layer], index: int) -> Layer:
     numbered = [layer for layer in known if layer.index is not None]
     if not -len(numbered) <= index < len(numbered):
-        hint = " Did you mean layers=[-1]?" if numbered and index > 0 else ""
-        raise LayerError(f"layers=[{_shown(index)}]: {_what_exists(model, known)}{hint} See stg.layers(model).")
+        raise LayerError(f"layers=[{_shown(index)}]: {_what_exists(model, known)} See stg.layers(model).")
     return numbered[index]
 
 
@@ -412,10 +412,12 @@ def _by_name(model: nn.Module, known: list[Layer], name: str) -> list[Layer]:
             f"layers=[{_shown(name)}] is not the name of a module. For an index write layers=[{int(name)}]."
         )
     asked = name[:_SHOWN]
-    tails = [tail for layer in known for tail in (layer.name, layer.name.split(".", 1)[-1])]
+    inside = [f"{layer.name}.{attention}" for layer in known for attention in layer.attention]
+    existing = [*(layer.name for layer in known), *inside]
+    tails = [tail for full in existing for tail in (full, full.split(".", 1)[-1])]
     raise LayerError(
         f"layers=[{_shown(name)}]: {type(model).__name__} has no module of that name."
-        f"{closest(asked, tails) or ' ' + _what_exists(model, known)} See stg.layers(model)."
+        f"{closest(asked, tails)} {_what_exists(model, known)} See stg.layers(model)."
     )
 
 

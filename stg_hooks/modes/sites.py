@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 from torch import nn
 
 from stg_hooks.errors import LayerError, SettingError, closest
-from stg_hooks.model.layers import Layer, attention_modules, find_layers, is_attention
+from stg_hooks.model.layers import Layer, attention_modules, is_attention
 from stg_hooks.model.source import signature_text
 from stg_hooks.modes.feed_forward import feed_forwards
 from stg_hooks.modes.frames import Kind, kinds_of, temporal_lines
@@ -36,7 +36,9 @@ def check_kind(kind: object) -> None:
         raise SettingError(f"unknown kind={kind!r}; choose from {names}.{closest(str(kind), get_args(Kind))}")
 
 
-def find_sites(model: nn.Module, layers: Sequence[Layer], mode: Perturbation, kind: Kind | None) -> list[Site]:
+def find_sites(
+    model: nn.Module, layers: Sequence[Layer], mode: Perturbation, kind: Kind | None, blocks: Sequence[Layer]
+) -> list[Site]:
     """Find the modules in which a mode acts, and check that it can.
 
     A block that is skipped, or that holds perturbed attention, is a site: what happens to the tokens before the
@@ -47,6 +49,7 @@ def find_sites(model: nn.Module, layers: Sequence[Layer], mode: Perturbation, ki
         layers: the layers that were asked for.
         mode: what `find_mode` returned.
         kind: only attention within frames (`"spatial"`) or across them (`"temporal"`).
+        blocks: all layers of the model.
 
     Returns:
         Sites, none inside another, in the order of `layers`.
@@ -64,7 +67,6 @@ def find_sites(model: nn.Module, layers: Sequence[Layer], mode: Perturbation, ki
         )
     if kind is not None:
         _check_factorised(model, layers, kind)
-    blocks = find_layers(model)
     sites: dict[int, Site] = {}
     for layer in layers:
         targets = _targets(model, layer, kind)

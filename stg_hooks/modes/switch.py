@@ -13,7 +13,7 @@ from torch import nn
 from stg_hooks.errors import CallError, LayerError
 from stg_hooks.hooks.checkpointing import checkpointed, skipped_in
 from stg_hooks.hooks.forward import Action, Patch, now, patched
-from stg_hooks.model.layers import Layer, LayerSpec, resolve
+from stg_hooks.model.layers import Layer, LayerSpec, find_layers, resolve
 from stg_hooks.modes.attention import AttentionSeam
 from stg_hooks.modes.feed_forward import FeedForwards
 from stg_hooks.modes.frames import Kind
@@ -27,7 +27,14 @@ from stg_hooks.modes.token_probe import Looks
 class Switch:
     """The skipped layers of one branch: installed once, then switched on around single calls."""
 
-    def __init__(self, model: nn.Module, layers: LayerSpec, mode: str | Mode, kind: Kind | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: LayerSpec,
+        mode: str | Mode,
+        kind: Kind | None = None,
+        known: list[Layer] | None = None,
+    ) -> None:
         """Resolve and check everything; touch nothing.
 
         Args:
@@ -35,12 +42,14 @@ class Switch:
             layers: what to skip, as for `skip`.
             mode: what a skipped layer does instead, as for `skip`.
             kind: which attention of factorised layers, as for `skip`.
+            known: all layers of the model, where they have been found already.
         """
         self.mode = find_mode(mode)
         self._model = model
         self._kind = kind
-        self.layers: list[Layer] = resolve(model, layers)
-        self._sites = find_sites(model, self.layers, self.mode, kind)
+        known = find_layers(model) if known is None and isinstance(model, nn.Module) else known
+        self.layers: list[Layer] = resolve(model, layers, known)
+        self._sites = find_sites(model, self.layers, self.mode, kind, known or ())
         self.modules = [site.module for site in self._sites]
         """The modules that differ in the weak pass: the layers, or the blocks around perturbed attention."""
         _check_tokens_are_whole(model, self._sites, self.mode)

@@ -28,6 +28,7 @@ from stg_hooks.passes.batched import BatchedPass, RowsError
 from stg_hooks.passes.caches import Caches
 from stg_hooks.passes.effects import Randomness
 from stg_hooks.passes.findings import Findings, KnownLayout, forget, recall
+from stg_hooks.passes.gaps import GapError
 from stg_hooks.passes.guided_call import Arguments, GuidedCall, checking, layout_of, weak_pass
 from stg_hooks.passes.inputs import Inputs, Written
 from stg_hooks.passes.rows import (
@@ -74,10 +75,6 @@ class NotSharedError(Exception):
     """Weak passes cannot be made on top of the cond pass."""
 
 
-class _GapsError(Exception):
-    """What was let go may be wanted."""
-
-
 class Execution:
     """Computes the weak predictions of one denoiser, one per branch.
 
@@ -95,7 +92,7 @@ class Execution:
     first call of each layout (its shapes, types and switches): there the weak pass is made once more with nothing
     skipped, and has to give cond again. Where a model turns out not to allow a way, the next one is taken from then on,
     and a warning says so: batched, sequential, full, and in the end a full pass on all rows, of which nothing is
-    assumed. A model that is compiled as a whole, or has step caches, allows `"full"` only.
+    assumed (`"whole"`). A model that is compiled as a whole, or has step caches, allows `"full"` only.
     """
 
     def __init__(
@@ -125,9 +122,9 @@ class Execution:
         self._caches = caches
         self._model = model
         self._names = parameter_names(model)
-        self.switches = [Switch(model, branch.layers, branch.mode, branch.kind) for branch in branches]
-        _check_different(self.switches, branches)
         layers = find_layers(model)
+        self.switches = [Switch(model, branch.layers, branch.mode, branch.kind, layers) for branch in branches]
+        _check_different(self.switches, branches)
         self._blocks = {id(layer.module) for layer in layers if layer.index is not None}
         starts = [[_block_of(module, layers) for module in switch.modules] for switch in self.switches]
         self._starts = [{id(module) for module in modules} for modules in starts]
@@ -414,14 +411,14 @@ class Execution:
                 self._count(branch, prefix.answered(branch))
             if is_to_be_checked:
                 self._check_shared(call, prefix, results)
-        except (NotSharedError, PrefixMismatchError, _GapsError) as error:
+        except (NotSharedError, PrefixMismatchError, GapError) as error:
             vars(self._stats).update(vars(stats))
             self._found.known.pop(call.layout, None)
             if isinstance(prefix, Repetition):
                 pass  # this call goes another way than the one that was recorded: the next one is recorded anew
             elif prefix.is_broken:
                 self._stop_sharing("it calls other blocks in the weak pass than in the cond pass")
-            elif isinstance(error, _GapsError):
+            elif isinstance(error, GapError):
                 self._found.keeps_all.add(call.layout)  # from the next call on
             else:
                 call.conclude = partial(self._stop_sharing, str(error))
@@ -446,7 +443,7 @@ class Execution:
         Raises:
             NotSharedError: what it returns does not fit the cond pass.
             PrefixMismatchError: it took another way than the cond pass.
-            _GapsError: outputs are wanted that were not kept.
+            GapError: outputs are wanted that were not kept.
         """
         try:
             found = self._replayed(call, prefix, branch)
@@ -454,7 +451,7 @@ class Execution:
             if type(error) not in _SUSPECTS:
                 raise
             if prefix.has_gaps:
-                raise _GapsError from error
+                raise GapError from error
             # Before rows have been cut successfully they are under suspicion; if innocent, a full pass fails as well.
             if call.rows is None or not isinstance(prefix, Recording):
                 raise
@@ -495,10 +492,10 @@ class Execution:
                 if call.rows is not None:
                     call.alone[branch] = again
             if prefix.has_gaps and not all(are_as_finite(found, call.cond) for found in (again, *weaks)):
-                raise _GapsError
+                raise GapError
             if not self._agree(again, call.cond):
                 if prefix.has_gaps:
-                    raise _GapsError
+                    raise GapError
                 raise NotSharedError("with nothing skipped, the cond rows alone do not give the cond prediction again")
 
     def _stop_sharing(self, reason: str, way: str = "full") -> None:

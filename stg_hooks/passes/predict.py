@@ -189,10 +189,11 @@ class Predictor:
             SettingError: an unknown way.
         """
         for settings in known:
-            for branch in settings.branches:
-                Switch(self._model, branch.layers, branch.mode, branch.kind)
             if settings.active:
                 self.make(settings.active)
+            for branch in settings.branches:
+                if not any(branch is active for active in settings.active):
+                    Switch(self._model, branch.layers, branch.mode, branch.kind)
         self._prepared = frozenset(self._made)
 
     def of(self, branches: Sequence[Branch]) -> Execution:

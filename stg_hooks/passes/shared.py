@@ -6,8 +6,8 @@ again, and those blocks answer from the record instead of computing. What surrou
 text and time) is cheap, and runs.
 
 What is kept is what the model itself still holds when the first skipped layer starts: one block's output in a chain of
-blocks, more in a U-Net. The rest was overwritten; in its place the weak pass is given NaN, which shows in what it
-predicts where that conclusion was wrong.
+blocks, more in a U-Net. The rest was overwritten; in its place the weak pass is given a gap, which holds NaN and raises
+where that conclusion was wrong: when the model computes with it after the prefix, or asks for its numbers.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from stg_hooks.hooks.forward import Action, Patch, pushed
 from stg_hooks.model.layers import attention_modules, is_attention
 from stg_hooks.passes.effects import Arguments, Randomness
+from stg_hooks.passes.gaps import GAPS, Gap, gaps
 from stg_hooks.passes.rows import Indices, cut, leaves_of, row_factor
 from stg_hooks.passes.state import Snapshot
 
@@ -80,9 +81,12 @@ class Output:
     folded: int
     """Entries of dimension 0 per row, 0 where every row is conditional."""
     is_kept: bool = True
+    is_overwritten: bool = False
+    """A later unit writes into the same memory."""
 
-    def let_go(self) -> None:
+    def let_go(self, is_overwritten: bool = False) -> None:
         """Forget the values: the model holds them no more."""
+        self.is_overwritten = is_overwritten
         rows = self.rows
         self.rows = torch.full((), float("nan"), dtype=rows.dtype, device=rows.device).expand(rows.shape)
         self.is_kept = False
@@ -109,7 +113,7 @@ class UnitCall:
     """What it writes, by the number of the argument."""
 
     def __post_init__(self) -> None:
-        """Look at what the step needs."""
+        """Look at what the call needs."""
         self.takes_arguments = bool(self.writes) or any(isinstance(value, Given) for value in self.values or ())
         self.keeps = any(output.is_kept for output in self.outputs)
         self.is_watched = bool(_hooks_of(self))
@@ -120,7 +124,7 @@ class UnitCall:
         return [value for value in self.values or () if isinstance(value, Output)] + [out for _, out in self.writes]
 
     def replaced(self, new: dict[Output, Output]) -> UnitCall:
-        """Return the same step with other outputs."""
+        """Return the same call with other outputs."""
         values = None if self.values is None else [new.get(v, v) if isinstance(v, Output) else v for v in self.values]
         return UnitCall(self.unit, self.spec, values, [(i, new.get(output, output)) for i, output in self.writes])
 
@@ -264,16 +268,19 @@ class Prefix:
                     raise PrefixMismatchError
                 position += 1
                 if step.values is not None:
-                    return self._answer(step, args, kwargs)
+                    answer = self._answer(step, args, kwargs)
+                    GAPS.are_free = position != end
+                    return answer
                 inside = True
                 try:
                     return proceed(*args, **kwargs)
                 finally:
                     inside = False
+                    GAPS.are_free = position != end
 
             return replay
 
-        with pushed(patches, [action_of(unit) for unit in units]):
+        with pushed(patches, [action_of(unit) for unit in units]), gaps(are_free=end > 0):
             yield
         if position != end:
             self.is_broken = True
@@ -294,6 +301,11 @@ class Prefix:
         return values[0] if step.spec is None else pytree.tree_unflatten(values, step.spec)
 
     def _copy(self, value: Any) -> Any:
+        rows = self._rows_of(value)
+        is_gap = isinstance(value, Output) and not value.is_kept and not value.is_overwritten
+        return rows.as_subclass(Gap) if is_gap else rows
+
+    def _rows_of(self, value: Any) -> Any:
         # Later code may write into what it is given, and another pass may need it again.
         needs_own = isinstance(value, Output) and (self.is_reused if value.is_kept else self.is_dense)
         return value.rows.clone() if needs_own else value.rows if isinstance(value, Output) else value
@@ -352,10 +364,10 @@ class Recording(Prefix):
         self._let_go([live for live in self._live if not live.is_held() and live not in self._last])
         return Arguments(args, kwargs)
 
-    def _let_go(self, lives: Sequence[_Live]) -> None:
+    def _let_go(self, lives: Sequence[_Live], is_overwritten: bool = False) -> None:
         for live in lives:
             if not live.is_needed:
-                live.output.let_go()
+                live.output.let_go(is_overwritten)
         self._live = [live for live in self._live if live.output.is_kept]
 
     def _end(self, branch: int) -> int:
@@ -411,7 +423,7 @@ class Recording(Prefix):
             return
         for _, tensor in into:
             lives[id(tensor)] = live = lives.get(id(tensor)) or self._new(tensor, is_watched)
-            self._let_go([other for other in self._live if other.memory == live.memory])
+            self._let_go([other for other in self._live if other.memory == live.memory], is_overwritten=True)
         writes = [(i, lives[id(tensor)].output) for i, tensor in into]
         self.steps.append(UnitCall(weakref.ref(unit), spec, outputs, writes))
         self._last = list(lives.values())
@@ -482,14 +494,13 @@ class Repetition(Prefix):
         self._ends = layout.ends
         self._seen: Sequence[int] = layout.seen if look is None else range(len(self.steps))
         self._done = 0
-        self._sees_writes = not torch.is_inference_mode_enabled()
 
-    def _begin(self, unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
+    def _begin(self, unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int, int]] | None:
         step = self.steps[self._seen[self._done]] if self._done < len(self._seen) else None
         if step is None or step.unit() is not unit:
             self._differ()
             return None
-        return None if step.writes or not self._sees_writes else _versions(args, kwargs)
+        return None if step.writes else _versions(args, kwargs)
 
     def _end(self, branch: int) -> int:
         end = self._ends[branch] or 0
@@ -501,7 +512,12 @@ class Repetition(Prefix):
         self.differs = self.is_complete = True
 
     def _conclude(
-        self, unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], before: list[int] | None, output: Any
+        self,
+        unit: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        before: list[tuple[int, int]] | None,
+        output: Any,
     ) -> None:
         number = self._seen[self._done]
         step = self.steps[number]
@@ -549,8 +565,12 @@ def _hooks_of(step: UnitCall) -> object:
     return getattr(step.unit(), "_forward_hooks", None)
 
 
-def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
-    return [value._version for value in (*args, *kwargs.values()) if type(value) is Tensor and not value.is_inference()]
+def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int, int]]:
+    given: Sequence[Any] = (*args, *kwargs.values())
+    if any(isinstance(value, (list, dict)) for value in given):
+        given = leaves_of(args, kwargs)  # one may be added
+    tensors = [value for value in given if type(value) is Tensor]
+    return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
 
 
 def _without_values(step: UnitCall) -> UnitCall:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from stg_hooks.passes.walk import (
     library_of,
     may_alter,
     replaced_forward,
+    serial,
 )
 
 _LARGE = 1 << 20  # entries
@@ -49,17 +49,20 @@ class Snapshot:
         self.writes = [count_of_writes(tensor) for tensor in walk.tensors]
         self.copies = {id(tensor): copies(tensor) for tensor in walk.tensors}
 
-    def mark(self) -> int:
-        """Return a number that is another one where the model is built, or set, in another way.
+    def mark(self) -> Hashable:
+        """Return what is another thing where the model is built, or set, in another way.
 
-        Values of tensors do not count.
+        Of tensors it is told whether they were written into, and no values.
         """
 
         def marked(value: object) -> object:
-            return value if isinstance(value, NUMBERS) else (type(value), id(value))
+            if isinstance(value, tuple):
+                return tuple(map(marked, value))
+            # With the type, because `1 == True == 1.0`.
+            return (type(value), value if isinstance(value, NUMBERS) else serial(value))
 
-        held = [[*map(marked, (*contents.keys(), *contents.values()))] for contents in self.contents]
-        return hash((self.walk.mark(), tuple(itertools.chain(*held))))
+        held = [tuple(map(marked, (*contents.keys(), *contents.values()))) for contents in self.contents]
+        return self.walk.mark(), tuple(held)
 
     def is_in_place(self) -> bool:
         """Tell whether all containers hold the same objects still."""

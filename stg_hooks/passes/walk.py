@@ -8,6 +8,7 @@ import inspect
 import itertools
 import operator
 import types
+import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
@@ -146,6 +147,7 @@ class Walk:
         self.buffers: set[int] = set()
         self.has_opaque = False
         """There are objects into which Python cannot look: iterators, generators, locks."""
+        self._functions: list[int] = []
         self._seen: set[int] = set()
         self._kept_alive: list[object] = []
         self._sealed: list[dict[str, Any]] = []
@@ -178,9 +180,9 @@ class Walk:
         self._others = [holder for holder in self.holders if not isinstance(holder, Attributes)]
         self._sizes = [*map(len, self._sealed)]
 
-    def mark(self) -> int:
-        """Return a number that tells of which modules the model is made, and what goes around their calls."""
-        return hash(tuple(map(_mark, self._modules)))
+    def mark(self) -> Hashable:
+        """Return what tells of which modules and functions the model is made, and what goes around their calls."""
+        return tuple(map(_mark, self._modules)), tuple(self._functions)
 
     def values(self) -> list[Any] | None:
         """List all that is held, in an order of its own; `None` where a container has more or less than it had."""
@@ -266,6 +268,7 @@ class Walk:
         if id(function) in self._seen or depth <= 0 or library_of(function) in _CLASSES_KNOWN:
             return
         self._seen.add(id(function))
+        self._functions.append(serial(function))
         for cell in function.__closure__ or ():
             self._hold(Named(cell, ("cell_contents",)), cell, depth)
         self._walk(function.__defaults__, depth - 1)
@@ -278,8 +281,10 @@ class Walk:
             self._hold(Globals(known, data), data, depth)
         for name in names:
             value = known[name]
-            if isinstance(value, types.FunctionType) and value.__globals__ is known:
-                self._function(value, depth - 1)
+            if isinstance(value, types.FunctionType):
+                self._functions.append(serial(value))
+                if value.__globals__ is known:
+                    self._function(value, depth - 1)
 
 
 def replaced_forward(module: nn.Module) -> Any:
@@ -328,9 +333,34 @@ def _value_of(step: dis.Instruction) -> bool:
 
 def _mark(module: nn.Module) -> Hashable:
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    others = tuple(id(hook) for hook in hooks if library_of(getattr(hook, "func", hook)) != "stg_hooks")
-    forward = id(type(module).forward), id(replaced_forward(module)), is_compiled(module)
-    return id(module), type(module), module.training, forward, others
+    others = tuple(serial(hook) for hook in hooks if library_of(getattr(hook, "func", hook)) != "stg_hooks")
+    forward = serial(type(module).forward), serial(replaced_forward(module)), is_compiled(module)
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    writes = tuple(0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors)
+    return serial(module), module.training, forward, others, writes
+
+
+_SERIALS: dict[int, tuple[weakref.ref[Any], int]] = {}
+_COUNTER = itertools.count()
+
+
+def serial(thing: object) -> int:
+    """Number an object. Unlike its `id`, the number is never given to another one when it is gone."""
+    key = id(thing)
+    known = _SERIALS.get(key)
+    if known is not None and known[0]() is thing:
+        return known[1]
+    try:
+        reference = weakref.ref(thing, lambda gone: _forget(key, gone))
+    except TypeError:
+        return -key  # lists and dictionaries, of which the contents are looked at
+    _SERIALS[key] = reference, next(_COUNTER)
+    return _SERIALS[key][1]
+
+
+def _forget(key: int, gone: weakref.ref[Any]) -> None:
+    if key in _SERIALS and _SERIALS[key][0] is gone:
+        del _SERIALS[key]
 
 
 def _unwrapped(function: Any) -> Any:

@@ -69,9 +69,14 @@ def guidance_scale_of(target: object, sample: Sample | None, settings: Mapping[s
     """Return the CFG weight that a pipeline is called with, its default where none is given; `None` if unknown."""
     if sample is not None:
         return None
-    default = _parameters(getattr(target, "stg_sample", target)).get("guidance_scale")
-    found = settings.get("guidance_scale", None if default is None else default.default)
+    found = settings.get("guidance_scale", default_of(target, "guidance_scale"))
     return float(found) if isinstance(found, (int, float)) else None
+
+
+def default_of(target: object, name: str) -> Any:
+    """Return what a pipeline takes for an argument that is not given; `None` where it has none, or no number."""
+    parameter = _parameters(getattr(target, "stg_sample", target)).get(name)
+    return parameter.default if parameter is not None and isinstance(parameter.default, (int, float)) else None
 
 
 def prompts_from(prompts: str | Sequence[str], pipe: object = None) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from stg_hooks.errors import ResultsError, SettingError
 from stg_hooks.hosts import denoisers_of
 from stg_hooks.model.layers import Layer, LayerSpec, find_layers, resolve
 from stg_hooks.study.results import Place
-from stg_hooks.study.sampling import Sample, guidance_scale_of, prompts_from, takes_prompt
+from stg_hooks.study.sampling import Sample, default_of, guidance_scale_of, prompts_from, takes_prompt
 
 _LOOKED_AT = 32  # parameters, and values of each
 
@@ -148,23 +148,30 @@ def check_same(folder: Path, found: Mapping[str, Any], asked: Mapping[str, Any])
 
 
 def call_text(pipe: Any, sample: Sample | None, settings: Mapping[str, Any]) -> str:
-    """Write the call that makes a sample."""
-    plain = (bool, int, float, str, NoneType)
-    given = [f"{name}={value!r}" if isinstance(value, plain) else f"{name}={name}" for name, value in settings.items()]
+    """Write the call that makes a sample of `prompt` and `generator`, and its defaults, which may change.
+
+    What stands in a pipeline's `stg_sample` may say as `.code` how it is written out; lines before the last are set-up.
+    """
     if sample is not None:
         return f"{getattr(sample, '__name__', 'sample')}(prompt, generator)"
+    usual = {name: default_of(pipe, name) for name in ("num_inference_steps", "guidance_scale")}
+    settings = {name: value for name, value in usual.items() if value is not None} | dict(settings)
+    plain = (bool, int, float, str, NoneType)
+    given = [f"{name}={value!r}" if isinstance(value, plain) else f"{name}={name}" for name, value in settings.items()]
     if hasattr(pipe, "stg_sample"):
-        return f"pipe.stg_sample({', '.join(['prompt', 'generator', *given])})"
+        code = getattr(pipe.stg_sample, "code", "pipe.stg_sample(prompt, generator, {})")
+        return str(code).format(", ".join(given))
     prompt = ["prompt=prompt"] if takes_prompt(pipe, settings) else []
-    return f"pipe({', '.join([*prompt, *given])})"
+    return f"pipe({', '.join([*prompt, 'generator=generator', *given])})"
 
 
 def code_of(place: Place, call: str, is_video: bool) -> str:
     """Write the lines that make such a sample."""
     layers, mode, scale = place
     what, where = ("video", ".frames[0]") if is_video else ("image", ".images[0]")
+    *before, call = call.splitlines()
     line = f"{what} = {call}{where if call.startswith('pipe(') else ''}"
     if not layers:
-        return line
+        return "\n".join([*before, line])
     named = "" if mode == "residual" else f", mode={mode!r}"
-    return f"with stg.apply(pipe, layers={list(layers)}, scale={scale}{named}):\n    {line}"
+    return "\n".join([*before, f"with stg.apply(pipe, layers={list(layers)}, scale={scale}{named}):", f"    {line}"])

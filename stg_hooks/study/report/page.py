@@ -41,7 +41,7 @@ def render(profile: Profile | None, sweep: Sweep | None, room: float) -> str:
     style = part("base.css") + part("report.css")
     script = '"use strict";\n' + "".join(part(f"{name}.js") for name in _SCRIPTS)
     strips: list[str] = []
-    data: dict[str, Any] = {"metrics": [], "profile": None, "sweep": None}
+    data: dict[str, Any] = {"metrics": [], "own": [], "profile": None, "sweep": None}
     facts: dict[str, Any] = {}
     model = ""
     if profile is not None:
@@ -56,6 +56,7 @@ def render(profile: Profile | None, sweep: Sweep | None, room: float) -> str:
         settings = sweep.settings
         model = str(settings["model"])
         data["metrics"] = metrics_of(sweep)
+        data["own"] = settings.get("metrics", [])
         shown = _shown(sweep, room)
         data["sweep"] = {name: settings[name] for name in ("prompts", "seeds", "fps")} | {
             "cells": [_cell(sweep, cell, strips, shown) for cell in sweep.cells]

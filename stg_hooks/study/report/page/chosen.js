@@ -26,13 +26,23 @@ const valuesOf = (cell) => {
   return [html("thead", {}, head), html("tbody", {}, ...body, ...last)];
 };
 
+// What makes the shown sample with the reader's own pipeline. A JSON string is a Python string, too.
+const codeOf = (cell) => {
+  const column = columns[state.sample];
+  if (!column || !/\bgenerator\b/.test(cell.code)) return cell.code; // an older sweep's
+  const given = [`generator = torch.Generator().manual_seed(${column.seed})`];
+  if (/\bprompt\b/.test(cell.code)) given.unshift(`prompt = ${JSON.stringify(column.prompt)}`);
+  const imports = ["import torch", ...(isPlain(cell) ? [] : ["import stg_hooks as stg"])];
+  return [...imports, "", ...given, cell.code].join("\n");
+};
+
 const showChosen = () => {
   const cell = state.cell;
   byId("chosen-name").textContent = nameOf(cell);
   byId("sample").value = state.sample;
   showSample(byId("plain"), plainCell);
   showSample(byId("guided"), cell);
-  byId("code").textContent = cell.code;
+  byId("code").textContent = codeOf(cell);
   byId("values").replaceChildren(...valuesOf(cell));
 };
 
@@ -48,7 +58,7 @@ if (sweep && cells.length) {
   copyOnClick(byId("copy"), byId("code"));
   watch(showChosen);
   const first = guided.find(isDone) ?? plainCell ?? cells[0];
-  const metric = data.metrics.find((name) => /differ/.test(name)) ?? data.metrics[0] ?? null;
+  const metric = firstMetric();
   change({ cell: first, scale: isPlain(first) ? (scales[0] ?? null) : first.scale, mode: first.mode && modes.includes(first.mode) ? first.mode : (modes[0] ?? "") });
   if (metric) setMetric(metric);
 }

@@ -6,7 +6,7 @@ const SHAPES = [
   (r) => `M0 ${-1.3 * r}L${1.2 * r} ${0.9 * r}H${-1.2 * r}z`,
   (r) => `M0 ${-1.4 * r}L${1.4 * r} 0L0 ${1.4 * r}L${-1.4 * r} 0z`,
 ];
-const LOWER_IS_BETTER = /flicker|clipped|frechet|(^|_)(fid|fvd|loss|error)($|_)/i;
+const LOWER_IS_BETTER = /clipped|frechet|(^|_)(fid|fvd|loss|error)($|_)/i;
 
 const byCost = cells.filter(isDone).every((cell) => isPlain(cell) || Number.isFinite(cell.cost));
 const costOf = (cell) => (byCost ? (isPlain(cell) ? 0 : cell.cost) : cell.seconds);
@@ -17,13 +17,14 @@ const gainOf = (cell) => {
   const value = cell.metrics[state.metric];
   if (state.better === "higher") return value;
   if (state.better === "lower") return -value;
-  return Math.abs(value - (plainCell ? plainCell.metrics[state.metric] : 0));
+  return (state.better === "kept" ? -1 : 1) * Math.abs(value - (plainCell ? plainCell.metrics[state.metric] : 0));
 };
 
 // The points that no other beats: walking from the cheapest, those with a larger gain than all before.
 const frontOf = (points) => {
   let best = -Infinity;
-  const sorted = [...points].sort((a, b) => costOf(a) - costOf(b) || gainOf(b) - gainOf(a));
+  // Nothing keeps what the unguided sample has as well as that sample.
+  const sorted = points.filter((cell) => state.better !== "kept" || !isPlain(cell)).sort((a, b) => costOf(a) - costOf(b) || gainOf(b) - gainOf(a));
   return sorted.filter((cell) => gainOf(cell) > best && ((best = gainOf(cell)), true));
 };
 
@@ -78,11 +79,13 @@ const drawScatter = (width) => {
   for (const cell of [...(points.includes(state.cell) ? [state.cell] : []), ...[...front].reverse()]) {
     const [px, py] = at(cell);
     const text = shortName(cell);
-    const long = 6.4 * text.length;
-    const start = px + 10 + long > width ? px - 10 - long : px + 10;
-    if (taken.some(([a, b, l]) => Math.abs(b - py) < 13 && start < a + l && a < start + long)) continue;
-    taken.push([start, py, long]);
-    picture.append(svg("text", { x: start, y: py - 7, class: "label" }, text));
+    const long = 7 * text.length;
+    const end = width - right;
+    const start = Math.max(left + 4, Math.min(px + 10 + long > end ? px - 10 - long : px + 10, end - long));
+    const line = Math.max(top + 12, py - 7);
+    if (taken.some(([a, b, l]) => Math.abs(b - line) < 13 && start < a + l && a < start + long)) continue;
+    taken.push([start, line, long]);
+    picture.append(svg("text", { x: start, y: line, class: "label" }, text));
   }
   const step = { ArrowRight: 1, ArrowDown: -1, ArrowUp: 1, ArrowLeft: -1 };
   picture.addEventListener("keydown", (event) => {
@@ -109,9 +112,22 @@ if (sweep) {
   watch(() => {
     byId("metric").value = state.metric;
     byId("better").value = state.better;
+    byId("effect").textContent = effectText();
     if (width) drawScatter(width);
   });
 }
-const CHANGES = ["sharpness", "contrast", "saturation", "motion", "difference"]; // tell how much, not whether it is good
-const betterOf = (metric) => (LOWER_IS_BETTER.test(metric) ? "lower" : CHANGES.includes(metric) ? "further" : "higher");
+// Our own measures tell how much there is of something, not whether that is good; damage changes them most.
+const CHANGES = ["sharpness", "contrast", "saturation", "flicker", "motion", "difference"];
+const betterOf = (metric) => {
+  if (data.own.includes(metric)) return LOWER_IS_BETTER.test(metric) ? "lower" : "higher";
+  return CHANGES.includes(metric) ? "kept" : LOWER_IS_BETTER.test(metric) ? "lower" : "higher";
+};
+// The measure that is shown first: the user's, else one that guidance should keep.
+const firstMetric = () => [...data.own, "contrast", "flicker", "sharpness", ...data.metrics].find((name) => data.metrics.includes(name)) ?? null;
+const effectText = () => ({
+  kept: "Best is what stays closest to the unguided samples in this measure: strong changes are often damage. A metric of your own (stg.sweep(metrics=...)) is shown first.",
+  further: "Best is what is furthest from the unguided samples, which damage is, too.",
+  higher: "Best is the highest value.",
+  lower: "Best is the lowest value.",
+})[state.better];
 const setMetric = (metric) => change({ metric, better: betterOf(metric) });
