@@ -306,7 +306,7 @@ class Execution:
         """Make a call once more in one pass, and compare: some models let rows influence each other."""
         stats = dataclasses.replace(self._stats)
         try:
-            with self._state.weak_pass(call), weak_pass():
+            with self._state.transaction(call), weak_pass():
                 again = predictions(self._batched_pass(call, batch, cond))
             expected = [*own, *itertools.chain(*weaks)]
             got = [*again, *itertools.chain(*(call.weaks or []))]
@@ -468,7 +468,7 @@ class Execution:
             try:
                 # The replay comes last, so that it is asked first: up to its end no layer is skipped.
                 patches = self._patches_of(self._prefix)
-                with self._state.weak_pass(call), weak_pass(), prefix.replayed(branch, patches, self._prefix):
+                with self._state.transaction(call), weak_pass(), prefix.replayed(branch, patches, self._prefix):
                     return own_predictions(call.denoiser(*args, **kwargs))
             except RuntimeError as error:
                 if prefix.is_dense or "single memory location" not in str(error):
@@ -549,7 +549,7 @@ class Execution:
             return
         for _ in range(2 if is_suspect else 1):  # what is counted modulo two comes out right once
             args, kwargs = call.inputs.again()
-            with self._state.weak_pass(call), torch.no_grad(), checking(), weak_pass(), eagerly():
+            with self._state.transaction(call), torch.no_grad(), checking(), weak_pass(), eagerly():
                 again = own_predictions(call.denoiser(*args, **kwargs))
             again = again if call.rows is None else [call.rows.take(tensor) for tensor in again]
             if not self._agree(again, call.cond):
@@ -573,7 +573,7 @@ class Execution:
         try:
             args, kwargs = self._cond_rows(call)
             no_caches = self._caches.apart(self, [self._model], bypassed=False)
-            with self._state.weak_pass(call), torch.no_grad(), checking(), weak_pass(), eagerly(), no_caches:
+            with self._state.transaction(call), torch.no_grad(), checking(), weak_pass(), eagerly(), no_caches:
                 again, cond = own_predictions(call.denoiser(*args, **kwargs)), call.cond
                 if self._caches.found is not None:  # which have made the cond pass another one than it is by itself
                     args, kwargs = call.inputs.again()

@@ -20,7 +20,7 @@ from stg_hooks.passes.walk import (
     Attributes,
     Contents,
     Holder,
-    Sequence,
+    Items,
     Walk,
     library_of,
     may_alter,
@@ -98,7 +98,7 @@ class Snapshot:
             return found
         found = [(Attributes(v), key, v[key]) for v, key in self.walk.added() if _has_tensors(v[key])]
         for holder, contents in zip(self.walk.holders, self.contents, strict=True):
-            if isinstance(holder, Sequence) and isinstance(holder.owner, set):
+            if isinstance(holder, Items) and isinstance(holder.owner, set):
                 continue
             for key, value in holder.read().items():
                 if contents.get(key, MISSING) is not value and _has_tensors(value):

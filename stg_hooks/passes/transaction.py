@@ -83,7 +83,7 @@ class Transactions:
         known |= run
 
     @contextmanager
-    def weak_pass(self, call: GuidedCall, branch: int | None = None) -> Iterator[None]:
+    def transaction(self, call: GuidedCall, branch: int | None = None) -> Iterator[None]:
         """Let a pass begin where the cond pass of a call has begun, and leave nothing behind.
 
         Args:
@@ -116,7 +116,7 @@ class Transactions:
 
     @contextmanager
     def full_pass(self, call: GuidedCall, branch: int) -> Iterator[None]:
-        """Do as `weak_pass` around a whole weak pass, and note which parts run in it, the first time.
+        """Do as `transaction` around a whole weak pass, and note which parts run in it, the first time.
 
         That is not known from a cond pass: when the first one was made, it was not known yet that anything is kept.
 
@@ -124,7 +124,7 @@ class Transactions:
             CallError: what the branch would reuse is not known.
         """
         is_counted = self.keeps_state and call.layout not in self._runs
-        with self.weak_pass(call, branch), counted(self._parts if is_counted else {}) as run:
+        with self.transaction(call, branch), counted(self._parts if is_counted else {}) as run:
             yield
         if is_counted:
             if not self._switches[branch].was_reached:

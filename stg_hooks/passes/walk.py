@@ -114,7 +114,7 @@ class Globals(Named):
                 self.owner[name] = value
 
 
-class Sequence:
+class Items:
     """A list, a deque or a set."""
 
     def __init__(self, owner: Any) -> None:
@@ -135,7 +135,7 @@ class Sequence:
         add(contents.values())
 
 
-Holder = Attributes | Named | Sequence
+Holder = Attributes | Named | Items
 
 
 class Walk:
@@ -222,7 +222,7 @@ class Walk:
         elif isinstance(value, dict):
             self._hold(Attributes(value), value, depth)
         elif isinstance(value, (list, deque, set)):
-            self._hold(Sequence(value), value, depth)
+            self._hold(Items(value), value, depth)
         elif isinstance(value, (tuple, frozenset)):
             for inner in value:
                 self._walk(inner, depth - 1)
