@@ -104,9 +104,9 @@ class Watch:
         with torch.no_grad():
             known = [u for u in unconds if u is not None]
             named = [("cond", conds), *([("uncond", known)] if known else []), *(("weak", weak) for weak in weaks)]
-            flags = [torch.stack([~t.isfinite().all() for t in tensors]).any() for _, tensors in named if tensors]
+            flags = [~_all([t.isfinite().all() for t in tensors]) for _, tensors in named if tensors]
             for ours, others, _ in compared:
-                flags.append(torch.stack([(w == c).all() for w, c in zip(ours, others, strict=True)]).all())
+                flags.append(_all([(w == c).all() for w, c in zip(ours, others, strict=True)]))
             names = [name for name, tensors in named if tensors]
             found = _sent(torch.stack(flags)) if flags else None
         with self._lock:
@@ -170,6 +170,10 @@ class Watch:
         if self.strict:
             raise LayerError(text)
         warnings.warn(text, StgWarning, stacklevel=stacklevel)
+
+
+def _all(flags: Sequence[Tensor]) -> Tensor:
+    return flags[0] if len(flags) == 1 else torch.stack(list(flags)).all()
 
 
 def _sent(flags: Tensor) -> tuple[Tensor, Any] | None:

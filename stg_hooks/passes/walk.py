@@ -54,7 +54,7 @@ class Attributes:
 
     def getter(self) -> Callable[[dict[Any, Any]], tuple[Any, ...]]:
         """Return what reads its values as fast as can be."""
-        names = [*self.mapping][self.start :]
+        names = [name for name in [*self.mapping][self.start :] if name not in self.apart]
         if len(names) < 2:
             return operator.itemgetter(names[0], names[0]) if names else _nothing
         return operator.itemgetter(*names)
@@ -179,6 +179,8 @@ class Walk:
         self._lengths = [*map(len, self._mappings)]
         self._others = [holder for holder in self.holders if not isinstance(holder, Attributes)]
         self._sizes = [*map(len, self._sealed)]
+        # Ours are others in each `with`, and tell nothing.
+        self._forwards = [[m.__dict__.get("forward"), replaced_forward(m), m] for m in self._modules]
 
     def mark(self) -> Hashable:
         """Return what tells of which modules and functions the model is made, and what goes around their calls."""
@@ -188,6 +190,13 @@ class Walk:
         """List all that is held, in an order of its own; `None` where a container has more or less than it had."""
         if [*map(len, self._mappings)] != self._lengths or [*map(len, self._sealed)] != self._sizes:
             return None
+        for known in self._forwards:
+            forward, replaced, module = known
+            now = module.__dict__.get("forward")
+            if now is not forward:
+                if replaced_forward(module) is not replaced:
+                    return None
+                known[0] = now
         found: list[Any] = []
         try:
             for getter, mapping in zip(self._getters, self._mappings, strict=True):
