@@ -144,3 +144,29 @@ PARTED = {found.pipeline: found for found in [
     ),
 ]}
 # fmt: on
+
+
+def with_pag(name: str) -> Parted:
+    """Return the PAG variant of a stock pipeline: the same parts, and a perturbed part in each call."""
+    stock = STOCK[name]
+    return Parted(
+        name.replace("Pipeline", "PAGPipeline"), stock.model, stock.config, stock.parts, {**stock.call(), **PAG},
+        ("uncond+cond+perturbed",), stock.layer, stock.identity, PAG_OFF, ("uncond+cond",), stock.denoiser,
+        received=lambda prediction: prediction[:, :4],  # the others predict a variance
+    )  # fmt: skip
+
+
+PARTED |= {
+    found.pipeline: found
+    for found in map(
+        with_pag,
+        (
+            "AnimateDiffPipeline",
+            "HunyuanDiTPipeline",
+            "PixArtSigmaPipeline",
+            "StableDiffusion3Pipeline",
+            "StableDiffusionControlNetPipeline",
+            "StableDiffusionXLPipeline",
+        ),
+    )
+}
