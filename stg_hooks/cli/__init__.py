@@ -13,6 +13,7 @@ def main() -> None:
         SystemExit: with status 0 (done), 1 (failed), 2 (what was asked for cannot be done) or 130 (interrupted).
     """
     try:
+        importlib.import_module("rich")  # its parts load later, where what is missing would be told less well
         app = importlib.import_module("stg_hooks.cli.app").app
     except KeyboardInterrupt:
         sys.exit(_interrupted())
