@@ -29,7 +29,7 @@ class Modular:
     blocks: str
     model: str
     layer: str
-    """One that hands through what the table of tiny models says."""
+    """A block; the table of tiny models says what it returns when it is bypassed."""
     call: Callable[[], dict[str, Any]]
     denoisers: Sequence[str] = ("transformer",)
     guiders: Sequence[str] = ("guider",)

@@ -21,7 +21,7 @@ def weak(model: nn.Module, layer: Any, mode: str = "residual") -> Tensor:
 
 
 def without(model: nn.Module, name: str, forward: Any) -> Tensor:
-    """Run a deep copy in which a block hands through."""
+    """Run a deep copy in which a block returns what it was given."""
     changed = copy.deepcopy(model)
     changed.get_submodule(name).forward = forward
     with torch.no_grad():

@@ -807,7 +807,7 @@ class Family:
         return self.tiny.inputs(batch, seed)
 
     def without(self, model: nn.Module, name: str) -> nn.Module:
-        """Copy a model, with a module in place of a block that hands through what the table says."""
+        """Copy a model, with a module in place of a block that returns what the table says."""
         model = copy.deepcopy(model)
         model.set_submodule(name, HandThrough(model.get_submodule(name), self.tiny.skips[name]))
         return model

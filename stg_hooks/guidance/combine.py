@@ -36,7 +36,7 @@ def combine(
         cond: prediction with the prompt, `(B, ...)`.
         weak: prediction of the weak model with the prompt, shape of `cond`; or one per branch.
         uncond: prediction without the prompt, shape of `cond`.
-        scale: weight of `cond - weak`; one for all branches, or one per branch. at 0 `weak` is ignored. A
+        scale: weight of `cond - weak`; one for all branches, or one per branch. At 0 `weak` is ignored. A
             tensor holds one value per sample, `(B,)`, or has the dimensions of `cond` (a value per frame, say); with
             fewer values, of which B is a multiple, one per prompt, whose samples are neighbours.
         guidance_scale: CFG weight, 1 = off: then `uncond` is ignored. A tensor as for `scale`.

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -157,7 +156,8 @@ class Guidance:
             SettingError: a value that cannot be used, or a contradiction.
         """
         request = dataclasses.replace(
-            request, **{field.name: read(field.name, getattr(request, field.name)) for field in fields(request)}
+            request,
+            **{field.name: read(field.name, getattr(request, field.name)) for field in dataclasses.fields(request)},
         )
         _check_on(request.on, request.scale)
         check_channels(channels)
@@ -184,7 +184,7 @@ class Guidance:
         Raises:
             SettingError: JSON cannot hold a setting, such as a function that no module has under its name.
         """
-        asked = {field.name: getattr(self._request, field.name) for field in fields(self._request)}
+        asked = {field.name: getattr(self._request, field.name) for field in dataclasses.fields(self._request)}
         asked |= {"every": self.every, "channels": self.channels, "strict": self.watch.strict}
         for name, plain in {"on": "cond", "every": 1, "strict": False}.items():
             asked[name] = None if asked[name] == plain else asked[name]

@@ -146,7 +146,7 @@ class Execution:
         self._surrounding = {way: surrounding(model, units) for way, units in self._units.items()}
         self._uncompiled: list[nn.Module] = []
         self._patches: dict[int, Patch] = {}
-        self._key = execution, *(_what(switch, branch) for switch, branch in zip(self.switches, branches, strict=True))
+        self._key = execution, *(switch.key for switch in self.switches)
         self._found = Findings()
         self._written: Written = {}
         self._is_new = True
@@ -673,15 +673,11 @@ def _block_of(module: nn.Module, layers: Sequence[Layer]) -> nn.Module:
     return module
 
 
-def _what(switch: Switch, branch: Branch) -> Hashable:
-    return switch.mode, branch.kind, tuple(layer.name for layer in switch.layers)
-
-
 def _check_different(switches: Sequence[Switch], branches: Sequence[Branch]) -> None:
     """Raise if two branches would compute the same."""
     seen: dict[object, int] = {}
     for i, (switch, branch) in enumerate(zip(switches, branches, strict=True)):
-        what = _what(switch, branch)
+        what = switch.key
         if what in seen:
             first = branches[seen[what]].scale
             both = "" if isinstance(first, Tensor) or isinstance(branch.scale, Tensor) else f" {first + branch.scale}"

@@ -45,16 +45,12 @@ Contents = dict[Any, Any]
 class Attributes:
     """A dictionary, or the attributes of an object or a module."""
 
-    def __init__(self, mapping: dict[Any, Any], start: int = 0, apart: Iterable[str] = ()) -> None:
-        self.mapping, self.start, self.apart = mapping, start, frozenset(apart)
-
-    def values(self) -> list[Any]:
-        """List what it holds."""
-        return list(self.mapping.values())[self.start :]
+    def __init__(self, mapping: dict[Any, Any], apart: Iterable[str] = ()) -> None:
+        self.mapping, self.apart = mapping, frozenset(apart)
 
     def getter(self) -> Callable[[dict[Any, Any]], tuple[Any, ...]]:
         """Return what reads its values as fast as can be."""
-        names = [name for name in [*self.mapping][self.start :] if name not in self.apart]
+        names = [name for name in list(self.mapping) if name not in self.apart]
         if len(names) < 2:
             return operator.itemgetter(names[0], names[0]) if names else _nothing
         return operator.itemgetter(*names)
@@ -158,18 +154,14 @@ class Walk:
                 continue
             values = module.__dict__
             own = _own_attributes(type(module))
-            if values.keys() <= own:  # of torch, without anything that was set on it alone
-                self._sealed.append(values)
-                self._own.append(own)
-                if with_buffers and module._buffers:
-                    self.buffers |= {id(buffer) for buffer in module._buffers.values()}
-                    self._hold(Attributes(module._buffers), module._buffers, 2)
-                continue
-            start = sum(1 for _ in itertools.takewhile(NO_STATE.__contains__, list(values)))
-            self._hold(Attributes(values, start, _NO_ATTRIBUTE), values, _DEPTH)
             if with_buffers and module._buffers:
                 self.buffers |= {id(buffer) for buffer in module._buffers.values()}
                 self._hold(Attributes(module._buffers), module._buffers, 2)
+            if values.keys() <= own:  # of torch, without anything that was set on it alone
+                self._sealed.append(values)
+                self._own.append(own)
+                continue
+            self._hold(Attributes(values, _NO_ATTRIBUTE), values, _DEPTH)
             replaced = replaced_forward(module)
             if replaced is not None:
                 self._walk(replaced, _DEPTH)
