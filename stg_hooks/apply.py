@@ -15,8 +15,9 @@ from torch import nn
 from stg_hooks.denoiser import GuidedDenoiser
 from stg_hooks.errors import CallError, NotCopied, SettingError, StgWarning
 from stg_hooks.guidance.channels import VarianceWatch
-from stg_hooks.guidance.combine import Scale, check_scale
+from stg_hooks.guidance.combine import Scale, Scales, check_scale
 from stg_hooks.guidance.guide import Guidance
+from stg_hooks.guidance.outputs import PerOutput
 from stg_hooks.guidance.rules import Rule
 from stg_hooks.guidance.schedule import Asked, Plan, Request, Schedule
 from stg_hooks.guidance.settings import Branch
@@ -50,9 +51,9 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         self,
         target: object,
         layers: LayerSpec | None = None,
-        scale: Scale | Callable[[Step], Scale] | None = None,
+        scale: Scales | Callable[[Step], Scales] | None = None,
         *,
-        rescale: float | None = None,
+        rescale: PerOutput[float] | None = None,
         mode: str | Mode | None = None,
         kind: Kind | None = None,
         branches: Sequence[Branch] | None = None,
@@ -161,7 +162,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
                     "Leave channels out and use the variance of the cond rows, or use stg.Guider."
                 )
         replacing = [
-            settings.why_replaces for settings in self.plan.known if settings.rescale or settings.rule != "cfg"
+            settings.why_replaces for settings in self.plan.known if settings.rescales or settings.rule != "cfg"
         ]
         if replacing and not host.knows_guidance_scale:
             raise SettingError(

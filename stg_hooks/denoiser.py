@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stg_hooks.errors import CallError
-from stg_hooks.guidance.combine import Scale, fitted, is_number
+from stg_hooks.guidance.combine import Scales, fitted, is_number
 from stg_hooks.guidance.guide import Guided, Predictions
 from stg_hooks.guidance.samples import takes_samples
 from stg_hooks.guidance.schedule import Settings
@@ -27,7 +27,14 @@ from stg_hooks.parts import cond_rows, put_back, sides, uncond_side
 from stg_hooks.passes.guided_call import GuidedCall, in_weak_pass, layout_of
 from stg_hooks.passes.inputs import Inputs, Written
 from stg_hooks.passes.predict import Predictor
-from stg_hooks.passes.rows import Rows, first_batch, own_predictions, replace_predictions, take_rows
+from stg_hooks.passes.rows import (
+    Rows,
+    first_batch,
+    own_predictions,
+    places_of_predictions,
+    replace_predictions,
+    take_rows,
+)
 from stg_hooks.ranks.link import check_alone
 from stg_hooks.session import Session
 from stg_hooks.step import Step, check_step
@@ -52,6 +59,8 @@ class _Call:
     share: Share | None = None
     inputs: Inputs | None = None
     """The arguments as they were made, where more passes are to be made with them."""
+    places: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Where its predictions are in what it returned."""
     is_guess: bool = False
     """Whether its predictions are samples is not known before they are there."""
 
@@ -65,7 +74,7 @@ class _Call:
         return cond_rows(self.role, self.args, self.kwargs)
 
     @property
-    def guidance_scale(self) -> Scale | None:
+    def guidance_scale(self) -> Scales | None:
         """The CFG weight of the step, where it is known."""
         return _scale_of(self.settings, self.role)
 
@@ -220,7 +229,7 @@ class GuidedDenoiser:
         if call.is_cond and not call.settings.changes:
             self._local.last = self._local.guided = Guided(call.step, call.settings, (), [], [])
             return unchanged
-        now = own_predictions(output)
+        now, call.places = own_predictions(output), places_of_predictions(output)
         if call.is_guess:
             self._find_samples(call, output, now)
         before = self._of_model.unguided
@@ -291,6 +300,7 @@ class GuidedDenoiser:
         role = call.role
         conds, unconds = sides(role, unguided)
         predictions = self._weaks(call, unguided, conds, unconds) if call.branches else Predictions(conds, unconds)
+        predictions.places = call.places
         guidance, samples = self._guidance, bool(role.samples)
         guided = guidance.guided(call.step, call.settings, predictions, role.channels, samples)
         self._local.last = guided
@@ -401,9 +411,9 @@ class GuidedDenoiser:
         return put_back(role, moved, output, guided.whole)
 
 
-def _scale_of(settings: Settings, role: Role) -> Scale | None:
+def _scale_of(settings: Settings, role: Role) -> Scales | None:
     return role.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
 
 
-def _or_one(guidance_scale: Scale | None) -> Scale:
+def _or_one(guidance_scale: Scales | None) -> Scales:
     return 1.0 if guidance_scale is None else guidance_scale

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import CallError, NotCopied, SettingError, TargetError
-from stg_hooks.guidance.combine import Scale, check_scale, is_number, is_real
+from stg_hooks.guidance.combine import Scales, check_scales, is_number, is_real
 from stg_hooks.guidance.guide import Guidance, Guided, Predictions, StepOrLater
+from stg_hooks.guidance.outputs import PerOutput, values_of
 from stg_hooks.guidance.plain import written
 from stg_hooks.guidance.rules import AveragedApg, Rule
 from stg_hooks.guidance.samples import takes_samples
@@ -30,7 +31,14 @@ from stg_hooks.modes.modes import Mode
 from stg_hooks.passes.guided_call import in_weak_pass
 from stg_hooks.passes.inputs import Inputs, Written
 from stg_hooks.passes.predict import Predictor
-from stg_hooks.passes.rows import HALF, halves, own_predictions, predictions, replace_predictions
+from stg_hooks.passes.rows import (
+    HALF,
+    halves,
+    own_predictions,
+    places_of_predictions,
+    predictions,
+    replace_predictions,
+)
 from stg_hooks.ranks.link import Ranks, check_alone, check_own_copy, ranks_from
 from stg_hooks.step import Step, check_step, is_new_run, noise_levels, step_at
 
@@ -49,7 +57,7 @@ class _Step:
     step: StepOrLater
     settings: Settings
     active: tuple[Branch, ...]
-    guidance_scale: Scale
+    guidance_scale: Scales
 
 
 class Guider(NotCopied):
@@ -67,10 +75,10 @@ class Guider(NotCopied):
         self,
         denoiser: Callable[..., Any],
         layers: LayerSpec | None = None,
-        scale: Scale | Callable[[Step], Scale] | None = None,
+        scale: Scales | Callable[[Step], Scales] | None = None,
         *,
-        guidance_scale: Scale = 1.0,
-        rescale: float | None = None,
+        guidance_scale: Scales = 1.0,
+        rescale: PerOutput[float] | None = None,
         mode: str | Mode | None = None,
         kind: Kind | None = None,
         branches: Sequence[Branch] | None = None,
@@ -142,7 +150,7 @@ class Guider(NotCopied):
             model = denoiser
         if not isinstance(model, nn.Module):
             raise TargetError(f"model=: expected a torch.nn.Module to find layers in, not {type(model).__name__}.")
-        check_scale("guidance_scale", guidance_scale)
+        check_scales("guidance_scale", guidance_scale)
         request = Request(
             layers=layers,
             scale=scale,
@@ -159,6 +167,7 @@ class Guider(NotCopied):
             on=on,
         )
         self._guidance = Guidance("stg.Guider", model, request, every, channels, strict)
+        self._guidance.outputs.check_known([("guidance_scale", guidance_scale)])
         self.denoiser = denoiser
         self.model = model
         self._written: Written = {}
@@ -283,10 +292,13 @@ class Guider(NotCopied):
             output, found = self._alone(call, wanted)
         changes = settings.changes and not inside
         self.stats.calls += 1
-        of_rows = isinstance(g, Tensor) and g.ndim > 0
+        of_rows = any(isinstance(one, Tensor) and one.ndim > 0 for one in values_of(g))
+        found.places = places_of_predictions(output)
         samples = guidance.are_samples(output, found.conds, inputs, settings, of_rows)
         if not changes:
-            guided = Guided.of(step, settings, (), found.conds, [[] for _ in found.conds], guidance.channels, samples)
+            none: list[list[Tensor]] = [[] for _ in found.conds]
+            outputs = guidance.outputs.called(found.places)
+            guided = Guided.of(step, settings, (), found.conds, none, guidance.channels, samples, outputs)
         else:
             with self.ranks.telling() if self.ranks is not None else nullcontext():
                 guided = guidance.guided(step, settings, found, guidance.channels, samples)

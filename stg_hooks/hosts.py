@@ -9,12 +9,15 @@ import operator
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
 from stg_hooks.errors import CallError, TargetError
 from stg_hooks.step import Step
+
+if TYPE_CHECKING:
+    from stg_hooks.guidance.combine import Scales
 
 # Top-level package of a target's class -> module with a `host(target)` function; imported when first needed. Where the
 # module has `calling_pipeline()` and `calling_host(pipeline, module)` as well, they tell who calls a guided module; and
@@ -47,7 +50,7 @@ class Role:
     """
 
     rows: str
-    guidance_scale: float | Tensor | None = None
+    guidance_scale: Scales | None = None
     uncond_follows: bool = False
     channels: int | None = None
     samples: bool | None = False

@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from stg_hooks.errors import CallError, SettingError, closest
-from stg_hooks.guidance.combine import Scale, check_rescale, check_scale, is_number, is_real
+from stg_hooks.guidance.combine import Scales, check_rescales, check_scales, is_number, is_real
+from stg_hooks.guidance.outputs import PerOutput, values_of
 from stg_hooks.guidance.rules import Rule, find_rule
 from stg_hooks.guidance.settings import Branch, branches_from, preset_for, recommended
 from stg_hooks.model.layers import LayerSpec
@@ -25,21 +26,26 @@ class Settings:
     """What holds in a call. `guidance_scale` is the CFG weight to use instead of the caller's own, or `None`."""
 
     branches: tuple[Branch, ...]
-    rescale: float = 0.0
-    guidance_scale: Scale | None = None
+    rescale: PerOutput[float] = 0.0
+    guidance_scale: Scales | None = None
     rule: str | Rule = "cfg"
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
-        check_rescale(self.rescale)
+        check_rescales(self.rescale)
         find_rule(self.rule)
         if self.guidance_scale is not None:
-            check_scale("guidance_scale", self.guidance_scale)
+            check_scales("guidance_scale", self.guidance_scale)
 
     @property
     def active(self) -> tuple[Branch, ...]:
         """The branches with a scale other than 0."""
-        return tuple(branch for branch in self.branches if not is_number(branch.scale, 0))
+        return tuple(branch for branch in self.parts if not is_number(branch.scale, 0))
+
+    @property
+    def parts(self) -> tuple[Branch, ...]:
+        """The branches, each with layers of its own."""
+        return tuple(part for branch in self.branches for part in branch.parts)
 
     @property
     def changes(self) -> bool:
@@ -49,12 +55,23 @@ class Settings:
     @property
     def replaces(self) -> bool:
         """Whether the final prediction is returned, instead of a term added."""
-        return self.rule != "cfg" or bool(self.rescale) or self.guidance_scale is not None
+        return self.rule != "cfg" or self.rescales or self.guidance_scale is not None
+
+    @property
+    def rescales(self) -> bool:
+        """Whether any prediction is rescaled."""
+        return not is_number(self.rescale, 0)
+
+    @property
+    def by_name(self) -> list[tuple[str, object]]:
+        """What may be given for each prediction, with its name."""
+        of_branches = [(name, getattr(branch, name)) for branch in self.branches for name in ("layers", "scale")]
+        return [*of_branches, ("rescale", self.rescale), ("guidance_scale", self.guidance_scale)]
 
     @property
     def of_samples(self) -> bool:
         """Whether it matters which part of a prediction is one sample."""
-        scales = [branch.scale for branch in self.branches]
+        scales = [scale for branch in self.branches for scale in values_of(branch.scale)]
         return self.replaces or any(isinstance(scale, Tensor) and scale.ndim > 0 for scale in scales)
 
     @property
@@ -62,7 +79,7 @@ class Settings:
         """What calls for that, in the words of a message."""
         if self.rule != "cfg":
             return f"rule={self.rule!r}"
-        return f"rescale={self.rescale}" if self.rescale else f"guidance_scale={self.guidance_scale}"
+        return f"rescale={self.rescale}" if self.rescales else f"guidance_scale={self.guidance_scale}"
 
     def changed(self, values: Mapping[str, Any] | None) -> Settings:
         """Return these settings with some values changed; without guidance for `None`.
@@ -277,10 +294,10 @@ class Request:
     """What a user asked for, as `apply` describes it."""
 
     layers: LayerSpec | None = None
-    scale: Scale | Callable[[Step], Scale] | None = None
+    scale: Scales | Callable[[Step], Scales] | None = None
     mode: str | Mode | None = None
     kind: Kind | None = None
-    rescale: float | None = None
+    rescale: PerOutput[float] | None = None
     branches: Sequence[Branch] | None = None
     preset: str | None = None
     start: float | None = None

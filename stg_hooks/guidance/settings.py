@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from stg_hooks.errors import SettingError, closest
-from stg_hooks.guidance.combine import Scale, check_rescale, check_scale
+from stg_hooks.guidance.combine import Scales, check_rescales, check_scales
+from stg_hooks.guidance.outputs import PerOutput, check_named
 from stg_hooks.model.layers import LayerSpec, items_of, listed
 from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.modes import Mode, find_mode
@@ -22,8 +23,8 @@ from stg_hooks.modes.sites import check_kind
 class Branch:
     """One perturbed prediction: which layers are skipped, how strongly it counts, what skipped layers do instead."""
 
-    layers: LayerSpec
-    scale: Scale = 1.0
+    layers: LayerSpec | Mapping[str, LayerSpec]
+    scale: Scales = 1.0
     mode: str | Mode = "residual"
     kind: Kind | None = None
     """In factorised models: only attention within frames (`"spatial"`) or across them (`"temporal"`)."""
@@ -32,7 +33,9 @@ class Branch:
         """Check the scale and the mode; the layers can only be checked against a model."""
         if isinstance(self.layers, Iterator):  # which gives them once only
             object.__setattr__(self, "layers", listed(self.layers))
-        check_scale("scale", self.scale)
+        if isinstance(self.layers, Mapping):
+            check_named("layers", self.layers)
+        check_scales("scale", self.scale)
         find_mode(self.mode)
         check_kind(self.kind)
 
@@ -40,6 +43,18 @@ class Branch:
     def key(self) -> Hashable:
         """What is equal for branches whose weak predictions are the same, whatever their scales."""
         return _key(self.layers), find_mode(self.mode), self.kind
+
+    @property
+    def parts(self) -> tuple[Branch, ...]:
+        """The branches that it stands for: one for each choice of layers, where these are given by prediction."""
+        if not isinstance(self.layers, Mapping):
+            return (self,)
+        same: dict[Hashable, tuple[LayerSpec, dict[str, Any]]] = {}
+        for name, layers in self.layers.items():
+            scale = self.scale.get(name, 0.0) if isinstance(self.scale, Mapping) else self.scale
+            if [*items_of(layers)]:
+                same.setdefault(_key(layers), (layers, {}))[1][name] = scale
+        return tuple(dataclasses.replace(self, layers=layers, scale=scales) for layers, scales in same.values())
 
 
 def _key(layers: object) -> Hashable:
@@ -207,12 +222,12 @@ def preset_for(module: nn.Module, name: str) -> Published:
 
 def branches_from(
     layers: LayerSpec | None,
-    scale: Scale | None,
+    scale: Scales | None,
     mode: str | Mode | None,
     kind: Kind | None,
-    rescale: float | None,
+    rescale: PerOutput[float] | None,
     branches: Sequence[Branch] | None,
-) -> tuple[list[Branch], float]:
+) -> tuple[list[Branch], PerOutput[float]]:
     """Turn what a user gave into branches and a rescale.
 
     Args:
@@ -230,7 +245,7 @@ def branches_from(
         SettingError: a value that cannot be used, or a contradiction.
     """
     if rescale is not None:
-        check_rescale(rescale)
+        check_rescales(rescale)
     if branches is not None:
         if any(value is not None for value in (layers, scale, mode, kind)):
             raise SettingError("give either branches=[...], or layers, scale, mode and kind for one, not both.")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import BlockError
-from stg_hooks.hooks.forward import Action, Patch, patched, pushed
+from stg_hooks.modes.silence import Silence
 
 _CLASS = re.compile(r"feed_?forward|mlp|ffn|glumbconv|swiglu|transition|dense\w*actdense", re.IGNORECASE)
 # `linear2` is nn.TransformerEncoderLayer's, `down_proj` and `ff_out` are the ends of networks that are the block's own
@@ -44,7 +42,7 @@ class _UnfusedOnly(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class FeedForwards:
+class FeedForwards(Silence):
     """The feed-forward networks of one layer: installed once, then silenced in single calls of the layer."""
 
     def __init__(self, block: nn.Module) -> None:
@@ -53,46 +51,21 @@ class FeedForwards:
         Args:
             block: the layer.
         """
-        self.modules = feed_forwards(block)
+        super().__init__(feed_forwards(block))
         self._kind = type(block).__name__
-        self._patches: list[Patch] = []
-        self._known: dict[Any, tuple[torch.Size, torch.dtype]] = {}
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Replace `forward` of the networks, without effect until a call asks for it."""
-        with ExitStack() as stack:
-            self._patches = [stack.enter_context(patched(module)) for module in self.modules]
-            yield
 
     @contextmanager
     def giving_zero(self) -> Iterator[None]:
-        """Let the networks give zero in calls from this thread within a `with`; each kind of call computes once.
+        """Let the networks give zero in calls from this thread within a `with`.
 
         Raises:
             BlockError: none of them was called.
         """
         called: list[nn.Module] = []
-        with pushed(self._patches, [self._zero(module, called) for module in self.modules]), _UnfusedOnly():
+        with self.doing(lambda module: self.zero(module, called)), _UnfusedOnly():
             yield
         if not called:
             raise BlockError(
                 f"{self._kind} did not call its feed-forward network, so mode='feed-forward' changed nothing in it. "
                 "Use another mode."
             )
-
-    def _zero(self, module: nn.Module, called: list[nn.Module]) -> Action:
-        def action(proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            # What a network returns is told by what it returned for the same shapes before.
-            called.append(module)
-            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            key = id(module), *((tensor.shape, tensor.dtype) for tensor in tensors)
-            if key in self._known:
-                shape, dtype = self._known[key]
-                return tensors[0].new_zeros(shape, dtype=dtype)
-            output = proceed(*args, **kwargs)
-            if isinstance(output, Tensor) and tensors:
-                self._known[key] = output.shape, output.dtype
-            return pytree.tree_map_only(Tensor, torch.zeros_like, output)
-
-        return action

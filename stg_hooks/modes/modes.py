@@ -20,6 +20,7 @@ from stg_hooks.modes.attention import AttentionSeam, Change
 from stg_hooks.modes.attention_calls import AttentionCall
 from stg_hooks.modes.branches import bypassed
 from stg_hooks.modes.feed_forward import FeedForwards
+from stg_hooks.modes.isolation import Isolation
 from stg_hooks.modes.residual import Streams, copied
 
 
@@ -34,6 +35,7 @@ class LayerCall:
     forward: Callable[..., Any]
     seam: AttentionSeam
     feed_forwards: FeedForwards
+    isolation: Isolation
     memory: dict[str, Any]
     """What a mode keeps from one call of the layer to the next."""
 
@@ -52,8 +54,9 @@ class LayerCall:
 Mode = Callable[[LayerCall], Any]
 """What a user may pass as a mode, besides a name: takes the call and returns what the layer should return."""
 
-Needs = Literal["block", "attention", "feed-forward", "anything"]
-"""What a layer must be or hold: a whole block, self-attention, a block with a feed-forward network."""
+Needs = Literal["block", "attention", "feed-forward", "streams", "anything"]
+"""What a layer must be or hold: a whole block, self-attention, a block with a feed-forward network or with several
+streams."""
 
 
 class Perturbation(abc.ABC):
@@ -220,6 +223,22 @@ class Shuffled(Perturbation):
 
 
 @dataclasses.dataclass(frozen=True)
+class Isolated(Perturbation):
+    """Let a block's streams not attend to each other, video not to audio nor audio to video; text they go on to see.
+
+    Source: LTX-2's modality guidance, `isolate_modalities` of diffusers.
+    """
+
+    name = "isolated"
+    needs = "streams"
+    verb = "isolates the streams of"
+
+    def __call__(self, call: LayerCall) -> Any:
+        """Compute the layer with the attention between its streams giving zero."""
+        return call.isolation.run(call.streams, call.forward, call.args, call.kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
 class Custom(Perturbation):
     """A function of the user's, which may do anything with any layer. Equal for the same function, and hashable."""
 
@@ -266,7 +285,7 @@ def _token_stream(call: LayerCall) -> Tensor:
 
 MODES: dict[str, Perturbation] = {
     mode.name: mode
-    for mode in (Residual(), Attention(), Values(), AttentionInput(), FeedForward(), Smoothed(), Shuffled())
+    for mode in (Residual(), Attention(), Values(), AttentionInput(), FeedForward(), Smoothed(), Shuffled(), Isolated())
 }
 
 

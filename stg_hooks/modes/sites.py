@@ -13,6 +13,7 @@ from stg_hooks.model.layers import Layer, attention_modules, is_attention
 from stg_hooks.model.source import signature_text
 from stg_hooks.modes.feed_forward import feed_forwards
 from stg_hooks.modes.frames import Kind, kinds_of, temporal_lines
+from stg_hooks.modes.isolation import may_be_isolated
 
 if TYPE_CHECKING:
     from stg_hooks.modes.modes import Needs, Perturbation
@@ -111,7 +112,7 @@ def _check_mode(
     model: nn.Module, layer: Layer, targets: Sequence[tuple[str, nn.Module]], mode: Perturbation, kind: Kind | None
 ) -> None:
     asked = f"layers=[{layer.name!r}]"
-    if mode.needs in ("block", "feed-forward") and not _has(layer, "block"):
+    if mode.needs in ("block", "feed-forward", "streams") and not _has(layer, "block"):
         block = layer.name.rpartition(".")[0]
         raise LayerError(
             f"{asked}: {mode} {mode.verb} whole blocks, and this is an attention module inside one. Did you mean "
@@ -120,6 +121,12 @@ def _check_mode(
     if mode.needs == "feed-forward" and not _has(layer, "feed-forward"):
         raise LayerError(
             f"{asked}: {layer.block} has no feed-forward network to silence. It can have {_possible(layer)}."
+        )
+    if mode.needs == "streams" and not _has(layer, "streams"):
+        raise LayerError(
+            f"{asked}: {layer.block} has no two streams with attention between them for {mode}. It can have "
+            f"{_possible(layer)}.\n"
+            f"  it is:    {layer.block}.forward{signature_text(layer.module)}"
         )
     if mode.needs != "attention":
         return
@@ -165,6 +172,8 @@ def _has(layer: Layer, needs: Needs) -> bool:
         return is_attention(layer.module) or bool(layer.attention)
     if needs == "feed-forward":
         return is_whole and bool(feed_forwards(layer.module))
+    if needs == "streams":
+        return is_whole and may_be_isolated(layer.module)
     return is_whole or needs == "anything"
 
 

@@ -17,6 +17,7 @@ from stg_hooks.model.layers import Layer, LayerSpec, find_layers, resolve
 from stg_hooks.modes.attention import AttentionSeam
 from stg_hooks.modes.feed_forward import FeedForwards
 from stg_hooks.modes.frames import Kind
+from stg_hooks.modes.isolation import Isolation
 from stg_hooks.modes.modes import LayerCall, Mode, Perturbation, find_mode
 from stg_hooks.modes.residual import Streams
 from stg_hooks.modes.sites import Site, find_sites
@@ -57,9 +58,10 @@ class Switch:
         self._looks = Looks(model) if self._changes_attention else None
         self._seams = [self._seam(site) for site in self._sites]
         self._feed_forwards = [FeedForwards(module) for module in self.modules]
+        self._isolations = [Isolation(module) for module in self.modules]
         self._reached = {id(module): _Reached() for module in self.modules}
-        parts = zip(self.modules, self._seams, self._feed_forwards, strict=True)
-        self.actions = {id(module): self._action(module, seam, networks) for module, seam, networks in parts}
+        parts = zip(self.modules, self._seams, self._feed_forwards, self._isolations, strict=True)
+        self.actions = {id(module): self._action(module, *of_module) for module, *of_module in parts}
         """What the modules do instead, by `id`."""
         self._patches: list[Patch] = []
 
@@ -73,13 +75,15 @@ class Switch:
         text = TextTokens(self._looks) if self._looks is not None and self.mode.sees_text else None
         return AttentionSeam(site.module, site.targets, text, named)
 
-    def _action(self, module: nn.Module, seam: AttentionSeam, feed_forwards: FeedForwards) -> Action:
+    def _action(
+        self, module: nn.Module, seam: AttentionSeam, feed_forwards: FeedForwards, isolation: Isolation
+    ) -> Action:
         streams, mode, reached = Streams(module), self.mode, self._reached[id(module)]
         memory: dict[str, Any] = {}
 
         def action(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             reached.yet = reached.now = True
-            return mode(LayerCall(module, args, kwargs, streams, forward, seam, feed_forwards, memory))
+            return mode(LayerCall(module, args, kwargs, streams, forward, seam, feed_forwards, isolation, memory))
 
         return action
 
@@ -107,9 +111,9 @@ class Switch:
         self.check_same()
         with ExitStack() as stack:
             self._patches = [stack.enter_context(patched(module)) for module in self.modules]
-            if self.mode.needs == "feed-forward":
-                for networks in self._feed_forwards:
-                    stack.enter_context(networks.installed())
+            silenced = {"feed-forward": self._feed_forwards, "streams": self._isolations}.get(self.mode.needs, ())
+            for modules in silenced:
+                stack.enter_context(modules.installed())
             if self._changes_attention:
                 for seam in self._seams:
                     stack.enter_context(seam.installed())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stg_hooks.errors import CallError, SettingError, StgWarning, closest
+from stg_hooks.guidance.combine import is_real
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.guidance.trace import Stats
 from stg_hooks.hooks.compiled import compiled_among, eagerly, is_compiled, surrounding
@@ -680,7 +681,7 @@ def _check_different(switches: Sequence[Switch], branches: Sequence[Branch]) -> 
         what = switch.key
         if what in seen:
             first = branches[seen[what]].scale
-            both = "" if isinstance(first, Tensor) or isinstance(branch.scale, Tensor) else f" {first + branch.scale}"
+            both = f" {first + branch.scale}" if is_real(first) and is_real(branch.scale) else ""
             raise SettingError(
                 f"branches {seen[what]} and {i} perturb the same layers in the same way. Give one of them, with "
                 f"scale{both or ' the sum of both'}."
