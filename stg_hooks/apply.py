@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
     def __init__(
         self,
         target: object,
-        layers: LayerSpec | None = None,
+        layers: LayerSpec | Mapping[str, LayerSpec] | None = None,
         scale: Scales | Callable[[Step], Scales] | None = None,
         *,
         rescale: PerOutput[float] | None = None,

@@ -74,7 +74,7 @@ class Guider(NotCopied):
     def __init__(
         self,
         denoiser: Callable[..., Any],
-        layers: LayerSpec | None = None,
+        layers: LayerSpec | Mapping[str, LayerSpec] | None = None,
         scale: Scales | Callable[[Step], Scales] | None = None,
         *,
         guidance_scale: Scales = 1.0,

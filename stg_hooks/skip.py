@@ -110,7 +110,7 @@ class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(m
     def __init__(
         self,
         model: nn.Module,
-        layers: LayerSpec,
+        layers: LayerSpec | None = None,
         mode: str | Mode = "residual",
         *,
         kind: Kind | None = None,
@@ -122,7 +122,8 @@ class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(m
         Args:
             model: any module that is called inside the `with`; its forward hooks see the calls.
             layers: index (negative ones count from the end), range, dotted name or unambiguous tail of one, glob,
-                module, or a list of those. `stg.layers(model)` shows what there is.
+                module, or a list of those. `stg.layers(model)` shows what there is. Left out, `mode="isolated"` acts in
+                all of them.
             mode: `"residual"` (the block hands its inputs through, and is not computed), `"attention"` (self-attention
                 with the identity as its map), another name that README lists, or a callable that takes a
                 `LayerCall` and returns what the layer should return.
@@ -212,7 +213,7 @@ class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(m
 
 
 def check(
-    model: nn.Module, layers: LayerSpec, mode: str | Mode = "residual", *, kind: Kind | None = None
+    model: nn.Module, layers: LayerSpec | None = None, mode: str | Mode = "residual", *, kind: Kind | None = None
 ) -> list[Layer]:
     """Check that layers can be skipped, without touching the model.
 

@@ -17,7 +17,7 @@ from stg_hooks.guidance.rules import Rule, find_rule
 from stg_hooks.guidance.settings import Branch, branches_from, preset_for, recommended
 from stg_hooks.model.layers import LayerSpec
 from stg_hooks.modes.frames import Kind
-from stg_hooks.modes.modes import Mode
+from stg_hooks.modes.modes import Mode, find_mode
 from stg_hooks.step import Step
 
 
@@ -293,7 +293,7 @@ def known(value: float | None, what: str, missing: str) -> float:
 class Request:
     """What a user asked for, as `apply` describes it."""
 
-    layers: LayerSpec | None = None
+    layers: LayerSpec | Mapping[str, LayerSpec] | None = None
     scale: Scales | Callable[[Step], Scales] | None = None
     mode: str | Mode | None = None
     kind: Kind | None = None
@@ -329,7 +329,8 @@ def plan_from(model: nn.Module, request: Request) -> Plan:
             raise SettingError("give either scale=function or schedule=, whose values may hold a scale, not both.")
         function = scale
         scale, schedule = None, lambda step: {"scale": function(step)}
-    if request.preset is not None or (layers is None and branches is None):
+    is_of_model = layers is None and mode is not None and find_mode(mode).is_of_model
+    if request.preset is not None or (layers is None and branches is None and not is_of_model):
         if layers is not None or branches is not None:
             raise SettingError("give either preset=, or layers or branches, not both.")
         published = recommended(model) if request.preset is None else preset_for(model, request.preset)

@@ -16,14 +16,15 @@ from stg_hooks.guidance.outputs import PerOutput, check_named
 from stg_hooks.model.layers import LayerSpec, items_of, listed
 from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.modes import Mode, find_mode
-from stg_hooks.modes.sites import check_kind
+from stg_hooks.modes.sites import check_kind, check_layers_given
 
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
     """One perturbed prediction: which layers are skipped, how strongly it counts, what skipped layers do instead."""
 
-    layers: LayerSpec | Mapping[str, LayerSpec]
+    layers: LayerSpec | Mapping[str, LayerSpec] | None = None
+    """Left out for a mode that is meant for all of them, `"isolated"`."""
     scale: Scales = 1.0
     mode: str | Mode = "residual"
     kind: Kind | None = None
@@ -36,7 +37,7 @@ class Branch:
         if isinstance(self.layers, Mapping):
             check_named("layers", self.layers)
         check_scales("scale", self.scale)
-        find_mode(self.mode)
+        check_layers_given(self.layers, find_mode(self.mode))
         check_kind(self.kind)
 
     @property
@@ -221,7 +222,7 @@ def preset_for(module: nn.Module, name: str) -> Published:
 
 
 def branches_from(
-    layers: LayerSpec | None,
+    layers: LayerSpec | Mapping[str, LayerSpec] | None,
     scale: Scales | None,
     mode: str | Mode | None,
     kind: Kind | None,
@@ -253,5 +254,4 @@ def branches_from(
         if not isinstance(given, Sequence) or not given or not all(isinstance(branch, Branch) for branch in given):
             raise SettingError(f"branches={branches!r}: expected a list of stg.Branch(layers, scale, mode).")
         return list(branches), rescale or 0.0
-    assert layers is not None
     return [Branch(layers, 1.0 if scale is None else scale, mode or "residual", kind)], rescale or 0.0

@@ -70,6 +70,8 @@ class Perturbation(abc.ABC):
     """Whether the layer is not computed at all."""
     mixes_tokens: ClassVar[bool] = False
     """Whether tokens move to other places, so that it needs all of them on one device."""
+    is_of_model: ClassVar[bool] = False
+    """Whether it is meant for all layers of a model, where none are named."""
     verb: ClassVar[str] = "is for"
     """What it does with a layer, for errors: `mode='residual' bypasses whole blocks`."""
 
@@ -231,6 +233,7 @@ class Isolated(Perturbation):
 
     name = "isolated"
     needs = "streams"
+    is_of_model = True
     verb = "isolates the streams of"
 
     def __call__(self, call: LayerCall) -> Any:

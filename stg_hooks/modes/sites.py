@@ -37,6 +37,25 @@ def check_kind(kind: object) -> None:
         raise SettingError(f"unknown kind={kind!r}; choose from {names}.{closest(str(kind), get_args(Kind))}")
 
 
+def check_layers_given(layers: object, mode: Perturbation) -> None:
+    """Raise `SettingError` where layers are left out with a mode that is not meant for a whole model."""
+    if layers is None and not mode.is_of_model:
+        raise SettingError(f"{mode} needs layers, for example layers=[-2]; stg.layers(...) lists them.")
+
+
+def all_for(model: nn.Module, mode: Perturbation, known: Sequence[Layer]) -> list[int]:
+    """Number the layers of a model that a mode can act in, where none are named.
+
+    Raises:
+        LayerError: there are none.
+    """
+    found = [layer.index for layer in known if layer.index is not None and _has(layer, mode.needs)]
+    if not found:
+        kinds = ", ".join(dict.fromkeys(layer.block for layer in known)) or "no blocks"
+        raise LayerError(f"{mode} {mode.verb} blocks, and {type(model).__name__} has none that fit it ({kinds}).")
+    return found
+
+
 def find_sites(
     model: nn.Module, layers: Sequence[Layer], mode: Perturbation, kind: Kind | None, blocks: Sequence[Layer]
 ) -> list[Site]:

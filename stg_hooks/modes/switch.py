@@ -20,7 +20,7 @@ from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.isolation import Isolation
 from stg_hooks.modes.modes import LayerCall, Mode, Perturbation, find_mode
 from stg_hooks.modes.residual import Streams
-from stg_hooks.modes.sites import Site, find_sites
+from stg_hooks.modes.sites import Site, all_for, check_layers_given, find_sites
 from stg_hooks.modes.text_tokens import TextTokens
 from stg_hooks.modes.token_probe import Looks
 
@@ -31,7 +31,7 @@ class Switch:
     def __init__(
         self,
         model: nn.Module,
-        layers: LayerSpec,
+        layers: LayerSpec | None,
         mode: str | Mode,
         kind: Kind | None = None,
         known: list[Layer] | None = None,
@@ -46,10 +46,12 @@ class Switch:
             known: all layers of the model, where they have been found already.
         """
         self.mode = find_mode(mode)
+        check_layers_given(layers, self.mode)
         self._model = model
         self._kind = kind
         known = find_layers(model) if known is None and isinstance(model, nn.Module) else known
-        self.layers: list[Layer] = resolve(model, layers, known)
+        chosen = layers if layers is not None else all_for(model, self.mode, known or ())
+        self.layers: list[Layer] = resolve(model, chosen, known)
         self._sites = find_sites(model, self.layers, self.mode, kind, known or ())
         self.modules = [site.module for site in self._sites]
         """The modules that differ in the weak pass: the layers, or the blocks around perturbed attention."""
