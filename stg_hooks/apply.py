@@ -260,6 +260,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         if not self._entered:
             self._before, self.plan.asked = dataclasses.replace(self.stats), Asked()
             self._session.calls_elsewhere = 0
+            self._session.told.clear()
         with ExitStack() as stack:
             stack.enter_context(self._session.host.watched())
             for guide in self._guides:

@@ -15,14 +15,16 @@ from torch import Tensor, nn
 
 from stg_hooks.errors import CallError
 from stg_hooks.guidance.combine import Scales, fitted, is_number
-from stg_hooks.guidance.guide import Guided, Predictions
+from stg_hooks.guidance.guide import Guided, Noisy, Predictions
 from stg_hooks.guidance.samples import takes_samples
 from stg_hooks.guidance.schedule import Settings
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.hooks.compiled import is_compiled, untraced
 from stg_hooks.hooks.forward import Patch, Undo, patched, shared
 from stg_hooks.hosts import Role, check_rows_apart
-from stg_hooks.model.source import parameter_names
+from stg_hooks.model.source import bound_arguments, parameter_names
+from stg_hooks.model.tensors import leaves_of
+from stg_hooks.modes.modes import find_mode
 from stg_hooks.parts import cond_rows, put_back, sides, uncond_side
 from stg_hooks.passes.guided_call import GuidedCall, in_weak_pass, layout_of
 from stg_hooks.passes.inputs import Inputs, Written
@@ -185,9 +187,27 @@ class GuidedDenoiser:
             call.guided = GuidedCall(model, Inputs(args, kwargs, self._written), call.rows)
             call.guided.layout = layout_of(args, kwargs, call.rows)
             call.inputs = call.guided.inputs
+        self._look_at_own(role, settings)
         call.branches = self._guidance.wanted(step, settings)
         if call.inputs is None and (call.branches or self._session.ranks is not None):
             call.inputs = Inputs(args, kwargs, self._written)
+
+    def _look_at_own(self, role: Role, settings: Settings) -> None:
+        """Say where the caller makes such weak predictions itself, as it does unless it is told not to.
+
+        Raises:
+            CallError: with `strict`; or ours are to come to the final prediction.
+        """
+        if role.own and settings.replaces:
+            off = ", ".join(own.how_to_switch_off for own in role.own)
+            raise CallError(
+                f"{role.own[0].by} adds a guidance of its own in this step, so {settings.why_replaces} cannot give the "
+                f"final prediction. Call it with {off}; branches=[stg.Branch(...), ...] have the same guidance here."
+            )
+        kinds = {find_mode(branch.mode).needs == "streams" for branch in settings.active}
+        for own in role.own:
+            if own.isolates in kinds:
+                self._session.tell_of(own)
 
     def _around(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call that is going to be guided, so that its weak passes can share work with it."""
@@ -305,6 +325,8 @@ class GuidedDenoiser:
         guided = guidance.guided(call.step, call.settings, predictions, role.channels, samples)
         self._local.last = guided
         replaces = guided.settings.replaces
+        if replaces and role.is_clean:
+            guided.noisy = self._noisy(call, unguided)
         if replaces:
             self._check_replaceable(guided, role, is_first=unguided is output)
         if role.uncond_follows:
@@ -342,6 +364,26 @@ class GuidedDenoiser:
         weaks = execution.weak_predictions(call.guided, unguided, self._model, call.inputs)
         found.weaks = [sides(call.role, of_branch)[0] for of_branch in weaks]
         return found
+
+    def _noisy(self, call: _Call, predictions: Sequence[Tensor]) -> Noisy:
+        """Find what the predictions of a call were made for: its caller combines clean samples.
+
+        Raises:
+            CallError: the call does not tell.
+        """
+        args, kwargs = (call.args, call.kwargs) if call.inputs is None else call.inputs.again()
+        given = [x for x in leaves_of((), bound_arguments(self._model, args, kwargs)) if isinstance(x, Tensor)]
+        latents = []
+        for prediction in predictions:
+            fits = [x for x in given if x.shape == prediction.shape and not any(x is other for other in latents)]
+            latents += fits[:1]
+        level = call.step.sigma
+        if len(latents) < len(predictions) or level is None or call.step.kind not in (None, "flow"):
+            raise CallError(
+                f"{self._session.host.name} combines clean samples, and this call does not tell of what noise: so "
+                f"{call.settings.why_replaces} cannot give the final prediction. Use rescale=0.0 and rule='cfg'."
+            )
+        return Noisy(sides(call.role, latents)[0], level)
 
     def _check_replaceable(self, guided: Guided, role: Role, is_first: bool) -> None:
         settings, what, name = guided.settings, guided.settings.why_replaces, self._session.host.name

@@ -33,6 +33,23 @@ _PHRASES = {"cond": "conditional", "uncond": "unconditional", "perturbed": "a we
 
 
 @dataclasses.dataclass(frozen=True)
+class OwnGuidance:
+    """A weak prediction that a caller makes by itself unless it is told not to."""
+
+    by: str
+    """What makes it, for messages."""
+    off: tuple[tuple[str, float], ...]
+    """The arguments that switch it off, with their values."""
+    isolates: bool = False
+    """Whether it isolates streams, as video and audio, instead of skipping layers."""
+
+    @property
+    def how_to_switch_off(self) -> str:
+        """What to type."""
+        return ", ".join(f"{name}={value}" for name, value in self.off)
+
+
+@dataclasses.dataclass(frozen=True)
 class Role:
     """What one call of a denoiser is for.
 
@@ -42,11 +59,15 @@ class Role:
     `"perturbed"`, a weak prediction of its own, which may be a call of its own after those that it is compared with.
     `"apart"` rows are left as they are.
 
-    `guidance_scale` is the CFG weight that the caller is going to apply, where it is known. `uncond_follows` marks a
+    `guidance_scale` is the CFG weight that the caller is going to apply, where it is known; a tuple holds one for each
+    prediction of a call. `uncond_follows` marks a
     cond call whose uncond prediction comes from a call of its own, later in the same step. `channels` says how many
     channels (dimension 1) of a prediction are guided, where the others predict something else, a variance; all, if left
     out. With `samples`, the denoiser returns its predictions as a list of single samples, without a dimension for the
     batch; then rows may be `"uncond+cond"` or `"cond+uncond"`: halves of the list. `None` lets the call tell.
+
+    `is_clean` says that what the caller combines are clean samples, `x - sigma * prediction` of a flow model, and `own`
+    which weak predictions it is going to make itself in this step because that is its default.
     """
 
     rows: str
@@ -54,6 +75,8 @@ class Role:
     uncond_follows: bool = False
     channels: int | None = None
     samples: bool | None = False
+    is_clean: bool = False
+    own: tuple[OwnGuidance, ...] = ()
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from stg_hooks.step import Step
 
 if TYPE_CHECKING:
     from stg_hooks.guidance.guide import Guidance
-    from stg_hooks.hosts import Host, Role
+    from stg_hooks.hosts import Host, OwnGuidance, Role
     from stg_hooks.ranks.link import Ranks
 
 
@@ -32,6 +32,8 @@ class Session:
     lost_steps: int = 0
     calls_elsewhere: int = 0
     """Calls that would have been guided, had the `with` been in force where they were made."""
+    told: set[OwnGuidance] = dataclasses.field(default_factory=set)
+    """Of which guidance of the target's own it was said that ours comes on top."""
 
     def guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Let a function that takes part in a target's run leave the target as it was, where it raises."""
@@ -45,6 +47,22 @@ class Session:
                 raise
 
         return call
+
+    def tell_of(self, own: OwnGuidance) -> None:
+        """Say once that the target makes a weak prediction itself, to which ours is added.
+
+        Raises:
+            CallError: with `strict`, instead of a warning.
+        """
+        text = (
+            f"{own.by} {'isolates streams' if own.isolates else 'skips layers'} by itself unless it is told not to, and "
+            f"stg.apply() adds to that guidance. To have it once, call it with {own.how_to_switch_off}."
+        )
+        if self.guidance.watch.strict:
+            raise CallError(text)
+        if own not in self.told:
+            self.told.add(own)
+            warnings.warn(text, StgWarning, stacklevel=3)
 
     def role(self, model: nn.Module) -> Role | None:
         """Say what a call of a model is for; `None` if it is not to be guided.

@@ -27,6 +27,8 @@ _LABELS = {
     "image": re.compile(r"(^|_)(img|image)(_|$)"),
 }
 _GUIDED = re.compile(r"(^|_)(uncond|unconditional|cfg|classifier_free)(_|$)")
+# What turns a velocity into a clean sample is called.
+_TO_CLEAN = re.compile(r"velocity_to_(x0|clean|sample)$")
 _CUTS = ("chunk", "split", "tensor_split", "unbind")
 _CONVERSIONS = ("float", "double", "half", "bfloat16", "to", "type", "clone", "contiguous", "detach")
 Guards: TypeAlias = "tuple[ast.expr, ...]"
@@ -34,6 +36,15 @@ Guards: TypeAlias = "tuple[ast.expr, ...]"
 
 class UnreadableError(Exception):
     """The calls of a denoiser do not follow any known pattern; the message says which calls."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Added:
+    """A weighted difference of predictions that has a name, and the sum in which that is added to cond."""
+
+    difference: ast.expr
+    name: str
+    sum: ast.expr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +58,8 @@ class Combination:
     changes: tuple[Guards, ...]
     others: tuple[str, ...] = ()
     """Further predictions that it combines."""
+    added: Added | None = None
+    """Where it is a difference, what adds it to the cond prediction."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +71,8 @@ class Way:
     combinations: tuple[Combination, ...]
     uncond_follows: bool = False
     is_named: bool = True
+    prediction: str = ""
+    """What is taken apart, of several predictions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +86,9 @@ class Site:
     are the conditions under which the uncond call follows; `None` if none does. While `unless` holds, the prediction is
     guided in some way that is not understood. `channels` is how many channels of the prediction are guided, where the
     others predict a variance. Unless it `is_named`, no name says what the call is for: `kind` is what it can be, which
-    the weight and the latents of the running call decide.
+    the weight and the latents of the running call decide. `predictions` are the names of what it returns, and they
+    `are_clean` where these are turned into clean samples before they are combined. `when` are the conditions under which
+    it is made, and it `isolates` where it asks for that.
     """
 
     lines: range
@@ -84,6 +101,10 @@ class Site:
     unless: ast.expr | None = None
     channels: ast.expr | None = None
     is_named: bool = True
+    predictions: tuple[str, ...] = ()
+    are_clean: bool = False
+    when: Guards = ()
+    isolates: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +136,14 @@ class Found:
     @property
     def target(self) -> str:
         """The name that it assigns to, the first one of several."""
+        return next(iter(self.targets), "")
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names that it assigns to; an empty one for what is no name."""
         target = self.statement.targets[0] if isinstance(self.statement, ast.Assign) else None
-        if isinstance(target, (ast.Tuple, ast.List)):
-            target = target.elts[0]
-        return target.id if isinstance(target, ast.Name) else ""
+        found = target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]
+        return tuple(one.id if isinstance(one, ast.Name) else "" for one in found)
 
 
 def classified(calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Found]) -> Iterator[Site]:
@@ -172,6 +197,33 @@ def classified(calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Fou
             yield Site(found.lines, kind, combination=pair, is_named=is_named)
         else:
             yield Site(found.lines, kind, unless=unless, is_named=kind != "cond" or found.context is not None)
+
+
+def described(
+    sites: Sequence[Site], calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Found]
+) -> Iterator[Site]:
+    """Add to sites, one for each call, what does not depend on what the calls are for."""
+    channels = channels_of(statements)
+    for site, (found, call) in zip(sites, calls, strict=True):
+        converted = [
+            word for other in statements if _is_to_clean(other.value) and other.value for word in _names(other.value)
+        ]
+        yield dataclasses.replace(
+            site,
+            channels=channels,
+            predictions=found.targets,
+            are_clean=found.target in converted,
+            when=found.guards,
+            isolates=any("isolat" in (word.arg or "") and _is_true(word.value) for word in call.keywords),
+        )
+
+
+def _is_to_clean(value: ast.expr | None) -> bool:
+    return isinstance(value, ast.Call) and _TO_CLEAN.search(tail(value.func)) is not None
+
+
+def _is_true(value: ast.expr) -> bool:
+    return isinstance(value, ast.Constant) and value.value is True
 
 
 def _kind(found: Found, call: ast.Call) -> str:
@@ -319,7 +371,8 @@ def _ways(
         )
         found = (_combination((call, split.found), group, statements, is_named) for group in groups)
         combinations = tuple(one for one in found if one is not None)
-        yield Way("+".join(split.labels), split.found.guards, combinations, follows, is_named)
+        whole = next((name for name in call.targets if name in {*_names(split.found.value or call.statement)}), "")
+        yield Way("+".join(split.labels), split.found.guards, combinations, follows, is_named, whole)
 
 
 def _blend(call: Found, statements: Sequence[Found]) -> Combination | None:
@@ -395,8 +448,18 @@ def _combination(
             and {name.lstrip("_") for target in other.statement.targets for name in _names(target)} & weights
         )
         cond, uncond, *others = predictions
-        return Combination(expression, cond, uncond, found.guards, changes, tuple(others))
+        added = _added(found, cond, later[place + 1 :])
+        return Combination(expression, cond, uncond, found.guards, changes, tuple(others), added)
     return None
+
+
+def _added(difference: Found, cond: str, later: Sequence[Found]) -> Added | None:
+    """Find the expression that adds a difference to the cond prediction."""
+    if difference.target in ("", cond) or difference.value is None:
+        return None
+    values = (found.value for found in later if found.value is not None)
+    sums = (found for value in values if (found := _smallest(value, cond, difference.target)) is not None)
+    return next((Added(difference.value, difference.target, one) for one in sums), None)
 
 
 def _smallest(value: ast.expr, *wanted: str) -> ast.BinOp | None:

@@ -17,8 +17,8 @@ from stg_hooks.integrations.diffusers.call_sites import (
     Guards,
     Site,
     UnreadableError,
-    channels_of,
     classified,
+    described,
     tail,
     takes_apart,
 )
@@ -107,8 +107,7 @@ def _read(function: FunctionType, denoisers: tuple[str, ...], methods: Mapping[s
     if len(everywhere) != len(calls):
         raise UnreadableError(f"{function.__name__} calls its denoiser in a condition, or in a function inside it")
     statements = list(_with_methods(statements, {found.target for found, _ in calls} - {""}, methods))
-    channels = channels_of(statements)
-    return tuple(dataclasses.replace(site, channels=channels) for site in classified(calls, statements))
+    return tuple(described([*classified(calls, statements)], calls, statements))
 
 
 def _with_methods(

@@ -49,6 +49,22 @@ class Predictions:
 
 
 @dataclasses.dataclass
+class Noisy:
+    """What the predictions of a flow model were made for, where clean samples are to be combined: `x - sigma * v`."""
+
+    latents: list[Tensor]
+    sigma: float
+
+    def clean(self, prediction: Tensor, i: int) -> Tensor:
+        """Return the clean sample that one of the predictions, of a step, points to."""
+        return self.latents[i].float() - self.sigma * prediction.float()
+
+    def velocity(self, clean: Tensor, i: int) -> Tensor:
+        """Return the prediction that points to a clean sample."""
+        return (self.latents[i].float() - clean.float()) / self.sigma
+
+
+@dataclasses.dataclass
 class Guided:
     """The predictions of a step, and what they come to.
 
@@ -66,6 +82,8 @@ class Guided:
     channels: int | None = None
     samples: bool = False
     outputs: Outputs = Outputs("")
+    noisy: Noisy | None = None
+    """Where rescale and rule are about clean samples."""
 
     @classmethod
     def of(
@@ -119,18 +137,20 @@ class Guided:
         found = []
         for i, (c, weaks, u) in enumerate(zip(self.conds, self.weaks, unconds, strict=True)):
             rule = self.settings.rule
-            found.append(
-                combine(
-                    c,
-                    weaks,
-                    None if u is None else self.part(u),
-                    scale=self._scales_of(i),
-                    guidance_scale=self.weight("guidance_scale", guidance_scale, i),
-                    rescale=self.outputs.of("rescale", self.settings.rescale, i, 0.0),
-                    rule=at_step(rule, self.step, i) if isinstance(self.step, Step) else rule,
-                )
+            final = combine(
+                self._clean(c, i),
+                [self._clean(weak, i) for weak in weaks],
+                None if u is None else self._clean(self.part(u), i),
+                scale=self._scales_of(i),
+                guidance_scale=self.weight("guidance_scale", guidance_scale, i),
+                rescale=self.outputs.of("rescale", self.settings.rescale, i, 0.0),
+                rule=at_step(rule, self.step, i) if isinstance(self.step, Step) else rule,
             )
+            found.append(final if self.noisy is None else self.noisy.velocity(final, i).to(c.dtype))
         return found
+
+    def _clean(self, prediction: Tensor, i: int) -> Tensor:
+        return prediction if self.noisy is None else self.noisy.clean(prediction, i)
 
     def _scales_of(self, i: int) -> list[Scale]:
         return [self.weight("scale", scale, i) for scale in self.scales]
