@@ -373,7 +373,7 @@ class GuidedDenoiser:
         """
         args, kwargs = (call.args, call.kwargs) if call.inputs is None else call.inputs.again()
         given = [x for x in leaves_of((), bound_arguments(self._model, args, kwargs)) if isinstance(x, Tensor)]
-        latents = []
+        latents: list[Tensor] = []
         for prediction in predictions:
             fits = [x for x in given if x.shape == prediction.shape and not any(x is other for other in latents)]
             latents += fits[:1]

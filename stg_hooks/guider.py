@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from stg_hooks.errors import CallError, NotCopied, SettingError, TargetError
 from stg_hooks.guidance.combine import Scales, check_scales, is_number, is_real
 from stg_hooks.guidance.guide import Guidance, Guided, Predictions, StepOrLater
-from stg_hooks.guidance.outputs import PerOutput, values_of
+from stg_hooks.guidance.outputs import PerOutput, each_of
 from stg_hooks.guidance.plain import written
 from stg_hooks.guidance.rules import AveragedApg, Rule
 from stg_hooks.guidance.samples import takes_samples
@@ -292,7 +292,7 @@ class Guider(NotCopied):
             output, found = self._alone(call, wanted)
         changes = settings.changes and not inside
         self.stats.calls += 1
-        of_rows = any(isinstance(one, Tensor) and one.ndim > 0 for one in values_of(g))
+        of_rows = any(isinstance(one, Tensor) and one.ndim > 0 for one in each_of(g))
         found.places = places_of_predictions(output)
         samples = guidance.are_samples(output, found.conds, inputs, settings, of_rows)
         if not changes:

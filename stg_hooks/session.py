@@ -54,9 +54,10 @@ class Session:
         Raises:
             CallError: with `strict`, instead of a warning.
         """
+        what = "isolates streams" if own.isolates else "skips layers"
         text = (
-            f"{own.by} {'isolates streams' if own.isolates else 'skips layers'} by itself unless it is told not to, and "
-            f"stg.apply() adds to that guidance. To have it once, call it with {own.how_to_switch_off}."
+            f"{own.by} {what} by itself unless it is told not to, and stg.apply() adds to that guidance. To have it "
+            f"once, call it with {own.how_to_switch_off}."
         )
         if self.guidance.watch.strict:
             raise CallError(text)

@@ -96,8 +96,8 @@ def _role_of_parts(
         if way.is_named or weight is not None:
             others = [other for other in ways if other.rows == way.rows and holds(other.guards, names)]
             weights = {other.prediction: _weight_of_way(other, names, sums) for other in others}
-            each = tuple(weights.get(name, weight) for name in predictions)
-            is_known = all(one is not None for one in each)
+            each = tuple(one for name in predictions if (one := weights.get(name, weight)) is not None)
+            is_known = len(each) == len(predictions)
             differs = is_known and any(isinstance(one, Tensor) or one != each[0] for one in each[1:])
             return Role(way.rows, each if differs else weight, uncond_follows=way.uncond_follows)
     if not any("cond" in way.rows.split("+") for way in ways):

@@ -87,8 +87,8 @@ class Site:
     guided in some way that is not understood. `channels` is how many channels of the prediction are guided, where the
     others predict a variance. Unless it `is_named`, no name says what the call is for: `kind` is what it can be, which
     the weight and the latents of the running call decide. `predictions` are the names of what it returns, and they
-    `are_clean` where these are turned into clean samples before they are combined. `when` are the conditions under which
-    it is made, and it `isolates` where it asks for that.
+    `are_clean` where these are turned into clean samples before they are combined. `when` are the conditions under
+    which it is made, and it `isolates` where it asks for that.
     """
 
     lines: range

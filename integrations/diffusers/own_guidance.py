@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from stg_hooks.hosts import OwnGuidance
-from stg_hooks.integrations.diffusers.call_sites import Site
+from stg_hooks.integrations.diffusers.call_sites import Site, tail
 
 _IS_ON: dict[type[ast.AST], Callable[[Any, Any], bool]] = {ast.Gt: operator.gt, ast.NotEq: operator.ne}
 
@@ -22,37 +22,34 @@ def on_by_default(cls: type, site: Site) -> OwnGuidance | None:
         cls: the class of the pipeline.
         site: the call.
     """
-    parameters = inspect.signature(getattr(cls, "__call__")).parameters
+    parameters = inspect.signature(cls.__call__).parameters
     off: dict[str, float] = {}
     is_on = False
     for guard in site.when:
-        for name, compare in _thresholds(cls, guard):
+        for name, compare, threshold in _comparisons(cls, guard):
             default = getattr(parameters.get(name), "default", None)
-            if not isinstance(default, (int, float)):
-                continue
-            comparator = compare.comparators[0]
-            assert isinstance(comparator, ast.Constant)
-            off[name] = comparator.value
-            is_on = is_on or _IS_ON[type(compare.ops[0])](default, comparator.value)
+            if isinstance(default, (int, float)):
+                off[name] = threshold
+                is_on = is_on or compare(default, threshold)
     return OwnGuidance(cls.__name__, tuple(off.items()), site.isolates) if is_on else None
 
 
-def _thresholds(cls: type, guard: ast.expr) -> Iterator[tuple[str, ast.Compare]]:
+def _comparisons(cls: type, guard: ast.expr) -> Iterator[tuple[str, Callable[[Any, Any], bool], float]]:
     """Find comparisons of an argument with a number, in a condition or in the property that it names."""
-    if isinstance(guard, ast.UnaryOp):
-        return
-    if isinstance(guard, ast.Attribute):
-        found = inspect.getattr_static(cls, guard.attr, None)
-        if not isinstance(found, property) or found.fget is None:
-            return
-        try:
-            tree: ast.AST = ast.parse(textwrap.dedent(inspect.getsource(found.fget)))
-        except (OSError, SyntaxError):
-            return
-    else:
-        tree = guard
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Compare) and type(node.ops[0]) in _IS_ON and isinstance(node.comparators[0], ast.Constant):
-            left = node.left
-            name = left.attr if isinstance(left, ast.Attribute) else left.id if isinstance(left, ast.Name) else ""
-            yield name.lstrip("_"), node
+    for node in ast.walk(_read(cls, guard)):
+        if not isinstance(node, ast.Compare) or type(node.ops[0]) not in _IS_ON:
+            continue
+        threshold = getattr(node.comparators[0], "value", None)
+        if isinstance(threshold, (int, float)):
+            yield tail(node.left).lstrip("_"), _IS_ON[type(node.ops[0])], threshold
+
+
+def _read(cls: type, guard: ast.expr) -> ast.AST:
+    """Return a condition, written out where it is a property of the pipeline."""
+    found = inspect.getattr_static(cls, guard.attr, None) if isinstance(guard, ast.Attribute) else None
+    if not isinstance(found, property) or found.fget is None:
+        return ast.Pass() if isinstance(guard, ast.UnaryOp) else guard
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(found.fget)))
+    except (OSError, SyntaxError):
+        return guard

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stg_hooks.errors import SettingError, TargetError
-from stg_hooks.guidance.outputs import PerOutput, check_named, values_of
+from stg_hooks.guidance.outputs import PerOutput, check_named, each_of
 from stg_hooks.guidance.rules import Rule, find_rule
 
 Scale = float | Tensor
@@ -138,7 +138,7 @@ def correction(cond: Tensor, weaks: Sequence[Tensor], scales: Sequence[Scale]) -
 def is_number(scale: Scales | None, value: float) -> bool:
     """Tell whether a scale is this very number; of a tensor that cannot be told without waiting for the GPU."""
     if isinstance(scale, (Mapping, tuple)):
-        return all(is_number(one, value) for one in values_of(scale))
+        return all(not isinstance(one, Tensor) and one == value for one in each_of(scale))
     return not isinstance(scale, Tensor) and scale == value
 
 
@@ -226,10 +226,9 @@ def check_rescales(value: object) -> None:
 
 
 def _check_each(name: str, value: object, check: Callable[[object], None]) -> None:
-    if not isinstance(value, Mapping):
-        return check(value)
-    check_named(name, value)
-    for one in value.values():
+    if isinstance(value, Mapping):
+        check_named(name, value)
+    for one in value.values() if isinstance(value, Mapping) else [value]:
         check(one)
 
 

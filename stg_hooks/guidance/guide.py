@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stg_hooks.errors import CallError, SettingError, closest
 from stg_hooks.guidance.channels import VarianceWatch, check_channels, guided_part, with_rest
 from stg_hooks.guidance.combine import Scale, Scales, combine, correction, is_number, of_sample
-from stg_hooks.guidance.outputs import Outputs
+from stg_hooks.guidance.outputs import UNNAMED, Outputs
 from stg_hooks.guidance.plain import read, written
 from stg_hooks.guidance.rules import at_step
 from stg_hooks.guidance.samples import are_samples, check_told
@@ -81,7 +81,7 @@ class Guided:
     """For each prediction, those of all branches."""
     channels: int | None = None
     samples: bool = False
-    outputs: Outputs = Outputs("")
+    outputs: Outputs = UNNAMED
     noisy: Noisy | None = None
     """Where rescale and rule are about clean samples."""
 
@@ -95,7 +95,7 @@ class Guided:
         weaks: Sequence[Sequence[Tensor]],
         channels: int | None = None,
         samples: bool = False,
-        outputs: Outputs = Outputs(""),
+        outputs: Outputs = UNNAMED,
     ) -> Guided:
         """Take the parts of predictions that are guided; `weaks` are those of all branches for each prediction."""
         found = cls(step, settings, branches, [], [], channels, samples, outputs)
@@ -124,7 +124,8 @@ class Guided:
 
     def weight(self, name: str, given: Scales, i: int) -> Scale:
         """Return what a weight is for one of the predictions."""
-        value = self.outputs.of(name, given, i, 1.0 if name == "guidance_scale" else 0.0)
+        off: Scale = 1.0 if name == "guidance_scale" else 0.0
+        value = self.outputs.of(name, given, i, off)
         return of_sample(name, value, i, len(self.conds)) if self.samples else value
 
     def terms(self) -> list[Tensor]:
@@ -314,7 +315,8 @@ class Guidance:
             weaks = [[weak[i] for weak in predictions.weaks] for i in range(len(conds))]
             if self.every > 1 and isinstance(step, Step):
                 self._local.kept = _Differences.of(conds, weaks, branches, step)
-        return Guided.of(step, settings, branches, conds, weaks, channels, samples, self.outputs.called(predictions.places))
+        outputs = self.outputs.called(predictions.places)
+        return Guided.of(step, settings, branches, conds, weaks, channels, samples, outputs)
 
     def traced(
         self, guided: Guided, terms: Sequence[Tensor], unconds: Sequence[Tensor | None], guidance_scale: Scales | None

@@ -16,7 +16,7 @@ PerOutput: TypeAlias = T | Mapping[str, T] | tuple[T, ...]
 """A setting: one value for all predictions of a call, or by their names, or one for each in their order."""
 
 
-def values_of(setting: PerOutput[T]) -> Iterable[T]:
+def each_of(setting: Any) -> Iterable[Any]:
     """Return the values of a setting."""
     if isinstance(setting, Mapping):
         return setting.values()
@@ -94,3 +94,7 @@ class Outputs:
             return setting[index] if isinstance(setting, tuple) else setting
         self.check(name, setting)
         return setting.get(self.names[index], off)
+
+
+UNNAMED = Outputs("the denoiser")
+"""Predictions of which nothing is known."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stg_hooks.errors import CallError, SettingError, closest
 from stg_hooks.guidance.combine import Scales, check_rescales, check_scales, is_number, is_real
-from stg_hooks.guidance.outputs import PerOutput, values_of
+from stg_hooks.guidance.outputs import PerOutput, each_of
 from stg_hooks.guidance.rules import Rule, find_rule
 from stg_hooks.guidance.settings import Branch, branches_from, preset_for, recommended
 from stg_hooks.model.layers import LayerSpec
@@ -71,7 +71,7 @@ class Settings:
     @property
     def of_samples(self) -> bool:
         """Whether it matters which part of a prediction is one sample."""
-        scales = [scale for branch in self.branches for scale in values_of(branch.scale)]
+        scales = [scale for branch in self.branches for scale in each_of(branch.scale)]
         return self.replaces or any(isinstance(scale, Tensor) and scale.ndim > 0 for scale in scales)
 
     @property

@@ -6,8 +6,7 @@ Which of its attention that is, the labels of its tensors tell (`token_labels`);
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,9 +42,7 @@ class Isolation(Silence):
         self._between: list[nn.Module] | None = None
         super().__init__([*self._names])
 
-    def run(
-        self, streams: Streams, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def run(self, streams: Streams, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute the block with no attention from one of its streams to another.
 
         Args:
@@ -77,7 +74,9 @@ class Isolation(Silence):
         own_args, own_kwargs = copied(args, kwargs)
         through = objects.leaves(streams.handed_through(forward, own_args, own_kwargs))
         given = bound_arguments(self._block, own_args, own_kwargs)
-        originals = dict(zip(map(id, objects.leaves((own_args, own_kwargs))), objects.leaves((args, kwargs)), strict=True))
+        originals = dict(
+            zip(map(id, objects.leaves((own_args, own_kwargs))), objects.leaves((args, kwargs)), strict=True)
+        )
         watch = _Watch()
         with self.doing(watch.around), watch, watch.provenance.call(given) as outputs:
             output = forward(*own_args, **own_kwargs)

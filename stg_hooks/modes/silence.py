@@ -30,7 +30,9 @@ class Silence:
             yield
 
     @contextmanager
-    def doing(self, action: Callable[[nn.Module], Action], modules: Sequence[nn.Module] | None = None) -> Iterator[None]:
+    def doing(
+        self, action: Callable[[nn.Module], Action], modules: Sequence[nn.Module] | None = None
+    ) -> Iterator[None]:
         """Let modules do something else in calls from this thread within a `with`.
 
         Args:

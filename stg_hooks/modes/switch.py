@@ -20,6 +20,7 @@ from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.isolation import Isolation
 from stg_hooks.modes.modes import LayerCall, Mode, Perturbation, find_mode
 from stg_hooks.modes.residual import Streams
+from stg_hooks.modes.silence import Silence
 from stg_hooks.modes.sites import Site, all_for, check_layers_given, find_sites
 from stg_hooks.modes.text_tokens import TextTokens
 from stg_hooks.modes.token_probe import Looks
@@ -63,7 +64,7 @@ class Switch:
         self._isolations = [Isolation(module) for module in self.modules]
         self._reached = {id(module): _Reached() for module in self.modules}
         parts = zip(self.modules, self._seams, self._feed_forwards, self._isolations, strict=True)
-        self.actions = {id(module): self._action(module, *of_module) for module, *of_module in parts}
+        self.actions = {id(of_module[0]): self._action(*of_module) for of_module in parts}
         """What the modules do instead, by `id`."""
         self._patches: list[Patch] = []
 
@@ -113,8 +114,8 @@ class Switch:
         self.check_same()
         with ExitStack() as stack:
             self._patches = [stack.enter_context(patched(module)) for module in self.modules]
-            silenced = {"feed-forward": self._feed_forwards, "streams": self._isolations}.get(self.mode.needs, ())
-            for modules in silenced:
+            silenced: dict[str, Sequence[Silence]] = {"feed-forward": self._feed_forwards, "streams": self._isolations}
+            for modules in silenced.get(self.mode.needs, ()):
                 stack.enter_context(modules.installed())
             if self._changes_attention:
                 for seam in self._seams:
