@@ -24,9 +24,10 @@ from stg_hooks.passes.execution import EXECUTIONS as EXECUTIONS
 from tests.tiny_models import MODELS, HandThrough, Tiny, expand
 
 DIM, TEXT_TOKENS, TOKENS = 8, 3, 5
-ALL_MODES = list(MODES)
+ALL_MODES = [name for name, mode in MODES.items() if mode.needs != "streams"]
+"""Those that models of one stream can have."""
 ATTENTION_MODES = [name for name, mode in MODES.items() if mode.needs == "attention"]
-OTHER_MODES = [name for name in MODES if name != "residual"]
+OTHER_MODES = [name for name in ALL_MODES if name != "residual"]
 """Those that compute the layer, changed."""
 
 

@@ -19,8 +19,8 @@ from stg_hooks.hooks.forward import Action
 from stg_hooks.model import objects
 from stg_hooks.model.layers import attention_modules
 from stg_hooks.model.source import bound_arguments, class_forward, return_names, signature_text
+from stg_hooks.modes.feed_forward import Silence
 from stg_hooks.modes.residual import Streams, copied
-from stg_hooks.modes.silence import Silence
 from stg_hooks.modes.token_labels import Provenance, carries_tokens, named_tensors, sounds_like_text
 
 

@@ -15,12 +15,11 @@ from stg_hooks.hooks.checkpointing import checkpointed, skipped_in
 from stg_hooks.hooks.forward import Action, Patch, now, patched
 from stg_hooks.model.layers import Layer, LayerSpec, find_layers, resolve
 from stg_hooks.modes.attention import AttentionSeam
-from stg_hooks.modes.feed_forward import FeedForwards
+from stg_hooks.modes.feed_forward import FeedForwards, Silence
 from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.isolation import Isolation
 from stg_hooks.modes.modes import LayerCall, Mode, Perturbation, find_mode
 from stg_hooks.modes.residual import Streams
-from stg_hooks.modes.silence import Silence
 from stg_hooks.modes.sites import Site, all_for, check_layers_given, find_sites
 from stg_hooks.modes.text_tokens import TextTokens
 from stg_hooks.modes.token_probe import Looks
