@@ -15,7 +15,7 @@ from torch import nn
 from stg_hooks.denoiser import GuidedDenoiser
 from stg_hooks.errors import CallError, NotCopied, SettingError, StgWarning
 from stg_hooks.guidance.channels import VarianceWatch
-from stg_hooks.guidance.combine import Scale, Scales, check_scale
+from stg_hooks.guidance.combine import Scales, check_scales
 from stg_hooks.guidance.guide import Guidance
 from stg_hooks.guidance.outputs import PerOutput
 from stg_hooks.guidance.rules import Rule
@@ -66,7 +66,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         on: str = "cond",
         every: int = 1,
         batched_cfg: bool | None = None,
-        guidance_scale: Scale | None = None,
+        guidance_scale: Scales | None = None,
         channels: int | None = None,
         execution: str = "auto",
         group: ProcessGroup | None = None,
@@ -151,6 +151,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
             on=on,
         )
         guidance = Guidance("stg.apply", next(iter(denoisers.values())), request, every, channels, strict)
+        guidance.outputs.check_known([("guidance_scale", guidance_scale)])
         if not isinstance(host, ModuleHost):
             guidance.variance = VarianceWatch(is_told=True)
         self._session = Session(host, guidance, ranks_from(group, timeout, on))
@@ -360,9 +361,9 @@ def _place_of_caller() -> tuple[str, int]:
     return ("", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
 
 
-def _find_host(target: object, batched_cfg: bool | None, guidance_scale: Scale | None, channels: int | None) -> Host:
+def _find_host(target: object, batched_cfg: bool | None, guidance_scale: Scales | None, channels: int | None) -> Host:
     if guidance_scale is not None:
-        check_scale("guidance_scale", guidance_scale)
+        check_scales("guidance_scale", guidance_scale)
     if isinstance(target, nn.Module):
         return ModuleHost(target, batched_cfg, guidance_scale, channels)
     host = pipeline_host(target)

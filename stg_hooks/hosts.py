@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from stg_hooks.errors import CallError, TargetError
 from stg_hooks.step import Step
@@ -236,7 +236,7 @@ class ModuleHost:
         self,
         module: nn.Module,
         batched_cfg: bool | None,
-        guidance_scale: float | Tensor | None,
+        guidance_scale: Scales | None,
         channels: int | None = None,
     ) -> None:
         """Describe the module's calls.
