@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
-from stg_hooks.adapters import OUTPUTS
-from tests import stock_pipelines, zoo
+from stg_hooks.adapters import OUTPUTS, PUBLISHED
+from tests import recipes, stock_pipelines, zoo
 from tests.modular import MODULAR
 from tests.tiny_models import MODELS
 
@@ -466,6 +467,19 @@ def test_guidance_of_its_own_is_noticed(ours: Any, theirs: Any, told: str, pipe:
         run(pipe, **theirs)
     with pytest.warns(stg.StgWarning, match=told), stg.apply(pipe.transformer, **ours):
         run(pipe, **theirs)
+
+
+@pytest.mark.parametrize("name", ["LTX-2", "LTX-2.3"])
+def test_the_recipe(name: str, pipe: Any) -> None:
+    published = next(setting for setting in PUBLISHED if setting.name == name)
+    code = re.sub(r"steps=\d+", "steps=2", recipes.whole(dataclasses.replace(published, layers=(2,))))
+    call = stock_pipelines.STOCK["LTX2Pipeline"].call() | {"output_type": "latent"}
+    dropped = {*OWN, *stock_pipelines.LTX2_OFF}
+    given = {key: value for key, value in call.items() if key not in dropped}
+    names: dict[str, Any] = {"stg": stg, "pipe": pipe}
+    exec(code, names | {"inputs": given | {"generator": torch.Generator().manual_seed(7)}}, names)
+    theirs = {"audio_stg_scale": 1.0, "audio_modality_scale": 3.0, "audio_guidance_rescale": 0.7}
+    assert agree([torch.as_tensor(names[one]) for one in ("video", "audio")], run(pipe, **theirs))
 
 
 def test_guidance_of_another_kind_stays_with_it(pipe: Any) -> None:
