@@ -81,7 +81,8 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
             layers: what the weak model skips, as for `skip`; left out, the setting published for the model is used.
             scale: weight of `cond - weak`; 1.0 unless a published setting says otherwise. 0 makes no weak prediction;
                 a `rescale` or `rule` that is given holds nevertheless. A function of the `Step` changes it during the
-                run.
+                run. For a model that predicts several things, `{"video": 1.0, "audio": 0.5}`: what is not named is off.
+                `rescale`, `layers` and `guidance_scale` may be given so, too; `stg.adapters.OUTPUTS` has the names.
             rescale: from 0 (off, the default) to 1 (the guided prediction has the standard deviation of cond).
             mode: what a skipped layer does instead, `"residual"` by default.
             kind: in factorised models, only attention within frames (`"spatial"`) or across them (`"temporal"`).

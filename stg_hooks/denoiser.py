@@ -24,7 +24,6 @@ from stg_hooks.hooks.forward import Patch, Undo, patched, shared
 from stg_hooks.hosts import Role, check_rows_apart
 from stg_hooks.model.source import bound_arguments, parameter_names
 from stg_hooks.model.tensors import leaves_of
-from stg_hooks.modes.modes import find_mode
 from stg_hooks.parts import cond_rows, put_back, sides, uncond_side
 from stg_hooks.passes.guided_call import GuidedCall, in_weak_pass, layout_of
 from stg_hooks.passes.inputs import Inputs, Written
@@ -193,10 +192,10 @@ class GuidedDenoiser:
             call.inputs = Inputs(args, kwargs, self._written)
 
     def _look_at_own(self, role: Role, settings: Settings) -> None:
-        """Say where the caller makes such weak predictions itself, as it does unless it is told not to.
+        """Look at the weak predictions that the caller makes itself, as it does unless it is told not to.
 
         Raises:
-            CallError: with `strict`; or ours are to come to the final prediction.
+            CallError: ours are to come to the final prediction; or `strict`.
         """
         if role.own and settings.replaces:
             off = ", ".join(own.how_to_switch_off for own in role.own)
@@ -204,10 +203,7 @@ class GuidedDenoiser:
                 f"{role.own[0].by} adds a guidance of its own in this step, so {settings.why_replaces} cannot give the "
                 f"final prediction. Call it with {off}; branches=[stg.Branch(...), ...] have the same guidance here."
             )
-        kinds = {find_mode(branch.mode).needs == "streams" for branch in settings.active}
-        for own in role.own:
-            if own.isolates in kinds:
-                self._session.tell_of(own)
+        self._session.tell_of(role, settings)
 
     def _around(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call that is going to be guided, so that its weak passes can share work with it."""

@@ -105,7 +105,8 @@ class Guider(NotCopied):
             layers: what the weak model skips, as for `skip`; left out, the setting published for the model is used.
             scale: weight of `cond - weak`; 1.0 unless a published setting says otherwise. 0 makes no weak prediction;
                 `rescale` and `rule` hold nevertheless. A tensor holds one value per sample, `(B,)`, or has the
-                dimensions of the prediction. A function of the `Step` changes it during the run.
+                dimensions of the prediction. A function of the `Step` changes it during the run. By name, as for
+                `apply`, where the model predicts several things.
             guidance_scale: CFG weight, used in calls that have `uncond`; 1 = off. A tensor as for `scale`.
             rescale: from 0 (off, the default) to 1 (the result has the standard deviation of cond).
             mode: what a skipped layer does instead, `"residual"` by default.

@@ -12,10 +12,12 @@ from torch import nn
 
 from stg_hooks.errors import CallError, StgWarning
 from stg_hooks.hooks import activation
+from stg_hooks.modes.modes import find_mode
 from stg_hooks.step import Step
 
 if TYPE_CHECKING:
     from stg_hooks.guidance.guide import Guidance
+    from stg_hooks.guidance.schedule import Settings
     from stg_hooks.hosts import Host, OwnGuidance, Role
     from stg_hooks.ranks.link import Ranks
 
@@ -48,12 +50,18 @@ class Session:
 
         return call
 
-    def tell_of(self, own: OwnGuidance) -> None:
-        """Say once that the target makes a weak prediction itself, to which ours is added.
+    def tell_of(self, role: Role, settings: Settings) -> None:
+        """Say once where the target makes such weak predictions itself as well, as it does unless it is told not to.
 
         Raises:
             CallError: with `strict`, instead of a warning.
         """
+        kinds = {find_mode(branch.mode).needs == "streams" for branch in settings.active}
+        for own in role.own:
+            if own.isolates in kinds:
+                self._tell_of(own)
+
+    def _tell_of(self, own: OwnGuidance) -> None:
         what = "isolates streams" if own.isolates else "skips layers"
         text = (
             f"{own.by} {what} by itself unless it is told not to, and stg.apply() adds to that guidance. To have it "
