@@ -49,8 +49,8 @@ _GUIDANCE: dict[str, tuple[Any, dict[str, Any]]] = {
         [AUTO, *MODES],
         "What a skipped layer does instead. residual: hands its input through (STG-R). values: every token attends to "
         "itself (PAG, and the STG of ComfyUI-LTXVideo). attention: likewise, text is still attended to (STG-A). "
-        "smoothed: SEG. shuffled: TPG. isolated: video and audio do not see each other, in all layers if none are named. "
-        "'as published' is residual where layers are named.",
+        "smoothed: SEG. shuffled: TPG. isolated: video and audio do not see each other; all layers, if none are "
+        "named. 'as published' is residual where layers are named.",
     ),
     "scale": _number(1.0, 0.0, 100.0, 0.05, "How strongly (cond - weak) counts. 0 is off, 0.5 to 2 is usual."),
     "rescale": _number(
