@@ -26,8 +26,9 @@ from stg_hooks.model.source import parameter_names
 from stg_hooks.parts import cond_rows, put_back, sides, uncond_side
 from stg_hooks.passes.guided_call import GuidedCall, in_weak_pass, layout_of
 from stg_hooks.passes.inputs import Inputs, Written
+from stg_hooks.passes.outputs import own_predictions, replace_predictions
 from stg_hooks.passes.predict import Predictor
-from stg_hooks.passes.rows import Rows, first_batch, own_predictions, replace_predictions, take_rows
+from stg_hooks.passes.rows import Rows, first_batch, take_rows
 from stg_hooks.ranks.link import check_alone
 from stg_hooks.session import Session
 from stg_hooks.step import Step, check_step

@@ -29,8 +29,9 @@ from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.modes import Mode
 from stg_hooks.passes.guided_call import in_weak_pass
 from stg_hooks.passes.inputs import Inputs, Written
+from stg_hooks.passes.outputs import own_predictions, predictions, replace_predictions
 from stg_hooks.passes.predict import Predictor
-from stg_hooks.passes.rows import HALF, halves, own_predictions, predictions, replace_predictions
+from stg_hooks.passes.rows import HALF, halves
 from stg_hooks.ranks.link import Ranks, check_alone, check_own_copy, ranks_from
 from stg_hooks.step import Step, check_step, is_new_run, noise_levels, step_at
 

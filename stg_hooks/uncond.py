@@ -15,8 +15,9 @@ from stg_hooks.hooks.forward import patched
 from stg_hooks.hosts import check_rows_apart
 from stg_hooks.passes.guided_call import in_weak_pass
 from stg_hooks.passes.halves import weak_halves
+from stg_hooks.passes.outputs import predictions
 from stg_hooks.passes.predict import Predictor
-from stg_hooks.passes.rows import halves, predictions
+from stg_hooks.passes.rows import halves
 from stg_hooks.session import Session
 from stg_hooks.step import check_step
 

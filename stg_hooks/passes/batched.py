@@ -23,15 +23,8 @@ from stg_hooks.hooks.forward import Action, Patch, pushed
 from stg_hooks.model.source import is_positional
 from stg_hooks.passes.context import Context
 from stg_hooks.passes.guided_call import GuidedCall, weak_pass
-from stg_hooks.passes.rows import (
-    Indices,
-    count_of,
-    cut,
-    map_arguments,
-    predictions,
-    replace_predictions,
-    row_factor,
-)
+from stg_hooks.passes.outputs import predictions, replace_predictions
+from stg_hooks.passes.rows import Indices, count_of, cut, map_arguments, row_factor
 
 
 class RowsError(Exception):

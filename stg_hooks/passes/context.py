@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from stg_hooks.model.source import parameter_names
 from stg_hooks.model.tensors import computes_in_half
 from stg_hooks.passes.findings import Findings
-from stg_hooks.passes.rows import agree, take_rows
+from stg_hooks.passes.outputs import agree
+from stg_hooks.passes.rows import take_rows
 
 if TYPE_CHECKING:
     from stg_hooks.guidance.trace import Stats

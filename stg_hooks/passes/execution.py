@@ -25,10 +25,11 @@ from stg_hooks.passes.findings import forget, recall
 from stg_hooks.passes.full import FullPasses
 from stg_hooks.passes.guided_call import CutArguments, GuidedCall, layout_of
 from stg_hooks.passes.inputs import Inputs, Written
+from stg_hooks.passes.outputs import predictions
 from stg_hooks.passes.prefix import Prefix
 from stg_hooks.passes.recording import Recording
 from stg_hooks.passes.repetition import Repetition
-from stg_hooks.passes.rows import Indices, Rows, first_batch, predictions
+from stg_hooks.passes.rows import Indices, Rows, first_batch
 from stg_hooks.passes.shared import SharedPasses
 from stg_hooks.passes.state import Snapshot
 from stg_hooks.passes.transaction import Transactions

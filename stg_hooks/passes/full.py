@@ -13,7 +13,7 @@ from stg_hooks.errors import CallError
 from stg_hooks.hooks.compiled import eagerly
 from stg_hooks.passes.context import Context, may_come_of_cutting
 from stg_hooks.passes.guided_call import GuidedCall, checking, weak_pass
-from stg_hooks.passes.rows import own_predictions, predictions
+from stg_hooks.passes.outputs import own_predictions, predictions
 
 _CALLS_MADE_AGAIN = 2  # of a layout
 

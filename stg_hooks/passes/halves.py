@@ -15,7 +15,8 @@ from stg_hooks.guidance.samples import are_samples, check_told, takes_samples
 from stg_hooks.modes.residual import copied
 from stg_hooks.passes.execution import Execution
 from stg_hooks.passes.guided_call import layout_of
-from stg_hooks.passes.rows import Rows, first_batch, halves, own_predictions, replace_predictions, take_rows
+from stg_hooks.passes.outputs import own_predictions, replace_predictions
+from stg_hooks.passes.rows import Rows, first_batch, halves, take_rows
 
 
 def weak_halves(

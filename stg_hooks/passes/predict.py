@@ -21,7 +21,8 @@ from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.caches import Caches
 from stg_hooks.passes.execution import Execution
 from stg_hooks.passes.guided_call import CutArguments, in_weak_pass
-from stg_hooks.passes.rows import Rows, first_batch, own_predictions, replace_predictions
+from stg_hooks.passes.outputs import own_predictions, replace_predictions
+from stg_hooks.passes.rows import Rows, first_batch
 
 _SPARE = 8
 

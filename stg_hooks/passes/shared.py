@@ -12,10 +12,10 @@ from stg_hooks.passes.context import Context, may_come_of_cutting
 from stg_hooks.passes.findings import KnownLayout
 from stg_hooks.passes.gaps import GapError
 from stg_hooks.passes.guided_call import GuidedCall, checking, weak_pass
+from stg_hooks.passes.outputs import are_as_finite, own_predictions
 from stg_hooks.passes.prefix import DRAWS_RANDOM_NUMBERS, Prefix, PrefixMismatchError
 from stg_hooks.passes.recording import Recording
 from stg_hooks.passes.repetition import Outline, Repetition
-from stg_hooks.passes.rows import are_as_finite, own_predictions
 
 _LAYOUTS = 64
 _PATIENCE = 2  # calls of a layout

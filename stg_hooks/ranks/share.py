@@ -13,8 +13,9 @@ from stg_hooks.guidance.settings import Branch
 from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.execution import Execution
 from stg_hooks.passes.guided_call import GuidedCall, weak_pass
+from stg_hooks.passes.outputs import own_predictions
 from stg_hooks.passes.predict import Predictor
-from stg_hooks.passes.rows import is_prediction, own_predictions
+from stg_hooks.passes.rows import is_prediction
 from stg_hooks.ranks.link import Ranks, samples_of
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
