@@ -24,7 +24,7 @@ from stg_hooks.guidance.schedule import Plan, Request, Schedule, Settings
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.guidance.trace import Stats, Trace
 from stg_hooks.hooks import activation
-from stg_hooks.model.layers import LayerSpec
+from stg_hooks.model.resolve import LayerSpec
 from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.modes import Mode
 from stg_hooks.passes.guided_call import in_weak_pass

@@ -26,7 +26,7 @@ from stg_hooks.hooks import activation
 from stg_hooks.hooks.forward import Action, patched
 from stg_hooks.integrations.diffusers.host import calling_pipeline
 from stg_hooks.integrations.diffusers.modular import ModularHost
-from stg_hooks.model.layers import LayerSpec
+from stg_hooks.model.resolve import LayerSpec
 from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.modes import Mode
 from stg_hooks.passes.outputs import own_predictions, replace_predictions

@@ -25,7 +25,7 @@ from stg_hooks.hooks.compiled import is_compiled
 from stg_hooks.hooks.forward import Action, Patch, patched, pushed
 from stg_hooks.hosts import plain_attention
 from stg_hooks.model import objects
-from stg_hooks.model.layers import attention_modules
+from stg_hooks.model.attention import attention_modules
 from stg_hooks.model.source import bound_arguments, signature_text
 from stg_hooks.modes.attention_calls import AttentionCall, HandMade, MultiHead, Opaque, ScaledDotProduct, of_sequences
 from stg_hooks.modes.kernels import advice, seeing

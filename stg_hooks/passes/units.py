@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from stg_hooks.hooks.forward import Patch, patched
-from stg_hooks.model.layers import Layer, attention_modules, is_attention
+from stg_hooks.model.attention import attention_modules, is_attention
+from stg_hooks.model.layers import Layer
 
 if TYPE_CHECKING:
     from stg_hooks.modes.switch import Switch
