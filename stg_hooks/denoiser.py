@@ -154,19 +154,24 @@ class GuidedDenoiser:
         if is_guess:
             role = dataclasses.replace(role, samples=takes_samples(args, kwargs))
         check_alone(self._session, self._session.ranks, self._model)
-        self._predictor.caches.check_same()
-        self._predictor.caches.begin_pass()
+        caches = self._predictor.caches
         if not role.is_cond:
             before = self._local.last
             if role.is_uncond:
                 before, self._local.guided = self._local.guided, None
             settings = Settings(()) if before is None else before.settings
+            if settings.active:  # else nothing of ours depends on them
+                caches.check_same()
+            caches.begin_pass()
             self._local.call = call = _Call(role, Step(), settings, args, kwargs, before=before)
             if self._session.ranks is not None:
                 call.inputs = Inputs(args, kwargs, self._written)
             return
         step = check_step(self._session.step) or self._session.host.step()
         settings = self._guidance.settings(step)
+        if settings.active:
+            caches.check_same()
+        caches.begin_pass()
         self._local.call = call = _Call(role, step, settings, args, kwargs, is_guess=is_guess)
         if self._patch is not None and self._patch.bring_back() and self._session.ranks is None:
             # From the next call on; this one has its forward already.
