@@ -284,7 +284,8 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
             )
         # Several threads may have entered this object: leave what was entered here.
         here = activation.innermost(self._entered)
-        left = self._entered.pop(-1 if here is None else here)
+        left = self._entered[-1] if here is None else here
+        self._entered.remove(left)
         left[1].close()
         session = self._session
         if session.ranks is not None:
