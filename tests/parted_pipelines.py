@@ -285,3 +285,13 @@ PARTED |= {
         combined(f"Kandinsky{version}InpaintCombinedPipeline", image=PICTURE, mask_image=MASK_PICTURE),
     )
 }
+
+WHOLE = (
+    "AceStepPipeline",
+    "BriaFiboPipeline",
+    "DreamLitePipeline",
+    "Flux2KleinKVPipeline",
+    "OmniGenPipeline",
+    "StableDiffusionDiffEditPipeline",
+)
+"""Classes that tests/test_other_calls.py runs."""

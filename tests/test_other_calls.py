@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import stg_hooks as stg
 from tests import zoo
 from tests.parted_pipelines import OFF, PICTURE, PICTURE_IN, Parted, ddim, vae
-from tests.stock_pipelines import UNET, ImageEncoder, euler, noise, prompts, run
+from tests.stock_pipelines import UNET, ImageEncoder, euler, noise, part, prompts, run
 from tests.test_pipelines import assert_far, assert_same
 from tests.test_stock_pipelines import tensors
 
@@ -29,16 +29,16 @@ def by_hand(denoiser: nn.Module, weak: nn.Module, rows: tuple[str, ...]) -> Iter
     names, last, count = itertools.cycle(rows), [], []
 
     def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        (found,), parts = tensors(output), next(names).split("+")
+        (found, *others), parts = tensors(output), next(names).split("+")
         count.append(len(found))
         if parts != ["perturbed"]:
-            (other,) = tensors(weak(*args, **kwargs))
+            other = tensors(weak(*args, **kwargs))[0]
             terms = (SCALE * (found - other)).chunk(len(parts))
             last[:] = [term for term, label in zip(terms, parts, strict=True) if label == "cond"]
         # The n-th part with a label belongs to the n-th cond part.
         which = [min(parts[:i].count(label), len(last) - 1) for i, label in enumerate(parts)]
         new = found + torch.cat([last[i] for i in which])
-        return (new,) if isinstance(output, tuple) else type(output)(new)
+        return (new, *others) if isinstance(output, tuple) else type(output)(new)
 
     with denoiser.register_forward_hook(add, with_kwargs=True):
         yield count
@@ -229,8 +229,16 @@ def embeds_of_layers(prompt: Any, guidance_scale: float, **kwargs: Any) -> tuple
 
 @pytest.mark.parametrize("cfg", [True, False])
 def test_bria_fibo_with_two_prompts(cfg: bool) -> None:
-    config = {"in_channels": 4, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 8,
-              "num_attention_heads": 2, "joint_attention_dim": 16, "text_encoder_dim": 8, "axes_dims_rope": [2, 2, 4]}
+    config = {
+        "in_channels": 4,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 16,
+        "text_encoder_dim": 8,
+        "axes_dims_rope": [2, 2, 4],
+    }
     parted = Parted(
         "BriaFiboPipeline", "BriaFiboTransformer2DModel", config, lambda: {"vae": None, "scheduler": euler()},
         {"prompt": ["a", "b"], "guidance_scale": 3.0 if cfg else 1.0, "height": 64, "width": 64},
@@ -239,3 +247,20 @@ def test_bria_fibo_with_two_prompts(cfg: bool) -> None:
     )  # fmt: skip
     pipe = parted.build()
     check(parted, pipe, ("uncond+cond" if cfg else "cond",), lambda: run(pipe, parted.call))
+
+
+def test_flux_2_klein_with_a_cache_of_its_reference_image() -> None:
+    config = {"patch_size": 1, "in_channels": 4, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16,
+              "num_attention_heads": 2, "joint_attention_dim": 8, "timestep_guidance_channels": 8,
+              "axes_dims_rope": [4, 4, 4, 4], "guidance_embeds": False}  # fmt: skip
+    parted = Parted(
+        "Flux2KleinKVPipeline", "Flux2Transformer2DModel", config,
+        lambda: {"vae": part("AutoencoderKLFlux2", block_out_channels=(4,), norm_num_groups=1, latent_channels=1,
+            down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), layers_per_block=1),
+            "scheduler": euler()},
+        {"prompt_embeds": noise(1, 3, 8, seed=1), "image": PICTURE.resize((64, 64)), "height": 16, "width": 16},
+        (), "transformer_blocks.1", zoo.KeepTextFirst, denoiser="transformer",
+    )  # fmt: skip
+    pipe = parted.build()
+    with pytest.warns(stg.StgWarning, match="writes into its arguments"):  # its keys, in the first step
+        check(parted, pipe, ("cond",), lambda: run(pipe, parted.call))
