@@ -180,13 +180,13 @@ def test_a_module_is_guided_as_the_pipeline_that_calls_it(family: str) -> None:
 # --- modular pipelines ------------------------------------------------------------------------------------------------
 
 
-def modular_wan(**guider: Any) -> tuple[Any, dict[str, Any]]:
+def modular_wan(depth: int = 3, **guider: Any) -> tuple[Any, dict[str, Any]]:
     from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
 
     torch.manual_seed(0)
     model = diffusers.WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8,
-        freq_dim=8, ffn_dim=16, num_layers=3, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+        freq_dim=8, ffn_dim=16, num_layers=depth, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
         rope_max_seq_len=32,
     ).eval().requires_grad_(False)  # fmt: skip
     pipe = WanCoreDenoiseStep().init_pipeline()

@@ -271,6 +271,17 @@ MODES: dict[str, Perturbation] = {
 }
 
 
+ELSEWHERE = {
+    **dict.fromkeys(("stg-r", "slg", "skip", "skip-layer", "bypass"), "residual"),
+    **dict.fromkeys(("stg-a", "identity"), "attention"),
+    **dict.fromkeys(("pag", "stg-v", "value"), "values"),
+    "seg": "smoothed",
+    "tpg": "shuffled",
+    **dict.fromkeys(("ff", "ffn", "mlp"), "feed-forward"),
+}
+"""What papers and other tools call the modes."""
+
+
 def find_mode(mode: str | Mode) -> Perturbation:
     """Look up a mode by name; a callable is a mode already.
 
@@ -283,7 +294,7 @@ def find_mode(mode: str | Mode) -> Perturbation:
     Raises:
         SettingError: an unknown name, or something that is neither a name nor a callable.
     """
-    found: Any = named("mode", mode, MODES)
+    found: Any = named("mode", mode, MODES, ELSEWHERE)
     if isinstance(found, Perturbation):
         return found
     try:
