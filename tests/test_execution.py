@@ -242,3 +242,27 @@ def test_batched_is_checked_again_for_calls_of_another_shape() -> None:
     expected = run("full")
     with pytest.warns(stg.StgWarning, match="rows influence each other"):
         assert_same(run("batched"), expected)
+
+
+# --- counted ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("execution", zoo.EXECUTIONS)
+def test_stats_of_blocks_are_those_that_ran(execution: str) -> None:
+    """Against hooks that count, on a model whose layers are not alike; in steady state."""
+    model, inputs = zoo.build("two_stacks"), zoo.inputs(4)
+    names = zoo.ZOO["two_stacks"].numbered
+    rows: list[int] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        rows.append(args[0].shape[0])
+
+    with stg.apply(model, [1, 3], 1.5, batched_cfg=True, execution=execution) as handle:
+        model(**inputs)
+        handle.stats.blocks_run = 0
+        handles = [model.get_submodule(f"{name}.attn").register_forward_hook(note) for name in names]
+        model(**inputs)
+        for hook in handles:
+            hook.remove()
+    assert sum(rows) == len(names) * 4 + 2 * handle.stats.blocks_run
+    assert handle.stats.blocks_run == {"full": 3}.get(execution, 2)
