@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,14 +18,11 @@ from stg_hooks import adapters
 from tests import zoo
 from tests.test_modes import CASES, Case, assert_close_in_std, by_hand
 
-pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
+pytestmark = [
+    pytest.mark.usefixtures("inference"),
+    pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),
+]
 DIM = zoo.DIM
-
-
-@pytest.fixture(autouse=True)
-def _plain_inference() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def weak(
@@ -317,36 +314,6 @@ def test_work_before_the_perturbed_block_is_shared() -> None:
     tokens, rows = inputs["x"].shape[1], 1
     assert guided - plain == 4 * block + around - 2 * (2 * rows * tokens * tokens * DIM)
     assert (session.stats.blocks_run, session.stats.blocks_saved) == (2 * 4, 2 * 8)
-
-
-class Controlled(zoo.DiT):
-    """Takes lists, nested dictionaries and one residual per block, as models with ControlNet and IP-Adapter do."""
-
-    def forward(
-        self,
-        x: Tensor,
-        text: Tensor,
-        residuals: list[Tensor] | None = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> Tensor:
-        x = self.embed(x)
-        extra = (joint_attention_kwargs or {}).get("ip_adapter", {}).get("image_embeds", [torch.zeros(())])
-        for i, block in enumerate(self.blocks):
-            x = block(x, text) + residuals[i] + extra[0]
-        return self.out(x)
-
-
-@pytest.mark.parametrize("execution", ["sequential", "batched", "full"])
-def test_rows_of_lists_and_nested_arguments_are_cut(execution: str) -> None:
-    model, inputs = Controlled().eval(), zoo.inputs(batch=4)
-    inputs["residuals"] = [torch.randn(4, 1, DIM) for _ in range(4)]
-    inputs["joint_attention_kwargs"] = {"ip_adapter": {"image_embeds": [torch.randn(4, 1, DIM)]}, "scale": 1.0}
-    base = model(**inputs)
-    difference = base - by_hand(model, ["blocks.2.attn"], "values")(**inputs)
-    assert difference[:2].abs().max() > 1e-3
-    with stg.apply(model, layers=2, mode="attention", scale=2.0, batched_cfg=True, execution=execution):
-        guided = model(**inputs)
-    assert_close_in_std(guided, base + 2.0 * torch.cat([difference[2:], difference[2:]]))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

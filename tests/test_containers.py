@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import warnings
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,10 +21,7 @@ SCALE, G = 1.5, 4.0
 CHANNELS = 6
 
 
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 class Block(nn.Module):
