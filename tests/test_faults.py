@@ -6,7 +6,7 @@ import gc
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -204,27 +204,84 @@ def check_that_tensors_are_freed(use: Callable[[nn.Module], Tensor], nth: int, e
         handle.remove()
 
 
+def outputs_of(blocks: Iterable[nn.Module]) -> list[weakref.ref[Tensor]]:
+    """Note every output of some blocks, from now on."""
+    outputs: list[weakref.ref[Tensor]] = []
+    for block in blocks:
+        block.register_forward_hook(lambda module, args, output: outputs.append(weakref.ref(output)))
+    return outputs
+
+
 @pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("nth", [1, 2])
 @pytest.mark.parametrize("execution", ["sequential", "batched", "full"])
-def test_out_of_memory_in_the_weak_pass_is_passed_on_and_can_be_tried_again(
-    execution: str, error: type[BaseException]
+def test_a_pass_that_failed_keeps_nothing_and_can_be_tried_again(
+    execution: str, nth: int, error: type[BaseException]
 ) -> None:
-    """The run goes on inside the same `with`, with a smaller call, and is right."""
+    """Out of memory in the cond or the weak pass: the run goes on inside the same `with`, with a smaller call."""
     model = zoo.build("plain")
     small = zoo.inputs(2)
     expected = 2 * model(**small) - zoo.without(model, ["blocks.2"])(**small)
-    calls = 0
+    calls, outputs = 0, outputs_of(model.blocks)
 
     def exhausted(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         nonlocal calls
         calls += 1
-        if args[0].shape[0] >= 6 and calls >= 2:
+        if args[0].shape[0] >= 6 and calls >= nth:
             raise error("injected")
 
-    with model.blocks[3].register_forward_pre_hook(exhausted), stg.apply(model, [2], execution=execution) as applied:
-        with pytest.raises(error, match="injected"):
-            model(**zoo.inputs(6))
-        assert applied.stats.guided_calls == 0
+    gc.collect()
+    gc.disable()
+    try:
+        with (
+            model.blocks[3].register_forward_pre_hook(exhausted),
+            stg.apply(model, [2], execution=execution) as applied,
+        ):
+            came = caught(error, lambda: model(**zoo.inputs(6)))
+            assert came == "injected" or (nth, execution) == (1, "batched")  # whose first call has the rows twice
+            assert [ref for ref in outputs if ref() is not None] == []
+            assert applied.stats.guided_calls == 0
+            for _ in range(3):
+                assert_close(model(**small), expected, **close)
+            assert applied.stats.guided_calls == 3
+    finally:
+        gc.enable()
+
+
+def caught(error: type[BaseException], call: Callable[[], object]) -> str:
+    """Return the message of an error, and let go of its traceback."""
+    try:
+        call()
+    except error as raised:
+        return str(raised)
+    return ""
+
+
+def test_nothing_is_kept_between_calls() -> None:
+    model = zoo.build("unet")
+    outputs = outputs_of(map(model.get_submodule, zoo.ZOO["unet"].numbered))
+    with stg.apply(model, [4], 1.5, batched_cfg=True, execution="sequential"):
         for _ in range(3):
-            assert_close(model(**small), expected, **close)
-        assert applied.stats.guided_calls == 3
+            model(**zoo.inputs(4))
+            assert outputs
+            assert [ref for ref in outputs if ref() is not None] == []
+
+
+@pytest.mark.parametrize("error", [*ERRORS, LookupError])
+def test_an_exception_of_others_is_not_taken_for_a_reason_to_stop_sharing(error: type[BaseException]) -> None:
+    model = zoo.build("plain")
+    calls = 0
+
+    def fail(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise error("injected")
+
+    with stg.apply(model, [2], 1.5, execution="sequential") as handle:
+        with model.blocks[3].register_forward_hook(fail):
+            # One that torch raises as well may come of what was not kept: the pass is made once more, in full.
+            assert caught(error, lambda: model(**zoo.inputs(2))) or error is RuntimeError
+        handle.stats.blocks_run = 0
+        model(**zoo.inputs(2))
+        assert handle.stats.blocks_run == 1
