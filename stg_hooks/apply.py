@@ -365,7 +365,7 @@ def _place_of_caller() -> tuple[str, int]:
 
 @contextmanager
 def _shown_as_pipeline(is_pipeline: bool) -> Iterator[None]:
-    """Let what an error about layers says to type hold for who passed a pipeline: `pipe`, where there is no `model`."""
+    """Let an error about layers say `pipe`, which its user has, where it would say `model`."""
     try:
         yield
     except (LayerError, SettingError) as error:
