@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "layers": {"layers": [1, -1], "scale": 0.5},
     "a range": {"layers": range(1, 3), "scale": 2},
     "names": {"layers": "blocks.2", "mode": "values", "rescale": 0.7},
+    "a regular expression": {"layers": [re.compile(r"BLOCKS\.[12]$", re.I), re.compile("blocks.0")]},
     "a window": {"layers": [1], "start": 0.1, "stop": 0.8},
     "noise levels": {"layers": [1], "sigma_range": (0.3, 0.9)},
     "branches": {"branches": [stg.Branch([1], 1.5, "attention"), stg.Branch("blocks.2", 0.5)]},

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import numbers
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from stg_hooks.errors import SettingError
 from stg_hooks.guidance.settings import Branch
+from stg_hooks.model.layers import REGEX
 
 _SHOWN = 100  # characters of a value, in messages
 _OBJECTS = ("scale", "mode", "rule", "schedule")  # may be given as an object of a module, by its name
@@ -73,12 +75,20 @@ def _written(value: Any) -> Any:
         return {key: _written(one) for key, one in value.items()}
     if isinstance(value, (list, tuple, range)):
         return [_written(one) for one in value]
+    if isinstance(value, re.Pattern) and isinstance(value.pattern, str):
+        return REGEX + _with_flags(value)
     if isinstance(value, (bool, float)):
         return value
     if isinstance(value, numbers.Real):  # NumPy's, too
         return int(value) if isinstance(value, numbers.Integral) else float(value)
     name = f"{getattr(value, '__module__', None)}:{getattr(value, '__qualname__', None)}"
     return name if callable(value) and _lookup(name) is value else value
+
+
+def _with_flags(pattern: re.Pattern[str]) -> str:
+    """Write a regular expression with the flags it was compiled with, which text has to hold itself."""
+    flags = "".join(letter for letter in "aimsx" if pattern.flags & re.RegexFlag[letter.upper()])
+    return f"(?{flags}){pattern.pattern}" if flags else pattern.pattern
 
 
 def _shown(value: object) -> str:

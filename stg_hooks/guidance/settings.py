@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import operator
+import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ class Branch:
 
 def _key(layers: object) -> Hashable:
     """Return something that is equal for equal choices of layers; modules count by identity."""
-    return tuple(item if isinstance(item, (str, int, range)) else id(item) for item in items_of(layers))
+    return tuple(item if isinstance(item, (str, int, range, re.Pattern)) else id(item) for item in items_of(layers))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import functools
 import operator
 import re
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from itertools import islice, zip_longest
 from typing import SupportsIndex, cast
@@ -19,8 +19,12 @@ from stg_hooks.model.facts import stated
 from stg_hooks.model.flow import bystanders
 from stg_hooks.model.source import calls_attention, running_order, words_of
 
-LayerSpec = SupportsIndex | str | range | nn.Module | Iterable["SupportsIndex | str | range | nn.Module"]
-"""What may be passed as `layers`: indices, dotted names or globs, modules, or a list of those."""
+LayerName = SupportsIndex | str | re.Pattern[str] | range | nn.Module
+LayerSpec = LayerName | Iterable["LayerName"]
+"""What may be passed as `layers`: indices, dotted names, globs or regular expressions, modules, or a list of those."""
+
+REGEX = "re:"
+"""What a regular expression begins with where it is written as text; no name of a module holds a colon."""
 
 # Children that hold the projections of an attention: one set of these names is enough to recognise one.
 _PROJECTIONS = (
@@ -275,7 +279,8 @@ def resolve(model: nn.Module, spec: object, known: list[Layer] | None = None) ->
     Args:
         model: the module that holds the layers.
         spec: an index (negative ones count from the end), a range, a dotted name or an unambiguous tail of one, a
-            glob whose `*` stays between two dots, a module, or a list of those.
+            glob whose `*` stays between two dots, a regular expression (`re.compile(...)`, or text that begins with
+            `re:`) that is looked for in dotted names, a module, or a list of those.
         known: what `find_layers` gives, where that was called already.
 
     Returns:
@@ -355,13 +360,15 @@ def _resolve_one(model: nn.Module, known: list[Layer], item: object) -> list[Lay
         return [_by_index(model, known, item)]
     if isinstance(item, range):
         return [_by_index(model, known, index) for index in item]  # ends at the first that is out of range
+    if isinstance(item, re.Pattern) or (isinstance(item, str) and item.startswith(REGEX)):
+        return _by_pattern(model, known, item)
     if isinstance(item, str):
         return _by_name(model, known, item)
     if isinstance(item, nn.Module):
         return [_by_module(model, known, item)]
     raise TargetError(
-        f"layers=[{_shown(item)}]: expected an index, a range, a dotted name, a glob or a module, not "
-        f"{type(item).__name__}."
+        f"layers=[{_shown(item)}]: expected an index, a range, a dotted name, a glob, a regular expression or a module, "
+        f"not {type(item).__name__}."
     )
 
 
@@ -383,7 +390,7 @@ def _by_index(model: nn.Module, known: list[Layer], index: int) -> Layer:
 
 def _by_name(model: nn.Module, known: list[Layer], name: str) -> list[Layer]:
     if any(character in name for character in "*?["):
-        matches = [layer for layer in known if _glob_matches(name, layer.name)]
+        matches = _named_so(model, known, lambda full: _glob_matches(name, full))
         if not matches:
             raise LayerError(
                 f"layers=[{_shown(name)}] matches no layer. {_what_exists(model, known)} See stg.layers(model)."
@@ -419,6 +426,35 @@ def _by_name(model: nn.Module, known: list[Layer], name: str) -> list[Layer]:
         f"layers=[{_shown(name)}]: {type(model).__name__} has no module of that name."
         f"{closest(asked, tails)} {_what_exists(model, known)} See stg.layers(model)."
     )
+
+
+def _by_pattern(model: nn.Module, known: list[Layer], pattern: re.Pattern[str] | str) -> list[Layer]:
+    """Find the layers in whose names a regular expression is found."""
+    asked = f"layers=[{_shown(pattern)}]"
+    try:
+        found_in = re.compile(pattern.removeprefix(REGEX) if isinstance(pattern, str) else pattern).search
+        matches = _named_so(model, known, lambda name: found_in(name) is not None)
+    except re.error as error:
+        raise LayerError(f"{asked} is not a regular expression: {error}.") from error
+    except TypeError:
+        raise TargetError(f"{asked}: expected a regular expression for text, not for bytes.") from None
+    if not matches:
+        raise LayerError(f"{asked} is found in no name. {_what_exists(model, known)} See stg.layers(model).")
+    return matches
+
+
+def _named_so(model: nn.Module, known: list[Layer], fits: Callable[[str], bool]) -> list[Layer]:
+    """Find the layers whose names fit; where there is none, the outermost modules, without cross-attention."""
+    found = [layer for layer in known if fits(layer.name)]
+    if found:
+        return found
+    outer = ""
+    for name, module in model.named_modules():
+        if name and fits(name) and not (outer and name.startswith(f"{outer}.")):
+            outer = name
+            if not getattr(module, "is_cross_attention", False):
+                found.append(Layer(None, name, module, attention_modules(module)))
+    return found
 
 
 def _by_module(model: nn.Module, known: list[Layer], wanted: nn.Module) -> Layer:
