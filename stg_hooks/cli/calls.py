@@ -71,8 +71,8 @@ def numbers_from(name: str, text: str) -> list[float]:
 
 
 def words_from(name: str, text: str) -> list[str]:
-    """Read words with commas between them."""
-    words = [word.strip() for word in text.split(",")]
+    """Read words with commas between them; those in brackets belong to a word, as in `smoothed(sigma=9, height=3)`."""
+    words = [word.strip() for word in re.split(r",(?![^()]*\))", text)]
     if not all(words):
         raise FailureError(f"{name} {text!r}: expected words, such as residual,attention.", USAGE)
     return words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import numbers
 import re
@@ -11,8 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from stg_hooks.errors import SettingError
+from stg_hooks.guidance.rules import RULES
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.model.layers import REGEX
+from stg_hooks.modes.modes import Custom, Perturbation
+from stg_hooks.names import spelt
 
 _SHOWN = 100  # characters of a value, in messages
 _OBJECTS = ("scale", "mode", "rule", "schedule")  # may be given as an object of a module, by its name
@@ -75,6 +79,11 @@ def _written(value: Any) -> Any:
         return {key: _written(one) for key, one in value.items()}
     if isinstance(value, (list, tuple, range)):
         return [_written(one) for one in value]
+    if isinstance(value, Perturbation) and not isinstance(value, Custom):
+        return value.spelling
+    if isinstance(value, functools.partial) and not value.args:
+        name = next((name for name, rule in RULES.items() if rule is value.func), None)
+        return spelt(name, value.keywords) if name else value
     if isinstance(value, re.Pattern) and isinstance(value.pattern, str):
         return REGEX + _with_flags(value)
     if isinstance(value, (bool, float)):

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stg_hooks.errors import CallError, SettingError, named
+from stg_hooks.errors import CallError, SettingError
+from stg_hooks.names import named
 from stg_hooks.step import Step, check_once
 
 Rule = Callable[[Tensor, Tensor | None, Sequence[Tensor], "float | Tensor"], Tensor]

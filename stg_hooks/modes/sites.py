@@ -165,7 +165,7 @@ def _has(layer: Layer, needs: Needs) -> bool:
         return is_attention(layer.module) or bool(layer.attention)
     if needs == "feed-forward":
         return is_whole and bool(feed_forwards(layer.module))
-    return is_whole or needs == "anything"
+    return is_whole or needs in ("layer", "anything")
 
 
 def _possible(layer: Layer) -> str:

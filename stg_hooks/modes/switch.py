@@ -17,7 +17,7 @@ from stg_hooks.model.layers import Layer, LayerSpec, find_layers, resolve
 from stg_hooks.modes.attention import AttentionSeam
 from stg_hooks.modes.feed_forward import FeedForwards
 from stg_hooks.modes.frames import Kind
-from stg_hooks.modes.modes import LayerCall, Mode, Perturbation, find_mode
+from stg_hooks.modes.modes import MODES, LayerCall, Mode, Perturbation, find_mode
 from stg_hooks.modes.residual import Streams
 from stg_hooks.modes.sites import Site, find_sites
 from stg_hooks.modes.text_tokens import TextTokens
@@ -58,10 +58,15 @@ class Switch:
         self._seams = [self._seam(site) for site in self._sites]
         self._feed_forwards = [FeedForwards(module) for module in self.modules]
         self._reached = {id(module): _Reached() for module in self.modules}
-        parts = zip(self.modules, self._seams, self._feed_forwards, strict=True)
-        self.actions = {id(module): self._action(module, seam, networks) for module, seam, networks in parts}
+        parts = zip(self._sites, self._seams, self._feed_forwards, strict=True)
+        self.actions = {id(site.module): self._action(site, seam, networks) for site, seam, networks in parts}
         """What the modules do instead, by `id`."""
         self._patches: list[Patch] = []
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether a mode of the user's decides what layers do."""
+        return type(self.mode) not in map(type, MODES.values())
 
     @property
     def is_bypass(self) -> bool:
@@ -73,13 +78,14 @@ class Switch:
         text = TextTokens(self._looks) if self._looks is not None and self.mode.sees_text else None
         return AttentionSeam(site.module, site.targets, text, named)
 
-    def _action(self, module: nn.Module, seam: AttentionSeam, feed_forwards: FeedForwards) -> Action:
-        streams, mode, reached = Streams(module), self.mode, self._reached[id(module)]
+    def _action(self, site: Site, seam: AttentionSeam, feed_forwards: FeedForwards) -> Action:
+        module, mode, name = site.module, self.mode, site.layers[0].name
+        streams, reached = Streams(module), self._reached[id(module)]
         memory: dict[str, Any] = {}
 
         def action(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             reached.yet = reached.now = True
-            return mode(LayerCall(module, args, kwargs, streams, forward, seam, feed_forwards, memory))
+            return mode(LayerCall(module, args, kwargs, streams, forward, seam, feed_forwards, memory, name))
 
         return action
 

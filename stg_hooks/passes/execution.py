@@ -22,7 +22,6 @@ from stg_hooks.hooks.forward import Patch, patched, pushed
 from stg_hooks.model.layers import Layer, find_layers
 from stg_hooks.model.source import parameter_names
 from stg_hooks.model.tensors import computes_in_half
-from stg_hooks.modes.modes import MODES
 from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.batched import BatchedPass, RowsError
 from stg_hooks.passes.caches import Caches
@@ -200,7 +199,7 @@ class Execution:
         before = self._state.kept.look()
         if self._is_new:
             self._is_new = False
-            if self._caches.found is None and all(switch.mode in MODES.values() for switch in self.switches):
+            if self._caches.found is None and not any(switch.is_custom for switch in self.switches):
                 self._found = recall(self._model, (self._key, before.mark()))
         return before
 
