@@ -1,4 +1,4 @@
-"""Look up what a user names: a word of a table, with values in brackets (`"smoothed(sigma=10)"`), or their own object."""
+"""Look up what a user names: a word of a table, with values in brackets (`"smoothed(sigma=10)"`), or their object."""
 
 from __future__ import annotations
 

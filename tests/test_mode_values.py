@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Sequence
+import re
+import zlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -126,7 +128,7 @@ def test_tokens_that_are_no_grid() -> None:
     model, inputs = zoo.FAMILIES["wan"].build(), zoo.FAMILIES["wan"].inputs()
     with (
         stg.skip(model, 1, "smoothed(sigma=2)"),
-        pytest.raises(stg.BlockError, match="8 tokens are no square.* such as mode='smoothed") as told,
+        pytest.raises(stg.BlockError, match=r"8 tokens are no square.* such as mode='smoothed") as told,
     ):
         model(**inputs)
     suggested = str(told.value).rpartition("mode=")[2].rstrip(".").strip("'")
@@ -150,48 +152,35 @@ def test_spatial_attention_alone_is_blurred() -> None:
 # --- a part of a layer's output ---------------------------------------------------------------------------------------
 
 
-def dropped(monkeypatch: pytest.MonkeyPatch, p: float, names: Sequence[str]) -> None:
-    """Have `F.dropout`, as diffusers calls it, drop what the mode drops, written out here."""
-    import zlib
+def dropped(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Have `F.dropout`, as diffusers calls it, drop what the mode drops in a layer, written out here."""
+    real = F.dropout
 
-    todo = iter(names)
-
-    def dropout(output: Tensor, p: float = 0.5) -> Tensor:
-        generator = torch.Generator().manual_seed(torch.initial_seed() + zlib.crc32(next(todo).encode()))
-        mask = (torch.rand(output.shape[1:], generator=generator) >= p).to(output.dtype)
-        return output * mask / (1 - p)
+    def dropout(output: Tensor, *args: Any, **options: Any) -> Tensor:
+        if args:  # of `nn.Dropout`
+            return real(output, *args, **options)
+        generator = torch.Generator().manual_seed(torch.initial_seed() + zlib.crc32(name.encode()))
+        mask = torch.rand(output.shape[1:], generator=generator) >= options["p"]
+        return output * mask / (1 - options["p"])
 
     monkeypatch.setattr(F, "dropout", dropout)
 
 
 @pytest.mark.parametrize(
-    ("config", "layers", "names"),
-    [
-        ({}, [1], ["blocks.1"]),
-        ({"skip_ff": False}, ["blocks.1.attn1"], ["blocks.1.attn1"]),
-        ({"skip_attention": False}, ["blocks.1.ffn"], ["blocks.1.ffn"]),
-    ],
+    ("config", "name"),
+    [({}, "blocks.1"), ({"skip_ff": False}, "blocks.1.attn1"), ({"skip_attention": False}, "blocks.1.ffn")],
     ids=["block", "attention", "feed-forward"],
 )
-def test_dropout_of_diffusers(
-    config: dict[str, Any], layers: Any, names: Sequence[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dropout_of_diffusers(config: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(4)
     model, inputs = zoo.FAMILIES["wan"].build(), zoo.FAMILIES["wan"].inputs()
     plain = model(**inputs)[0]
-    with stg.skip(model, layers, "dropout(p=0.3)"):
+    with stg.skip(model, name, "dropout(p=0.3)"):
         found = model(**inputs)[0]
-    other = copy.deepcopy(model)
-    if names == ["blocks.1.attn1"]:  # theirs means cross-attention, too: leave that alone
-        monkeypatch.setattr(type(other.blocks[1].attn2), "is_cross_attention", property(lambda self: self.__dict__))
-        monkeypatch.undo()
-        names = ["blocks.1.attn1", "blocks.1.attn2"]
-        with stg.skip(model, names, "dropout(p=0.3)"):
-            found = model(**inputs)[0]
-    _apply_layer_skip_hook(other, LayerSkipConfig([1], dropout=0.3, **config))
-    dropped(monkeypatch, 0.3, names)
-    assert_close(found, other(**inputs)[0], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(found, plain, rtol=1e-2, atol=1e-2)
+    _apply_layer_skip_hook(model, LayerSkipConfig([1], dropout=0.3, **config))
+    dropped(monkeypatch, name)
+    assert_close(found, model(**inputs)[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, plain, rtol=1e-3, atol=1e-3)
 
 
 def test_dropout_is_the_callers_seed_and_leaves_the_random_state() -> None:
@@ -253,8 +242,9 @@ def test_how_much_is_dropped() -> None:
     ],
 )
 def test_values_that_cannot_be_used(mode: str, message: str) -> None:
-    with pytest.raises(stg.SettingError, match=message):
+    with pytest.raises(stg.SettingError) as told:
         stg.check(zoo.build("plain"), 1, mode)
+    assert re.search(f"^mode=.*{message if '.*' in message else re.escape(message)}", str(told.value))
 
 
 def test_the_same_mode_in_three_spellings() -> None:
@@ -263,9 +253,9 @@ def test_the_same_mode_in_three_spellings() -> None:
     assert {str(find_mode(mode)) for mode in modes} == {"mode='smoothed(sigma=2.0)'"}
     assert find_mode("smoothed()") == find_mode("smoothed") == Smoothed()
     assert find_mode("dropout(p=0.2)") == Dropout(0.2) != Dropout()
+    branches = [stg.Branch([1], 1.0, "smoothed(sigma=2)"), stg.Branch([1], 1.0, Smoothed(2))]
     with pytest.raises(stg.SettingError, match="perturb the same layers in the same way"):
-        branches = [stg.Branch([1], 1.0, "smoothed(sigma=2)"), stg.Branch([1], 1.0, Smoothed(2))]
-        stg.apply(zoo.build("plain"), branches=branches).not_to_be_entered()
+        stg.apply(zoo.build("plain"), branches=branches)
 
 
 @pytest.mark.parametrize("mode", ["smoothed(sigma=2.0, height=4, width=3)", "dropout(p=0.25)"])

@@ -67,6 +67,8 @@ def read(name: str, plain: Any) -> Any:
         return [_branch(one) for one in plain]
     if name == "schedule" and isinstance(plain, list):
         return [(pair[0], _values(pair[1])) if _is_pair(pair) else pair for pair in plain]
+    if name == "layers" and isinstance(plain, Mapping):  # of a mode each; in JSON, numbers are text there
+        return {_number(key): read("mode", mode) for key, mode in plain.items()}
     if name in _OBJECTS and isinstance(plain, str) and ":" in plain:
         return _found(name, plain)
     return plain
@@ -76,7 +78,7 @@ def _written(value: Any) -> Any:
     if isinstance(value, Branch):
         return {field.name: _written(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {key: _written(one) for key, one in value.items()}
+        return {_written(key): _written(one) for key, one in value.items()}
     if isinstance(value, (list, tuple, range)):
         return [_written(one) for one in value]
     if isinstance(value, Perturbation) and not isinstance(value, Custom):
@@ -103,6 +105,10 @@ def _with_flags(pattern: re.Pattern[str]) -> str:
 def _shown(value: object) -> str:
     first, *more = str(value if isinstance(value, str) else repr(value)).splitlines() or [""]
     return first[:_SHOWN] + ("..." if more or len(first) > _SHOWN else "")
+
+
+def _number(key: Any) -> Any:
+    return int(key) if isinstance(key, str) and key.removeprefix("-").isdecimal() else key
 
 
 def _is_pair(value: object) -> bool:

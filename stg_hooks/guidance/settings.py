@@ -17,11 +17,15 @@ from stg_hooks.model.layers import LayerSpec, items_of, listed
 from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.modes import Mode, find_mode
 from stg_hooks.modes.sites import check_kind
+from stg_hooks.modes.switch import check_one_mode
 
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-    """One perturbed prediction: which layers are skipped, how strongly it counts, what skipped layers do instead."""
+    """One perturbed prediction: which layers are skipped, how strongly it counts, what skipped layers do instead.
+
+    A dictionary gives each layer its mode: `stg.Branch({14: "attention", 19: "residual"})`.
+    """
 
     layers: LayerSpec
     scale: Scale = 1.0
@@ -34,7 +38,9 @@ class Branch:
         if isinstance(self.layers, Iterator):  # which gives them once only
             object.__setattr__(self, "layers", listed(self.layers))
         check_scale("scale", self.scale)
-        find_mode(self.mode)
+        check_one_mode(self.layers, self.mode)
+        for mode in (self.mode, *(self.layers.values() if isinstance(self.layers, Mapping) else ())):
+            find_mode(mode)
         check_kind(self.kind)
 
     @property
@@ -45,6 +51,8 @@ class Branch:
 
 def _key(layers: object) -> Hashable:
     """Return something that is equal for equal choices of layers; modules count by identity."""
+    if isinstance(layers, Mapping):
+        return tuple((_key(spec), find_mode(mode)) for spec, mode in layers.items())
     return tuple(item if isinstance(item, (str, int, range, re.Pattern)) else id(item) for item in items_of(layers))
 
 

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from itertools import islice, zip_longest
-from typing import SupportsIndex, cast
+from typing import Any, SupportsIndex, cast
 
 from torch import Tensor, nn
 
@@ -20,8 +20,10 @@ from stg_hooks.model.flow import bystanders
 from stg_hooks.model.source import calls_attention, running_order, words_of
 
 LayerName = SupportsIndex | str | re.Pattern[str] | range | nn.Module
-LayerSpec = LayerName | Iterable["LayerName"]
-"""What may be passed as `layers`: indices, dotted names, globs or regular expressions, modules, or a list of those."""
+LayerSpec = LayerName | Iterable["LayerName"] | Mapping[Any, Any]
+"""What may be passed as `layers`: indices, dotted names, globs or regular expressions, modules, a list of those, or a
+dictionary that gives each of them its mode.
+"""
 
 REGEX = "re:"
 """What a regular expression begins with where it is written as text; no name of a module holds a colon."""
@@ -367,8 +369,8 @@ def _resolve_one(model: nn.Module, known: list[Layer], item: object) -> list[Lay
     if isinstance(item, nn.Module):
         return [_by_module(model, known, item)]
     raise TargetError(
-        f"layers=[{_shown(item)}]: expected an index, a range, a dotted name, a glob, a regular expression or a module, "
-        f"not {type(item).__name__}."
+        f"layers=[{_shown(item)}]: expected an index, a range, a dotted name, a glob, a regular expression or a "
+        f"module, not {type(item).__name__}."
     )
 
 

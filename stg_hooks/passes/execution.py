@@ -653,7 +653,7 @@ class Execution:
     def _count(self, branch: int, not_run: Iterable[int]) -> None:
         """Count a weak pass in which these units did not run, nor the branch's skipped layers."""
         switch = self.switches[branch]
-        skipped = sum(id(module) in self._blocks for module in switch.modules) if switch.is_bypass else 0
+        skipped = sum(id(module) in self._blocks for module in switch.bypassed)
         saved = skipped + sum(self._blocks_in[unit] for unit in not_run)
         self._stats.weak_passes += 1
         self._stats.blocks_saved += saved
