@@ -452,8 +452,10 @@ def test_the_lines_of_adapter_that_name_an_attention_work(monkeypatch: pytest.Mo
     with pytest.raises(stg.LayerError) as error:
         stg.skip(model, "blocks.1", "values")
     assert str(error.value).splitlines() == [
-        "layers=['blocks.1']: MixerBlock has no attention for mode='values'. It can have 'residual', 'shuffled', "
-        "'dropout'.",
+        (
+            "layers=['blocks.1']: MixerBlock has no attention for mode='values'. It can have 'residual', 'shuffled', "
+            "'dropout'."
+        ),
         "  it is:    MixerBlock.forward(x, text)",
         "  it holds: norm (LayerNorm), mixer (Mixer)",
         "If attention is computed there, first state by which class:",

@@ -22,7 +22,7 @@ from torch.testing import assert_close
 import stg_hooks as stg
 from stg_hooks.modes.blur import gaussian_blur
 from stg_hooks.modes.modes import Dropout, Smoothed, find_mode
-from tests import zoo
+from tests import tiny_models, zoo
 from tests.test_modes import UP, assert_close_in_std, by_hand
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
@@ -167,13 +167,15 @@ def dropped(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "name"),
-    [({}, "blocks.1"), ({"skip_ff": False}, "blocks.1.attn1"), ({"skip_attention": False}, "blocks.1.ffn")],
-    ids=["block", "attention", "feed-forward"],
+    ("family", "config", "name"),
+    [
+        ("PixArtTransformer2DModel", {"skip_ff": False}, "transformer_blocks.1.attn1"),
+        ("WanTransformer3DModel", {"skip_attention": False}, "blocks.1.ffn"),
+    ],
 )
-def test_dropout_of_diffusers(config: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_of_diffusers(family: str, config: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(4)
-    model, inputs = zoo.FAMILIES["wan"].build(), zoo.FAMILIES["wan"].inputs()
+    model, inputs = tiny_models.MODELS[family].build(family), tiny_models.MODELS[family].inputs()
     plain = model(**inputs)[0]
     with stg.skip(model, name, "dropout(p=0.3)"):
         found = model(**inputs)[0]
@@ -181,6 +183,16 @@ def test_dropout_of_diffusers(config: dict[str, Any], name: str, monkeypatch: py
     dropped(monkeypatch, name)
     assert_close(found, model(**inputs)[0], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found, plain, rtol=1e-3, atol=1e-3)
+
+
+def test_dropout_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With both parts of a block, diffusers drops the output of its feed-forward as well, so this is written out."""
+    model, inputs = zoo.FAMILIES["wan"].build(), zoo.FAMILIES["wan"].inputs()
+    with stg.skip(model, 1, "dropout(p=0.3)"):
+        found = model(**inputs)[0]
+    dropped(monkeypatch, "blocks.1")
+    with model.blocks[1].register_forward_hook(lambda module, args, output: F.dropout(output, p=0.3)):
+        assert_close(found, model(**inputs)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_is_the_callers_seed_and_leaves_the_random_state() -> None:

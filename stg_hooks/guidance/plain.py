@@ -13,10 +13,11 @@ from typing import Any
 
 from stg_hooks.errors import SettingError
 from stg_hooks.guidance.rules import RULES
+from stg_hooks.guidance.scales import NAMED
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.model.layers import REGEX
 from stg_hooks.modes.modes import Custom, Perturbation
-from stg_hooks.names import spelt
+from stg_hooks.names import named, spelt
 
 _SHOWN = 100  # characters of a value, in messages
 _OBJECTS = ("scale", "mode", "rule", "schedule")  # may be given as an object of a module, by its name
@@ -69,6 +70,8 @@ def read(name: str, plain: Any) -> Any:
         return [(pair[0], _values(pair[1])) if _is_pair(pair) else pair for pair in plain]
     if name == "layers" and isinstance(plain, Mapping):  # of a mode each; in JSON, numbers are text there
         return {_number(key): read("mode", mode) for key, mode in plain.items()}
+    if name in NAMED and isinstance(plain, str) and "(" in plain:
+        return named(name, plain, NAMED[name])
     if name in _OBJECTS and isinstance(plain, str) and ":" in plain:
         return _found(name, plain)
     return plain
@@ -83,6 +86,9 @@ def _written(value: Any) -> Any:
         return [_written(one) for one in value]
     if isinstance(value, Perturbation) and not isinstance(value, Custom):
         return value.spelling
+    for name, usual in ((name, usual) for table in NAMED.values() for name, usual in table.items()):
+        if type(value) is type(usual):
+            return spelt(name, dataclasses.asdict(value))
     if isinstance(value, functools.partial) and not value.args:
         name = next((name for name, rule in RULES.items() if rule is value.func), None)
         return spelt(name, value.keywords) if name else value
