@@ -23,7 +23,7 @@ from stg_hooks.guidance.settings import Branch
 from stg_hooks.guidance.trace import Stats, Trace
 from stg_hooks.hooks import activation
 from stg_hooks.hosts import Host, ModuleHost, pipeline_host
-from stg_hooks.model.layers import LayerSpec
+from stg_hooks.model.resolve import LayerSpec
 from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.modes import Mode
 from stg_hooks.ranks.link import check_own_copy, ranks_from
@@ -284,7 +284,8 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
             )
         # Several threads may have entered this object: leave what was entered here.
         here = activation.innermost(self._entered)
-        left = self._entered.pop(-1 if here is None else here)
+        left = self._entered[-1] if here is None else here
+        self._entered.remove(left)
         left[1].close()
         session = self._session
         if session.ranks is not None:

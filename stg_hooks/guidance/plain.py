@@ -15,7 +15,7 @@ from stg_hooks.errors import SettingError
 from stg_hooks.guidance.rules import RULES
 from stg_hooks.guidance.scales import NAMED
 from stg_hooks.guidance.settings import Branch
-from stg_hooks.model.layers import REGEX
+from stg_hooks.model.resolve import REGEX
 from stg_hooks.modes.modes import Custom, Perturbation
 from stg_hooks.names import named, spelt
 
