@@ -3,13 +3,31 @@
 from stg_hooks.guidance.rules import (
     AveragedApg,
     Rule,
+    adaptive_scale,
     apg,
     cfg,
+    frequency_decoupled,
     magnitude_aware,
     orthogonal,
+    rescaled_terms,
+    salient,
     tangential,
     zero_init,
     zero_star,
 )
 
-__all__ = ["AveragedApg", "Rule", "apg", "cfg", "magnitude_aware", "orthogonal", "tangential", "zero_init", "zero_star"]
+__all__ = [
+    "AveragedApg",
+    "Rule",
+    "adaptive_scale",
+    "apg",
+    "cfg",
+    "frequency_decoupled",
+    "magnitude_aware",
+    "orthogonal",
+    "rescaled_terms",
+    "salient",
+    "tangential",
+    "zero_init",
+    "zero_star",
+]

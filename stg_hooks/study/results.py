@@ -18,6 +18,7 @@ PROFILE_FILE = "profile.json"
 SWEEP_FILE = "sweep.json"
 CELLS = "cells"
 CELL_FILE = "cell.json"
+SETTINGS_FILE = "settings.json"
 BASELINE = "baseline"
 """The id of the cell that holds the plain pipeline's samples."""
 
@@ -129,6 +130,11 @@ class Cell:
     code: str
     samples: tuple[Sample, ...]
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `apply` is given for it, as in its `settings.json`; the baseline skips no layers."""
+        return settings_of((self.layers, self.mode, self.scale))
+
     @classmethod
     def load(cls, folder: Path) -> Cell:
         """Read a cell's folder.
@@ -204,6 +210,12 @@ def grid(settings: Mapping[str, Any]) -> list[Place]:
 def cell_id(layers: Sequence[int | str], mode: str, scale: float) -> str:
     """Name a cell's folder, such as `residual-L2+5-s0.5`; without layers it is the baseline."""
     return f"{mode}-L{'+'.join(map(str, layers))}-s{scale!r}" if layers else BASELINE
+
+
+def settings_of(place: Place) -> dict[str, Any]:
+    """Return what `apply` is given for a cell."""
+    layers, mode, scale = place
+    return {"layers": list(layers), "scale": scale, "mode": mode}
 
 
 def write_json(path: Path, data: Any) -> Path:
