@@ -26,6 +26,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "a regular expression": {"layers": [re.compile(r"BLOCKS\.[12]$", re.I), re.compile("blocks.0")]},
     "a mode per layer": {"layers": {1: "values", "blocks.2": "residual", re.compile("blocks.0"): "dropout(p=0.1)"}},
     "values of a rule": {"layers": [1], "rule": "apg(eta=0.5, norm=15.0)"},
+    "a scale of a name": {"layers": [1], "scale": stg.rules.adaptive_scale(2.0, 0.001), "rule": "apg(norm_dim=(-1,))"},
+    "a schedule of a name": {"layers": [1], "schedule": stg.rules.zero_init(2), "rule": "zero_star"},
     "a window": {"layers": [1], "start": 0.1, "stop": 0.8},
     "noise levels": {"layers": [1], "sigma_range": (0.3, 0.9)},
     "branches": {"branches": [stg.Branch([1], 1.5, "attention"), stg.Branch("blocks.2", 0.5)]},
@@ -59,7 +61,7 @@ def test_settings_survive_json(name: str, face: str) -> None:
     again = made(plain)
     assert again.to_dict() == first.to_dict()
     for index in range(4):
-        step = stg.Step(index, 4, 0.9 - 0.25 * index)
+        step = stg.Step(index, 4, 0.9 - 0.25 * index, timestep=900.0 - 250 * index)
         one, other = first.plan.at(step), again.plan.at(step)
         assert [skipped(model, branch) for branch in one.active] == [skipped(model, branch) for branch in other.active]
         assert [branch.scale for branch in one.active] == [branch.scale for branch in other.active]
