@@ -81,7 +81,6 @@ BAD_LAYERS: list[tuple[str, Any, type[Exception], str]] = [
     ("None in a list", [1, None], TypeError, r"^layers=\[None\]: expected an index, .* not NoneType\.$"),
     ("bool", True, TypeError, r"^layers=\[True\]: expected an index, a name or a module, not a bool\.$"),
     ("bool in a list", [1, False], TypeError, r"^layers=\[False\]: .* not a bool\.$"),
-    ("dictionary", {"blocks": 1}, TypeError, r"^layers=\[\{'blocks': 1\}\]: expected .* not dict\.$"),
     ("bytes", b"blocks.1", TypeError, r"expected an index, .* not bytes\.$"),
     ("tensor", torch.tensor([1]), TypeError, r"expected an index, .* not Tensor\.$"),
     (

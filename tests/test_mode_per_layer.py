@@ -116,6 +116,7 @@ def test_all_layers_alike_are_the_same_as_a_list(wan: tuple[nn.Module, dict[str,
         ({"blocks.1.ffn": "dropout", "blocks.1.attn1": "values"}, "residual", stg.LayerError, "are in one block"),
         ({"blocks.1.attn1": "residual"}, "residual", stg.LayerError, r"Did you mean layers=\['blocks.1'\]"),
         ({9: "values"}, "residual", stg.LayerError, r"layers=\[9\]"),
+        ({"blocks": 1}, "residual", stg.SettingError, r"mode=1: expected a name or a callable, not int"),
         ({}, "residual", stg.LayerError, "names no layer"),
     ],
 )
