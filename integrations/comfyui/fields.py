@@ -46,7 +46,8 @@ def with_modes(layers: Sequence[int | str], mode: str | None) -> list[int | str]
     Raises:
         SettingError: what stands before a colon cannot be read.
     """
-    parts = [str(layer).rpartition(":") if not str(layer).startswith(REGEX) else ("", "", layer) for layer in layers]
+    texts = [str(layer) for layer in layers]
+    parts = [("", "", text) if text.startswith(REGEX) else text.rpartition(":") for text in texts]
     if not any(colon for _, colon, _ in parts):
         return [*layers]
     found: dict[int | str, str] = {}
