@@ -81,13 +81,14 @@ def closest(asked: str, existing: Iterable[str], count: int = 3) -> str:
     return f" Did you mean {', '.join(map(repr, near))}?" if near else ""
 
 
-def named(what: str, value: Any, table: Mapping[str, T]) -> T:
+def named(what: str, value: Any, table: Mapping[str, T], elsewhere: Mapping[str, str] | None = None) -> T:
     """Look up what a name stands for; a callable stands for itself.
 
     Args:
         what: the setting, for the error.
         value: what the user gave: a name in the table, or a callable.
         table: what there is, by name.
+        elsewhere: names that other tools have for these, in lower case, and the name here.
 
     Returns:
         The callable.
@@ -99,6 +100,11 @@ def named(what: str, value: Any, table: Mapping[str, T]) -> T:
         if value in table:
             return table[value]
         names = ", ".join(map(repr, table))
+        ours = (elsewhere or {}).get(value.lower().replace("_", "-"))
+        if ours:
+            raise SettingError(
+                f"{what}={value!r} is called {what}={ours!r} here. There is {names}, or pass a callable."
+            )
         raise SettingError(
             f"{what}={value!r} does not exist. There is {names}, or pass a callable.{closest(value, table)}"
         )

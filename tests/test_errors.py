@@ -130,7 +130,7 @@ def test_suggestions_name_the_nearest_layers() -> None:
 BAD_SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("NaN", {"scale": math.nan}, r"^scale=nan: expected a finite number\. Use scale=0\.0 to switch it off\.$"),
     ("inf", {"scale": math.inf}, r"^scale=inf: expected a finite number\."),
-    ("string", {"scale": "1.0"}, r"^scale='1\.0': expected a number, not str\.$"),
+    ("string", {"scale": "1.0"}, r"^scale='1\.0': expected a number, not str\. Write scale=1\.$"),
     ("bool", {"scale": True}, r"^scale=True: expected a number, not bool\.$"),
     ("list", {"scale": [1.0]}, r"^scale=\[1\.0\]: expected a number, not list\.$"),
     ("rescale above 1", {"rescale": 1.5}, r"^rescale=1\.5: expected a number from 0\.0 \(off\) to 1\.0 \(full\)\.$"),
@@ -141,7 +141,11 @@ BAD_SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("mode, nothing near", {"mode": "zzz"}, r"^mode='zzz' does not exist\. There is .*, or pass a callable\.$"),
     ("mode, number", {"mode": 3}, r"^mode=3: expected a name or a callable, not int\.$"),
     ("guidance NaN", {"guidance_scale": math.nan}, r"^guidance_scale=nan: expected a finite number"),
-    ("guidance string", {"guidance_scale": "4"}, r"^guidance_scale='4': expected a number, not str\.$"),
+    (
+        "guidance string",
+        {"guidance_scale": "4"},
+        r"^guidance_scale='4': expected a number, not str\. Write guidance_scale=4\.$",
+    ),
     ("both", {"branches": [stg.Branch([1])]}, r"^give either branches=\[\.\.\.\], or layers, scale, mode and kind"),
     ("empty branches", {"layers": None, "branches": []}, r"^branches=\[\]: expected a list of stg\.Branch\(layers, "),
     (
@@ -155,7 +159,7 @@ BAD_SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     (
         "nothing published",
         {"layers": None},
-        r"^no layers given, and no setting is published for this DiT\. Name the la",
+        r"^no layers given, and no setting is published for this DiT\. stg\.layers\((model|pipe)\) lists",
     ),
 ]
 
@@ -187,8 +191,8 @@ def test_a_published_setting_for_another_size_is_mentioned() -> None:
     model = zoo.FAMILIES["mochi"].build()
     with pytest.raises(
         stg.SettingError,
-        match=r"^no layers given, .* for this MochiTransformer3DModel \(there is one for Mochi 1 with "
-        r"\{'num_layers': 48\}: layers=\[34\]\)\.",
+        match=r"^no layers given, .* for this MochiTransformer3DModel\. For others of its class there is layers=\[34\] "
+        r"for Mochi 1 with \{'num_layers': 48\}: start from these\.",
     ):
         stg.apply(model)
 
@@ -290,3 +294,39 @@ def test_every_error_has_a_fitting_builtin() -> None:
         assert issubclass(kind, builtin)
         assert str(kind("layers=['a']: no.")) == "layers=['a']: no."  # a KeyError would put it in quotes
     assert issubclass(stg.StgWarning, UserWarning)
+
+
+# --- hints ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_hint_for_a_pipeline_names_the_pipeline() -> None:
+    """Who passes a pipeline has no `model`: what is printed is pasted."""
+    from stg_hooks import demo
+
+    pipe = demo.load()
+    with pytest.raises(stg.LayerError, match=re.escape("See stg.layers(pipe).")):
+        stg.apply(pipe, layers=[99])
+    with pytest.raises(stg.SettingError, match=re.escape("stg.layers(pipe) lists what can be skipped")) as error:
+        stg.apply(pipe)
+    assert "layers=[2] for Wan 2.1 1.3B" in str(error.value), "published for its family"
+    assert "two thirds" not in str(error.value)
+    with pytest.raises(stg.LayerError, match=re.escape("See stg.layers(model).")):
+        stg.apply(pipe.transformer, layers=[99])
+    assert len(list(stg.layers(pipe))) >= 8
+
+
+@pytest.mark.parametrize(
+    ("asked", "here"),
+    [("pag", "values"), ("PAG", "values"), ("SEG", "smoothed"), ("tpg", "shuffled"), ("STG_R", "residual"),
+     ("STG-A", "attention"), ("SLG", "residual"), ("mlp", "feed-forward")],
+)  # fmt: skip
+def test_names_of_modes_from_elsewhere_are_translated(asked: str, here: str) -> None:
+    with pytest.raises(stg.SettingError, match=rf"^mode='{asked}' is called mode='{here}' here\."):
+        stg.skip(thirty(), [1], asked)
+    stg.check(thirty(), [1], here if here != "feed-forward" else "residual")
+
+
+@pytest.mark.parametrize(("asked", "number"), [("1.0", "1"), ("0.5", "0.5"), (" 2 ", "2")])
+def test_a_number_in_a_string_is_shown_as_a_number(asked: str, number: str) -> None:
+    with pytest.raises(stg.SettingError, match=rf"Write scale={number}\.$"):
+        stg.apply(thirty(), layers=[1], scale=asked)  # type: ignore[arg-type]

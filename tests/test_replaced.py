@@ -16,7 +16,6 @@ from torch.testing import assert_close
 import stg_hooks as stg
 from tests import pipelines, zoo
 from tests.modular import ByHand, noise, text
-from tests.tiny_models import MODELS
 
 close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -182,12 +181,17 @@ def test_a_module_is_guided_as_the_pipeline_that_calls_it(family: str) -> None:
 # --- modular pipelines ------------------------------------------------------------------------------------------------
 
 
-def modular_wan(guider: Any = None) -> tuple[Any, dict[str, Any]]:
+def modular_wan(guider: Any = None, depth: int = 3) -> tuple[Any, dict[str, Any]]:
     """Build all of its denoising, timesteps included."""
     from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
 
+    torch.manual_seed(0)
+    model = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8,
+        freq_dim=8, ffn_dim=16, num_layers=depth, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    ).eval().requires_grad_(False)  # fmt: skip
     pipe = WanCoreDenoiseStep().init_pipeline()
-    model = MODELS["WanTransformer3DModel"].build("WanTransformer3DModel")
     pipe.update_components(transformer=model, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
     if guider is not None:
         pipe.update_components(guider=guider)

@@ -16,11 +16,12 @@ from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import BlockError, named
 from stg_hooks.model.source import bound_arguments
-from stg_hooks.modes.attention import AttentionSeam, Change
+from stg_hooks.modes.attention import AttentionSeam
 from stg_hooks.modes.attention_calls import AttentionCall
 from stg_hooks.modes.branches import bypassed
 from stg_hooks.modes.feed_forward import FeedForwards
 from stg_hooks.modes.residual import Streams, copied
+from stg_hooks.modes.self_attention import Change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,6 +271,17 @@ MODES: dict[str, Perturbation] = {
 }
 
 
+ELSEWHERE = {
+    **dict.fromkeys(("stg-r", "slg", "skip", "skip-layer", "bypass"), "residual"),
+    **dict.fromkeys(("stg-a", "identity"), "attention"),
+    **dict.fromkeys(("pag", "stg-v", "value"), "values"),
+    "seg": "smoothed",
+    "tpg": "shuffled",
+    **dict.fromkeys(("ff", "ffn", "mlp"), "feed-forward"),
+}
+"""What papers and other tools call the modes."""
+
+
 def find_mode(mode: str | Mode) -> Perturbation:
     """Look up a mode by name; a callable is a mode already.
 
@@ -282,7 +294,7 @@ def find_mode(mode: str | Mode) -> Perturbation:
     Raises:
         SettingError: an unknown name, or something that is neither a name nor a callable.
     """
-    found: Any = named("mode", mode, MODES)
+    found: Any = named("mode", mode, MODES, ELSEWHERE)
     if isinstance(found, Perturbation):
         return found
     try:
