@@ -608,10 +608,3 @@ def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "circle.mp4").stat().st_size
     assert "</html>" in (tmp_path / "results" / "report.html").read_text()
     assert len(list(tmp_path.glob("results/cells/*/cell.json"))) == 7
-
-
-@pytest.mark.parametrize("command", ["", "layers", "generate", "profile", "sweep", "report", "bench", "demo"])
-def test_help(command: str) -> None:
-    result = run(*command.split(), "--help")
-    assert result.exit_code == 0
-    assert "Usage" in result.stdout

@@ -72,7 +72,7 @@ BAD_LAYERS: list[tuple[str, Any, type[Exception], str]] = [
         "ambiguous",
         ["attn"],
         LookupError,
-        r"^layers=\['attn'\] is ambiguous: 30 modules of DiT end in it \('blocks\.0\.at",
+        r"^layers=\['attn'\] is ambiguous: 30 modules of DiT end in it \('blocks\.0\.attn', .*, \.\.\.\)",
     ),
     ("empty name", "", LookupError, r"^layers=\[''\]"),
     ("empty list", [], LookupError, rf"^layers=\[\] names no layer\. {THIRTY}$"),

@@ -71,6 +71,10 @@ UNDOING = {
 }
 
 
+INSTALLING = ("register_forward_hook", "register_forward_pre_hook")
+"""Functions of torch."""
+
+
 @contextmanager
 def failing_at(nth: int, error: type[BaseException]) -> Iterator[list[str]]:
     """Raise an error as the n-th function of stg_hooks begins; list those that began."""
@@ -78,7 +82,8 @@ def failing_at(nth: int, error: type[BaseException]) -> Iterator[list[str]]:
 
     def trace(frame: FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
-        if event != "call" or not code.co_filename.startswith(CORE) or code.co_name in UNDOING or frame.f_lasti > 4:
+        is_ours = code.co_filename.startswith(CORE) and code.co_name not in UNDOING
+        if event != "call" or not (is_ours or code.co_name in INSTALLING) or frame.f_lasti > 4:
             return
         begun.append(code.co_name)
         if len(begun) == nth:
@@ -116,6 +121,35 @@ def test_an_error_in_any_function_of_ours(use: Callable[[nn.Module], Tensor], er
         assert torch.equal(model(**zoo.inputs(4)), plain), where
         if nth % 5 == 1:
             assert_close(use(model), expected, **close)
+
+
+ENTERED: dict[str, Callable[[nn.Module], Any]] = {
+    "skip": lambda model: stg.skip(model, [1, 2]),
+    "guider": lambda model: stg.Guider(model, [1, 2]),
+    "apply": lambda model: stg.apply(model, [1, 2]),
+}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("make", ENTERED.values(), ids=ENTERED)
+def test_an_error_in_any_function_while_entering(make: Callable[[nn.Module], Any], error: type[BaseException]) -> None:
+    """What was installed until then is gone, nothing more is installed, and it can be entered afterwards."""
+    model = zoo.build("plain")
+    session, before, plain = make(model), zoo.snapshot(model), model(**zoo.inputs(4))
+
+    def enter(model: nn.Module) -> Any:
+        with session:
+            pass
+
+    count = len(run_into(error, 0, enter, model))
+    assert count > 5
+    for nth in range(1, count + 1):
+        where = run_into(error, nth, enter, model)[-1]
+        assert zoo.snapshot(model) == before, where
+        assert (activation._ACTIVE.get(), patching._SHARED) == ((), {}), where
+        with session:
+            assert zoo.snapshot(model) != before
+    assert torch.equal(model(**zoo.inputs(4)), plain)
 
 
 # --- while leaving ----------------------------------------------------------------------------------------------------
