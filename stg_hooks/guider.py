@@ -16,7 +16,7 @@ from stg_hooks.errors import CallError, NotCopied, SettingError, TargetError
 from stg_hooks.guidance.combine import Scale, check_scale, is_number
 from stg_hooks.guidance.guide import Guidance, Guided, Predictions, StepOrLater
 from stg_hooks.guidance.plain import written
-from stg_hooks.guidance.rules import AveragedApg, Rule
+from stg_hooks.guidance.rules import Rule, remembers
 from stg_hooks.guidance.schedule import Plan, Request, Schedule, Settings
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.guidance.trace import Stats, Trace
@@ -166,7 +166,7 @@ class Guider(NotCopied):
         """Where in the run the next calls are made; set it in a loop of your own if settings change during the run."""
         self._steps = SamplerSteps(sigmas)
         self._takes_sigma = _second_parameter(denoiser) == "sigma"
-        self._needs_step = not self.plan.is_constant or every > 1 or isinstance(rule, AveragedApg)
+        self._needs_step = not self.plan.is_constant or every > 1 or remembers(rule)
         self._predictor = Predictor(model, (), execution, self.stats)
         self._predictor.prepare(self.plan.known)
         self._open: list[ExitStack] = []
