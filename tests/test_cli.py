@@ -534,6 +534,21 @@ def test_an_interrupt_while_the_command_line_loads(monkeypatch: pytest.MonkeyPat
         assert capsys.readouterr().err == "stg-hooks: interrupted.\n"
 
 
+@pytest.mark.parametrize("where", ["make_context", "invoke"])
+def test_an_interrupt_outside_of_a_command(where: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """typer itself exits with the status and says nothing."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"typer.core.TyperGroup.{where}", interrupted)
+    monkeypatch.setattr("sys.argv", ["stg-hooks", "layers", "demo"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "stg-hooks: interrupted.\n"
+
+
 @pytest.mark.parametrize(
     ("command", "typed", "words"),
     [
