@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import stg_hooks as stg
-from stg_hooks.modes.modes import MODES, LayerCall, Perturbation, find_mode
+from stg_hooks.modes.modes import MODES, find_mode
+from stg_hooks.modes.perturbation import LayerCall, Perturbation
 from tests import zoo
 
 

@@ -16,7 +16,8 @@ from stg_hooks.guidance.rules import RULES
 from stg_hooks.guidance.scales import NAMED
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.model.resolve import REGEX
-from stg_hooks.modes.modes import Custom, Perturbation
+from stg_hooks.modes.modes import Custom
+from stg_hooks.modes.perturbation import Perturbation
 from stg_hooks.names import named, spelt
 
 _SHOWN = 100  # characters of a value, in messages

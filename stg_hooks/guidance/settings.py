@@ -15,7 +15,8 @@ from stg_hooks.errors import SettingError, closest
 from stg_hooks.guidance.combine import Scale, check_rescale, check_scale
 from stg_hooks.model.resolve import LayerSpec, items_of, listed
 from stg_hooks.modes.frames import Kind
-from stg_hooks.modes.modes import Mode, check_one_mode, find_mode
+from stg_hooks.modes.modes import check_one_mode, find_mode
+from stg_hooks.modes.perturbation import Mode
 from stg_hooks.modes.sites import check_kind
 
 

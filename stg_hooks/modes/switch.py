@@ -18,7 +18,8 @@ from stg_hooks.model.resolve import LayerSpec, resolve
 from stg_hooks.modes.attention import AttentionSeam
 from stg_hooks.modes.feed_forward import FeedForwards
 from stg_hooks.modes.frames import Kind
-from stg_hooks.modes.modes import MODES, LayerCall, Mode, Perturbation, check_one_mode, find_mode
+from stg_hooks.modes.modes import MODES, check_one_mode, find_mode
+from stg_hooks.modes.perturbation import LayerCall, Mode, Perturbation
 from stg_hooks.modes.residual import Streams
 from stg_hooks.modes.sites import Site, find_sites
 from stg_hooks.modes.text_tokens import TextTokens
