@@ -52,7 +52,8 @@ def saliency(term: Tensor) -> Tensor:
     """Say how much each place of a frame stands out among all of it, `softmax(blur(|term|))`; shape of `term`."""
     check_frames(term)
     blurred = _filtered(term.abs(), torch.tensor([-1.0, 0.0, 1.0]).square().mul(-0.5).exp())
-    return blurred.flatten(-2).softmax(-1).unflatten(-1, term.shape[-2:])
+    found: Tensor = blurred.flatten(-2).softmax(-1).unflatten(-1, term.shape[-2:])
+    return found
 
 
 def check_frames(prediction: Tensor) -> None:
@@ -74,7 +75,8 @@ def _blurred(frames: Tensor) -> Tensor:
 
 def _resized(frames: Tensor, height: int, width: int) -> Tensor:
     flat = F.interpolate(frames.flatten(0, -3)[:, None], size=(height, width), mode="bilinear", align_corners=False)
-    return flat[:, 0].unflatten(0, frames.shape[:-2])
+    found: Tensor = flat[:, 0].unflatten(0, frames.shape[:-2])
+    return found
 
 
 def _filtered(frames: Tensor, weights: Tensor) -> Tensor:
@@ -82,4 +84,6 @@ def _filtered(frames: Tensor, weights: Tensor) -> Tensor:
     weights = (weights / weights.sum()).to(frames)
     reach = len(weights) // 2
     flat = F.pad(frames.flatten(0, -3)[:, None], (reach, reach, reach, reach), mode="reflect")
-    return F.conv2d(flat, torch.outer(weights, weights)[None, None])[:, 0].unflatten(0, frames.shape[:-2])
+    filtered = F.conv2d(flat, torch.outer(weights, weights)[None, None])
+    found: Tensor = filtered[:, 0].unflatten(0, frames.shape[:-2])
+    return found

@@ -90,8 +90,8 @@ def _written(value: Any) -> Any:
         if type(value) is type(usual):
             return spelt(name, dataclasses.asdict(value))
     if isinstance(value, functools.partial) and not value.args:
-        name = next((name for name, rule in RULES.items() if rule is value.func), None)
-        return spelt(name, value.keywords) if name else value
+        known = next((name for name, rule in RULES.items() if rule is value.func), None)
+        return spelt(known, value.keywords) if known else value
     if isinstance(value, re.Pattern) and isinstance(value.pattern, str):
         return REGEX + _with_flags(value)
     if isinstance(value, (bool, float)):

@@ -350,8 +350,12 @@ def frequency_decoupled(
     """
     if uncond is None:
         return _sum(cond, terms)
-    weights = scales if isinstance(scales, (tuple, list)) else ()
-    if not weights or not all(type(weight) in (int, float) for weight in weights):
+    weights: object = scales  # whatever was typed
+    if (
+        not isinstance(weights, (tuple, list))
+        or not weights
+        or not all(type(weight) in (int, float) for weight in weights)
+    ):
         raise SettingError(f"frequency_decoupled: scales={scales!r}: expected a CFG weight for each band: (10.0, 5.0).")
     bands = zip(bands_of(cond - uncond, len(weights)), bands_of(cond, len(weights)), strict=True)
     kept = [d - (1 - parallel) * _projected(d, c) if parallel != 1 else d for d, c in bands]
