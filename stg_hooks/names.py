@@ -16,13 +16,14 @@ T = TypeVar("T")
 _WITH_VALUES = re.compile(r"\s*([\w-]+)\s*\((.*)\)\s*", re.DOTALL)
 
 
-def named(what: str, value: Any, table: Mapping[str, T]) -> T:
+def named(what: str, value: Any, table: Mapping[str, T], elsewhere: Mapping[str, str] | None = None) -> T:
     """Look up what a name stands for; a callable stands for itself.
 
     Args:
         what: the setting, for the error.
         value: what the user gave: a name in the table, which values may follow in brackets, or a callable.
         table: what there is, by name.
+        elsewhere: names that other tools have for these, in lower case, and the name here.
 
     Returns:
         The callable, with these values in place of its own.
@@ -34,9 +35,9 @@ def named(what: str, value: Any, table: Mapping[str, T]) -> T:
         name, values = _read(what, value)
         if name not in table:
             names = ", ".join(map(repr, table))
-            raise SettingError(
-                f"{what}={value!r} does not exist. There is {names}, or pass a callable.{closest(name, table)}"
-            )
+            ours = (elsewhere or {}).get(name.lower().replace("_", "-"))
+            hint = f" Here it is called {what}={ours!r}." if ours else closest(name, table)
+            raise SettingError(f"unknown {what} {value!r}; choose from {names}, or pass a callable.{hint}")
         return _with(f"{what}={value!r}", name, table[name], dict(values)) if values else table[name]
     if isinstance(value, type):
         raise SettingError(f"{what}={value.__name__} is a class: pass an object, {value.__name__}(...).")

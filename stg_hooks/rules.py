@@ -1,10 +1,9 @@
 """The guidance rules, under the name that users know: `stg.rules.apg`."""
 
+from stg_hooks.guidance.apg import AveragedApg, apg
 from stg_hooks.guidance.rules import (
-    AveragedApg,
     Rule,
     adaptive_scale,
-    apg,
     cfg,
     frequency_decoupled,
     magnitude_aware,

@@ -18,7 +18,7 @@ from stg_hooks.hooks.forward import Patch, now, patched
 from stg_hooks.model.layers import Layer
 from stg_hooks.model.resolve import LayerSpec
 from stg_hooks.modes.frames import Kind
-from stg_hooks.modes.modes import Mode
+from stg_hooks.modes.perturbation import Mode
 from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.caches import Caches
 

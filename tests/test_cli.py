@@ -534,6 +534,21 @@ def test_an_interrupt_while_the_command_line_loads(monkeypatch: pytest.MonkeyPat
         assert capsys.readouterr().err == "stg-hooks: interrupted.\n"
 
 
+@pytest.mark.parametrize("where", ["make_context", "invoke"])
+def test_an_interrupt_outside_of_a_command(where: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """typer itself exits with the status and says nothing."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"typer.core.TyperGroup.{where}", interrupted)
+    monkeypatch.setattr("sys.argv", ["stg-hooks", "layers", "demo"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "stg-hooks: interrupted.\n"
+
+
 @pytest.mark.parametrize(
     ("command", "typed", "words"),
     [
@@ -608,10 +623,3 @@ def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "circle.mp4").stat().st_size
     assert "</html>" in (tmp_path / "results" / "report.html").read_text()
     assert len(list(tmp_path.glob("results/cells/*/cell.json"))) == 7
-
-
-@pytest.mark.parametrize("command", ["", "layers", "generate", "profile", "sweep", "report", "bench", "demo"])
-def test_help(command: str) -> None:
-    result = run(*command.split(), "--help")
-    assert result.exit_code == 0
-    assert "Usage" in result.stdout

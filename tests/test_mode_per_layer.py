@@ -110,12 +110,13 @@ def test_all_layers_alike_are_the_same_as_a_list(wan: tuple[nn.Module, dict[str,
             stg.SettingError,
             r"gives each layer its mode, and mode='attention' is another one",
         ),
-        ({1: "valuse"}, "residual", stg.SettingError, r"mode='valuse' does not exist.*Did you mean 'values'"),
+        ({1: "valuse"}, "residual", stg.SettingError, r"unknown mode 'valuse'.*Did you mean 'values'"),
         ({1: "values", "blocks.1": "residual"}, "residual", stg.LayerError, r"gives 'blocks.1' two modes"),
         ({1: "residual", "blocks.1.attn1": "values"}, "residual", stg.LayerError, "the second is inside the first"),
         ({"blocks.1.ffn": "dropout", "blocks.1.attn1": "values"}, "residual", stg.LayerError, "are in one block"),
         ({"blocks.1.attn1": "residual"}, "residual", stg.LayerError, r"Did you mean layers=\['blocks.1'\]"),
         ({9: "values"}, "residual", stg.LayerError, r"layers=\[9\]"),
+        ({"blocks": 1}, "residual", stg.SettingError, r"mode=1: expected a name or a callable, not int"),
         ({}, "residual", stg.LayerError, "names no layer"),
     ],
 )
@@ -127,7 +128,7 @@ def test_dictionaries_that_cannot_be_used(
 
 
 def test_a_branch_checks_its_modes() -> None:
-    with pytest.raises(stg.SettingError, match="mode='valuse' does not exist"):
+    with pytest.raises(stg.SettingError, match="unknown mode 'valuse'"):
         stg.Branch({1: "valuse"})
     with pytest.raises(stg.SettingError, match="Leave mode out"):
         stg.Branch({1: "values"}, mode="attention")

@@ -95,7 +95,6 @@ class Case:
         return f"{self.family}-{self.layer}" + (f"-{self.kind}" if self.kind else "")
 
 
-UP = "up_blocks.1.attentions.0"
 CASES = [
     Case("wan", 1, ["blocks.1.attn1"]),
     Case("ltx", 1, ["transformer_blocks.1.attn1"]),

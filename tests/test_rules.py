@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
-from stg_hooks.guidance import rules
+from stg_hooks import rules
+from stg_hooks.guidance.rules import RULES
 from tests import zoo
 
 exact: dict[str, Any] = {"rtol": 0, "atol": 0}
@@ -225,14 +226,14 @@ def test_a_branch_that_repeats_another_adds_nothing() -> None:
 # --- identities of all rules ---
 
 
-@pytest.mark.parametrize("rule", [rule for rule in rules.RULES if rule != "rescaled_terms"])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "rescaled_terms"])
 @pytest.mark.parametrize("uncond", [None, U])
 def test_without_cfg_every_rule_is_skip_guidance(rule: str, uncond: Tensor | None) -> None:
     got = stg.combine(C, W, uncond, scale=SCALE, guidance_scale=1.0, rule=rule)
     assert_close(got, C + SCALE * (C - W), **close)
 
 
-@pytest.mark.parametrize("rule", rules.RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_scale_zero_and_a_weak_that_is_cond(rule: str) -> None:
     got = stg.combine(C, W * torch.nan, U, scale=0.0, guidance_scale=G, rule=rule)
     assert got.isfinite().all()
@@ -240,14 +241,14 @@ def test_scale_zero_and_a_weak_that_is_cond(rule: str) -> None:
         assert_close(stg.combine(C, C, U, scale=3.0, guidance_scale=G, rule=rule), got, **close)
 
 
-@pytest.mark.parametrize("rule", rules.RULES)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("zero", ["cond", "uncond", "both"])
 def test_nothing_to_project_onto(rule: str, zero: str) -> None:
     c, u = (torch.zeros_like(C) if zero in (name, "both") else t for name, t in (("cond", C), ("uncond", U)))
     assert stg.combine(c, c, u, guidance_scale=G, rule=rule).isfinite().all()
 
 
-@pytest.mark.parametrize("rule", rules.RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_half_precision_is_computed_in_float32(rule: str) -> None:
     c, w, u = (t.bfloat16() for t in (C, W, U))
     got = stg.combine(c, w, u, scale=SCALE, guidance_scale=G, rule=rule)
@@ -255,7 +256,7 @@ def test_half_precision_is_computed_in_float32(rule: str) -> None:
     assert_close(got, expected.bfloat16(), **exact)
 
 
-@pytest.mark.parametrize("rule", rules.RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_rescale_comes_after_the_rule(rule: str) -> None:
     out = stg.combine(C, W, U, scale=SCALE, guidance_scale=G, rule=rule)
     dims = (1, 2, 3, 4)

@@ -46,13 +46,14 @@ def with_modes(layers: Sequence[int | str], mode: str | None) -> list[int | str]
     Raises:
         SettingError: what stands before a colon cannot be read.
     """
-    parts = [str(layer).rpartition(":") if not str(layer).startswith(REGEX) else ("", "", "") for layer in layers]
+    texts = [str(layer) for layer in layers]
+    parts = [("", "", text) if text.startswith(REGEX) else text.rpartition(":") for text in texts]
     if not any(colon for _, colon, _ in parts):
         return [*layers]
     found: dict[int | str, str] = {}
     for (name, colon, own), layer in zip(parts, layers, strict=True):
-        chosen = layers_from(name) if colon else [layer]
-        found.update(dict.fromkeys(chosen, own if colon else mode or "residual"))
+        for one in layers_from(name) if colon else [layer]:
+            found[one] = own if colon else mode or "residual"
     return found
 
 

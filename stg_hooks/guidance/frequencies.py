@@ -52,8 +52,7 @@ def saliency(term: Tensor) -> Tensor:
     """Say how much each place of a frame stands out among all of it, `softmax(blur(|term|))`; shape of `term`."""
     check_frames(term)
     blurred = _filtered(term.abs(), torch.tensor([-1.0, 0.0, 1.0]).square().mul(-0.5).exp())
-    found: Tensor = blurred.flatten(-2).softmax(-1).unflatten(-1, term.shape[-2:])
-    return found
+    return blurred.flatten(-2).softmax(-1).reshape(term.shape)
 
 
 def check_frames(prediction: Tensor) -> None:
@@ -75,8 +74,7 @@ def _blurred(frames: Tensor) -> Tensor:
 
 def _resized(frames: Tensor, height: int, width: int) -> Tensor:
     flat = F.interpolate(frames.flatten(0, -3)[:, None], size=(height, width), mode="bilinear", align_corners=False)
-    found: Tensor = flat[:, 0].unflatten(0, frames.shape[:-2])
-    return found
+    return flat.reshape(*frames.shape[:-2], height, width)
 
 
 def _filtered(frames: Tensor, weights: Tensor) -> Tensor:
@@ -84,6 +82,4 @@ def _filtered(frames: Tensor, weights: Tensor) -> Tensor:
     weights = (weights / weights.sum()).to(frames)
     reach = len(weights) // 2
     flat = F.pad(frames.flatten(0, -3)[:, None], (reach, reach, reach, reach), mode="reflect")
-    filtered = F.conv2d(flat, torch.outer(weights, weights)[None, None])
-    found: Tensor = filtered[:, 0].unflatten(0, frames.shape[:-2])
-    return found
+    return F.conv2d(flat, torch.outer(weights, weights)[None, None]).reshape(frames.shape)

@@ -16,7 +16,8 @@ from stg_hooks.guidance.rules import RULES
 from stg_hooks.guidance.scales import NAMED
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.model.resolve import REGEX
-from stg_hooks.modes.modes import Custom, Perturbation
+from stg_hooks.modes.modes import Custom
+from stg_hooks.modes.perturbation import Perturbation
 from stg_hooks.names import named, spelt
 
 _SHOWN = 100  # characters of a value, in messages
@@ -90,8 +91,8 @@ def _written(value: Any) -> Any:
         if type(value) is type(usual):
             return spelt(name, dataclasses.asdict(value))
     if isinstance(value, functools.partial) and not value.args:
-        known = next((name for name, rule in RULES.items() if rule is value.func), None)
-        return spelt(known, value.keywords) if known else value
+        names = [name for name, rule in RULES.items() if rule is value.func]
+        return spelt(names[0], value.keywords) if names else value
     if isinstance(value, re.Pattern) and isinstance(value.pattern, str):
         return REGEX + _with_flags(value)
     if isinstance(value, (bool, float)):

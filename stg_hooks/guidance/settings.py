@@ -15,9 +15,9 @@ from stg_hooks.errors import SettingError, closest
 from stg_hooks.guidance.combine import Scale, check_rescale, check_scale
 from stg_hooks.model.resolve import LayerSpec, items_of, listed
 from stg_hooks.modes.frames import Kind
-from stg_hooks.modes.modes import Mode, find_mode
+from stg_hooks.modes.modes import check_one_mode, find_mode
+from stg_hooks.modes.perturbation import Mode
 from stg_hooks.modes.sites import check_kind
-from stg_hooks.modes.switch import check_one_mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,15 +176,15 @@ def recommended(module: nn.Module) -> Published:
         return found[0]
     table = _table()
     others = "; ".join(
-        f"{entry.name} with {dict(entry.where)}: layers={list(entry.layers)}"
+        f"layers={list(entry.layers)} for {entry.name} with {dict(entry.where)}"
         for entry in table
         if _is_a(module, entry.model)
     )
+    # No rule of thumb about depth: in what we measured none held, and some layers do damage at every scale.
     raise SettingError(
-        f"no layers given, and no setting is published for this {type(module).__name__}"
-        + (f" (there is one for {others})." if others else ".")
-        + " Name the layers, for example layers=[-2]; stg.layers(...) lists them. One or two layers in the last two "
-        "thirds and scales from 0.5 to 1 are a usual start."
+        f"no layers given, and no setting is published for this {type(module).__name__}. "
+        + (f"For others of its class there is {others}: start from these. " if others else "")
+        + "stg.layers(model) lists what can be skipped, and stg.profile measures which layers do damage."
     )
 
 

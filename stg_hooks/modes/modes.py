@@ -9,90 +9,22 @@ import abc
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import BlockError, SettingError
 from stg_hooks.model import objects
 from stg_hooks.model.source import bound_arguments
-from stg_hooks.modes.attention import AttentionSeam
 from stg_hooks.modes.attention_calls import AttentionCall
 from stg_hooks.modes.blur import gaussian_blur
 from stg_hooks.modes.branches import bypassed
-from stg_hooks.modes.feed_forward import FeedForwards
-from stg_hooks.modes.residual import Streams, copied
-from stg_hooks.modes.self_attention import Change
-from stg_hooks.names import named, spelt
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerCall:
-    """One call of a skipped layer, as a mode sees it."""
-
-    layer: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    streams: Streams
-    forward: Callable[..., Any]
-    seam: AttentionSeam
-    feed_forwards: FeedForwards
-    memory: dict[str, Any]
-    """What a mode keeps from one call of the layer to the next."""
-    name: str = ""
-    """The layer's dotted name in the model."""
-
-    def compute(self, attention: Change | None = None) -> Any:
-        """Run the layer and return its real output.
-
-        Args:
-            attention: what a computation of self-attention inside gives instead, from an
-                `attention_calls.AttentionCall`.
-        """
-        if attention is None:
-            return self.forward(*self.args, **self.kwargs)
-        return self.seam.run(attention, self.forward, self.args, self.kwargs)
-
-
-Mode = Callable[[LayerCall], Any]
-"""What a user may pass as a mode, besides a name: takes the call and returns what the layer should return."""
-
-Needs = Literal["block", "attention", "feed-forward", "layer", "anything"]
-"""What a layer must be or hold: a whole block, self-attention, a block with a feed-forward network; or any layer will
-do, whose attention is not looked into (`"layer"`) or may be (`"anything"`).
-"""
-
-
-class Perturbation(abc.ABC):
-    """A mode that says what it needs."""
-
-    name: ClassVar[str]
-    needs: ClassVar[Needs]
-    sees_text: ClassVar[bool] = False
-    """Whether it has to know which tokens of a joint attention are text."""
-    is_bypass: ClassVar[bool] = False
-    """Whether the layer is not computed at all."""
-    mixes_tokens: ClassVar[bool] = False
-    """Whether tokens move to other places, so that it needs all of them on one device."""
-    verb: ClassVar[str] = "is for"
-    """What it does with a layer, for errors: `mode='residual' bypasses whole blocks`."""
-
-    @abc.abstractmethod
-    def __call__(self, call: LayerCall) -> Any:
-        """Return what the layer gives instead."""
-
-    @property
-    def spelling(self) -> str:
-        """The mode as it is typed: its name, and the values that are not the usual ones."""
-        fields = dataclasses.fields(cast(Any, self))
-        return spelt(self.name, {f.name: v for f in fields if (v := getattr(self, f.name)) != f.default})
-
-    def __str__(self) -> str:
-        """Write the mode as it is typed, for errors."""
-        return f"mode={self.spelling!r}"
+from stg_hooks.modes.perturbation import LayerCall, Mode, Perturbation
+from stg_hooks.modes.residual import copied
+from stg_hooks.names import named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,6 +292,17 @@ MODES: dict[str, Perturbation] = {
 }
 
 
+ELSEWHERE = {
+    **dict.fromkeys(("stg-r", "slg", "skip", "skip-layer", "bypass"), "residual"),
+    **dict.fromkeys(("stg-a", "identity"), "attention"),
+    **dict.fromkeys(("pag", "stg-v", "value"), "values"),
+    "seg": "smoothed",
+    "tpg": "shuffled",
+    **dict.fromkeys(("ff", "ffn", "mlp"), "feed-forward"),
+}
+"""What papers and other tools call the modes."""
+
+
 def find_mode(mode: str | Mode) -> Perturbation:
     """Look up a mode by name; a callable is a mode already.
 
@@ -373,7 +316,7 @@ def find_mode(mode: str | Mode) -> Perturbation:
     Raises:
         SettingError: an unknown name or value, or something that is neither a name nor a callable.
     """
-    found: Any = named("mode", mode, MODES)
+    found: Any = named("mode", mode, MODES, ELSEWHERE)
     if isinstance(found, Perturbation):
         return found
     try:
@@ -381,3 +324,11 @@ def find_mode(mode: str | Mode) -> Perturbation:
     except TypeError:  # its values may change: its bound method is equal only to that of the same object
         found = found.__call__
     return Custom(found)
+
+
+def check_one_mode(layers: object, mode: str | Mode) -> None:
+    """Raise where a mode is given beside layers that have one each."""
+    if isinstance(layers, Mapping) and find_mode(mode) != MODES["residual"]:
+        raise SettingError(
+            f"layers={{...}} gives each layer its mode, and {find_mode(mode)} is another one. Leave mode out."
+        )

@@ -16,7 +16,7 @@ from stg_hooks.modes.feed_forward import feed_forwards
 from stg_hooks.modes.frames import Kind, kinds_of, temporal_lines
 
 if TYPE_CHECKING:
-    from stg_hooks.modes.modes import Needs, Perturbation
+    from stg_hooks.modes.perturbation import Needs, Perturbation
 
 
 @dataclasses.dataclass(frozen=True)

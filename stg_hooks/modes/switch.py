@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stg_hooks.errors import CallError, LayerError, SettingError
+from stg_hooks.errors import CallError, LayerError
 from stg_hooks.hooks.checkpointing import checkpointed, skipped_in
 from stg_hooks.hooks.forward import Action, Patch, now, patched
 from stg_hooks.model.layers import Layer, find_layers
@@ -18,7 +18,8 @@ from stg_hooks.model.resolve import LayerSpec, resolve
 from stg_hooks.modes.attention import AttentionSeam
 from stg_hooks.modes.feed_forward import FeedForwards
 from stg_hooks.modes.frames import Kind
-from stg_hooks.modes.modes import MODES, LayerCall, Mode, Perturbation, find_mode
+from stg_hooks.modes.modes import MODES, check_one_mode, find_mode
+from stg_hooks.modes.perturbation import LayerCall, Mode, Perturbation
 from stg_hooks.modes.residual import Streams
 from stg_hooks.modes.sites import Site, find_sites
 from stg_hooks.modes.text_tokens import TextTokens
@@ -251,14 +252,6 @@ def _chosen(
         if found.setdefault(layer.name, own) != own:
             raise LayerError(f"layers= gives {layer.name!r} two modes: {found[layer.name]} and {own}. Leave one out.")
     return [(layer, found[layer.name]) for layer in resolve(model, list(layers), known)]
-
-
-def check_one_mode(layers: object, mode: str | Mode) -> None:
-    """Raise where a mode is given beside layers that have one each."""
-    if isinstance(layers, Mapping) and find_mode(mode) != MODES["residual"]:
-        raise SettingError(
-            f"layers={{...}} gives each layer its mode, and {find_mode(mode)} is another one. Leave mode out."
-        )
 
 
 def _check_tokens_are_whole(model: nn.Module, sites: Sequence[Site]) -> None:

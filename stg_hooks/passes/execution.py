@@ -6,13 +6,11 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from stg_hooks.errors import SettingError
-from stg_hooks.guidance.settings import Branch
-from stg_hooks.guidance.trace import Stats
 from stg_hooks.hooks.forward import pushed
 from stg_hooks.model.layers import find_layers
 from stg_hooks.modes.switch import Switch
@@ -34,6 +32,10 @@ from stg_hooks.passes.state import Snapshot
 from stg_hooks.passes.transaction import Transactions
 from stg_hooks.passes.units import Units
 from stg_hooks.passes.ways import Ways, check_execution
+
+if TYPE_CHECKING:
+    from stg_hooks.guidance.settings import Branch
+    from stg_hooks.guidance.trace import Stats
 
 
 class Execution:

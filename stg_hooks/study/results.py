@@ -255,7 +255,7 @@ def read_json(path: Path, kind: str | None) -> dict[str, Any]:
         What it holds, without `kind` and `version`.
 
     Raises:
-        ResultsError: it does not exist, is no JSON, or something else wrote it.
+        ResultsError: it does not exist, is not valid JSON, or something else wrote it.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -263,7 +263,7 @@ def read_json(path: Path, kind: str | None) -> dict[str, Any]:
         made = f" stg.{kind}(...) writes it." if kind else ""
         raise ResultsError(f"{path} does not exist.{made}") from None
     except ValueError as error:
-        raise ResultsError(f"{path} is no JSON ({error}). Delete it, and make it again.") from error
+        raise ResultsError(f"{path} is not valid JSON ({error}). Delete it, and make it again.") from error
     if not isinstance(data, dict):
         raise ResultsError(f"{path} holds a {type(data).__name__}, which stg_hooks does not write.")
     found = data.pop("kind", None), data.pop("version", None)
