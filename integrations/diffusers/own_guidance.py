@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from stg_hooks.hosts import OwnGuidance
-from stg_hooks.integrations.diffusers.call_sites import Site, tail
+from stg_hooks.integrations.diffusers.call_sites import Site
+from stg_hooks.integrations.diffusers.combinations import tail
 
 _IS_ON: dict[type[ast.AST], Callable[[Any, Any], bool]] = {ast.Gt: operator.gt, ast.NotEq: operator.ne}
 

@@ -15,9 +15,10 @@ from stg_hooks.guidance.combine import Scales, check_rescales, check_scales, is_
 from stg_hooks.guidance.outputs import PerOutput, each_of
 from stg_hooks.guidance.rules import Rule, find_rule
 from stg_hooks.guidance.settings import Branch, branches_from, preset_for, recommended
-from stg_hooks.model.layers import LayerSpec
+from stg_hooks.model.resolve import LayerSpec
 from stg_hooks.modes.frames import Kind
-from stg_hooks.modes.modes import Mode, find_mode
+from stg_hooks.modes.modes import find_mode
+from stg_hooks.modes.perturbation import Mode
 from stg_hooks.step import Step
 
 
@@ -65,7 +66,8 @@ class Settings:
     @property
     def by_name(self) -> list[tuple[str, object]]:
         """What may be given for each prediction, with its name."""
-        of_branches = [(name, getattr(branch, name)) for branch in self.branches for name in ("layers", "scale")]
+        of_branches: list[tuple[str, object]] = [("scale", branch.scale) for branch in self.branches]
+        of_branches += [("layers", branch.layers) for branch in self.branches if branch.is_by_output]
         return [*of_branches, ("rescale", self.rescale), ("guidance_scale", self.guidance_scale)]
 
     @property
@@ -293,7 +295,7 @@ def known(value: float | None, what: str, missing: str) -> float:
 class Request:
     """What a user asked for, as `apply` describes it."""
 
-    layers: LayerSpec | Mapping[str, LayerSpec] | None = None
+    layers: LayerSpec | None = None
     scale: Scales | Callable[[Step], Scales] | None = None
     mode: str | Mode | None = None
     kind: Kind | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import operator
+import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,18 +13,22 @@ from torch import nn
 
 from stg_hooks.errors import SettingError, closest
 from stg_hooks.guidance.combine import Scales, check_rescales, check_scales
-from stg_hooks.guidance.outputs import PerOutput, check_named
-from stg_hooks.model.layers import LayerSpec, items_of, listed
+from stg_hooks.guidance.outputs import PerOutput
+from stg_hooks.model.resolve import LayerSpec, items_of, listed
 from stg_hooks.modes.frames import Kind
-from stg_hooks.modes.modes import Mode, find_mode
+from stg_hooks.modes.modes import check_one_mode, find_mode
+from stg_hooks.modes.perturbation import Mode, Perturbation
 from stg_hooks.modes.sites import check_kind, check_layers_given
 
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-    """One perturbed prediction: which layers are skipped, how strongly it counts, what skipped layers do instead."""
+    """One perturbed prediction: which layers are skipped, how strongly it counts, what skipped layers do instead.
 
-    layers: LayerSpec | Mapping[str, LayerSpec] | None = None
+    A dictionary gives each layer its mode: `stg.Branch({14: "attention", 19: "residual"})`.
+    """
+
+    layers: LayerSpec | None = None
     """Left out for a mode that is meant for all of them, `"isolated"`."""
     scale: Scales = 1.0
     mode: str | Mode = "residual"
@@ -34,9 +39,11 @@ class Branch:
         """Check the scale and the mode; the layers can only be checked against a model."""
         if isinstance(self.layers, Iterator):  # which gives them once only
             object.__setattr__(self, "layers", listed(self.layers))
-        if isinstance(self.layers, Mapping):
-            check_named("layers", self.layers)
         check_scales("scale", self.scale)
+        if not self.is_by_output:
+            check_one_mode(self.layers, self.mode)
+            for mode in self.layers.values() if isinstance(self.layers, Mapping) else ():
+                find_mode(mode)
         check_layers_given(self.layers, find_mode(self.mode))
         check_kind(self.kind)
 
@@ -46,9 +53,15 @@ class Branch:
         return _key(self.layers), find_mode(self.mode), self.kind
 
     @property
+    def is_by_output(self) -> bool:
+        """Whether its layers are given by the names of predictions, and not with a mode each."""
+        layers = self.layers
+        return isinstance(layers, Mapping) and all(map(_is_name, layers)) and not any(map(_is_mode, layers.values()))
+
+    @property
     def parts(self) -> tuple[Branch, ...]:
         """The branches that it stands for: one for each choice of layers, where these are given by prediction."""
-        if not isinstance(self.layers, Mapping):
+        if not self.is_by_output or not isinstance(self.layers, Mapping):
             return (self,)
         same: dict[Hashable, tuple[LayerSpec, dict[str, Any]]] = {}
         for name, layers in self.layers.items():
@@ -58,9 +71,19 @@ class Branch:
         return tuple(dataclasses.replace(self, layers=layers, scale=scales) for layers, scales in same.values())
 
 
+def _is_name(key: object) -> bool:
+    return isinstance(key, str)
+
+
+def _is_mode(value: object) -> bool:
+    return isinstance(value, (str, Perturbation)) or (callable(value) and not isinstance(value, nn.Module))
+
+
 def _key(layers: object) -> Hashable:
     """Return something that is equal for equal choices of layers; modules count by identity."""
-    return tuple(item if isinstance(item, (str, int, range)) else id(item) for item in items_of(layers))
+    if isinstance(layers, Mapping):
+        return tuple((_key(spec), find_mode(mode)) for spec, mode in layers.items())
+    return tuple(item if isinstance(item, (str, int, range, re.Pattern)) else id(item) for item in items_of(layers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,15 +206,15 @@ def recommended(module: nn.Module) -> Published:
         return found[0]
     table = _table()
     others = "; ".join(
-        f"{entry.name} with {dict(entry.where)}: layers={list(entry.layers)}"
+        f"layers={list(entry.layers)} for {entry.name} with {dict(entry.where)}"
         for entry in table
         if _is_a(module, entry.model)
     )
+    # No rule of thumb about depth: in what we measured none held, and some layers do damage at every scale.
     raise SettingError(
-        f"no layers given, and no setting is published for this {type(module).__name__}"
-        + (f" (there is one for {others})." if others else ".")
-        + " Name the layers, for example layers=[-2]; stg.layers(...) lists them. One or two layers in the last two "
-        "thirds and scales from 0.5 to 1 are a usual start."
+        f"no layers given, and no setting is published for this {type(module).__name__}. "
+        + (f"For others of its class there is {others}: start from these. " if others else "")
+        + "stg.layers(model) lists what can be skipped, and stg.profile measures which layers do damage."
     )
 
 
@@ -222,7 +245,7 @@ def preset_for(module: nn.Module, name: str) -> Published:
 
 
 def branches_from(
-    layers: LayerSpec | Mapping[str, LayerSpec] | None,
+    layers: LayerSpec | None,
     scale: Scales | None,
     mode: str | Mode | None,
     kind: Kind | None,

@@ -17,7 +17,7 @@ from stg_hooks.errors import BlockError
 from stg_hooks.hooks.compiled import is_compiled
 from stg_hooks.hooks.forward import Action
 from stg_hooks.model import objects
-from stg_hooks.model.layers import attention_modules
+from stg_hooks.model.attention import attention_modules
 from stg_hooks.model.source import bound_arguments, class_forward, return_names, signature_text
 from stg_hooks.modes.feed_forward import Silence
 from stg_hooks.modes.residual import Streams, copied
