@@ -8,6 +8,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -375,6 +376,47 @@ def test_models_of_diffusers(name: str) -> None:
 class AsQueries(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return torch.zeros_like(hidden_states)
+
+
+class X0Model(nn.Module):
+    """Called as LTX-2's own is; text is in what is predicted, there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.velocity_model = build()
+
+    def forward(self, video: Any, audio: Any, perturbations: Any) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self.velocity_model(video[0], audio[0], video[1])
+        return found
+
+
+def test_the_code_for_ltx_core() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "coming-from.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```text\n(guider = .*?)```", page, re.S)
+    model, (a, b, cond, uncond) = X0Model(), inputs()
+    names: dict[str, Any] = {"stg": stg, "x0_model": model}
+    names |= {"video": (a, cond["text"]), "audio": (b,), "video_uncond": (a, uncond["text"]), "audio_uncond": (b,)}
+    exec(code.replace("[29]", '["blocks.1"]'), names)
+    duet = model.velocity_model
+    c, u = duet(a, b, **cond), duet(a, b, **uncond)
+    weak = copy.deepcopy(duet)
+    weak.blocks[1].one.attn = Values(duet.blocks[1].one.attn)
+    weak.blocks[1].other.attn = Values(duet.blocks[1].other.attn)
+    first, second = weak(a, b, **cond), apart(duet, "left", "right")(a, b, **cond)
+    terms = [[(1.0, first[i]), (2.0, second[i])] for i in range(2)]
+    expected = [guided(c[i], u[i], terms[i], g, 0.7) for i, g in enumerate((3.0, 7.0))]
+    assert_close([names["clean_video"], names["clean_audio"]], expected, **close)
+
+
+class Values(nn.Module):
+    """Attention in which every token has its own value."""
+
+    def __init__(self, attention: zoo.Attention) -> None:
+        super().__init__()
+        self.to_v, self.to_out = attention.to_v, attention.to_out
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.to_out(self.to_v(x))
 
 
 # --- the stock pipelines of LTX-2 -------------------------------------------------------------------------------------
