@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from stg_hooks.errors import BlockError, StgError
-from stg_hooks.hooks.compiled import is_compiled
+from stg_hooks.hooks.compiled import eagerly, is_compiled
 from stg_hooks.hooks.forward import Action, Patch, patched, pushed
 from stg_hooks.hosts import plain_attention
 from stg_hooks.model import objects
@@ -102,7 +102,7 @@ class AttentionSeam:
             forward = self._layer._call_impl
         run = self._run
         if "torch._dynamo" in sys.modules:  # what is compiled cannot be followed: break the graph here
-            run = torch.compiler.disable(run)
+            run = torch.compiler.disable(_eagerly(run))
         return run(change, forward, args, kwargs)
 
     def _run(self, change: Change, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -153,6 +153,17 @@ class AttentionSeam:
             )
         said = f"a perturbed layer, {kind}, did not call its attention ({names}), so nothing was perturbed."
         return f"{said}{advice([self._layer, *(module for _, module in targets)], run)}"
+
+
+def _eagerly(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Have nothing compiled inside: functions that layers call may be, and would be compiled with what follows them."""
+
+    @functools.wraps(run)
+    def instead(*args: Any) -> Any:
+        with eagerly():
+            return run(*args)
+
+    return instead
 
 
 class _SelfAttention(TorchFunctionMode):
