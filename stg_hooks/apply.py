@@ -25,7 +25,7 @@ from stg_hooks.hooks import activation
 from stg_hooks.hosts import Host, ModuleHost, pipeline_host
 from stg_hooks.model.resolve import LayerSpec
 from stg_hooks.modes.frames import Kind
-from stg_hooks.modes.modes import Mode
+from stg_hooks.modes.perturbation import Mode
 from stg_hooks.ranks.link import check_own_copy, ranks_from
 from stg_hooks.session import Session
 from stg_hooks.step import Step

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from stg_hooks.errors import CallError, TargetError
 from stg_hooks.step import Step
 
-# Top-level package of a target's class -> module with a `host(target)` function; imported when first needed. Where the
-# module has `calling_pipeline()` and `calling_host(pipeline, module)` as well, they tell what calls a guided module; and
-# `plain_attention(attention)` has its attention computed where it can be seen.
+# Top-level package of a target's class -> module with a `host(target)` function; imported when first needed. It may
+# also have `calling_pipeline()` and `calling_host(pipeline, module)`, which tell what calls a guided module, and
+# `plain_attention(attention)`, which has its attention computed where it can be seen.
 _INTEGRATIONS = {"diffusers": "stg_hooks.integrations.diffusers.host"}
 # Top-level package of an attention module's class -> module with a `plain_attention(attention)` function.
 _ATTENTION = {**_INTEGRATIONS, "comfy": "stg_hooks.integrations.comfyui.attention"}

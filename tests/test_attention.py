@@ -36,7 +36,7 @@ def weak(
 # --- what is found ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["attention", "values", "smoothed"])
+@pytest.mark.parametrize("mode", ["attention", "values", "smoothed", "smoothed(sigma=0.7)"])
 @pytest.mark.parametrize("processor", ["AttnProcessor", "SlicedAttnProcessor"])
 def test_processors_that_compute_the_map_by_hand(processor: str, mode: str) -> None:
     from diffusers.models import attention_processor
@@ -411,7 +411,10 @@ def test_the_lines_of_adapter_that_name_an_attention_work(monkeypatch: pytest.Mo
     with pytest.raises(stg.LayerError) as error:
         stg.skip(model, "blocks.1", "values")
     assert str(error.value).splitlines() == [
-        "layers=['blocks.1']: MixerBlock has no attention for mode='values'. It can have 'residual', 'shuffled'.",
+        (
+            "layers=['blocks.1']: MixerBlock has no attention for mode='values'. It can have 'residual', 'shuffled', "
+            "'dropout'."
+        ),
         "  it is:    MixerBlock.forward(x, text)",
         "  it holds: norm (LayerNorm), mixer (Mixer)",
         "If attention is computed there, first state by which class:",

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import stg_hooks as stg
-from stg_hooks.modes.modes import MODES, LayerCall, Perturbation, find_mode
+from stg_hooks.modes.modes import MODES, find_mode
+from stg_hooks.modes.perturbation import LayerCall, Perturbation
 from tests import zoo
 
 
@@ -68,7 +69,9 @@ def test_a_guided_call_adds_the_difference(mode: str, execution: str) -> None:
 
 def test_a_layer_that_lacks_what_a_mode_needs_is_refused(mode: str) -> None:
     model = zoo.FAMILIES["wan"].build()
-    if MODES[mode].needs == "attention":
+    if MODES[mode].needs == "layer":
+        assert [layer.name for layer in stg.check(model, "blocks.1.ffn", mode)] == ["blocks.1.ffn"]
+    elif MODES[mode].needs == "attention":
         told = rf"(?s)FeedForward has no attention for mode='{mode}'.*It can have .*'residual'"
         with pytest.raises(stg.LayerError, match=told):
             stg.skip(model, "blocks.1.ffn", mode)

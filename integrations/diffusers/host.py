@@ -212,7 +212,8 @@ class PipelineHost:
         index, count = names.get("i"), None if timesteps is None else len(timesteps)
         if not isinstance(index, int) or count is None:
             return Step()
-        return Step(index, count, *self._noise_level(scheduler, index, names))
+        timestep = self._values("timesteps", timesteps)[index] if isinstance(timesteps, Tensor) else None
+        return Step(index, count, *self._noise_level(scheduler, index, names), timestep)
 
     def _noise_level(self, scheduler: Any, index: int, names: Mapping[str, Any]) -> tuple[float | None, str | None]:
         """Return the noise level of a step, and in which units: see `Step`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import operator
+import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,13 +15,17 @@ from stg_hooks.errors import SettingError, closest
 from stg_hooks.guidance.combine import Scale, check_rescale, check_scale
 from stg_hooks.model.resolve import LayerSpec, items_of, listed
 from stg_hooks.modes.frames import Kind
-from stg_hooks.modes.modes import Mode, find_mode
+from stg_hooks.modes.modes import check_one_mode, find_mode
+from stg_hooks.modes.perturbation import Mode
 from stg_hooks.modes.sites import check_kind
 
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-    """One perturbed prediction: which layers are skipped, how strongly it counts, what skipped layers do instead."""
+    """One perturbed prediction: which layers are skipped, how strongly it counts, what skipped layers do instead.
+
+    A dictionary gives each layer its mode: `stg.Branch({14: "attention", 19: "residual"})`.
+    """
 
     layers: LayerSpec
     scale: Scale = 1.0
@@ -33,7 +38,9 @@ class Branch:
         if isinstance(self.layers, Iterator):  # which gives them once only
             object.__setattr__(self, "layers", listed(self.layers))
         check_scale("scale", self.scale)
-        find_mode(self.mode)
+        check_one_mode(self.layers, self.mode)
+        for mode in (self.mode, *(self.layers.values() if isinstance(self.layers, Mapping) else ())):
+            find_mode(mode)
         check_kind(self.kind)
 
     @property
@@ -44,7 +51,9 @@ class Branch:
 
 def _key(layers: object) -> Hashable:
     """Return something that is equal for equal choices of layers; modules count by identity."""
-    return tuple(item if isinstance(item, (str, int, range)) else id(item) for item in items_of(layers))
+    if isinstance(layers, Mapping):
+        return tuple((_key(spec), find_mode(mode)) for spec, mode in layers.items())
+    return tuple(item if isinstance(item, (str, int, range, re.Pattern)) else id(item) for item in items_of(layers))
 
 
 @dataclasses.dataclass(frozen=True)
