@@ -69,7 +69,7 @@ def test_everything_loaded_is_stock(pipe: Any) -> None:
 
 def test_words_may_come_in_any_order() -> None:
     wanted = [[clips.SHAPES.index("circle"), clips.COLOURS.index("red"), clips.MOTIONS.index("left")]]
-    assert demo.labels(["red circle left"]).tolist() == demo.labels(["left, circle RED"]).tolist() == wanted
+    assert demo.labels(["red 3 blue 7"]).tolist() == demo.labels(["left, circle RED"]).tolist() == wanted
     torch.testing.assert_close(
         demo.inputs(["left circle red"])["prompt_embeds"], demo.inputs(torch.tensor(wanted))["prompt_embeds"]
     )
@@ -85,7 +85,7 @@ def test_words_may_come_in_any_order() -> None:
         ),
         (["red circle"], ValueError, "has 0 words for the motion; it needs one"),
         (["red blue circle left"], ValueError, "has 2 words for the colour; it needs one"),
-        ("red circle left", TypeError, r"write \['red circle left'\]"),
+        ("red 3 blue 7", TypeError, r"write \['red 3 blue 7'\]"),
     ],
 )
 def test_inputs_refuses_what_it_cannot_draw(prompts: Any, error: type[Exception], text: str) -> None:
@@ -186,7 +186,7 @@ def test_animations_lie_beside_the_page(written: Path) -> None:
 
 def test_gif_shows_the_frames_of_the_clip() -> None:
     video = demo.to_video(clips.fold(clips.draw(1, torch.Generator().manual_seed(0))[0]))[0]
-    clip = Clip("red circle left", 0, video, video, ("red", "circle", "left"), ("red", "circle", "left"))
+    clip = Clip("red 3 blue 7", 0, video, video, ("red", "circle", "left"), ("red", "circle", "left"))
     data = page.animations([clip])["clips/01-red-circle-left-cfg.gif"]
     with Image.open(io.BytesIO(data)) as image:
         for index, frame in enumerate(video):

@@ -173,12 +173,12 @@ def test_a_stock_pipeline(tmp_path: Path) -> None:
     """The embedded model: one cell against the pipeline called by hand."""
     pipe = demo.load()
     found = stg.sweep(
-        pipe, "red circle left", out=tmp_path, layers=[6], scales=[0.5], progress=False, num_inference_steps=3
+        pipe, "red 3 blue 7", out=tmp_path, layers=[6], scales=[0.5], progress=False, num_inference_steps=3
     )
     assert found.settings["pipeline"] == "WanPipeline"
     assert found.settings["guidance_scale"] == demo.GUIDANCE_SCALE
     assert found.settings["settings"] == {"num_inference_steps": 3}
-    call = {**demo.inputs(["red circle left"]), "num_inference_steps": 3, "guidance_scale": demo.GUIDANCE_SCALE}
+    call = {**demo.inputs(["red 3 blue 7"]), "num_inference_steps": 3, "guidance_scale": demo.GUIDANCE_SCALE}
     with stg.apply(pipe, layers=[6], scale=0.5):
         latents = pipe(**call, generator=torch.Generator().manual_seed(0)).frames
     with Image.open(tmp_path / "cells/residual-L6-s0.5/p0-s0.strip.webp") as strip:
@@ -190,7 +190,7 @@ def test_a_stock_pipeline(tmp_path: Path) -> None:
         "    video = demo.to_video(pipe(**demo.inputs([prompt]) | dict(guidance_scale=2.0, "
         "num_inference_steps=3), generator=generator).frames)[0]"
     )
-    names = {"stg": stg, "pipe": pipe, "prompt": "red circle left", "generator": torch.Generator().manual_seed(0)}
+    names = {"stg": stg, "pipe": pipe, "prompt": "red 3 blue 7", "generator": torch.Generator().manual_seed(0)}
     exec(found.cells[1].code, names)
     assert torch.equal(frames, names["video"])
 

@@ -151,7 +151,8 @@ class Bench:
     def compare(self, cell: Cell, base: Cell) -> dict[str, list[float]]:
         """Compute cell - base with 95 % intervals, clip by clip: both started from the same noise."""
         ours, theirs = self.tensors(cell), self.tensors(base)
-        changes = {}
+        grain = ours["grain"].double() - theirs["grain"].double()
+        changes = {"grain": _interval(grain.mean().item(), grain.std().item() / math.sqrt(self.count))}
         for index, name in enumerate(MEASURES):
             change = ours["hits"][:, index].double() - theirs["hits"][:, index].double()
             changes[name] = _interval(change.mean().item(), change.std().item() / math.sqrt(self.count))
@@ -413,7 +414,12 @@ def main() -> int:
         results[phase]["settings"] = chosen[0].settings()
         results[phase]["chosen_by"] = "by hand" if options.cells else "by the sweep below"
         results[phase]["guided"] = chosen[0].name
-        next(row for row in results[phase]["rows"] if row["name"] == chosen[0].name)["role"] = "guided"
+        rows = results[phase]["rows"]
+        guided = next(row for row in rows if row["name"] == chosen[0].name)
+        guided["role"] = "guided"
+        same = [row for row in rows if row.get("mode") == "" and row["guidance_scale"] == guided["guidance_scale"]]
+        dearer = [row for row in same if row["compute"] >= guided["compute"]]
+        min(dearer, key=lambda row: row["compute"])["role"] = "more"  # steps for at least as much compute
         write(options.evaluation, json.dumps(results[phase], indent=1) + "\n")
     else:
         results[phase]["best"] = [dataclasses.asdict(cell) for cell in ranked(results[phase]["rows"])]

@@ -10,7 +10,7 @@ from typing import Any
 from stg_hooks.cli.failures import USAGE, FailureError
 from stg_hooks.cli.models import DEMO, Source
 
-DEMO_PROMPT = "red circle left"
+DEMO_PROMPT = "red 3 blue 7"
 
 
 def in_groups(typed: Sequence[str] | None) -> list[list[int | str]] | None:

@@ -74,7 +74,7 @@ def sample(
         **settings: further arguments of the pipeline.
 
     Returns:
-        Frames in 0..255, (6, 24, 24, 3), uint8.
+        Frames in 0..255, (6, 16, 16, 3), uint8.
     """
     call = {**inputs([prompt]), **settings}
     return to_video(pipe(generator=generator, guidance_scale=guidance_scale, **call).frames)[0]
@@ -126,7 +126,7 @@ def inputs(prompts: Sequence[str] | Tensor) -> dict[str, Any]:
     return {
         "prompt_embeds": embed(wanted),
         "negative_prompt_embeds": embed(None, len(wanted)),
-        # Without a VAE the pipeline assumes one that shrinks time by 4 and space by 8: 6 x 6 x 6 latents.
+        # Without a VAE the pipeline assumes one that shrinks time by 4 and space by 8: 6 x 4 x 4 latents.
         "num_frames": 4 * (clips.FRAMES - 1) + 1,
         "height": 8 * clips.SIZE // clips.FOLD,
         "width": 8 * clips.SIZE // clips.FOLD,
@@ -139,10 +139,10 @@ def to_clips(latents: Tensor) -> Tensor:
     """Turn what the pipeline returns into clips.
 
     Args:
-        latents: (B, 48, 6, 6, 6).
+        latents: (B, 48, 6, 4, 4).
 
     Returns:
-        Clips in [-1, 1], (B, 3, 6, 24, 24).
+        Clips in [-1, 1], (B, 3, 6, 16, 16).
     """
     return clips.unfold(latents.float()).clamp(-1, 1)
 
@@ -151,10 +151,10 @@ def to_video(latents: Tensor) -> Tensor:
     """Turn what the pipeline returns into frames to look at.
 
     Args:
-        latents: (B, 48, 6, 6, 6).
+        latents: (B, 48, 6, 4, 4).
 
     Returns:
-        Frames in 0..255, (B, 6, 24, 24, 3), uint8.
+        Frames in 0..255, (B, 6, 16, 16, 3), uint8.
     """
     video = to_clips(latents).permute(0, 2, 3, 4, 1)
     return ((video + 1) * 127.5).round().to(torch.uint8)
