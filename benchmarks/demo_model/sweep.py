@@ -308,7 +308,7 @@ def table(report: dict[str, Any]) -> str:
             )
         cells.append(f"{row['frechet_distance']:.2f}")
         cells.append("{:+.2f} ({:+.2f} … {:+.2f})".format(*against["frechet_distance"]) if against else "")
-        lines.append(f"| {' | '.join([*cells, f'{row["grain"]:.1f}'])} |")
+        lines.append(f"| {' | '.join(cells)} | {row['grain']:.1f} |")
     return "\n".join(lines)
 
 
@@ -336,7 +336,7 @@ the background, of 255. Compute counts floating-point operations, the first row 
         sweep = results["sweep"]
         parts += [
             f"## Sweep: {sweep['clips']:,} clips a row",
-            "Few clips and many rows: the best of them are lucky too. It only serves to choose what the final measures.",
+            "Few clips and many rows: the best of them are lucky too. It only serves to choose what the final has.",
             table(sweep),
         ]
     return "\n\n".join(parts) + "\n"

@@ -192,9 +192,7 @@ def arguments(argv: Sequence[str] | None, defaults: Settings) -> tuple[Settings,
     """Read and check the command line."""
     parser = Parser(prog="stg_hooks.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the page (default: %(default)s)")
-    parser.add_argument(
-        "--clips", type=number(int, 1, 480), default=48, help="clips per way (default: 48)"
-    )
+    parser.add_argument("--clips", type=number(int, 1, 480), default=48, help="clips per way (default: 48)")
     parser.add_argument("--seed", type=number(int, 0, 10**9), default=0, help="clip i uses seed + i (default: 0)")
     parser.add_argument("--steps", type=number(int, 1, 200), default=defaults.steps, help="(default: %(default)s)")
     parser.add_argument(

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 ZOOM = 6
 FRAME_MS = 160
 HEADLINE = next(iter(judge.MEASURES))
-TITLES = judge.MEASURES | {"frechet_distance": "Fréchet distance to real clips", "grain": "noise of the background, of 255"}
+TITLES = judge.MEASURES | {
+    "frechet_distance": "Fréchet distance to real clips",
+    "grain": "noise of the background, of 255",
+}
 
 
 def animations(clips: Sequence[Clip], settings: Settings) -> dict[str, bytes]:
@@ -170,7 +173,9 @@ def render(clips: Sequence[Clip], settings: Settings, report: dict[str, Any] | N
         "Mode": settings.mode,
     }
     better, worse = (
-        sum(_grade(clip, clip.guided_seen)[HEADLINE] - _grade(clip, clip.plain_seen)[HEADLINE] == sign for clip in clips)
+        sum(
+            _grade(clip, clip.guided_seen)[HEADLINE] - _grade(clip, clip.plain_seen)[HEADLINE] == sign for clip in clips
+        )
         for sign in (1, -1)
     )
     numbers, said = headline(report)
@@ -355,8 +360,8 @@ figure ul { list-style: none; margin: .4rem 0 0; padding: 0; font-size: .86rem; 
 <div class="grid">
 $cards
 </div>
-<p class="soft">$count clips, not selected. Left: $plain; right: $guided. Both sides of a pair have the same weights, prompt,
-seed and number of steps, in an unmodified diffusers pipeline; on the right, <code>stg.apply</code> adds spatiotemporal
+<p class="soft">$count clips, not selected. Left: $plain; right: $guided. Both sides of a pair have the same weights,
+prompt, seed and number of steps, in an unmodified diffusers pipeline; on the right, <code>stg.apply</code> adds spatiotemporal
 skip guidance (STG). Under each clip: what the judge, a small classifier that was trained on real clips, reads in each
 frame.</p>
 <dl>$facts</dl>
