@@ -98,20 +98,21 @@ def optimizers(model: Generator, rate: float) -> list[torch.optim.Optimizer]:
 
 
 class LayerDrop:
-    """Leave out a whole block in some of the training steps (Fan et al., arXiv 1909.11556).
+    """Leave out whole blocks in some of the training steps (LayerDrop, arXiv 1909.11556).
 
-    It regularises, and it makes the model with a block skipped a worse model of the same clips, not another one.
+    It regularises, and it makes the model with blocks skipped a worse model of the same clips, not another one.
     """
 
-    def __init__(self, blocks: Any, share: float) -> None:
-        self.count, self.share, self.dropped = len(blocks), share, -1
+    def __init__(self, blocks: Any, share: float, rate: float = 0.3) -> None:
+        self.count, self.share, self.rate = len(blocks), share, rate
+        self.dropped: set[int] = set()
         for index, block in enumerate(blocks):
-            block.register_forward_hook(lambda _, args, output, i=index: args[0] if i == self.dropped else output)
+            block.register_forward_hook(lambda _, args, output, i=index: args[0] if i in self.dropped else output)
 
     def draw(self, generator: torch.Generator) -> None:
-        """Choose the block that the next step does without, if any."""
-        one, which = torch.rand(2, generator=generator).tolist()
-        self.dropped = int(which * self.count) if one < self.share else -1
+        """Choose the blocks that the next step does without, if any."""
+        chance = torch.rand(1 + self.count, generator=generator)
+        self.dropped = {i for i in range(self.count) if chance[0] < self.share and chance[1 + i] < self.rate}
 
 
 class Trainer:
@@ -193,7 +194,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--shift", type=float, default=5.0)
-    parser.add_argument("--layer-drop", type=float, default=0.4, help="share of steps without one of the blocks")
+    parser.add_argument("--layer-drop", type=float, default=0.5, help="share of steps in which blocks are left out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action="store_true")
