@@ -320,7 +320,7 @@ def document(results: dict[str, Any]) -> str:
 Made by `python -m benchmarks.demo_model.sweep`; do not edit. *Right*: % of clips in which the shipped judge reads both
 digits as asked for in every frame. *Kept*: % in which it reads the same in every frame. Every row starts from the same
 noise and conditions. Intervals are 95 %: Wilson for rates, paired for changes (for the Fréchet distance by a paired
-bootstrap over clips). A change is against the same setting without STG, or, for rows without STG, against the first row.
+bootstrap over clips). A change is against the same setting without STG, or, for rows without, against the first row.
 The Fréchet distance (lower is better) is on the judge's features against 2,000 real clips; it is biased upwards for few
 clips, so compare it with the row of real clips, the floor for as many, and only within a table. Grain is the noise of
 the background, of 255. Compute counts floating-point operations, the first row being 1."""

@@ -253,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stg_hooks.demo: {error}", file=sys.stderr)
         return 1
     print(f"\n{table(page.summary(clips, settings, report))}")
-    print(f"\n{page.verdict(report, settings)}")
+    print("\n" + " ".join([*page.headline(report), page.verdict(report, settings)]).rstrip())
     print(f"\nOpen {index.resolve()} in a browser ({time.perf_counter() - started:.0f} s).")
     return 0
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from stg_hooks.demo.__main__ import Clip, Settings
 
 ZOOM = 6
+STRIP_ZOOM = 4  # the page magnifies the rest
 FRAME_MS = 160
 HEADLINE = next(iter(judge.MEASURES))
 TITLES = judge.MEASURES | {
@@ -45,7 +46,7 @@ def animations(clips: Sequence[Clip], settings: Settings) -> dict[str, bytes]:
     for position, clip in enumerate(clips, 1):
         for way, video in (("plain", clip.plain), ("stg", clip.guided)):
             name = f"clips/{position:02d}-{clip.prompt.replace(' ', '-')}-{way}.gif"
-            files[name] = _gif([_zoomed(Image.fromarray(frame.numpy())) for frame in video])
+            files[name] = _gif([_zoomed(frame) for frame in video])
     return files
 
 
@@ -91,7 +92,7 @@ def summary(clips: Sequence[Clip], settings: Settings, report: dict[str, Any] | 
         rows.append([title, *(f"{sum(one[measure] for one in way)} of {len(clips)}" for way in counts)])
     plain, guided = _row(report, "plain"), _row(report, "guided")
     if report is not None and plain and guided:
-        rows[0] += [f"{row['name']}: {report['clips']:,} clips" for row in (plain, guided)]
+        rows[0] += [f"{way}, evaluation" for way in settings.ways]
         for cells, measure in zip(rows[1:], judge.MEASURES, strict=True):
             cells += [f"{row[measure][0]:.1%}" for row in (plain, guided)]
     return rows
@@ -123,7 +124,7 @@ def headline(report: dict[str, Any] | None) -> tuple[str, str]:
 
 
 def verdict(report: dict[str, Any] | None, settings: Settings) -> str:
-    """Say what the full evaluation shows, be it good or bad.
+    """Say all that the full evaluation shows, be it good or bad.
 
     Args:
         report: the full evaluation, if there is one.
@@ -132,10 +133,9 @@ def verdict(report: dict[str, Any] | None, settings: Settings) -> str:
     Returns:
         A few sentences.
     """
-    numbers, said = headline(report)
     row = _row(report, "guided")
     if report is None or row is None:
-        return said
+        return ""
     better: list[str] = []
     worse: list[str] = []
     unclear: list[str] = []
@@ -148,7 +148,7 @@ def verdict(report: dict[str, Any] | None, settings: Settings) -> str:
         else:
             (better if (change > 0) == rate else worse).append(text)
     kinds = (("Better", better), ("Worse", worse), ("No difference beyond chance", unclear))
-    words = [f"{numbers} {said}", *(f"{word}: {', '.join(names)}." for word, names in kinds if names)]
+    words = [f"{word}: {', '.join(names)}." for word, names in kinds if names]
     other = {**dataclasses.asdict(settings), "layers": list(settings.layers)} != report["settings"]
     return " ".join(words + ["This run used other settings than that evaluation."] * other)
 
@@ -214,20 +214,10 @@ def _grade(clip: Clip, seen: Tensor) -> dict[str, bool]:
     return {name: bool(hit) for name, hit in judge.grade(seen[None], labels([clip.prompt])).items()}
 
 
-def _image(frames: Tensor) -> Image.Image:
-    """Lay frames side by side.
-
-    Args:
-        frames: (F, H, W, 3), uint8.
-
-    Returns:
-        An image of H x (F W) pixels.
-    """
-    return Image.fromarray(frames.permute(1, 0, 2, 3).flatten(1, 2).numpy())
-
-
-def _zoomed(image: Image.Image, zoom: int = ZOOM) -> Image.Image:
-    return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+def _zoomed(frame: Tensor, zoom: int = ZOOM) -> Image.Image:
+    """Magnify a frame, (H, W, 3), smoothly: squares as large as these would hide what a digit is."""
+    image = Image.fromarray(frame.numpy())
+    return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.BICUBIC)
 
 
 def _gif(frames: Sequence[Image.Image]) -> bytes:
@@ -247,7 +237,7 @@ def _compare(clips: Sequence[Clip], ways: Sequence[str], index: int) -> Image.Im
         top = gap + row * (head + size + gap)
         draw.text((gap, top), way, (20, 20, 20), font)
         for column, clip in enumerate(clips):
-            frame = Image.fromarray((clip.guided if row else clip.plain)[index].numpy())
+            frame = (clip.guided if row else clip.plain)[index]
             left = gap + column * (size + gap)
             sheet.paste(_zoomed(frame), (left, top + head))
             if column:
@@ -269,9 +259,12 @@ def _card(clip: Clip, ways: Sequence[str]) -> str:
 
 def _side(clip: Clip, way: str, video: Tensor, seen: Tensor) -> str:
     """Show one clip: the film strip that the page plays, and what the judge reads of each digit, frame by frame."""
-    strip = io.BytesIO()
-    _image(video).save(strip, "PNG", optimize=True)
-    data = base64.b64encode(strip.getvalue()).decode()
+    frames = [_zoomed(frame, STRIP_ZOOM) for frame in video]
+    strip, file = Image.new("RGB", (len(frames) * frames[0].width, frames[0].height)), io.BytesIO()
+    for index, frame in enumerate(frames):
+        strip.paste(frame, (index * frame.width, 0))
+    strip.save(file, "PNG", optimize=True)
+    data = base64.b64encode(file.getvalue()).decode()
     words = []
     for colour, wanted, read in zip(COLOURS, labels([clip.prompt])[0].tolist(), seen.T.tolist(), strict=True):
         digits = " ".join(str(digit) if digit == wanted else f"<b>{digit}</b>" for digit in read)
@@ -337,7 +330,7 @@ h3 small { font-weight: 400; font-size: .82rem; white-space: nowrap }
 figure { margin: 0; min-width: 0 }
 figcaption { font-size: .82rem; color: var(--soft); margin-bottom: .2rem }
 .film { aspect-ratio: 1; border-radius: .35rem; outline: 1px solid var(--line);
-  background: var(--s) 0 0 / 600% 100%; image-rendering: pixelated;
+  background: var(--s) 0 0 / 600% 100%;
   animation: play 1.28s step-end infinite; animation-play-state: var(--frames) }
 @keyframes play {
   0% { background-position-x: 0 } 12.5% { background-position-x: 20% } 25% { background-position-x: 40% }
@@ -361,9 +354,9 @@ figure ul { list-style: none; margin: .4rem 0 0; padding: 0; font-size: .86rem; 
 $cards
 </div>
 <p class="soft">$count clips, not selected. Left: $plain; right: $guided. Both sides of a pair have the same weights,
-prompt, seed and number of steps, in an unmodified diffusers pipeline; on the right, <code>stg.apply</code> adds spatiotemporal
-skip guidance (STG). Under each clip: what the judge, a small classifier that was trained on real clips, reads in each
-frame.</p>
+prompt, seed and number of steps, in an unmodified diffusers pipeline; on the right, <code>stg.apply</code> adds
+spatiotemporal skip guidance (STG). Under each clip: what the judge, a small classifier that was trained on real clips,
+reads in each frame.</p>
 <dl>$facts</dl>
 
 <h2>This run, and the full evaluation</h2>
