@@ -39,7 +39,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 WEIGHTS = Path(demo.__file__).parent / "weights"
 MEASURES = tuple(judge.MEASURES)
 REFERENCE = 2000
-RESAMPLES = 300
+RESAMPLES = 200
+LAYERS = [(0,), (1,), (2,), (3,), (4,), (5,), (6,), (7,), (4, 5), (5, 6), (6, 7), (4, 5, 6), (5, 6, 7), (3, 4, 5, 6)]
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -206,10 +207,10 @@ def coarse_cells(options: argparse.Namespace) -> list[Cell]:
     """List the settings of the sweep: no STG at several CFG scales, and every layer, mode and scale."""
     plain = [Cell(other, options.steps) for other in options.guidance]
     return plain + [
-        dataclasses.replace(base, mode=mode, layers=(layer,), scale=scale)
+        dataclasses.replace(base, mode=mode, layers=layers, scale=scale)
         for base in plain[: options.guided]
         for mode in options.modes
-        for layer in options.layers
+        for layers in options.layers
         for scale in options.scales
     ]
 
@@ -222,8 +223,8 @@ def final_cells(chosen: Sequence[Cell], few: Sequence[int]) -> list[Cell]:
     first = chosen[0]
     replace = dataclasses.replace
     plain = [first.plain, *(Cell(first.guidance_scale, round(more * first.steps)) for more in (1.5, 2))]
-    fewer = [one for steps in few for one in (replace(first.plain, steps=steps), replace(first, steps=steps))]
-    return list(dict.fromkeys([*plain, *chosen, *(cell.plain for cell in chosen), *fewer]))
+    others = [one for steps in few for one in (replace(first.plain, steps=steps), replace(first, steps=steps))]
+    return list(dict.fromkeys([*plain, *chosen, *(cell.plain for cell in chosen), *others]))
 
 
 def ranked(rows: Sequence[dict[str, Any]]) -> list[Cell]:
@@ -241,13 +242,18 @@ def cell_of(row: dict[str, Any]) -> Cell:
     return Cell(**values | {"layers": tuple(values["layers"])})
 
 
+def layers_of(text: str) -> tuple[int, ...]:
+    """Read layers that are skipped together."""
+    return tuple(map(int, text.split(",")))
+
+
 def parse_choice(text: str) -> Cell:
     """Read the fields of a cell: CFG:STEPS[:MODE:LAYERS:SCALE[:STOP[:RESCALE]]], layers with commas."""
     guidance, steps, *skip = text.split(":")
     if not skip:
         return Cell(float(guidance), int(steps))
     mode, layers, *numbers = skip
-    return Cell(float(guidance), int(steps), mode, tuple(map(int, layers.split(","))), *map(float, numbers))
+    return Cell(float(guidance), int(steps), mode, layers_of(layers), *map(float, numbers))
 
 
 def compute_all(bench: Bench, cells: Sequence[Cell], part: tuple[int, int]) -> bool:
@@ -366,13 +372,15 @@ def options_from_command_line() -> argparse.Namespace:
         "--cells", nargs="+", type=parse_choice, metavar="CELL", help=f"these, the demo's first. {parse_choice.__doc__}"
     )
     parser.add_argument("--keep", type=int, default=2, help="for --final: how many of the sweep's best (default: 2)")
-    parser.add_argument("--clips", type=int, help="clips per cell (default: 128, with --final 1024)")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--few", type=int, nargs="*", default=[4, 6, 8], help="for --final: fewer steps, too")
+    parser.add_argument("--clips", type=int, help="clips per cell (default: 64, with --final 1024)")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument(
+        "--few", type=int, nargs="*", default=[4, 8, 12], help="for --final: other numbers of steps, too"
+    )
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0], help="CFG scales without STG")
     parser.add_argument("--guided", type=int, default=1, help="the first N CFG scales are swept with STG, too")
-    parser.add_argument("--layers", type=int, nargs="+", default=list(range(8)))
-    parser.add_argument("--modes", nargs="+", default=["residual", "attention", "values"], choices=list(MODES))
+    parser.add_argument("--layers", type=layers_of, nargs="+", default=LAYERS, help="4,5 skips both")
+    parser.add_argument("--modes", nargs="+", default=["residual", "attention", "feed-forward"], choices=list(MODES))
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 2.0])
     parser.add_argument("--seed", type=int, default=0, help="of the sweep; the final uses the next one")
     parser.add_argument("--batch", type=int, default=16)
@@ -396,7 +404,7 @@ def main() -> int:
     phase = "final" if options.final else "sweep"
     results_file: Path = options.results / "demo_model.json"
     results = json.loads(results_file.read_text()) if results_file.exists() else {}
-    count = options.clips or (1024 if options.final else 128)
+    count = options.clips or (1024 if options.final else 64)
     bench = Bench(options.work, phase, count, options.seed + options.final, options.batch)
     chosen: list[Cell] = options.cells or []
     if options.final and not chosen:
