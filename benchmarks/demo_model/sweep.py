@@ -375,7 +375,7 @@ def options_from_command_line() -> argparse.Namespace:
     parser.add_argument("--clips", type=int, help="clips per cell (default: 64, with --final 1024)")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument(
-        "--few", type=int, nargs="*", default=[4, 8, 12], help="for --final: other numbers of steps, too"
+        "--few", type=int, nargs="*", default=[4, 8, 12], help="for --final: other steps, too"
     )
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0], help="CFG scales without STG")
     parser.add_argument("--guided", type=int, default=1, help="the first N CFG scales are swept with STG, too")
