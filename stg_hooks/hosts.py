@@ -291,7 +291,9 @@ class ModuleHost:
     def _calling(self) -> Iterator[tuple[Any, object]]:
         """Find the pipeline that makes a call, and the integration that knows it."""
         for library, name in _INTEGRATIONS.items():
-            integration = importlib.import_module(name) if library in sys.modules else None
+            if library not in sys.modules:
+                continue
+            integration = sys.modules.get(name) or importlib.import_module(name)  # the latter takes its time
             calling = getattr(integration, "calling_pipeline", None)
             pipeline = None if calling is None else calling()
             if pipeline is not None:

@@ -15,7 +15,8 @@ from stg_hooks.errors import CallError, NotCopied, StgWarning
 from stg_hooks.hooks import activation
 from stg_hooks.hooks.compiled import is_compiled
 from stg_hooks.hooks.forward import Patch, now, patched
-from stg_hooks.model.layers import Layer, LayerSpec
+from stg_hooks.model.layers import Layer
+from stg_hooks.model.resolve import LayerSpec
 from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.modes import Mode
 from stg_hooks.modes.switch import Switch

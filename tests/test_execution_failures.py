@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import stg_hooks as stg
 from stg_hooks.passes import execution as execution_module
-from stg_hooks.passes import shared
+from stg_hooks.passes import recording
 from tests import zoo
 
 SKIPPED = 2
@@ -41,17 +41,17 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
     """Everything that is recorded, for as long as somebody holds it."""
     seen: list[weakref.ref[Any]] = []
 
-    class Output(shared.Output):
+    class Output(recording.Output):
         def __post_init__(self) -> None:
             if type(self.rows) is torch.Tensor:
                 seen.append(weakref.ref(self.rows))
 
-    class Recording(shared.Recording):
+    class Recording(recording.Recording):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             seen.append(weakref.ref(self))
 
-    monkeypatch.setattr(shared, "Output", Output)
+    monkeypatch.setattr(recording, "Output", Output)
     monkeypatch.setattr(execution_module, "Recording", Recording)
     return seen
 

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import stg_hooks as stg
-from stg_hooks.model.layers import find_layers, is_attention, resolve
+from stg_hooks.model.attention import is_attention
+from stg_hooks.model.layers import find_layers
+from stg_hooks.model.resolve import resolve
 from tests import zoo
 
 

@@ -18,7 +18,8 @@ from torch import nn
 
 import stg_hooks as stg
 from stg_hooks.guidance.trace import Stats
-from stg_hooks.model.layers import Layer, _glob_matches, resolve
+from stg_hooks.model.layers import Layer
+from stg_hooks.model.resolve import _glob_matches, resolve
 from stg_hooks.passes.predict import Predictor
 from tests import zoo
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from stg_hooks.hooks.forward import _is_ours
 from stg_hooks.modes.modes import MODES
-from stg_hooks.passes.execution import EXECUTIONS as EXECUTIONS
+from stg_hooks.passes.ways import EXECUTIONS as EXECUTIONS
 from tests.tiny_models import MODELS, HandThrough, Tiny, expand
 
 DIM, TEXT_TOKENS, TOKENS = 8, 3, 5

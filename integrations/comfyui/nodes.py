@@ -16,7 +16,7 @@ from stg_hooks.guidance.settings import preset_for, published_names, recommended
 from stg_hooks.integrations.comfyui.fields import layers_from, limits_from, schedule_from
 from stg_hooks.integrations.comfyui.guidance import SkipGuidance
 from stg_hooks.modes.modes import MODES
-from stg_hooks.passes.execution import EXECUTIONS
+from stg_hooks.passes.ways import EXECUTIONS
 
 CATEGORY = "advanced/guidance"
 AUTO = "as published"

@@ -12,7 +12,7 @@ from torch import nn
 
 from stg_hooks.errors import SettingError, closest
 from stg_hooks.guidance.combine import Scale, check_rescale, check_scale
-from stg_hooks.model.layers import LayerSpec, items_of, listed
+from stg_hooks.model.resolve import LayerSpec, items_of, listed
 from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.modes import Mode, find_mode
 from stg_hooks.modes.sites import check_kind

@@ -16,11 +16,12 @@ from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import BlockError, named
 from stg_hooks.model.source import bound_arguments
-from stg_hooks.modes.attention import AttentionSeam, Change
+from stg_hooks.modes.attention import AttentionSeam
 from stg_hooks.modes.attention_calls import AttentionCall
 from stg_hooks.modes.branches import bypassed
 from stg_hooks.modes.feed_forward import FeedForwards
 from stg_hooks.modes.residual import Streams, copied
+from stg_hooks.modes.self_attention import Change
 
 
 @dataclasses.dataclass(frozen=True)

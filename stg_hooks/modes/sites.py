@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, get_args
 from torch import nn
 
 from stg_hooks.errors import LayerError, SettingError, closest
-from stg_hooks.model.layers import Layer, attention_modules, is_attention
+from stg_hooks.model.attention import attention_modules, is_attention
+from stg_hooks.model.layers import Layer
 from stg_hooks.model.source import signature_text
 from stg_hooks.modes.feed_forward import feed_forwards
 from stg_hooks.modes.frames import Kind, kinds_of, temporal_lines

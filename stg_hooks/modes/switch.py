@@ -13,7 +13,8 @@ from torch import nn
 from stg_hooks.errors import CallError, LayerError
 from stg_hooks.hooks.checkpointing import checkpointed, skipped_in
 from stg_hooks.hooks.forward import Action, Patch, now, patched
-from stg_hooks.model.layers import Layer, LayerSpec, find_layers, resolve
+from stg_hooks.model.layers import Layer, find_layers
+from stg_hooks.model.resolve import LayerSpec, resolve
 from stg_hooks.modes.attention import AttentionSeam
 from stg_hooks.modes.feed_forward import FeedForwards
 from stg_hooks.modes.frames import Kind

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stg_hooks.errors import CallError
+from stg_hooks.passes.altering import may_alter
 from stg_hooks.passes.effects import count_of_writes
 from stg_hooks.passes.walk import (
     KNOWN_LIBRARIES,
@@ -23,7 +24,6 @@ from stg_hooks.passes.walk import (
     Items,
     Walk,
     library_of,
-    may_alter,
     replaced_forward,
     serial,
 )

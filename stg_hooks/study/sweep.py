@@ -19,7 +19,7 @@ import torch
 from stg_hooks.apply import apply
 from stg_hooks.errors import SettingError, StgWarning
 from stg_hooks.hosts import denoisers_of
-from stg_hooks.model.layers import LayerSpec
+from stg_hooks.model.resolve import LayerSpec
 from stg_hooks.study import claims, media
 from stg_hooks.study import metrics as measures
 from stg_hooks.study.cost import CallCounter
