@@ -218,13 +218,13 @@ def coarse_cells(options: argparse.Namespace) -> list[Cell]:
 def final_cells(chosen: Sequence[Cell], few: Sequence[int]) -> list[Cell]:
     """List the settings to measure well; the first of the chosen is the demo's.
 
-    Beside the chosen: the plain pipeline at as many steps, and at as many as cost more; CFG; and fewer steps.
+    Beside the chosen: the plain pipeline at as many steps, and at more, which cost as much; and other steps.
     """
     first = chosen[0]
     replace = dataclasses.replace
     plain = [first.plain, *(Cell(first.guidance_scale, round(more * first.steps)) for more in (1.5, 2))]
     others = [one for steps in few for one in (replace(first.plain, steps=steps), replace(first, steps=steps))]
-    return list(dict.fromkeys([*plain, *chosen, *(cell.plain for cell in chosen), *others]))
+    return [*plain, *chosen, *others]
 
 
 def ranked(rows: Sequence[dict[str, Any]]) -> list[Cell]:
@@ -336,7 +336,7 @@ the background, of 255. Compute counts floating-point operations, the first row 
         parts += [
             f"## Final: {final['clips']:,} clips a row, noise and conditions that the sweep has not seen",
             table(final),
-            f"The demo's setting, chosen {final['chosen_by']}, is {final['guided']}.",
+            f"The demo's setting, chosen by the sweep below, is {final['guided']}.",
         ]
     if "sweep" in results:
         sweep = results["sweep"]
@@ -369,14 +369,12 @@ def options_from_command_line() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--final", action="store_true", help="measure the best settings of the sweep well")
     parser.add_argument(
-        "--cells", nargs="+", type=parse_choice, metavar="CELL", help=f"these, the demo's first. {parse_choice.__doc__}"
+        "--cells", nargs="*", type=parse_choice, default=[], metavar="CELL", help=f"these, too. {parse_choice.__doc__}"
     )
     parser.add_argument("--keep", type=int, default=2, help="for --final: how many of the sweep's best (default: 2)")
     parser.add_argument("--clips", type=int, help="clips per cell (default: 64, with --final 1024)")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument(
-        "--few", type=int, nargs="*", default=[4, 8, 12], help="for --final: other steps, too"
-    )
+    parser.add_argument("--few", type=int, nargs="*", default=[4, 8, 12], help="for --final: other steps, too")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0], help="CFG scales without STG")
     parser.add_argument("--guided", type=int, default=1, help="the first N CFG scales are swept with STG, too")
     parser.add_argument("--layers", type=layers_of, nargs="+", default=LAYERS, help="4,5 skips both")
@@ -406,21 +404,19 @@ def main() -> int:
     results = json.loads(results_file.read_text()) if results_file.exists() else {}
     count = options.clips or (1024 if options.final else 64)
     bench = Bench(options.work, phase, count, options.seed + options.final, options.batch)
-    chosen: list[Cell] = options.cells or []
-    if options.final and not chosen:
+    chosen: list[Cell] = []
+    if options.final:
         if "sweep" not in results or results["sweep"]["weights"] != bench.weights:
-            raise SystemExit("there is no finished sweep of these weights: run without --final first, or use --cells")
+            raise SystemExit("there is no finished sweep of these weights: run without --final first")
         chosen = [cell_of(row) for row in results["sweep"]["best"][: options.keep]]
     cells = final_cells(chosen, options.few) if options.final else coarse_cells(options)
-    if chosen and not options.final:
-        cells = list(dict.fromkeys([*(cell.plain for cell in chosen), *chosen]))
+    cells = list(dict.fromkeys([*cells, *(cell.plain for cell in options.cells), *options.cells]))
     if not compute_all(bench, cells, options.part):
         print("this part is done; the results are written by the part that ends last")
         return 0
     results[phase] = report(bench, cells)
     if options.final:
         results[phase]["settings"] = chosen[0].settings()
-        results[phase]["chosen_by"] = "by hand" if options.cells else "by the sweep below"
         results[phase]["guided"] = chosen[0].name
         rows = results[phase]["rows"]
         guided = next(row for row in rows if row["name"] == chosen[0].name)
