@@ -73,7 +73,7 @@ class Cell:
 
     def settings(self) -> dict[str, Any]:
         """Return what the demo needs to sample like this."""
-        return dataclasses.asdict(self)
+        return {name: getattr(self, name) for name in ("layers", "mode", "scale", "guidance_scale", "steps")}
 
     def applied(self, pipe: Any) -> AbstractContextManager[Any]:
         """Guide the pipeline by this setting."""

@@ -22,7 +22,7 @@ from stg_hooks.demo import clips
 
 __all__ = ["GUIDANCE_SCALE", "PROMPTS", "STEPS", "embed", "inputs", "labels", "load", "sample", "to_clips", "to_video"]
 
-STEPS = 12
+STEPS = 6
 GUIDANCE_SCALE = 2.0
 PROMPTS = ("red 3 blue 7", "red 8 blue 2", "red 5 blue 0", "red 9 blue 4")
 _DIGITS = tuple(map(str, range(clips.DIGITS)))

@@ -27,11 +27,11 @@ BATCH = 8
 class Settings:
     """How the clips are sampled. These defaults hold where no evaluation ships with the package."""
 
-    layers: tuple[int, ...] = (4,)
+    layers: tuple[int, ...] = (5, 6)
     mode: str = "residual"
     scale: float = 1.0
     guidance_scale: float = 1.0
-    steps: int = 12
+    steps: int = 6
 
     @property
     def ways(self) -> tuple[str, str]:
