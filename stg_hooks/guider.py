@@ -16,14 +16,14 @@ from stg_hooks.errors import CallError, NotCopied, SettingError, TargetError
 from stg_hooks.guidance.combine import Scale, check_scale, is_number
 from stg_hooks.guidance.guide import Guidance, Guided, Predictions, StepOrLater
 from stg_hooks.guidance.plain import written
-from stg_hooks.guidance.rules import AveragedApg, Rule
+from stg_hooks.guidance.rules import Rule, remembers
 from stg_hooks.guidance.schedule import Plan, Request, Schedule, Settings
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.guidance.trace import Stats, Trace
 from stg_hooks.hooks import activation
 from stg_hooks.model.resolve import LayerSpec
 from stg_hooks.modes.frames import Kind
-from stg_hooks.modes.modes import Mode
+from stg_hooks.modes.perturbation import Mode
 from stg_hooks.passes.guided_call import in_weak_pass
 from stg_hooks.passes.inputs import Inputs, Written
 from stg_hooks.passes.joined import halved_output, joined_call
@@ -166,7 +166,7 @@ class Guider(NotCopied):
         """Where in the run the next calls are made; set it in a loop of your own if settings change during the run."""
         self._steps = SamplerSteps(sigmas)
         self._takes_sigma = _second_parameter(denoiser) == "sigma"
-        self._needs_step = not self.plan.is_constant or every > 1 or isinstance(rule, AveragedApg)
+        self._needs_step = not self.plan.is_constant or every > 1 or remembers(rule)
         self._predictor = Predictor(model, (), execution, self.stats)
         self._predictor.prepare(self.plan.known)
         self._open: list[ExitStack] = []

@@ -1,4 +1,4 @@
-"""What `apply` needs to know about the target that it guides, and who answers for which kind of target."""
+"""What `apply` needs to know about the target that it guides, and which integration describes which kind of target."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from stg_hooks.errors import CallError, TargetError
 from stg_hooks.step import Step
 
-# Top-level package of a target's class -> module with a `host(target)` function; imported when first needed. Where the
-# module has `calling_pipeline()` and `calling_host(pipeline, module)` as well, they tell who calls a guided module; and
-# `plain_attention(attention)` has its attention computed where it can be seen.
+# Top-level package of a target's class -> module with a `host(target)` function; imported when first needed. It may
+# also have `calling_pipeline()` and `calling_host(pipeline, module)`, which tell what calls a guided module, and
+# `plain_attention(attention)`, which has its attention computed where it can be seen.
 _INTEGRATIONS = {"diffusers": "stg_hooks.integrations.diffusers.host"}
 # Top-level package of an attention module's class -> module with a `plain_attention(attention)` function.
 _ATTENTION = {**_INTEGRATIONS, "comfy": "stg_hooks.integrations.comfyui.attention"}
@@ -141,7 +141,7 @@ class Processors:
         """Install those again that were noted."""
         for module, processor in self._found:
             if getattr(module, _PROCESSOR, None) is not processor:
-                module._modules.pop(_PROCESSOR, None)  # what is no module cannot be assigned over one
+                module._modules.pop(_PROCESSOR, None)  # torch assigns only modules over a module
                 setattr(module, _PROCESSOR, processor)
 
 
@@ -196,8 +196,8 @@ class StepCaches(Protocol):
     def begin_pass(self) -> None:
         """Take notice of a pass that is not a weak one, before it is made."""
 
-    def apart(self, who: object, perturbed: Collection[nn.Module], bypassed: bool) -> AbstractContextManager[object]:
-        """Keep calls of the model that `who` makes away from what the other passes keep."""
+    def apart(self, key: object, perturbed: Collection[nn.Module], bypassed: bool) -> AbstractContextManager[object]:
+        """Keep calls of the model that go with `key` away from what the other passes keep."""
 
 
 class ModuleHost:

@@ -28,6 +28,8 @@ class Step:
     count: int | None = None
     sigma: float | None = None
     kind: str | None = None
+    timestep: float | None = None
+    """What a pipeline passes to its denoiser: from 1000 at pure noise to 0, mostly."""
     of_sampler: bool = dataclasses.field(default=False, repr=False, compare=False)
     """It was told by the noise level that a sampler passes, which may evaluate a step more than once (Heun's)."""
 

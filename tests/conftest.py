@@ -16,6 +16,13 @@ def _same_random_numbers() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def inference() -> Iterator[None]:
+    """Keep no gradients; a file of tests asks for it with `pytestmark`."""
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _nothing_left_in_force() -> Iterator[None]:
     """No test may end with a session still in force, or a module still replaced: the next one would be perturbed."""

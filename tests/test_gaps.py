@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
-from stg_hooks.passes.gaps import Gap, GapError, gaps
 from tests import zoo
 
 LATE = 500.0
@@ -113,18 +112,3 @@ def test_blocks_that_begin_to_hand_over_more_than_they_return(kind: type, infere
             for t in (900.0, 100.0, 100.0):
                 cond = plain(x, text, t)
                 assert_close(model(x, text, t), cond + 1.5 * (cond - weak(x, text, t)), rtol=1e-4, atol=1e-5)
-
-
-def test_a_gap_may_be_computed_with_only_while_that_cannot_matter() -> None:
-    gap = torch.full((2, 3), float("nan")).as_subclass(Gap)
-    assert gap.shape == (2, 3)
-    assert gap.dtype is torch.float32
-    with gaps(are_free=True):
-        assert type(gap.mT + 1) is Gap
-        assert type(torch.where(gap > 0, 1.0, 2.0)) is Gap
-        for ask in (lambda: bool((gap > 0).any()), lambda: gap.sum().item(), lambda: torch.zeros(2, 3).add_(gap)):
-            with pytest.raises(GapError):
-                ask()
-    for use in (lambda: gap + 1, lambda: gap.T, lambda: torch.cat([torch.zeros(2, 3), gap])):
-        with pytest.raises(GapError):
-            use()

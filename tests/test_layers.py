@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -326,3 +328,49 @@ def test_blocks_with_one_projection_for_all_are_numbered(names: tuple[str, str],
     assert not is_attention(nn.ModuleDict({name: nn.LayerNorm(4) for name in names}))  # norms alone project nothing
     model.single_blocks = nn.ModuleList(Fused((names[0], "other"), inside) for _ in range(3))
     assert find_layers(model) == []
+
+
+# --- regular expressions, and globs of what is inside layers ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("spell", [re.compile, "re:{}".format], ids=["compiled", "text"])
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (r"blocks\.(1|2)$", ["blocks.1", "blocks.2"]),
+        (r"^blocks\.[01]", ["blocks.0", "blocks.1"]),
+        (r"blocks\.(1|2)\..*attn1", ["blocks.1.attn1", "blocks.2.attn1"]),
+        (r"blocks\.(1|2)\..*attn", ["blocks.1.attn1", "blocks.2.attn1"]),  # and not the cross-attention beside them
+        (r"(?i)BLOCKS\.0$", ["blocks.0"]),
+    ],
+)
+def test_regular_expressions(spell: Callable[[str], Any], pattern: str, expected: list[str]) -> None:
+    model = zoo.FAMILIES["wan"].build()
+    assert [name for name, _ in model.named_modules() if name in expected] == expected  # the names, told by torch
+    for layers in (spell(pattern), [spell(pattern)]):
+        assert names_of(resolve(model, layers)) == expected
+        assert names_of(stg.check(model, layers, "values")) == expected
+
+
+def test_a_regular_expression_skips_what_it_names() -> None:
+    model, inputs = zoo.build("plain"), zoo.inputs()
+    with stg.skip(model, re.compile(r"blocks\.(1|2)$")):
+        found = model(**inputs)
+    torch.testing.assert_close(found, zoo.without(model, ["blocks.1", "blocks.2"])(**inputs))
+
+
+def test_regular_expressions_that_name_nothing() -> None:
+    model = zoo.build("plain")
+    with pytest.raises(stg.LayerError, match=r"layers=\[re.compile\('nothing'\)\] is found in no name.*4 layers"):
+        resolve(model, re.compile("nothing"))
+    with pytest.raises(stg.LayerError, match=r"layers=\['re:\('\] is not a regular expression: missing \)"):
+        resolve(model, "re:(")
+    with pytest.raises(stg.TargetError, match="a regular expression for text, not for bytes"):
+        resolve(model, re.compile(b"blocks"))
+
+
+def test_globs_reach_what_is_inside_layers() -> None:
+    model = zoo.FAMILIES["wan"].build()
+    expected = [name for name, _ in model.named_modules() if name.endswith(".attn1")]
+    assert names_of(resolve(model, "blocks.*.attn1")) == expected
+    assert names_of(resolve(model, "blocks.[12].attn?")) == ["blocks.1.attn1", "blocks.2.attn1"]

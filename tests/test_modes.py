@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -33,9 +33,11 @@ def _plain_inference() -> Iterator[None]:
 class ByHand(nn.Module):
     """An attention module in whose calls the attention itself is written out."""
 
-    def __init__(self, attention: nn.Module, mode: str, text: tuple[str, int] | None) -> None:
+    def __init__(
+        self, attention: nn.Module, mode: str, text: tuple[str, int] | None, blur: Callable[[Tensor], Tensor]
+    ) -> None:
         super().__init__()
-        self.attention, self.mode, self.text = attention, mode, text
+        self.attention, self.mode, self.text, self.blur = attention, mode, text, blur
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()]
@@ -60,7 +62,8 @@ class ByHand(nn.Module):
                     x = torch.cat([given[1], x] if self.text == ("first", self.text[1]) else [x, given[1]], dim=1)
                 return x.unflatten(-1, (value.shape[1], -1)).transpose(1, 2)
             if self.mode == "smoothed":
-                query = torch.where(is_text[:, None], query, query[..., ~is_text, :].mean(-2, keepdim=True))
+                query = query.clone()
+                query[..., ~is_text, :] = self.blur(query[..., ~is_text, :])
             logits = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
             if attn_mask is not None:
                 logits = (
@@ -92,7 +95,6 @@ class Case:
         return f"{self.family}-{self.layer}" + (f"-{self.kind}" if self.kind else "")
 
 
-UP = "up_blocks.1.attentions.0"
 CASES = [
     Case("wan", 1, ["blocks.1.attn1"]),
     Case("ltx", 1, ["transformer_blocks.1.attn1"]),
@@ -115,10 +117,20 @@ def tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def by_hand(model: nn.Module, names: Sequence[str], mode: str, text: tuple[str, int] | None = None) -> nn.Module:
+def mean(queries: Tensor) -> Tensor:
+    return queries.mean(-2, keepdim=True)
+
+
+def by_hand(
+    model: nn.Module,
+    names: Sequence[str],
+    mode: str,
+    text: tuple[str, int] | None = None,
+    blur: Callable[[Tensor], Tensor] = mean,
+) -> nn.Module:
     model = copy.deepcopy(model)
     for name in names:
-        model.set_submodule(name, ByHand(model.get_submodule(name), mode, text))
+        model.set_submodule(name, ByHand(model.get_submodule(name), mode, text, blur))
     return model
 
 

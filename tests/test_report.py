@@ -139,7 +139,7 @@ def test_without_matplotlib_plots_say_what_to_install(tmp_path: Path, monkeypatc
     ("name", "content", "message"),
     [
         (None, "", r"neither profile.json nor sweep.json.*stg.profile\(pipe, \.\.\.\).save\(folder\)"),
-        ("profile.json", "{", "is no JSON"),
+        ("profile.json", "{", "is not valid JSON"),
         ("sweep.json", '{"kind": "sweep", "version": 99}', "in version 99"),
     ],
 )

@@ -114,7 +114,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     ("text", "message"),
     [
         (None, r"profile\.json does not exist\. stg\.profile\(\.\.\.\) writes it\."),
-        ("{", r"profile\.json is no JSON"),
+        ("{", r"profile\.json is not valid JSON"),
         ("[]", r"holds a list"),
         ('{"kind": "sweep", "version": 1}', r"says it is 'sweep' in version 1"),
         ('{"kind": "profile", "version": 2}', r"reads 'profile' in version 1"),

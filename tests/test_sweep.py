@@ -178,8 +178,11 @@ def test_a_stock_pipeline(tmp_path: Path) -> None:
     assert found.settings["pipeline"] == "WanPipeline"
     assert found.settings["guidance_scale"] == demo.GUIDANCE_SCALE
     assert found.settings["settings"] == {"num_inference_steps": 3}
+    saved = json.loads((tmp_path / "cells/residual-L6-s0.5/settings.json").read_text())
+    assert saved == found.cells[1].settings == {"layers": [6], "scale": 0.5, "mode": "residual"}
+    assert not (tmp_path / "cells/baseline/settings.json").exists()
     call = {**demo.inputs(["red 3 blue 7"]), "num_inference_steps": 3, "guidance_scale": demo.GUIDANCE_SCALE}
-    with stg.apply(pipe, layers=[6], scale=0.5):
+    with stg.apply(pipe, **saved):
         latents = pipe(**call, generator=torch.Generator().manual_seed(0)).frames
     with Image.open(tmp_path / "cells/residual-L6-s0.5/p0-s0.strip.webp") as strip:
         frames = torch.tensor(np.asarray(strip.convert("RGB"))).unflatten(1, (6, 24)).transpose(0, 1)

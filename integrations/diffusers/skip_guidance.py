@@ -28,7 +28,7 @@ from stg_hooks.integrations.diffusers.host import calling_pipeline
 from stg_hooks.integrations.diffusers.modular import ModularHost
 from stg_hooks.model.resolve import LayerSpec
 from stg_hooks.modes.frames import Kind
-from stg_hooks.modes.modes import Mode
+from stg_hooks.modes.perturbation import Mode
 from stg_hooks.passes.outputs import own_predictions, replace_predictions
 from stg_hooks.passes.predict import Predicted, Predictor
 from stg_hooks.passes.ways import check_execution

@@ -1,12 +1,13 @@
-"""Find the layers that a user asked for: by index, name, glob or module."""
+"""Find the layers that a user asked for: by index, name, glob, regular expression or module."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from itertools import islice
-from typing import SupportsIndex, cast
+from typing import Any, SupportsIndex, cast
 
 from torch import Tensor, nn
 
@@ -15,9 +16,14 @@ from stg_hooks.model.attention import attention_modules
 from stg_hooks.model.flow import bystanders
 from stg_hooks.model.layers import Layer, find_layers, is_list, is_side
 
-LayerSpec = SupportsIndex | str | range | nn.Module | Iterable["SupportsIndex | str | range | nn.Module"]
-"""What may be passed as `layers`: indices, dotted names or globs, modules, or a list of those."""
+LayerName = SupportsIndex | str | re.Pattern[str] | range | nn.Module
+LayerSpec = LayerName | Iterable["LayerName"] | Mapping[Any, Any]
+"""What may be passed as `layers`: indices, dotted names, globs or regular expressions, modules, a list of those, or a
+dictionary that gives each of them its mode.
+"""
 
+REGEX = "re:"
+"""What a regular expression begins with where it is written as text; no name of a module holds a colon."""
 
 _DEPTH = 20  # of lists in lists
 _MOST = 10_000  # layers that a generator gives
@@ -30,7 +36,8 @@ def resolve(model: nn.Module, spec: object, known: list[Layer] | None = None) ->
     Args:
         model: the module that holds the layers.
         spec: an index (negative ones count from the end), a range, a dotted name or an unambiguous tail of one, a
-            glob whose `*` stays between two dots, a module, or a list of those.
+            glob whose `*` stays between two dots, a regular expression (`re.compile(...)`, or text that begins with
+            `re:`) that is looked for in dotted names, a module, or a list of those.
         known: what `find_layers` gives, where that was called already.
 
     Returns:
@@ -110,13 +117,15 @@ def _resolve_one(model: nn.Module, known: list[Layer], item: object) -> list[Lay
         return [_by_index(model, known, item)]
     if isinstance(item, range):
         return [_by_index(model, known, index) for index in item]  # ends at the first that is out of range
+    if isinstance(item, re.Pattern) or (isinstance(item, str) and item.startswith(REGEX)):
+        return _by_pattern(model, known, item)
     if isinstance(item, str):
         return _by_name(model, known, item)
     if isinstance(item, nn.Module):
         return [_by_module(model, known, item)]
     raise TargetError(
-        f"layers=[{_shown(item)}]: expected an index, a range, a dotted name, a glob or a module, not "
-        f"{type(item).__name__}."
+        f"layers=[{_shown(item)}]: expected an index, a range, a dotted name, a glob, a regular expression or a "
+        f"module, not {type(item).__name__}."
     )
 
 
@@ -138,7 +147,7 @@ def _by_index(model: nn.Module, known: list[Layer], index: int) -> Layer:
 
 def _by_name(model: nn.Module, known: list[Layer], name: str) -> list[Layer]:
     if any(character in name for character in "*?["):
-        matches = [layer for layer in known if _glob_matches(name, layer.name)]
+        matches = _named_so(model, known, lambda full: _glob_matches(name, full))
         if not matches:
             raise LayerError(
                 f"layers=[{_shown(name)}] matches no layer. {_what_exists(model, known)} See stg.layers(model)."
@@ -174,6 +183,35 @@ def _by_name(model: nn.Module, known: list[Layer], name: str) -> list[Layer]:
         f"layers=[{_shown(name)}]: {type(model).__name__} has no module of that name."
         f"{closest(asked, tails)} {_what_exists(model, known)} See stg.layers(model)."
     )
+
+
+def _by_pattern(model: nn.Module, known: list[Layer], pattern: re.Pattern[str] | str) -> list[Layer]:
+    """Find the layers in whose names a regular expression is found."""
+    asked = f"layers=[{_shown(pattern)}]"
+    try:
+        found_in = re.compile(pattern.removeprefix(REGEX) if isinstance(pattern, str) else pattern).search
+        matches = _named_so(model, known, lambda name: found_in(name) is not None)
+    except re.error as error:
+        raise LayerError(f"{asked} is not a regular expression: {error}.") from error
+    except TypeError:
+        raise TargetError(f"{asked}: expected a regular expression for text, not for bytes.") from None
+    if not matches:
+        raise LayerError(f"{asked} is found in no name. {_what_exists(model, known)} See stg.layers(model).")
+    return matches
+
+
+def _named_so(model: nn.Module, known: list[Layer], fits: Callable[[str], bool]) -> list[Layer]:
+    """Find the layers whose names fit; where there is none, the outermost modules, without cross-attention."""
+    found = [layer for layer in known if fits(layer.name)]
+    if found:
+        return found
+    outer = ""
+    for name, module in model.named_modules():
+        if name and fits(name) and not (outer and name.startswith(f"{outer}.")):
+            outer = name
+            if not getattr(module, "is_cross_attention", False):
+                found.append(Layer(None, name, module, attention_modules(module)))
+    return found
 
 
 def _by_module(model: nn.Module, known: list[Layer], wanted: nn.Module) -> Layer:

@@ -6,16 +6,13 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from stg_hooks.errors import SettingError
-from stg_hooks.guidance.settings import Branch
-from stg_hooks.guidance.trace import Stats
 from stg_hooks.hooks.forward import pushed
 from stg_hooks.model.layers import find_layers
-from stg_hooks.modes.modes import MODES
 from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.batched import BatchedPasses, RowsError
 from stg_hooks.passes.caches import Caches
@@ -35,6 +32,10 @@ from stg_hooks.passes.state import Snapshot
 from stg_hooks.passes.transaction import Transactions
 from stg_hooks.passes.units import Units
 from stg_hooks.passes.ways import Ways, check_execution
+
+if TYPE_CHECKING:
+    from stg_hooks.guidance.settings import Branch
+    from stg_hooks.guidance.trace import Stats
 
 
 class Execution:
@@ -116,7 +117,7 @@ class Execution:
         before = self._transactions.kept.look()
         if self._is_new:
             self._is_new = False
-            if self._caches.found is None and all(switch.mode in MODES.values() for switch in self.switches):
+            if self._caches.found is None and not any(switch.is_custom for switch in self.switches):
                 self.context.found = recall(self._model, (self._key, before.mark()))
         return before
 

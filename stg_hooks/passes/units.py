@@ -63,7 +63,7 @@ class Units:
 
     def blocks_run(self, switch: Switch, not_run: Iterable[int]) -> tuple[int, int]:
         """Count the blocks that ran, and did not, in a weak pass in which these units did not, nor skipped layers."""
-        skipped = sum(id(module) in self._blocks for module in switch.modules) if switch.is_bypass else 0
+        skipped = sum(id(module) in self._blocks for module in switch.bypassed)
         saved = skipped + sum(self._blocks_in[unit] for unit in not_run)
         return len(self._blocks) - saved, saved
 

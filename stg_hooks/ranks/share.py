@@ -151,7 +151,7 @@ class Share:
             return []
         switches = self._predictor.of(self._branches).switches
         return [
-            ([layer.name for layer in switch.layers], branch.mode, branch.kind, branch.scale)
+            (switch.described(), branch.kind, branch.scale)
             for switch, branch in zip(switches, self._branches, strict=True)
         ]
 
