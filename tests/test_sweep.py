@@ -185,7 +185,7 @@ def test_a_stock_pipeline(tmp_path: Path) -> None:
     with stg.apply(pipe, **saved):
         latents = pipe(**call, generator=torch.Generator().manual_seed(0)).frames
     with Image.open(tmp_path / "cells/residual-L6-s0.5/p0-s0.strip.webp") as strip:
-        frames = torch.tensor(np.asarray(strip.convert("RGB"))).unflatten(1, (6, 24)).transpose(0, 1)
+        frames = torch.tensor(np.asarray(strip.convert("RGB"))).unflatten(1, (6, 16)).transpose(0, 1)
     assert torch.equal(frames, demo.to_video(latents)[0])
     assert found.cells[1].code == (
         "from stg_hooks import demo\n"
