@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import diffusers
+import torch
 from torch import Tensor, nn
 
 import stg_hooks as stg
@@ -31,8 +33,22 @@ TITLES = {
     "full": "full extra pass (guiders)",
     "sequential": "ours, sequential",
     "batched": "ours, batched",
+    "own": "the pipeline's own STG",
+    "slg": "SkipLayerGuidance of diffusers",
+    "modular": "ours, stg.modular.SkipGuidance",
 }
+USUAL = ("plain", "idle", "three", "full", "sequential", "batched")
+GUIDED = tuple(name for name in TITLES if name not in ("plain", "idle"))
+OURS = ("sequential", "batched", "modular")
 _EXECUTIONS = ("full", "sequential", "batched")
+
+
+def of(shape: Shape) -> tuple[str, ...]:
+    """Return the contestants that there are for a model."""
+    if shape.guiders:
+        return "plain", "slg", "modular"
+    # Its own STG takes the place of the published pipelines, none of which is for it.
+    return tuple("own" if name == "three" and shape.own_stg else name for name in USUAL)
 
 
 def build(name: str, shape: Shape, model: nn.Module, inputs: Inputs, skipped: int) -> Contestant:
@@ -46,6 +62,12 @@ def build(name: str, shape: Shape, model: nn.Module, inputs: Inputs, skipped: in
         skipped: number of the layer to skip.
     """
     rows = [0, 1] if shape.cfg else [1]
+    if shape.guiders:
+        guider = guider_of(name, skipped)
+        return Contestant(name, lambda: with_guider(guider, model, take(inputs, [1]), take(inputs, [0])))
+    if name == "own":
+        alone = take(inputs, [1])
+        return Contestant(name, lambda: _own(model, take(inputs, rows), alone, skipped))
     if name == "three":
         layer = next(layer.module for layer in stg.layers(model) if layer.index == skipped)
         more = take(inputs, [*rows, 1])
@@ -56,7 +78,12 @@ def build(name: str, shape: Shape, model: nn.Module, inputs: Inputs, skipped: in
     execution = name if name in _EXECUTIONS else "auto"
     # One session for all runs, as a pipeline has one for all steps: what a guide learns in the first step it keeps.
     guide = stg.apply(
-        model, layers=[skipped], scale=0.0 if name == "idle" else SCALE, batched_cfg=shape.cfg, execution=execution
+        model,
+        layers=[skipped],
+        scale=0.0 if name == "idle" else SCALE,
+        mode=shape.mode,
+        batched_cfg=shape.cfg,
+        execution=execution,
     )
     return Contestant(name, lambda: _combined(model, usual, shape.cfg), lambda: guide)
 
@@ -68,6 +95,40 @@ def _combined(model: nn.Module, arguments: Inputs, cfg: bool) -> Tensor:
         return prediction
     uncond, cond = prediction.chunk(2)
     return uncond + GUIDANCE_SCALE * (cond - uncond)
+
+
+def _own(model: nn.Module, arguments: Inputs, alone: Inputs, skipped: int) -> Tensor:
+    """Do what LTX2Pipeline does: a whole call more, in which the model itself perturbs a block."""
+    uncond, cond = model(**arguments, return_dict=False)[0].chunk(2)
+    weak = model(**alone, spatio_temporal_guidance_blocks=[skipped], return_dict=False)[0]
+    return uncond + GUIDANCE_SCALE * (cond - uncond) + SCALE * (cond - weak)
+
+
+def guider_of(name: str, skipped: int) -> Any:
+    """Make the guider of a modular pipeline."""
+    if name == "plain":
+        return diffusers.ClassifierFreeGuidance(guidance_scale=GUIDANCE_SCALE)
+    if name == "modular":
+        return stg.modular.SkipGuidance(layers=[skipped], scale=SCALE, guidance_scale=GUIDANCE_SCALE)
+    return diffusers.SkipLayerGuidance(
+        guidance_scale=GUIDANCE_SCALE,
+        skip_layer_guidance_scale=SCALE,
+        skip_layer_guidance_start=0.0,
+        skip_layer_guidance_stop=1.0,
+        skip_layer_config=diffusers.LayerSkipConfig(indices=[skipped], fqn="blocks"),
+    )
+
+
+def with_guider(guider: Any, model: nn.Module, cond: Inputs, uncond: Inputs) -> Tensor:
+    """Do what the loop of a modular pipeline does: a call for each prediction that the guider asks for."""
+    guider.set_state(step=5, num_inference_steps=10, timestep=torch.tensor(500.0))  # in the middle, where all guide
+    batches = guider.prepare_inputs({name: (cond[name], uncond[name]) for name in cond})
+    for batch in batches:
+        guider.prepare_models(model)
+        arguments = {name: value for name, value in batch.as_dict().items() if name in cond}
+        batch.noise_pred = model(**arguments, return_dict=False)[0]
+        guider.cleanup_models(model)
+    return guider(batches)[0]
 
 
 def _by_hand(model: nn.Module, arguments: Inputs, cfg: bool) -> Tensor:

@@ -1,11 +1,13 @@
-"""What a guided step costs: time, FLOPs and peak memory of five ways to compute it, on the shapes of seven models.
+"""What a guided step costs: time, FLOPs and peak memory of the ways to compute it, on the shapes of eight models.
 
-    python -m benchmarks.cost                               all models at reduced width, one CPU thread, some minutes
+    python -m benchmarks.cost                               all models at reduced width, on one core, 20 minutes
     python -m benchmarks.cost --quick --models mochi        does it run?
     python -m benchmarks.cost --device cuda --full-size     real widths, random bfloat16 weights made on the device
 
-The models have their real classes, depths and block structure. A complete run writes JSON, a Markdown table and a plot
-to benchmarks/results/; other runs write where --out says.
+The models have their real classes, depths and block structure. On a CPU the process keeps to one core, and what is
+counted is its time on that core. All contestants take turns, in rounds; the quarter of the rounds that is noisiest as a
+whole is left out (`measure.quiet`), and rounds are made until each ratio is known to +-0.03 (95 %), or the time is up.
+A complete run writes JSON, a Markdown table and a chart to benchmarks/results/; other runs write where --out says.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import tempfile
 import time
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +33,28 @@ from benchmarks import contestants, measure, overhead, report
 from benchmarks.shapes import SHAPES, Shape, Size
 
 RESULTS = Path(__file__).resolve().parent / "results"
+CHART = RESULTS.parents[1] / "docs" / "images" / "cost.png"
+"""Where the chart of a complete run on a CPU goes: pages show it."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-GUIDED = ("three", "full", "sequential", "batched")
+GUIDED = contestants.GUIDED
+LEAST_ROUNDS = 8
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
+    pinned = options.device == "cpu" and options.threads == 1 and measure.pin()
     diffusers.logging.set_verbosity_error()
     device = torch.device(options.device)
     results: dict[str, Any] = {
-        "machine": measure.machine(device),
+        "machine": {**measure.machine(device), "pinned": pinned},
         "settings": {
             "device": device.type,
             "dtype": options.dtype,
             "full_size": options.full_size,
             "offload": options.offload,
-            "rounds": options.repeats,
+            "within": options.within,
+            "rule": (measure.quiet.__doc__ or "").splitlines()[0],
             "clock": options.clock,
             "guidance_scale": contestants.GUIDANCE_SCALE,
             "scale": contestants.SCALE,
@@ -58,17 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     started = time.perf_counter()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        results["hooks"] = overhead.hooks(
-            options.contestants, device, 20 if options.quick else 300, measure.CLOCKS[options.clock]
-        )
+        clock, rounds = measure.CLOCKS[options.clock], 10 if options.quick else 400
+        results["hooks"] = overhead.hooks(device, rounds, clock, until(started + 60 * options.minutes / 10))
         report.show(*report.hooks_table(results["hooks"]), report.HOOKS)
-        for name in options.models:
+        for i, name in enumerate(options.models):
+            left = started + 60 * options.minutes - time.perf_counter()
+            options.deadline = time.perf_counter() + left / (len(options.models) - i)
             result = with_less_if_needed(SHAPES[name], options)
             results["models"].append(result)
             report.show(*report.table(result), report.heading(result))
-            print("\n".join(report.remarks(result, results["hooks"])))
-        if options.curves:
-            results["curves"] = curves(SHAPES["mochi"], options)
+            print("\n".join(report.remarks(result)), flush=True)
     results["seconds"] = round(time.perf_counter() - started)
     write(results, options)
     return results
@@ -86,39 +92,55 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--contestants", nargs="+", choices=list(contestants.TITLES), metavar="NAME", help=", ".join(contestants.TITLES)
     )
-    add("--repeats", type=int, help="rounds that are timed, each with every contestant (7; 3 at full size)")
+    add("--repeats", type=int, help="so many rounds, each with every contestant, however well the ratios are known")
+    add("--within", type=float, default=0.03, help="how well each ratio is to be known (0.03, with 95 %%)")
+    add("--minutes", type=float, default=20.0, help="when to stop, however well they are known (20)")
     add("--tokens", type=int, help="give all models about this many tokens")
     add("--threads", type=int, default=1, help="CPU threads (1)")
     add(
         "--clock",
-        default="wall",
         choices=list(measure.CLOCKS),
-        help="cpu: time on the CPU, for a machine that is shared",
+        help="cpu: time on the CPU, for a machine that is shared (the default there)",
     )
-    add("--offload", action="store_true", help="bring the weights to the device in each pass (from the disk on a CPU)")
+    add("--offload", action="store_true", help="bring weights to the device in each pass (from the disk on a CPU)")
     add("--dtype", choices=list(DTYPES), help="float32; at full size bfloat16")
     add(
-        "--curves",
-        action=argparse.BooleanOptionalAction,
-        help="cost over tokens and over the skipped layer, and a plot",
-    )
-    add(
-        "--out", type=Path, metavar="FILE.json", help="where to write; tables go to .md beside it, the plot to cost.png"
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        help="where to write; tables go to .md beside it, a chart to .png",
     )
     options = parser.parse_args(arguments)
     complete = not (options.models or options.contestants or options.tokens or options.quick or options.offload)
-    if options.curves is None:
-        options.curves = complete and not options.full_size
     if options.out is None and complete:
         options.out = RESULTS / f"cost-{options.device}{'-full' if options.full_size else ''}.json"
+    options.clock = options.clock or ("cpu" if options.device == "cpu" else "wall")
     if options.clock == "cpu" and options.device != "cpu":
         parser.error("--clock cpu says nothing about another device")
     options.models = options.models or (["mochi"] if options.quick else list(SHAPES))
     options.contestants = options.contestants or list(contestants.TITLES)
-    options.repeats = options.repeats or (2 if options.quick else 3 if options.full_size else 7)
+    options.repeats = options.repeats or (2 if options.quick else None)
     options.dtype = options.dtype or ("bfloat16" if options.full_size else "float32")
     options.size = "tiny" if options.quick else "full" if options.full_size else "small"
     return options
+
+
+def until(deadline: float, within: float | None = None, ratio: str = "plain") -> Callable[[measure.Times], bool]:
+    """Make what tells that there are rounds enough: each ratio is known well enough, or the time is up."""
+
+    def enough(times: measure.Times) -> bool:
+        rounds = len(times[next(iter(times))])
+        if rounds < LEAST_ROUNDS:
+            return False
+        if time.perf_counter() > deadline:
+            return True
+        if within is None or rounds % 4:
+            return False
+        kept = measure.quiet(times)
+        found = (measure.bootstrap(kept, lambda t, n=name: t[n] / t[ratio], 500) for name in times if name != ratio)
+        return all(estimate["high"] - estimate["low"] <= 2 * within for estimate in found)
+
+    return enough
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -158,9 +180,12 @@ def model_results(shape: Shape, size: Size, options: argparse.Namespace) -> dict
     model = build(shape, size, options)
     inputs = shape.inputs(model, size, options.device)
     layers = [layer.module for layer in stg.layers(model) if layer.index is not None]
-    field = {name: contestants.build(name, shape, model, inputs, shape.skipped) for name in options.contestants}
+    names = [name for name in options.contestants if name in contestants.of(shape)]
+    field = {name: contestants.build(name, shape, model, inputs, shape.skipped) for name in names}
     plain = contestants.build("plain", shape, model, inputs, shape.skipped)
     total, own, after = measure.flops_of(layers, plain.step)
+    computed = own[shape.skipped] if shape.mode != "residual" else 0
+    rows = 1 if shape.guiders else shape.rows  # of the call in which the layers were seen last
     result: dict[str, Any] = {
         "name": shape.name,
         "title": shape.title,
@@ -172,27 +197,34 @@ def model_results(shape: Shape, size: Size, options: argparse.Namespace) -> dict
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "plain_flops": total,
         "bound": {
-            # What a weak pass cannot share: all that runs after the skipped layer, on the cond rows.
-            "flops": 1 + after[shape.skipped] / shape.rows / total,
-            "blocks": 1 + sum(own[shape.skipped + 1 :]) / shape.rows / total if shape.blocks else None,
+            # What a weak pass cannot share: all that runs after the skipped layer, on the cond rows; and that layer
+            # itself, where its mode computes it.
+            "flops": 1 + (after[shape.skipped] + computed) / rows / total,
+            "blocks": 1 + sum(own[shape.skipped + 1 :]) / rows / total if shape.blocks else None,
             "formula": shape.formula(),
         },
-        "hidden_state_bytes": measure.hidden_state_bytes(layers[shape.skipped], plain.step) // shape.rows,
-        "contestants": {name: {"title": contestants.TITLES[name]} for name in options.contestants},
+        "hidden_state_bytes": measure.hidden_state_bytes(layers[shape.skipped], plain.step) // rows,
+        "contestants": {name: {"title": contestants.TITLES[name]} for name in names},
     }
     predictions: dict[str, Tensor] = {}
     for name, contestant in field.items():
         entry = result["contestants"][name]
         predictions[name] = look_at(contestant, entry, device)
         entry["flops_ratio"] = entry["flops"] / total
-    if "full" in predictions:
-        reference = predictions["full"].float()
+    if reference_name := next((name for name in ("full", "slg") if name in predictions), None):
+        reference = predictions[reference_name].float()
         for name in set(predictions) & set(GUIDED):
             difference = (predictions[name].float() - reference).abs().max() / reference.std()
             result["contestants"][name]["difference"] = float(difference)
     predictions.clear()
-    times = measure.interleaved({n: (c.step, c.session) for n, c in field.items()}, options.repeats, device, clock)
-    evaluate(result, times)
+    calls = {n: (c.step, c.session) for n, c in field.items()}
+    enough = until(options.deadline, options.within)
+    if options.repeats or "plain" not in field:
+        times = measure.interleaved(calls, options.repeats or LEAST_ROUNDS, device, clock)
+    else:
+        times = measure.interleaved(calls, 1000, device, clock, enough)
+    evaluate(result, times if options.repeats else measure.quiet(times))
+    result["rounds"] = {"made": len(times[names[0]]), "kept": len(result["contestants"][names[0]]["seconds"])}
     return result
 
 
@@ -219,7 +251,7 @@ def evaluate(result: dict[str, Any], times: measure.Times) -> None:
             extra = entry["peak_bytes"] - result["contestants"]["plain"]["peak_bytes"]
             entry["extra_peak_in_hidden_states"] = extra / result["hidden_state_bytes"]
             entry["peak_ratio"] = entry["peak_bytes"] / result["contestants"]["plain"]["peak_bytes"]
-        if name in ("sequential", "batched"):
+        if name in contestants.OURS:
             entry["flops_over_bound"] = entry["flops_ratio"] / bound - 1
             if "plain" in times:
                 entry["time_over_bound"] = entry["time_ratio"]["value"] / bound - 1
@@ -236,52 +268,6 @@ def extra_of_full(times: measure.Times, name: str) -> dict[str, float]:
     return measure.bootstrap(times, lambda t: (t[name] - t["plain"]) / (t["full"] - t["plain"]))
 
 
-def curves(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure the cost over the place of the skipped layer, and over the number of tokens."""
-    assert shape.blocks is not None
-    size: Size = getattr(shape, options.size)
-    tokens = {"tiny": (16, 32), "small": (32, 64, 128, 256, 512), "full": (1024, 4096, 16384)}[options.size]
-    few = {"tiny": 16, "small": 128, "full": 4096}[options.size]
-    last = shape.blocks - 1
-    layers = sorted({round(last * part / 6) for part in range(7)} | {shape.skipped}) if not options.quick else [0, 34]
-    position = [point(shape, size.with_tokens(few), layer, options) for layer in layers]
-    over_tokens = [point(shape, size.with_tokens(count), shape.skipped, options) for count in tokens]
-    return {
-        "title": f"{shape.title} shape",
-        "blocks": shape.blocks,
-        "published": shape.skipped,
-        "position": position,
-        "tokens": over_tokens,
-    }
-
-
-def point(shape: Shape, size: Size, skipped: int, options: argparse.Namespace) -> dict[str, Any]:
-    device, clock = torch.device(options.device), measure.CLOCKS[options.clock]
-    model = build(shape, size, options)
-    inputs = shape.inputs(model, size, options.device)
-    chosen = ["plain", *(name for name in options.contestants if name in GUIDED)]
-    field = {name: contestants.build(name, shape, model, inputs, skipped) for name in chosen}
-    for contestant in field.values():
-        with contestant.session():
-            for _ in range(2):  # the first call of a session may contain checks
-                contestant.step()
-    rounds = max(2, (options.repeats + 1) // 2)
-    times = measure.interleaved({n: (c.step, c.session) for n, c in field.items()}, rounds, device, clock)
-    ratio = {
-        name: measure.bootstrap(times, lambda t, n=name: t[n] / t["plain"], 500) for name in field if name != "plain"
-    }
-    print(
-        f"  layer {skipped}, {size.tokens} tokens: ", *(f"{n} {r['value']:.3f}" for n, r in ratio.items()), flush=True
-    )
-    return {
-        "skipped": skipped,
-        "tokens": size.tokens,
-        "bound": shape.formula(skipped),
-        "plain_seconds": statistics.median(times["plain"]),
-        "ratio": ratio,
-    }
-
-
 def write(results: dict[str, Any], options: argparse.Namespace) -> None:
     if options.out is None:
         print("\nnothing written: a part of the benchmark, and no --out")
@@ -290,10 +276,10 @@ def write(results: dict[str, Any], options: argparse.Namespace) -> None:
     files = [options.out, options.out.with_suffix(".md")]
     files[0].write_text(json.dumps(results, indent=1) + "\n")
     files[1].write_text(report.markdown(results))
-    if "curves" in results:
+    if {"plain", "full", "sequential"} <= set(options.contestants) and not options.quick:
         from benchmarks import plots
 
-        files.append(options.out.parent / ("cost.png" if options.device == "cpu" else f"cost-{options.device}.png"))
+        files.append(CHART if options.out == RESULTS / "cost-cpu.json" else options.out.with_suffix(".png"))
         plots.draw(results, files[-1])
     print("\nwritten:", *(file.name for file in files))
 

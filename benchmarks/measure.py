@@ -6,6 +6,7 @@ import gc
 import os
 import platform
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -138,14 +139,16 @@ def interleaved(
     rounds: int,
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
+    enough: Callable[[Times], bool] = lambda _: False,
 ) -> Times:
     """Time calls, all of them once per round, in an order that is drawn anew for each round.
 
     Args:
         calls: by name, what to time, and what to enter around it, untimed.
-        rounds: how often.
+        rounds: how often at most.
         device: where it runs.
         clock: tells seconds.
+        enough: told of the times after each round; ends it where it says so.
 
     Returns:
         Seconds, by name and round.
@@ -167,10 +170,41 @@ def interleaved(
                     call()
                     synchronize(device)
                     seconds[name].append(clock() - start)
+            if enough(seconds):
+                break
     finally:
         gc.enable()
         gc.unfreeze()
     return seconds
+
+
+def quiet(times: Times, share: float = 0.25) -> Times:
+    """Leave out the noisiest rounds: the quarter that took longest, over all contestants together.
+
+    The rule looks at a round as a whole, each contestant's time relative to its median. So it cannot favour one of
+    them, as dropping times one by one would.
+    """
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    rounds = range(len(next(iter(times.values()))))
+    loud = [sum(times[name][i] / medians[name] for name in times) for i in rounds]
+    kept = sorted(sorted(rounds, key=loud.__getitem__)[: max(2, round(len(rounds) * (1 - share)))])
+    return {name: [seconds[i] for i in kept] for name, seconds in times.items()}
+
+
+def pin() -> bool:
+    """Keep this process on one core, the one that has been idle most; tell whether that can be done here."""
+    if not hasattr(os, "sched_setaffinity"):
+        return False
+
+    def idle() -> dict[int, int]:
+        lines = [line.split() for line in Path("/proc/stat").read_text().splitlines() if re.match(r"cpu\d", line)]
+        return {int(name[3:]): int(times[3]) for name, *times in lines}
+
+    before = idle()
+    time.sleep(1.0)
+    after = idle()
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0), key=lambda core: after[core] - before[core])})
+    return True
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Draw how the cost of a guided step depends on the number of tokens and on the place of the skipped layer."""
+"""Draw what a guided step costs: the contestants of each model against the bound."""
 
 from __future__ import annotations
 
@@ -11,60 +11,53 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 _STYLES = {
-    "three": ("one row more (published pipelines)", "#b0632d", "s"),
-    "full": ("full extra pass (guiders)", "#8a8a8a", "^"),
-    "sequential": ("stg_hooks, sequential", "#1f5fa8", "o"),
-    "batched": ("stg_hooks, batched", "#2a9d6f", "D"),
+    "sequential": ("stg_hooks", "#1f5fa8", "o"),
+    "modular": ("stg_hooks", "#1f5fa8", "o"),
+    "three": ("published STG pipelines: a row more", "#b0632d", "s"),
+    "full": ("full extra pass", "#8a8a8a", "^"),
+    "own": ("LTX2Pipeline's own STG", "#7a4fa3", "D"),
+    "slg": ("SkipLayerGuidance of diffusers", "#2a8f7f", "v"),
 }
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draw `results["curves"]` into a PNG file."""
-    curves, machine = results["curves"], results["machine"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
-    _panel(left, curves["position"], "skipped")
-    left.set_xlabel(f"skipped layer, of {curves['blocks']} (at {curves['position'][0]['tokens']} tokens)")
-    left.set_ylabel("time of a step / time without skip guidance")
-    left.axvline(curves["published"], color="#cccccc", zorder=0)
-    left.text(
-        curves["published"] - 0.6, 1.02, "published", rotation=90, ha="right", va="bottom", color="#888888", size=8
-    )
-    _panel(right, curves["tokens"], "tokens")
-    right.set_xscale("log", base=2)
-    right.set_xticks([point["tokens"] for point in curves["tokens"]])
-    right.xaxis.set_major_formatter("{x:.0f}")
-    right.minorticks_off()
-    right.set_xlabel(f"tokens (layer {curves['published']} skipped)")
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    threads = machine["threads"]
-    where = machine.get("gpu") or f"{machine['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
-    figure.suptitle(f"Cost of a guided step: {curves['title']} ({where})", fontsize=11)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def _panel(axes: Any, points: list[dict[str, Any]], x: str) -> None:
-    xs = [point[x] for point in points]
-    for name, (label, color, marker) in _STYLES.items():
-        if any(name not in point["ratio"] for point in points):
-            continue
-        values = [point["ratio"][name] for point in points]
-        spread = [[v["value"] - v["low"] for v in values], [v["high"] - v["value"] for v in values]]
-        axes.errorbar(
-            xs,
-            [v["value"] for v in values],
-            yerr=[[max(0.0, s) for s in side] for side in spread],
-            label=label,
-            color=color,
-            marker=marker,
-            markersize=4.5,
-            linewidth=1.4,
-            elinewidth=0.8,
-            capsize=2,
-        )
-    axes.plot(xs, [point["bound"] for point in points], "k--", linewidth=1.2, label="bound (FLOPs)", zorder=5)
-    axes.set_ylim(bottom=1.0)
-    axes.grid(color="#eeeeee")
+    """Draw the time of a guided step of each model, relative to a step without skip guidance, into a PNG file."""
+    models = results["models"]
+    figure, axes = plt.subplots(figsize=(8.6, 1.5 + 0.5 * len(models)), layout="constrained")
+    seen = set()
+    for y, result in enumerate(models):
+        bound = result["bound"]["flops"]
+        axes.plot([bound, bound], [y - 0.34, y + 0.34], color="black", linewidth=2.2, zorder=4)
+        chosen = [name for name in _STYLES if "time_ratio" in result["contestants"].get(name, {})]
+        for i, name in enumerate(chosen):
+            label, color, marker = _STYLES[name]
+            ratio = result["contestants"][name]["time_ratio"]
+            at = y + 0.15 * (i - (len(chosen) - 1) / 2)
+            sides = [[max(0.0, ratio["value"] - ratio["low"])], [max(0.0, ratio["high"] - ratio["value"])]]
+            axes.errorbar(
+                [ratio["value"]],
+                [at],
+                xerr=sides,
+                color=color,
+                marker=marker,
+                markersize=6,
+                linewidth=0,
+                elinewidth=1.3,
+                capsize=2.5,
+                label=None if label in seen else label,
+                zorder=5,
+            )
+            seen.add(label)
+    axes.plot([], [], color="black", linewidth=2.2, label="bound: operations behind the skipped layer")
+    axes.axvline(1.0, color="#bbbbbb", linewidth=1)
+    axes.set_yticks(range(len(models)), [f"{r['title']}\nlayer {r['skipped']} of {r['layers']}" for r in models])
+    axes.tick_params(axis="y", length=0, labelsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(left=0.97)
+    axes.set_xlabel("time of a guided step / a step without skip guidance (bars: 95 %)")
+    axes.grid(axis="x", color="#eeeeee")
     axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=140, facecolor="white")
+    plt.close(figure)

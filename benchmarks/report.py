@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from benchmarks import contestants
+from benchmarks import contestants, overhead
 
-HOOKS = "Hooks alone: 48 blocks that compute nothing, layer 34 skipped, [uncond, cond]"
+HOOKS = "Hooks alone: added to a step of models whose blocks compute nothing"
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -25,67 +25,54 @@ def table(result: dict[str, Any]) -> Table:
     for name, entry in result["contestants"].items():
         low, high = entry["quartiles"]
         time_ratio = entry.get("time_ratio")
-        extra = result.get("extra_of_full", {}).get(name)
         rows.append(
             [
                 entry["title"],
-                f"{entry['flops'] / 1e9:.3g}",
+                _of_95(time_ratio) if time_ratio else "",
                 f"{entry['flops_ratio']:.3f}",
-                f"{result['bound']['flops']:.3f}" if name in ("sequential", "batched") else "",
-                f"{1e3 * entry['median']:.4g} ({1e3 * low:.4g}-{1e3 * high:.4g})",
-                f"{time_ratio['value']:.3f}" if time_ratio else "",
-                f"{extra['value']:.2f} ({extra['low']:.2f}-{extra['high']:.2f})" if extra else "",
+                f"{result['bound']['flops']:.3f}" if name in contestants.OURS else "",
+                f"{1e3 * entry['median']:.4g} ({1e3 * low:.4g} to {1e3 * high:.4g})",
+                f"{entry['flops'] / 1e9:.3g}",
                 f"{entry['peak_bytes'] / 2**20:.2f}",
                 f"{entry['difference']:.0e}" if entry.get("difference") else "",
             ]
         )
-    head = [
-        "",
-        "GFLOPs",
-        "x plain",
-        "bound",
-        "ms (quartiles)",
-        "x plain",
-        "extra / full's extra (95 %)",
-        "peak MiB",
-        "diff",
-    ]
+    head = ["", "time, x plain (95 %)", "FLOPs, x plain", "bound", "ms (quartiles)", "GFLOPs", "peak MiB", "diff"]
     return head, rows
 
 
-def remarks(result: dict[str, Any], hooks: dict[str, Any]) -> list[str]:
+def _of_95(ratio: dict[str, float]) -> str:
+    return f"{ratio['value']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
+
+
+def remarks(result: dict[str, Any]) -> list[str]:
     lines = []
-    idle = result["contestants"].get("idle", {})
-    if "time_ratio" in idle:
-        low, high = (100 * (idle["time_ratio"][side] - 1) for side in ("low", "high"))
-        share = hooks["added_us"]["idle"]["value"] / 1e6 / result["contestants"]["plain"]["median"]
-        measured = f"{100 * (idle['time_ratio']['value'] - 1):+.2f} % of a step (95 %: {low:+.2f} to {high:+.2f})"
-        lines.append(f"Scale 0: {measured}; the hooks alone, without the noise: {100 * share:.3f} %.")
+    if "rounds" in result:
+        lines.append(f"{result['rounds']['made']} rounds, of which the {result['rounds']['kept']} quietest count.")
     if "extra_of_full" in result:
         lines.append(f"Bound of the extra time: {result['extra_of_full']['bound']:.2f} of a full extra pass's.")
-    for name in ("sequential", "batched"):
+    for name in contestants.OURS:
         entry = result["contestants"].get(name, {})
         if "time_over_bound" in entry:
             over = f"FLOPs {100 * entry['flops_over_bound']:+.1f} %, time {100 * entry['time_over_bound']:+.1f} %"
             memory = f"{100 * (entry['peak_ratio'] - 1):+.1f} %"
-            if result["bound"]["formula"]:
-                memory += f" ({entry['extra_peak_in_hidden_states']:+.1f} hidden states of the cond rows)"
             lines.append(f"{entry['title']}: {over} from the bound; peak memory {memory}.")
         lines += [f"{entry['title']}: {note}" for note in entry.get("notes", [])]
     return lines
 
 
-def hooks_table(result: dict[str, Any]) -> Table:
-    rows = [["plain call, in all", f"{result['plain_us']:.0f}", ""]]
-    rows += [
-        [f"added by: {contestants.TITLES[name]}", f"{added['value']:.0f}", f"{added['low']:.0f}-{added['high']:.0f}"]
-        for name, added in result["added_us"].items()
+def hooks_table(results: list[dict[str, Any]]) -> Table:
+    def us(value: dict[str, float]) -> str:
+        return f"{value['value']:.0f} ({value['low']:.0f} to {value['high']:.0f})"
+
+    rows = [
+        ["the plain step: one call on [uncond, cond]", *(f"{r['plain_us']['rows']:.0f}" for r in results)],
+        ["the plain step: a call each", *(f"{r['plain_us']['calls']:.0f}" for r in results)],
+        *([title, *(us(r["added_us"][name]) for r in results)] for name, title in overhead.TITLES.items()),
+        ["entering the `with`, once", *(f"{r['enter_us']:.0f}" for r in results)],
+        ["leaving it", *(f"{r['leave_us']:.0f}" for r in results)],
     ]
-    rows += [
-        ["entering the with, once", f"{result['enter_us']:.0f}", ""],
-        ["leaving it", f"{result['leave_us']:.0f}", ""],
-    ]
-    return ["", "us", "95 %"], rows
+    return ["us (95 %)", *(f"{r['blocks']} blocks, {r['skipped']} skipped" for r in results)], rows
 
 
 def show(head: list[str], rows: list[list[str]], title: str) -> None:
@@ -99,23 +86,26 @@ def show(head: list[str], rows: list[list[str]], title: str) -> None:
 
 def markdown(results: dict[str, Any]) -> str:
     machine, settings = results["machine"], results["settings"]
-    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
+    cores = f"{machine['threads']} of {machine['cores']} cores{', pinned' if machine.get('pinned') else ''}"
+    where = machine.get("gpu") or f"{machine['cpu']}, {cores}"
     made = (
-        f"{where}; torch {machine['torch']}, diffusers {machine['diffusers']}, {settings['dtype']}, "
-        f"medians of {settings['rounds']} interleaved rounds ({settings['clock']} time). "
+        f"{where}; torch {machine['torch']}, diffusers {machine['diffusers']}, Python {machine['python']}, "
+        f"{settings['dtype']}. Medians of interleaved rounds ({settings['clock']} time), made until each ratio was "
+        f"known to +-{settings['within']} with 95 % or the time was up. {settings['rule']} "
         + ("Weights are brought to the device in each pass. " if settings["offload"] else "")
         + "Made by `python -m benchmarks.cost`."
     )
     columns = (
-        "*bound*: FLOPs of a plain call plus those of everything that runs after the skipped layer, on the cond rows. "
-        "*extra / full's extra*: added time over the time that a full extra pass adds. "
+        "*bound*: FLOPs of a plain step plus those of everything that runs after the skipped layer, on the cond rows "
+        "(LTX-2: and of that layer, whose attention alone is skipped). "
         f"*peak*: {settings['peak_memory']}. *diff*: max |difference| from the full extra pass / std."
     )
     parts = ["# What a guided step costs", made, columns]
     for result in results["models"]:
         parts += [f"## {result['title']}", heading(result).split(": ", 1)[1], _markdown(*table(result))]
-        parts += ["\n".join(f"- {line}" for line in remarks(result, results["hooks"]))]
+        parts += ["\n".join(f"- {line}" for line in remarks(result))]
     title, text = HOOKS.split(": ", 1)
+    text = f"{text[0].upper()}{text[1:]}: stg.apply to one call on [uncond, cond], the others to a call each."
     parts += [f"## {title}", text, _markdown(*hooks_table(results["hooks"]))]
     return "\n\n".join(parts) + "\n"
 

@@ -56,6 +56,11 @@ class Shape:
     full: Size
     multiple: int = 1
     """Height and width must be multiples of this."""
+    mode: str = "residual"
+    own_stg: bool = False
+    """Its stock pipeline has skip guidance of its own."""
+    guiders: bool = False
+    """The steps are those of a modular pipeline, with the guiders that there are for it."""
 
     @property
     def blocks(self) -> int | None:
@@ -168,6 +173,23 @@ def _hunyuan_video(config: Mapping[str, Any], size: Size) -> Inputs:
     }
 
 
+def _ltx2(config: Mapping[str, Any], size: Size) -> Inputs:
+    audio = 8 * size.frames
+    return {
+        "hidden_states": _same(size.tokens, config["in_channels"]),
+        "audio_hidden_states": _same(audio, config["audio_in_channels"]),
+        "encoder_hidden_states": torch.randn(2, size.text, config["caption_channels"]),
+        "audio_encoder_hidden_states": torch.randn(2, size.text, config["caption_channels"]),
+        "timestep": torch.tensor([500, 500]),
+        "encoder_attention_mask": torch.ones(2, size.text, dtype=torch.bool),
+        "audio_encoder_attention_mask": torch.ones(2, size.text, dtype=torch.bool),
+        "num_frames": size.frames,
+        "height": size.height,
+        "width": size.width,
+        "audio_num_frames": audio,
+    }
+
+
 def _svd(config: Mapping[str, Any], size: Size) -> Inputs:
     return {
         "sample": _same(size.frames, 8, size.height, size.width),
@@ -195,6 +217,18 @@ def _ltx_config(heads: int, head: int, channels: int, caption: int) -> dict[str,
         "attention_head_dim": head,
         "cross_attention_dim": heads * head,
         "caption_channels": caption,
+    }
+
+
+def _ltx2_config(heads: int, head: int, channels: int, caption: int) -> dict[str, Any]:
+    return {
+        **_ltx_config(heads, head, channels, caption),
+        "audio_in_channels": channels,
+        "audio_out_channels": channels,
+        "audio_num_attention_heads": heads,
+        "audio_attention_head_dim": head // 2,
+        "audio_cross_attention_dim": heads * head // 2,
+        "perturbed_attn": True,
     }
 
 
@@ -336,4 +370,24 @@ _ALL = (
         multiple=8,
     ),
 )
-SHAPES = {shape.name: shape for shape in _ALL}
+_LTX_2 = Shape(
+    "ltx-2",
+    "LTX-2",
+    "LTX2VideoTransformer3DModel",
+    29,
+    True,
+    _ltx2,
+    {"num_layers": 48},
+    Size(_ltx2_config(4, 8, 8, 16), *_TINY, _TINY_TEXT),
+    Size(_ltx2_config(4, 48, 32, 192), *_GRID, _TEXT),
+    Size(_ltx2_config(32, 128, 128, 3840), 16, 16, 24, 256, "512x768, 121 frames"),
+    mode="values",
+    own_stg=True,
+)
+_MODULAR = dataclasses.replace(
+    next(shape for shape in _ALL if shape.name == "wan-1.3b"),
+    name="wan-modular",
+    title="Wan 2.1 1.3B, modular pipeline",
+    guiders=True,
+)
+SHAPES = {shape.name: shape for shape in (*_ALL, _LTX_2, _MODULAR)}

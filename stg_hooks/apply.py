@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from stg_hooks.denoiser import GuidedDenoiser
-from stg_hooks.errors import CallError, NotCopied, SettingError, StgWarning
+from stg_hooks.errors import CallError, LayerError, NotCopied, SettingError, StgWarning
 from stg_hooks.guidance.channels import VarianceWatch
 from stg_hooks.guidance.combine import Scale, check_scale
 from stg_hooks.guidance.guide import Guidance
@@ -23,9 +23,9 @@ from stg_hooks.guidance.settings import Branch
 from stg_hooks.guidance.trace import Stats, Trace
 from stg_hooks.hooks import activation
 from stg_hooks.hosts import Host, ModuleHost, pipeline_host
-from stg_hooks.model.layers import LayerSpec
+from stg_hooks.model.resolve import LayerSpec
 from stg_hooks.modes.frames import Kind
-from stg_hooks.modes.modes import Mode
+from stg_hooks.modes.perturbation import Mode
 from stg_hooks.ranks.link import check_own_copy, ranks_from
 from stg_hooks.session import Session
 from stg_hooks.step import Step
@@ -133,6 +133,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         """
         self._scope = activation.check_scope(scope)
         host = _find_host(target, batched_cfg, guidance_scale, channels)
+        is_pipeline = not isinstance(host, ModuleHost)
         denoisers = host.denoisers()
         request = Request(
             layers=layers,
@@ -149,9 +150,11 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
             rule=rule,
             on=on,
         )
-        guidance = Guidance("stg.apply", next(iter(denoisers.values())), request, every, channels, strict)
-        if not isinstance(host, ModuleHost):
+        with _shown_as_pipeline(is_pipeline):
+            guidance = Guidance("stg.apply", next(iter(denoisers.values())), request, every, channels, strict)
+        if is_pipeline:
             guidance.variance = VarianceWatch(is_told=True)
+            guidance.watch.target = "pipe"
         self._session = Session(host, guidance, ranks_from(group, timeout, on))
         if on == "uncond":
             self._check_uncond(batched_cfg)
@@ -169,12 +172,13 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
                 "value that the caller of this module applies (1.0 for none)."
             )
         unique = {id(module): module for module in denoisers.values()}
-        self._guides = [
-            UncondDenoiser(self._session, module)
-            if on == "uncond"
-            else GuidedDenoiser(self._session, module, execution)
-            for module in unique.values()
-        ]
+        with _shown_as_pipeline(is_pipeline):
+            self._guides = [
+                UncondDenoiser(self._session, module)
+                if on == "uncond"
+                else GuidedDenoiser(self._session, module, execution)
+                for module in unique.values()
+            ]
         self._session.models = tuple(unique.values())
         if self._session.ranks is not None:
             for model in self._session.models:
@@ -284,7 +288,8 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
             )
         # Several threads may have entered this object: leave what was entered here.
         here = activation.innermost(self._entered)
-        left = self._entered.pop(-1 if here is None else here)
+        left = self._entered[-1] if here is None else here
+        self._entered.remove(left)
         left[1].close()
         session = self._session
         if session.ranks is not None:
@@ -356,6 +361,17 @@ def _place_of_caller() -> tuple[str, int]:
     while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "stg_hooks":
         frame = frame.f_back
     return ("", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
+
+
+@contextmanager
+def _shown_as_pipeline(is_pipeline: bool) -> Iterator[None]:
+    """Let an error about layers say `pipe`, which its user has, where it would say `model`."""
+    try:
+        yield
+    except (LayerError, SettingError) as error:
+        if is_pipeline:
+            error.args = (str(error).replace("stg.layers(model)", "stg.layers(pipe)"), *error.args[1:])
+        raise
 
 
 def _find_host(target: object, batched_cfg: bool | None, guidance_scale: Scale | None, channels: int | None) -> Host:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from stg_hooks.answers import Answers
 from stg_hooks.errors import CallError
-from stg_hooks.guidance.combine import Scale, fitted, is_number
 from stg_hooks.guidance.guide import Guided, Predictions
 from stg_hooks.guidance.samples import takes_samples
 from stg_hooks.guidance.schedule import Settings
@@ -23,11 +23,12 @@ from stg_hooks.hooks.compiled import is_compiled, untraced
 from stg_hooks.hooks.forward import Patch, Undo, patched, shared
 from stg_hooks.hosts import Role, check_rows_apart
 from stg_hooks.model.source import parameter_names
-from stg_hooks.parts import cond_rows, put_back, sides, uncond_side
+from stg_hooks.parts import cond_rows, sides
 from stg_hooks.passes.guided_call import GuidedCall, in_weak_pass, layout_of
 from stg_hooks.passes.inputs import Inputs, Written
+from stg_hooks.passes.outputs import own_predictions, replace_predictions
 from stg_hooks.passes.predict import Predictor
-from stg_hooks.passes.rows import Rows, first_batch, own_predictions, replace_predictions, take_rows
+from stg_hooks.passes.rows import Rows, first_batch, take_rows
 from stg_hooks.ranks.link import check_alone
 from stg_hooks.session import Session
 from stg_hooks.step import Step, check_step
@@ -64,11 +65,6 @@ class _Call:
         """Those that its weak passes are made with; `None` for all."""
         return cond_rows(self.role, self.args, self.kwargs)
 
-    @property
-    def guidance_scale(self) -> Scale | None:
-        """The CFG weight of the step, where it is known."""
-        return _scale_of(self.settings, self.role)
-
 
 class _OfThread(threading.local):
     """What one stage of a step leaves for the next: the cond call for its hook, and for the uncond call."""
@@ -98,6 +94,7 @@ class GuidedDenoiser:
         self._session = session
         self._model = model
         self._guidance = session.guidance.for_another()
+        self._answers = Answers(self._guidance, session.host.name, type(model).__name__)
         self._predictor = Predictor(model, (), execution, session.guidance.stats)
         self._predictor.prepare(session.guidance.plan.known)
         self._names = parameter_names(model)
@@ -157,19 +154,24 @@ class GuidedDenoiser:
         if is_guess:
             role = dataclasses.replace(role, samples=takes_samples(args, kwargs))
         check_alone(self._session, self._session.ranks, self._model)
-        self._predictor.caches.check_same()
-        self._predictor.caches.begin_pass()
+        caches = self._predictor.caches
         if not role.is_cond:
             before = self._local.last
             if role.is_uncond:
                 before, self._local.guided = self._local.guided, None
             settings = Settings(()) if before is None else before.settings
+            if settings.active:  # else nothing of ours depends on them
+                caches.check_same()
+            caches.begin_pass()
             self._local.call = call = _Call(role, Step(), settings, args, kwargs, before=before)
             if self._session.ranks is not None:
                 call.inputs = Inputs(args, kwargs, self._written)
             return
         step = check_step(self._session.step) or self._session.host.step()
         settings = self._guidance.settings(step)
+        if settings.active:
+            caches.check_same()
+        caches.begin_pass()
         self._local.call = call = _Call(role, step, settings, args, kwargs, is_guess=is_guess)
         if self._patch is not None and self._patch.bring_back() and self._session.ranks is None:
             # From the next call on; this one has its forward already.
@@ -226,7 +228,7 @@ class GuidedDenoiser:
         before = self._of_model.unguided
         if before is None:
             self._of_model.unguided = before = now
-        new = self._guided(call, before, now) if call.is_cond else self._moved_along(call, now)
+        new = self._guided(call, before, now) if call.is_cond else self._answers.to_other(call.role, call.before, now)
         if new is None:
             return unchanged
         stats.guided_calls += 1
@@ -291,23 +293,14 @@ class GuidedDenoiser:
         role = call.role
         conds, unconds = sides(role, unguided)
         predictions = self._weaks(call, unguided, conds, unconds) if call.branches else Predictions(conds, unconds)
-        guidance, samples = self._guidance, bool(role.samples)
-        guided = guidance.guided(call.step, call.settings, predictions, role.channels, samples)
+        guided = self._guidance.guided(call.step, call.settings, predictions, role.channels, bool(role.samples))
         self._local.last = guided
-        replaces = guided.settings.replaces
-        if replaces:
-            self._check_replaceable(guided, role, is_first=unguided is output)
+        answer = self._answers.to_cond(role, guided, unguided, unconds, output)
         if role.uncond_follows:
-            if self._local.guided is not None and replaces:
+            if self._local.guided is not None and guided.settings.replaces:
                 self._session.lost_steps += 1
             self._local.guided = guided
-            if replaces and not is_number(role.guidance_scale, 1):
-                return [*unguided]  # the final prediction has to wait for uncond
-        terms = guided.terms()
-        if not role.uncond_follows:
-            guidance.traced(guided, terms, unconds, call.guidance_scale)
-        new = guided.final(_or_one(call.guidance_scale), unconds) if replaces else terms
-        return put_back(role, new, output, guided.whole if replaces else guided.added)
+        return answer
 
     def _weaks(
         self, call: _Call, unguided: Sequence[Tensor], conds: Sequence[Tensor], unconds: Sequence[Tensor | None]
@@ -332,78 +325,3 @@ class GuidedDenoiser:
         weaks = execution.weak_predictions(call.guided, unguided, self._model, call.inputs)
         found.weaks = [sides(call.role, of_branch)[0] for of_branch in weaks]
         return found
-
-    def _check_replaceable(self, guided: Guided, role: Role, is_first: bool) -> None:
-        settings, what, name = guided.settings, guided.settings.why_replaces, self._session.host.name
-        if not is_first:
-            raise CallError(
-                f"another stg.apply() has guided this call of {type(self._model).__name__} already, so {what} cannot "
-                "give the final prediction. Use one stg.apply(branches=[...])."
-            )
-        if role.has_more:
-            raise CallError(
-                f"{name} combines more than one cond and one uncond prediction in this step, so {what} cannot give the "
-                "final prediction. Switch that guidance off, or use rescale=0.0 and rule='cfg'."
-            )
-        cfg = "uncond" in role.parts or role.uncond_follows
-        if not cfg and settings.guidance_scale is not None and not is_number(settings.guidance_scale, 1):
-            raise CallError(
-                f"guidance_scale={settings.guidance_scale}: {name} makes no uncond prediction in this step. "
-                "Call it with guidance_scale > 1, so that it does; its own value is not used then."
-            )
-        needs = role.uncond_follows or (cfg and settings.guidance_scale is None)
-        if needs and role.guidance_scale is None:
-            raise CallError(
-                f"{what} needs the CFG weight of this step, which {name} does not tell before the call. "
-                "Use rescale=0.0 and rule='cfg', or stg.Guider in a loop of your own."
-            )
-
-    def _moved_along(self, call: _Call, output: Sequence[Tensor]) -> list[Tensor] | None:
-        """Return the uncond prediction, or a weak one of the caller's own, that goes with the guided cond prediction.
-
-        With it the caller's own combination comes to the guided prediction, and `cond - perturbed` stays what it was.
-        """
-        guided, role = call.before, call.role
-        guidance = self._guidance
-        if guided is not None and not guided.settings.changes:
-            return None
-        own = uncond_side(role, output)
-        if guided is not None and role.is_uncond:
-            assert isinstance(guided.step, Step)
-            guidance.watch.look(guided.step, (), own)
-        if guided is None or [c.shape for c in guided.conds] != [guided.part(o).shape for o in own]:
-            if guidance.plan.is_constant and not guidance.plan.base.changes:
-                return None
-            raise CallError(
-                f"{self._session.host.name} made a call for {role.rows} rows without a matching cond call before it, "
-                "so the weak prediction of this step is not known. Use stg.Guider in a loop of your own."
-            )
-        terms = guided.terms()
-        if role.rows == "perturbed":
-            if guided.settings.replaces:
-                raise CallError(
-                    f"{self._session.host.name} adds a guidance of its own in this step, so rescale cannot give the "
-                    "final prediction. Switch that guidance off, or use rescale=0.0."
-                )
-            return put_back(role, terms, output, guided.added)
-        g = _scale_of(guided.settings, role)
-        guidance.traced(guided, terms, own, g)
-        if not guided.settings.replaces:
-            return put_back(role, terms, output, guided.added)
-        if is_number(role.guidance_scale, 1):
-            return None  # it has no weight, and cond is the final prediction already
-        # The caller has cond already and will compute u' + g * (c - u'): choose u' so that this is the final one.
-        assert role.guidance_scale is not None
-        moved = []
-        for i, (final, c) in enumerate(zip(guided.final(_or_one(g), own), guided.conds, strict=True)):
-            applied = fitted("guidance_scale", guided.weight("guidance_scale", role.guidance_scale, i), c)
-            moved.append(((final.float() - applied * c.float()) / (1.0 - applied)).to(c.dtype))
-        return put_back(role, moved, output, guided.whole)
-
-
-def _scale_of(settings: Settings, role: Role) -> Scale | None:
-    return role.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
-
-
-def _or_one(guidance_scale: Scale | None) -> Scale:
-    return 1.0 if guidance_scale is None else guidance_scale

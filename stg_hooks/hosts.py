@@ -1,4 +1,4 @@
-"""What `apply` needs to know about the target that it guides, and who answers for which kind of target."""
+"""What `apply` needs to know about the target that it guides, and which integration describes which kind of target."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from stg_hooks.errors import CallError, TargetError
 from stg_hooks.step import Step
 
-# Top-level package of a target's class -> module with a `host(target)` function; imported when first needed. Where the
-# module has `calling_pipeline()` and `calling_host(pipeline, module)` as well, they tell who calls a guided module; and
-# `plain_attention(attention)` has its attention computed where it can be seen.
+# Top-level package of a target's class -> module with a `host(target)` function; imported when first needed. It may
+# also have `calling_pipeline()` and `calling_host(pipeline, module)`, which tell what calls a guided module, and
+# `plain_attention(attention)`, which has its attention computed where it can be seen.
 _INTEGRATIONS = {"diffusers": "stg_hooks.integrations.diffusers.host"}
 # Top-level package of an attention module's class -> module with a `plain_attention(attention)` function.
 _ATTENTION = {**_INTEGRATIONS, "comfy": "stg_hooks.integrations.comfyui.attention"}
@@ -141,7 +141,7 @@ class Processors:
         """Install those again that were noted."""
         for module, processor in self._found:
             if getattr(module, _PROCESSOR, None) is not processor:
-                module._modules.pop(_PROCESSOR, None)  # what is no module cannot be assigned over one
+                module._modules.pop(_PROCESSOR, None)  # torch assigns only modules over a module
                 setattr(module, _PROCESSOR, processor)
 
 
@@ -196,8 +196,8 @@ class StepCaches(Protocol):
     def begin_pass(self) -> None:
         """Take notice of a pass that is not a weak one, before it is made."""
 
-    def apart(self, who: object, perturbed: Collection[nn.Module], bypassed: bool) -> AbstractContextManager[object]:
-        """Keep calls of the model that `who` makes away from what the other passes keep."""
+    def apart(self, key: object, perturbed: Collection[nn.Module], bypassed: bool) -> AbstractContextManager[object]:
+        """Keep calls of the model that go with `key` away from what the other passes keep."""
 
 
 class ModuleHost:
@@ -291,7 +291,9 @@ class ModuleHost:
     def _calling(self) -> Iterator[tuple[Any, object]]:
         """Find the pipeline that makes a call, and the integration that knows it."""
         for library, name in _INTEGRATIONS.items():
-            integration = importlib.import_module(name) if library in sys.modules else None
+            if library not in sys.modules:
+                continue
+            integration = sys.modules.get(name) or importlib.import_module(name)  # the latter takes its time
             calling = getattr(integration, "calling_pipeline", None)
             pipeline = None if calling is None else calling()
             if pipeline is not None:

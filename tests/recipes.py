@@ -36,6 +36,7 @@ CHECKPOINTS = {
     "Stable Diffusion 3.5 medium": "stabilityai/stable-diffusion-3.5-medium",
 }
 """Names on the hub; for the rest the reader's own folder."""
+FROM_IMAGES = ("UNetSpatioTemporalConditionModel",)
 OF_IMAGES = ("SD3Transformer2DModel",)
 LTX_2 = "LTX2VideoTransformer3DModel"
 LTX_2_NOTE = """\
@@ -47,8 +48,7 @@ INTRODUCTION = """\
 # Recipes per model
 
 What has been published, with its source. `stg.apply(pipe)` alone takes the first setting that fits the model; the code
-below spells it out, so that it can be changed. `inputs` is whatever the pipeline is called with:
-`{"prompt": "a fox in the snow"}`, and an image, a size or a number of frames where it wants one.
+below spells it out, so that it can be changed. A size, a number of frames and offloading are up to you.
 
 Layers count from 0 in the order in which blocks run; `stg.layers(pipe)` lists them. The settings are their authors':
 nothing here was tuned by us, and no setting is a promise for your prompts.
@@ -64,12 +64,13 @@ def page() -> str:
 
 def code(setting: Published) -> str:
     """Return the code of one recipe."""
+    more = "from diffusers.utils import load_image\n" if setting.model in FROM_IMAGES else ""
     pipeline, still = PIPELINES[setting.model], setting.model in OF_IMAGES
     weights = CHECKPOINTS.get(setting.name, f"path/to/{setting.name.replace(' ', '-')}")
     return f"""\
 import torch
 from diffusers import {pipeline}
-
+{more}
 import stg_hooks as stg
 
 name = "{weights}"
@@ -78,6 +79,11 @@ pipe = {pipeline}.from_pretrained(name, torch_dtype=torch.bfloat16)
 with stg.apply(pipe, {_arguments(setting)}):
     {"image" if still else "video"} = pipe({_lines(_call(setting))}).{"images" if still else "frames"}[0]
 """
+
+
+def inputs(setting: Published) -> str:
+    """Return what a recipe calls its pipeline with, besides guidance and steps."""
+    return 'load_image("first_frame.png")' if setting.model in FROM_IMAGES else '"a fox in the snow"'
 
 
 def _lines(arguments: list[str]) -> str:
@@ -141,7 +147,7 @@ def _call(setting: Published) -> list[str]:
     name = "max_guidance_scale" if setting.model == "UNetSpatioTemporalConditionModel" else "guidance_scale"
     # A schedule sets CFG itself, and needs a pipeline that makes both predictions.
     scale = 3.0 if setting.schedule else setting.guidance_scale
-    arguments = ["**inputs"]
+    arguments = [inputs(setting)]
     arguments += [f"{name}={scale}"] if scale is not None else []
     arguments += [f"num_inference_steps={setting.steps.split('-')[-1]}"] if setting.steps else []
     if setting.model == LTX_2:  # its pipeline guides by itself unless told not to

@@ -146,6 +146,65 @@ def test_generate_with_a_model_from_a_folder(folder: Path, tmp_path: Path) -> No
         assert np.array_equal(np.asarray(picture.convert("RGB"))[::8, ::8], (video[0] * 255).round().astype(np.uint8))
 
 
+def pictures(path: Path) -> bytes:
+    with Image.open(path) as picture:
+        picture.seek(picture.n_frames - 1)
+        return picture.convert("RGB").tobytes()
+
+
+def test_settings_from_a_file(tmp_path: Path) -> None:
+    """What `apply` and a sweep write; what is typed beside it counts instead."""
+    saved, out, typed = tmp_path / "s.json", tmp_path / "a.png", tmp_path / "b.png"
+    applied = stg.apply(demo.load(), [2], 2.0, mode="attention", stop=0.6)
+    applied.not_to_be_entered()
+    saved.write_text(json.dumps(applied.to_dict()))
+    for more, settings in (
+        ((), ("--layers", 2, "--scale", 2, "--mode", "attention", "--stop", 0.6)),
+        (("--scale", 0.5), ("--layers", 2, "--scale", 0.5, "--mode", "attention", "--stop", 0.6)),
+    ):
+        for file, options in ((out, ("--settings", saved, *more)), (typed, settings)):
+            result = run("generate", "demo", *options, *SHORT, "--force", "-o", file)
+            assert result.exit_code == 0, result.output
+        assert pictures(out) == pictures(typed)
+    saved.write_text(json.dumps({"layers": [2], "guidance_scale": 3.0}))  # as of a Guider
+    for file, options in ((out, ("--settings", saved)), (typed, ("--layers", 2, "--guidance-scale", 3.0))):
+        assert run("generate", "demo", *options, *SHORT, "--force", "-o", file).exit_code == 0
+    assert pictures(out) == pictures(typed)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ["No such file"]),
+        ("{layers", ["no JSON"]),
+        ("[34]", ["expected an object"]),
+        ('{"layer": [2]}', ["'layer' is not a setting", "Did you mean 'layers'"]),
+        ('{"layers": [99]}', ["layers=[99]", "8 layers"]),
+        ('{"layers": [2], "scale": "1"}', ["scale='1': expected a number"]),
+        ('{"layers": [2], "mode": "residuals"}', ["mode='residuals'", "Did you mean 'residual'"]),
+        ('{"layers": [2], "stop": 7}', ["stop=7: expected a part"]),
+        ('{"branches": [{"layer": 2}]}', ["branches=", "expected layers"]),
+        ('{"layers": [2], "scale": "nowhere:fading"}', ["scale='nowhere:fading'", "import nowhere first"]),
+    ],
+)
+def test_a_file_of_settings_that_cannot_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, words: list[str]
+) -> None:
+    monkeypatch.setattr(cli.Source, "pipeline", lambda self: pytest.fail("loaded"))
+    file = tmp_path / "s.json"
+    if text is not None:
+        file.write_text(text)
+    fails(run("generate", "demo", "--settings", file, "-o", tmp_path / "out.webp"), 2, f"--settings {file}: ", *words)
+
+
+def test_what_is_typed_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "s.json"
+    file.write_text('{"layers": [2], "scale": 1.0}')
+    result = run("generate", "demo", "--settings", file, "--rescale", 7, "-o", tmp_path / "out.webp")
+    fails(result, 2, "--rescale 7")
+    assert "s.json" not in result.stderr
+
+
 @pytest.fixture
 def svd(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Have MODEL be a tiny pipeline that makes a video of an image alone."""
@@ -475,6 +534,21 @@ def test_an_interrupt_while_the_command_line_loads(monkeypatch: pytest.MonkeyPat
         assert capsys.readouterr().err == "stg-hooks: interrupted.\n"
 
 
+@pytest.mark.parametrize("where", ["make_context", "invoke"])
+def test_an_interrupt_outside_of_a_command(where: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """typer itself exits with the status and says nothing."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"typer.core.TyperGroup.{where}", interrupted)
+    monkeypatch.setattr("sys.argv", ["stg-hooks", "layers", "demo"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "stg-hooks: interrupted.\n"
+
+
 @pytest.mark.parametrize(
     ("command", "typed", "words"),
     [
@@ -549,10 +623,3 @@ def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "circle.mp4").stat().st_size
     assert "</html>" in (tmp_path / "results" / "report.html").read_text()
     assert len(list(tmp_path.glob("results/cells/*/cell.json"))) == 7
-
-
-@pytest.mark.parametrize("command", ["", "layers", "generate", "profile", "sweep", "report", "bench", "demo"])
-def test_help(command: str) -> None:
-    result = run(*command.split(), "--help")
-    assert result.exit_code == 0
-    assert "Usage" in result.stdout

@@ -93,7 +93,7 @@ def test_settings_are_not_found(case: str) -> None:
 
 def test_errors_name_the_class_at_hand() -> None:
     with pytest.raises(
-        stg.SettingError, match=r"no setting is published for this LTXVModel \(there is one for LTX-Vid"
+        stg.SettingError, match=r"no setting is published for this LTXVModel\. For others of its class there is"
     ):
         recommended(NOTHING["another depth"])
     with pytest.raises(

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import stg_hooks as stg
-from stg_hooks.modes.modes import MODES, LayerCall, Perturbation, find_mode
+from stg_hooks.modes.modes import MODES, find_mode
+from stg_hooks.modes.perturbation import LayerCall, Perturbation
 from tests import zoo
 
 
@@ -68,14 +69,18 @@ def test_a_guided_call_adds_the_difference(mode: str, execution: str) -> None:
 
 def test_a_layer_that_lacks_what_a_mode_needs_is_refused(mode: str) -> None:
     model = zoo.FAMILIES["wan"].build()
-    if MODES[mode].needs == "attention":
-        with pytest.raises(stg.LayerError, match=rf"(?s)has no attention for mode='{mode}'.*It can have .*'residual'"):
+    if MODES[mode].needs == "layer":
+        assert [layer.name for layer in stg.check(model, "blocks.1.ffn", mode)] == ["blocks.1.ffn"]
+    elif MODES[mode].needs == "attention":
+        told = rf"(?s)FeedForward has no attention for mode='{mode}'.*It can have .*'residual'"
+        with pytest.raises(stg.LayerError, match=told):
             stg.skip(model, "blocks.1.ffn", mode)
     else:
         told = rf"mode='{mode}' {MODES[mode].verb} whole blocks.*Did you mean layers=\['blocks.1'\]"
         with pytest.raises(stg.LayerError, match=told):
             stg.skip(model, "blocks.1.attn1", mode)
-        with pytest.raises(stg.SettingError, match=f"which mode='{mode}' does not change. Choose from 'attention'"):
+        told = f"kind='spatial' chooses among .* which mode='{mode}' does not change. Choose from 'attention'"
+        with pytest.raises(stg.SettingError, match=told):
             stg.skip(model, 1, mode, kind="spatial")
 
 

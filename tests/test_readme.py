@@ -2,51 +2,38 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from torch import Tensor
 
 import stg_hooks as stg
+from stg_hooks import adapters, errors
 from stg_hooks.adapters import PUBLISHED
 from stg_hooks.guidance.settings import Published
-from tests import recipes, stand_ins, stock_pipelines, test_replaced, zoo
+from tests import api_page, errors_page, included, modular, recipes, stand_ins, stock_pipelines, test_replaced
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {file.name: file for file in sorted((ROOT / "docs").glob("*.md"))}
-INCLUDED = re.compile(r'--8<-- "([^":]+)[^"]*"')
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 
 
 def snippets(text: str) -> list[str]:
-    """Find the code of a page; what it includes from a file is tested as a file."""
+    """Find the code of a page; what it shows of a file is tested as a file."""
+    text = included.INCLUDED.sub("", text)
     return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 SNIPPETS = snippets(README)
-
-
-class TimedDiT(zoo.DiT):
-    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        return super().forward(x + t.view(-1, 1, 1), text)
-
-
-def own_loop() -> dict[str, Any]:
-    """Give the names that a page takes for granted where it is about a model."""
-    names: dict[str, Any] = dict(
-        zip(("x", "prompt", "no_prompt", "cond", "uncond"), torch.randn(5, 2, 4, 8), strict=True)
-    )
-    names |= {"stg": stg, "model": TimedDiT(), "t": torch.rand(2)}
-    names["inputs"] = {"x": names["x"], "t": names["t"], "text": names["prompt"]}
-    return names
 
 
 def mochi() -> dict[str, Any]:
@@ -54,24 +41,53 @@ def mochi() -> dict[str, Any]:
     return {"stg": stg, "pipe": pipe, "inputs": inputs | {"num_inference_steps": 6}}
 
 
-def modular_wan() -> dict[str, Any]:
-    pipe, inputs = test_replaced.modular_wan()
-    return {"stg": stg, "pipe": pipe, "inputs": inputs}
-
-
 def setting(name: str) -> Published:
     return next(setting for setting in PUBLISHED if setting.name == name)
 
 
-NAMES: dict[str, Callable[[], dict[str, Any]]] = {
-    "index.md": dict,
-    "how-it-works.md": lambda: own_loop() | {"transformer": TimedDiT(), "weak": torch.randn(2, 4, 8)},
-    "any-loop.md": dict,
-    "choosing-layers.md": dict,
-    "coming-from.md": mochi,
-    "modular.md": modular_wan,
+def for_coming_from(patch: pytest.MonkeyPatch) -> dict[str, str]:
+    names = mochi()
+    patch.setattr(diffusers.MochiPipeline, "from_pretrained", lambda *_, **__: names["pipe"])
+    patch.setattr(stand_ins, "INPUTS", names["inputs"], raising=False)
+    return {'{"prompt": "a fox in the snow", "num_frames": 85}': "stand_ins.INPUTS"}
+
+
+def for_modular(patch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A narrow Wan and LTX-2 as deep as the page takes them to be, whose pipelines end before the decoder."""
+    wan, inputs = test_replaced.modular_wan(depth=9)
+    ltx2 = modular.MODULAR["ltx2"]
+    deep = dataclasses.replace(ltx2, config={**ltx2.config, "num_layers": 29}).build()
+    pipes = {"Wan-AI/Wan2.1-T2V-1.3B-Diffusers": wan, "Lightricks/LTX-2": deep}
+    patch.setattr(diffusers.ModularPipeline, "from_pretrained", lambda name: pipes[name])
+    patch.setattr(diffusers.ModularPipeline, "load_components", lambda *_, **__: None)
+    patch.setattr(diffusers.ModularPipeline, "to", lambda self, *_: self)
+    patch.setattr(diffusers.utils, "export_to_video", lambda *_, **__: None)
+    patch.setattr(stand_ins, "INPUTS", inputs, raising=False)
+    return {
+        '{"prompt": "a fox in the snow", "num_frames": 81}': "stand_ins.INPUTS",
+        'prompt="a fox in the snow", num_frames=81, output="videos"': '**stand_ins.INPUTS, output="latents"',
+    }
+
+
+STAND_INS: dict[str, Callable[[pytest.MonkeyPatch], dict[str, str]]] = {
+    "coming-from.md": for_coming_from,
+    "modular.md": for_modular,
 }
-"""What a page takes for granted. Recipes have a test of their own; a page without code needs no entry."""
+"""For pages that load models from the hub: narrow ones of random weights in their place, which have no text encoder,
+and so what to write in place of a prompt. All other code runs as it stands, in the order of the page."""
+OF_THEIR_OWN = ("recipes.md", "errors.md")
+"""Pages whose code has tests of its own, below."""
+
+
+@pytest.fixture
+def _adapters() -> Iterator[None]:
+    """Forget what a page states of its models."""
+    tables = (adapters.STREAMS, adapters.ATTENTION, adapters.ATTENTION_FUNCTIONS, adapters.TEMPORAL)
+    before = [copy.copy(table) for table in tables]
+    yield
+    for table, kept in zip(tables, before, strict=True):
+        table.clear()
+        table.update(kept)  # type: ignore[arg-type]
 
 
 def test_the_first_snippet_guides_a_real_model_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,24 +125,64 @@ def test_the_readme_is_short() -> None:
     assert len(re.sub(r"^```python.*?^```", "", README, flags=re.MULTILINE | re.DOTALL).split()) <= 700
 
 
-@pytest.mark.parametrize("page", [name for name, file in PAGES.items() if snippets(file.read_text(encoding="utf-8"))])
-def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if page == "recipes.md":
-        pytest.skip("each recipe has a test of its own")
+WITH_CODE = [name for name, file in PAGES.items() if snippets(file.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.usefixtures("_adapters")
+@pytest.mark.parametrize("page", [page for page in WITH_CODE if page not in OF_THEIR_OWN])
+def test_the_code_of_a_page_runs_in_order(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # what a page writes
-    names = NAMES[page]()
+    replaced = STAND_INS.get(page, lambda _: {})(monkeypatch)
+    names: dict[str, Any] = {"stand_ins": stand_ins} if replaced else {}
+    text = "".join(snippets(PAGES[page].read_text(encoding="utf-8")))
+    assert all(written in text for written in replaced)
     with warnings.catch_warnings():
         warnings.simplefilter("error", stg.StgWarning)
         for snippet in snippets(PAGES[page].read_text(encoding="utf-8")):
-            exec(compile(snippet, page, "exec"), names)
+            code = snippet
+            for written, instead in replaced.items():
+                code = code.replace(written, instead)
+            exec(compile(code, page, "exec"), names)
 
 
-def test_what_pages_include_is_tested_or_written_by_a_program() -> None:
-    included = {file for page in PAGES.values() for file in INCLUDED.findall(page.read_text(encoding="utf-8"))}
-    assert included
-    for file in included:
-        assert (ROOT / file).is_file(), file
+def test_errors_say_what_their_page_says() -> None:
+    page = PAGES["errors.md"].read_text(encoding="utf-8")
+    assert errors_page.filled(page) == page, "run python -m tests.errors_page"
+    public = [name for name in stg.__all__ if hasattr(errors, name)]
+    assert {*public, "StgError"} <= set(re.findall(r"`(?:stg\.)?(\w+)`", page))
+
+
+# --- pages as code hosts show them ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
+def test_a_page_is_plain_markdown(page: str) -> None:
+    """No include lines, attribute lists or blocks of a site generator; code that is shown is run, here or as a file."""
+    text = (PAGES.get(page) or ROOT / page).read_text(encoding="utf-8")
+    assert not re.search(r"--8<--|^:::|^!!!|^\?\?\?|^=== |^(```|!?\[).*\{ ?[.:#]", text, re.M)
+    assert set(re.findall(r"^``` ?(\w+)", included.INCLUDED.sub("", text), re.M)) <= {"python", "bash", "text"}
+    assert included.filled(text) == text, "run python -m tests.included"
+
+
+def test_what_pages_show_of_files_is_tested_or_written_by_a_program() -> None:
+    shown = {found["file"] for page in included.PAGES for found in included.INCLUDED.finditer(page.read_text("utf-8"))}
+    assert shown
+    for file in shown:
         assert file.startswith(("examples/", "benchmarks/results/")), file
+
+
+def test_the_api_page_is_current_and_has_every_public_name() -> None:
+    page = PAGES["api.md"].read_text(encoding="utf-8")
+    assert page == api_page.page(), "run python -m tests.api_page"
+    names = [*stg.__all__, *(f"rules.{name}" for name in stg.rules.__all__), "modular.SkipGuidance"]
+    shown = [name for names in api_page.SECTIONS.values() for name in names]
+    assert set(names) <= set(shown)
+    assert set(adapters.__all__) <= {name.removeprefix("adapters.") for name in shown}
+    for name in shown:
+        assert api_page.summary(name), f"{name} has no docstring"
+    titles = re.findall(r"^###? (.*)", page, re.M)
+    anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+    assert set(re.findall(r"\]\(#([^)]+)\)", page)) <= set(anchors)
 
 
 def test_every_file_that_a_page_shows_is_there() -> None:
@@ -166,7 +222,9 @@ def test_a_recipe_runs_with_the_published_setting(published: Published, monkeypa
         getattr(diffusers, recipes.PIPELINES[published.model]), "from_pretrained", lambda *_, **__: pipe
     )
     monkeypatch.setattr(stg, "apply", Noted)
-    code = re.sub(r"num_inference_steps=\d+", "num_inference_steps=4", recipes.code(published))
+    assert f"pipe({recipes.inputs(published)}" in recipes.code(published).replace("(\n        ", "(")
+    code = recipes.code(published).replace(recipes.inputs(published), "**inputs")
+    code = re.sub(r"num_inference_steps=\d+", "num_inference_steps=4", code)
     if not published.steps:
         inputs["num_inference_steps"] = 4
     if published.start:  # the first of a few steps lies before it
@@ -190,7 +248,6 @@ def test_a_recipe_runs_with_the_published_setting(published: Published, monkeypa
 @pytest.mark.slow
 def test_the_site_builds_and_needs_no_network(tmp_path: Path) -> None:
     pytest.importorskip("material")
-    pytest.importorskip("mkdocstrings")
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 
@@ -203,10 +260,8 @@ def test_the_site_builds_and_needs_no_network(tmp_path: Path) -> None:
         loaded += re.findall(r'<link[^>]*rel="(?:stylesheet|preconnect|icon)"[^>]*href="([^"]+)"', text)
         assert loaded
         assert [url for url in loaded if re.match(r"(?:https?:)?//", url)] == [], page.name
-    names = {entry["title"] for entry in json.loads((tmp_path / "search/search_index.json").read_text())["docs"]}
-    assert {"apply", "Guider", "skip", "combine", "layers", "Branch", "Step"} <= {
-        re.sub(r"<[^>]+>", "", name).strip() for name in names
-    }
+    titles = {entry["title"] for entry in json.loads((tmp_path / "search/search_index.json").read_text())["docs"]}
+    assert {f"stg.{name}" for name in stg.__all__} <= {re.sub(r"<[^>]+>", "", title).strip() for title in titles}
 
 
 def test_every_place_that_the_page_for_developers_names_is_there() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import shutil
 import time
@@ -210,6 +211,10 @@ def test_the_code_of_the_chosen_cell_is_copied(visit: Callable[..., Any], writte
     page.click("#copy")
     wait_for(page, "document.getElementById('copy').textContent === 'Copied'")
     assert page.evaluate("navigator.clipboard.readText()") == code
+    page.click("#copy-settings")
+    wait_for(page, "document.getElementById('copy-settings').textContent === 'Copied'")
+    copied = json.loads(page.evaluate("navigator.clipboard.readText()"))
+    assert copied == {"layers": [2, 5], "scale": 1.0, "mode": "attention"}
     page.locator("#scatter [data-cell='baseline']").focus()
     page.keyboard.press("Enter")
     assert page.locator("#code").text_content() == f"import torch\n\n{given}{call}"

@@ -178,7 +178,7 @@ class PipelineHost:
             self._processors.put_back()
 
     def _why_not_read(self, frame: FrameType) -> str:
-        """Say who calls the denoiser where the pipeline itself does not: a callback, most likely."""
+        """Say what calls the denoiser where the pipeline itself does not: a callback, most likely."""
         caller, inner = None, sys._getframe(1)
         while inner is not frame and inner.f_back is not None:
             if _module_of(inner).partition(".")[0] not in _LIBRARIES:
@@ -212,7 +212,8 @@ class PipelineHost:
         index, count = names.get("i"), None if timesteps is None else len(timesteps)
         if not isinstance(index, int) or count is None:
             return Step()
-        return Step(index, count, *self._noise_level(scheduler, index, names))
+        timestep = self._values("timesteps", timesteps)[index] if isinstance(timesteps, Tensor) else None
+        return Step(index, count, *self._noise_level(scheduler, index, names), timestep)
 
     def _noise_level(self, scheduler: Any, index: int, names: Mapping[str, Any]) -> tuple[float | None, str | None]:
         """Return the noise level of a step, and in which units: see `Step`."""
@@ -305,7 +306,7 @@ def _called_at(pipeline: Any, name: str, kind: type[_Method], callback: Callable
 
 
 def host(target: Any) -> PipelineHost:
-    """Return who answers for a diffusers pipeline.
+    """Return the host of a diffusers pipeline.
 
     Raises:
         TargetError: it cannot be guided.
@@ -347,7 +348,7 @@ def _module_of(frame: FrameType) -> str:
 
 
 def calling_host(pipeline: Any, denoiser: nn.Module) -> PipelineHost | None:
-    """Return who answers for a running pipeline, if that can tell what it calls a denoiser for."""
+    """Return the host of a running pipeline, if its code tells what it calls a denoiser for."""
     try:
         found = host_of_running(pipeline)
     except TargetError:
@@ -356,7 +357,7 @@ def calling_host(pipeline: Any, denoiser: nn.Module) -> PipelineHost | None:
 
 
 def host_of_running(pipeline: Any) -> PipelineHost:
-    """Return who answers for a pipeline, whatever guider it has."""
+    """Return the host of a pipeline, whatever guider it has."""
     if _is_modular(pipeline):
         from stg_hooks.integrations.diffusers.modular import ModularHost
 

@@ -26,12 +26,12 @@ from stg_hooks.hooks import activation
 from stg_hooks.hooks.forward import Action, patched
 from stg_hooks.integrations.diffusers.host import calling_pipeline
 from stg_hooks.integrations.diffusers.modular import ModularHost
-from stg_hooks.model.layers import LayerSpec
+from stg_hooks.model.resolve import LayerSpec
 from stg_hooks.modes.frames import Kind
-from stg_hooks.modes.modes import Mode
-from stg_hooks.passes.execution import check_execution
+from stg_hooks.modes.perturbation import Mode
+from stg_hooks.passes.outputs import own_predictions, replace_predictions
 from stg_hooks.passes.predict import Predicted, Predictor
-from stg_hooks.passes.rows import own_predictions, replace_predictions
+from stg_hooks.passes.ways import check_execution
 from stg_hooks.step import Step
 
 try:

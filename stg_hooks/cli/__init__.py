@@ -26,6 +26,11 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(_interrupted())
+    except SystemExit as stop:
+        # Of an interrupt before or after a command typer makes the same status, and says nothing.
+        if isinstance(getattr(stop.__context__, "__cause__", None), KeyboardInterrupt):
+            stop.code = _interrupted()
+        raise
 
 
 def _interrupted() -> int:

@@ -21,7 +21,7 @@ _LONGEST = 300  # characters of a message that is not ours
 
 # What the library says of its arguments, in the words of the command line.
 _WORDS = (
-    (re.compile(r"stg\.layers\(model\)"), "stg-hooks layers MODEL"),
+    (re.compile(r"stg\.layers\((model|pipe)\)"), "stg-hooks layers MODEL"),
     (re.compile(r"layers=\[([^\[\]]*)\]"), lambda found: f"--layers {found[1].replace(', ', '+')}"),
     (re.compile(r"\b(mode|scale|rescale|start|stop|guidance_scale|layers)=(?=\S)"), r"--\1 "),
     (re.compile(r"--guidance_scale"), "--guidance-scale"),

@@ -204,7 +204,7 @@ def check_scale(name: str, value: object) -> None:
     if isinstance(value, Tensor):
         return
     if not is_real(value):
-        raise SettingError(f"{name}={value!r}: expected a number, not {type(value).__name__}.")
+        raise SettingError(f"{name}={value!r}: expected a number, not {type(value).__name__}.{_as_number(name, value)}")
     if not math.isfinite(value):
         off = 1.0 if name == "guidance_scale" else 0.0
         raise SettingError(f"{name}={value!r}: expected a finite number. Use {name}={off} to switch it off.")
@@ -213,4 +213,14 @@ def check_scale(name: str, value: object) -> None:
 def check_rescale(value: object) -> None:
     """Raise unless `value` lies in [0, 1]."""
     if not is_real(value) or not 0.0 <= value <= 1.0:
-        raise SettingError(f"rescale={value!r}: expected a number from 0.0 (off) to 1.0 (full).")
+        more = _as_number("rescale", value)
+        raise SettingError(f"rescale={value!r}: expected a number from 0.0 (off) to 1.0 (full).{more}")
+
+
+def _as_number(name: str, value: object) -> str:
+    """Phrase the number that a string holds, as settings that were read from a file or a form do."""
+    try:
+        number = float(value) if isinstance(value, str) else math.nan
+    except ValueError:
+        return ""
+    return f" Write {name}={number:g}." if math.isfinite(number) else ""

@@ -10,10 +10,11 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from stg_hooks.errors import CallError, SettingError, closest
+from stg_hooks.errors import SettingError, closest
 from stg_hooks.guidance.channels import VarianceWatch, check_channels, guided_part, with_rest
 from stg_hooks.guidance.combine import Scale, combine, correction, is_number, of_sample
 from stg_hooks.guidance.plain import read, written
+from stg_hooks.guidance.reuse import Differences
 from stg_hooks.guidance.rules import at_step
 from stg_hooks.guidance.samples import are_samples, check_told
 from stg_hooks.guidance.schedule import Request, Settings, check_every, known, plan_from
@@ -21,7 +22,7 @@ from stg_hooks.guidance.settings import Branch
 from stg_hooks.guidance.trace import Stats, Trace
 from stg_hooks.guidance.watch import Watch
 from stg_hooks.modes.switch import Switch
-from stg_hooks.step import Step, check_once
+from stg_hooks.step import Step
 
 PREDICTIONS = ("cond", "uncond")
 
@@ -284,7 +285,7 @@ class Guidance:
         else:
             weaks = [[weak[i] for weak in predictions.weaks] for i in range(len(conds))]
             if self.every > 1 and isinstance(step, Step):
-                self._local.kept = _Differences.of(conds, weaks, branches, step)
+                self._local.kept = Differences.of(conds, weaks, branches, step)
         return Guided.of(step, settings, branches, conds, weaks, channels, samples)
 
     def traced(
@@ -304,62 +305,8 @@ class Guidance:
         self._local = _OfThread()
 
 
-@dataclasses.dataclass
-class _Differences:
-    """What `every` uses again: `cond - weak` of an earlier step."""
-
-    differences: list[list[Tensor]]
-    branches: tuple[Branch, ...]
-    step: Step
-    last: Step
-    """Of the call that was made last, guided or not."""
-    used: int = 1
-    is_over: bool = False
-    """Another run has begun."""
-
-    @classmethod
-    def of(
-        cls, conds: Sequence[Tensor], weaks: Sequence[Sequence[Tensor]], branches: tuple[Branch, ...], step: Step
-    ) -> _Differences:
-        """Keep the differences of a step; gradients do not pass from step to step."""
-        found = [[(c - weak).detach() for weak in of_one] for c, of_one in zip(conds, weaks, strict=True)]
-        return cls(found, branches, step, step)
-
-    def weaks(self, conds: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Return, for each prediction, weak ones that differ from it as they did then.
-
-        Raises:
-            CallError: predictions of another shape.
-        """
-        shapes = [[tuple(c.shape)] * len(self.branches) for c in conds]
-        then = [[tuple(difference.shape) for difference in found] for found in self.differences]
-        if shapes != then:
-            raise CallError(
-                f"every= would use differences of step {self.step.index} again, of the shapes {then}, in a call that "
-                f"predicts {shapes}. Give each size a stg.Guider or stg.apply of its own, or use every=1."
-            )
-        self.used += 1
-        return [[c - difference for difference in found] for c, found in zip(conds, self.differences, strict=True)]
-
-    def serves(self, call_of: Step, branches: tuple[Branch, ...], every: int) -> bool:
-        """Tell whether it may be used again in a call; ask in every call, also in those without guidance.
-
-        Raises:
-            CallError: it is the second guided call of one step.
-        """
-        before, self.last = self.last, call_of
-        if branches:
-            check_once(call_of, before, f"every={every}")
-        if call_of.index is None or before.index is None or self.step.index is None:
-            return False
-        self.is_over = self.is_over or (call_of.index < before.index and not call_of.of_sampler)
-        is_later = call_of.index > self.step.index
-        is_same = [branch.key for branch in branches] == [branch.key for branch in self.branches]
-        return not self.is_over and is_later and self.used < every and is_same
-
-
 class _OfThread(threading.local):
-    kept: _Differences | None = None
+    kept: Differences | None = None
 
 
 def _check_on(on: str, scale: object) -> None:

@@ -14,9 +14,9 @@ from stg_hooks.errors import CallError, SettingError, closest
 from stg_hooks.guidance.combine import Scale, check_rescale, check_scale, is_number, is_real
 from stg_hooks.guidance.rules import Rule, find_rule
 from stg_hooks.guidance.settings import Branch, branches_from, preset_for, recommended
-from stg_hooks.model.layers import LayerSpec
+from stg_hooks.model.resolve import LayerSpec
 from stg_hooks.modes.frames import Kind
-from stg_hooks.modes.modes import Mode
+from stg_hooks.modes.perturbation import Mode
 from stg_hooks.step import Step
 
 

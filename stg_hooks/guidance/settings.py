@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import operator
+import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,15 +13,19 @@ from torch import nn
 
 from stg_hooks.errors import SettingError, closest
 from stg_hooks.guidance.combine import Scale, check_rescale, check_scale
-from stg_hooks.model.layers import LayerSpec, items_of, listed
+from stg_hooks.model.resolve import LayerSpec, items_of, listed
 from stg_hooks.modes.frames import Kind
-from stg_hooks.modes.modes import Mode, find_mode
+from stg_hooks.modes.modes import check_one_mode, find_mode
+from stg_hooks.modes.perturbation import Mode
 from stg_hooks.modes.sites import check_kind
 
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-    """One perturbed prediction: which layers are skipped, how strongly it counts, what skipped layers do instead."""
+    """One perturbed prediction: which layers are skipped, how strongly it counts, what skipped layers do instead.
+
+    A dictionary gives each layer its mode: `stg.Branch({14: "attention", 19: "residual"})`.
+    """
 
     layers: LayerSpec
     scale: Scale = 1.0
@@ -33,7 +38,9 @@ class Branch:
         if isinstance(self.layers, Iterator):  # which gives them once only
             object.__setattr__(self, "layers", listed(self.layers))
         check_scale("scale", self.scale)
-        find_mode(self.mode)
+        check_one_mode(self.layers, self.mode)
+        for mode in (self.mode, *(self.layers.values() if isinstance(self.layers, Mapping) else ())):
+            find_mode(mode)
         check_kind(self.kind)
 
     @property
@@ -44,7 +51,9 @@ class Branch:
 
 def _key(layers: object) -> Hashable:
     """Return something that is equal for equal choices of layers; modules count by identity."""
-    return tuple(item if isinstance(item, (str, int, range)) else id(item) for item in items_of(layers))
+    if isinstance(layers, Mapping):
+        return tuple((_key(spec), find_mode(mode)) for spec, mode in layers.items())
+    return tuple(item if isinstance(item, (str, int, range, re.Pattern)) else id(item) for item in items_of(layers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,15 +176,15 @@ def recommended(module: nn.Module) -> Published:
         return found[0]
     table = _table()
     others = "; ".join(
-        f"{entry.name} with {dict(entry.where)}: layers={list(entry.layers)}"
+        f"layers={list(entry.layers)} for {entry.name} with {dict(entry.where)}"
         for entry in table
         if _is_a(module, entry.model)
     )
+    # No rule of thumb about depth: in what we measured none held, and some layers do damage at every scale.
     raise SettingError(
-        f"no layers given, and no setting is published for this {type(module).__name__}"
-        + (f" (there is one for {others})." if others else ".")
-        + " Name the layers, for example layers=[-2]; stg.layers(...) lists them. One or two layers in the last two "
-        "thirds and scales from 0.5 to 1 are a usual start."
+        f"no layers given, and no setting is published for this {type(module).__name__}. "
+        + (f"For others of its class there is {others}: start from these. " if others else "")
+        + "stg.layers(model) lists what can be skipped, and stg.profile measures which layers do damage."
     )
 
 

@@ -54,6 +54,8 @@ class Watch:
             strict: raise where a skip changed nothing, in the first call of its kind: synchronise with the GPU there.
         """
         self._name = name
+        self.target = "model"
+        """What the user has in hand, for messages: a model, or the pipeline around it."""
         self.strict = strict
         self._lock = threading.Lock()
         self._pending: deque[_Look] = deque()
@@ -166,7 +168,7 @@ class Watch:
                     found.append(complaint)
         if not found:
             return
-        text = f"{self._name}: {'; '.join(found)}. Choose other layers: stg.layers(model)."
+        text = f"{self._name}: {'; '.join(found)}. Choose other layers: stg.layers({self.target})."
         if self.strict:
             raise LayerError(text)
         warnings.warn(text, StgWarning, stacklevel=stacklevel)
