@@ -445,12 +445,22 @@ def importable(root: Path, absent: tuple[str, ...]) -> Iterator[None]:
                 del sys.modules[name]
 
 
+_OTHERS = {
+    "EDM": ("training/networks_edm2.py", False),
+    "DiT": ("diffusion/gaussian_diffusion.py", True),
+}
+"""A further file that tells a repository by being there, or by being absent, where others have the same marks."""
+
+
 def found_under(path: Path) -> Iterator[tuple[Repository, Path]]:
     """Find the known repositories in the folders below a path."""
-    for repository in REPOSITORIES:
+    from tests.further_repositories import FURTHER
+
+    for repository in (*REPOSITORIES, *FURTHER):
         for mark in sorted(path.glob(f"**/{repository.mark}")):
             root = mark.parents[len(Path(repository.mark).parts) - 1]
-            if repository.name != "EDM" or not (root / "training/networks_edm2.py").exists():
+            has_another = _OTHERS.get(repository.name)
+            if has_another is None or (root / has_another[0]).exists() is has_another[1]:
                 yield repository, root
                 break
 
@@ -497,6 +507,8 @@ def by_hand(mode: str, text: slice | None) -> Any:
 @contextmanager
 def in_place_of_attention(change: Any) -> Iterator[None]:
     def sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+        if attn_mask is not None and attn_mask.is_floating_point():  # what is added to the logits: nothing, or a lot
+            attn_mask = attn_mask == 0
         return change(query, key, value, attn_mask)
 
     def softmax(logits: Tensor, dim: int | None = None, **_: Any) -> Tensor:

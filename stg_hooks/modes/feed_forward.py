@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +33,9 @@ def feed_forwards(block: nn.Module) -> list[nn.Module]:
         if _NAME.fullmatch(called) or _CLASS.search(type(module).__name__):
             found.append((name, module))
     return [module for _, module in found]
+
+
+_FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 class _UnfusedOnly(TorchFunctionMode):
@@ -104,6 +107,7 @@ class FeedForwards(Silence):
         """
         super().__init__(feed_forwards(block))
         self._kind = type(block).__name__
+        self._may_fuse = any(isinstance(module, _FUSED) for module in block.modules())
 
     @contextmanager
     def giving_zero(self) -> Iterator[None]:
@@ -113,7 +117,8 @@ class FeedForwards(Silence):
             BlockError: none of them was called.
         """
         called: list[nn.Module] = []
-        with self.doing(lambda module: self.zero(module, called)), _UnfusedOnly():
+        unfused = _UnfusedOnly() if self._may_fuse else nullcontext()
+        with self.doing(lambda module: self.zero(module, called)), unfused:
             yield
         if not called:
             raise BlockError(
