@@ -172,7 +172,7 @@ def test_a_stock_pipeline(tmp_path: Path) -> None:
     """The embedded model: one cell against the pipeline called by hand."""
     pipe = demo.load()
     found = stg.sweep(
-        pipe, "red circle left", out=tmp_path, layers=[6], scales=[0.5], progress=False, num_inference_steps=3
+        pipe, "red 3 blue 7", out=tmp_path, layers=[6], scales=[0.5], progress=False, num_inference_steps=3
     )
     assert found.settings["pipeline"] == "WanPipeline"
     assert found.settings["guidance_scale"] == demo.GUIDANCE_SCALE
@@ -180,11 +180,11 @@ def test_a_stock_pipeline(tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "cells/residual-L6-s0.5/settings.json").read_text())
     assert saved == found.cells[1].settings == {"layers": [6], "scale": 0.5, "mode": "residual"}
     assert not (tmp_path / "cells/baseline/settings.json").exists()
-    call = {**demo.inputs(["red circle left"]), "num_inference_steps": 3, "guidance_scale": demo.GUIDANCE_SCALE}
+    call = {**demo.inputs(["red 3 blue 7"]), "num_inference_steps": 3, "guidance_scale": demo.GUIDANCE_SCALE}
     with stg.apply(pipe, **saved):
         latents = pipe(**call, generator=torch.Generator().manual_seed(0)).frames
     with Image.open(tmp_path / "cells/residual-L6-s0.5/p0-s0.strip.webp") as strip:
-        frames = torch.tensor(np.asarray(strip.convert("RGB"))).unflatten(1, (6, 24)).transpose(0, 1)
+        frames = torch.tensor(np.asarray(strip.convert("RGB"))).unflatten(1, (6, 16)).transpose(0, 1)
     assert torch.equal(frames, demo.to_video(latents)[0])
     assert found.cells[1].code == (
         "from stg_hooks import demo\n"
@@ -192,7 +192,7 @@ def test_a_stock_pipeline(tmp_path: Path) -> None:
         "    video = demo.to_video(pipe(**demo.inputs([prompt]) | dict(guidance_scale=2.0, "
         "num_inference_steps=3), generator=generator).frames)[0]"
     )
-    names = {"stg": stg, "pipe": pipe, "prompt": "red circle left", "generator": torch.Generator().manual_seed(0)}
+    names = {"stg": stg, "pipe": pipe, "prompt": "red 3 blue 7", "generator": torch.Generator().manual_seed(0)}
     exec(found.cells[1].code, names)
     assert torch.equal(frames, names["video"])
 
