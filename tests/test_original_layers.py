@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import stg_hooks as stg
 from stg_hooks import adapters
 from tests import originals, zoo
+from tests.zoo import DIM
 
 
 def weak(model: nn.Module, layer: Any, mode: str = "residual") -> Tensor:
@@ -219,3 +221,32 @@ def test_an_extractor_of_faces_in_diffusers_is_not_numbered() -> None:
         )
     numbered = [layer.name for layer in stg.layers(model) if layer.index is not None]
     assert numbered == [f"transformer_blocks.{i}" for i in range(3)]
+
+
+class FusedWithActivation(originals.Single):
+    """Flux's `SingleStreamBlock` as it is published: the activation is a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp_act = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv, mlp = self.linear1(F.layer_norm(x, x.shape[-1:])).split([3 * DIM, 2 * DIM], dim=-1)
+        q, k, v = originals.heads_of(qkv)
+        q, k = self.norm(q, k)
+        return x + self.linear2(torch.cat((self.mix(q, k, v), self.mlp_act(mlp)), 2))
+
+
+def test_feed_forward_of_a_fused_block_leaves_its_attention_alone() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(FusedWithActivation(), FusedWithActivation()), torch.randn(2, 5, DIM)
+    other = copy.deepcopy(model)
+    other[1].linear2.weight.data[:, DIM:] = 0.0
+    with torch.no_grad(), stg.skip(model, ["1"], "feed-forward"):
+        torch.testing.assert_close(model(x), other(x))
+
+
+def test_a_fused_block_without_a_module_for_it_is_refused() -> None:
+    model = nn.Sequential(originals.Single(), originals.Single())
+    with pytest.raises(stg.StgError, match="has no feed-forward network to silence"):
+        stg.skip(model, ["1"], "feed-forward")

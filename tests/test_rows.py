@@ -166,3 +166,26 @@ def test_a_layout_that_takes_another_way_is_recorded_again() -> None:
     assert handle.stats.blocks_run == 1 + 1 + 3 + 2 + 3  # where it changes, a full pass
     for output, call in zip(got, inputs, strict=True):
         torch.testing.assert_close(output, by_hand(model, call, 0))
+
+
+class FramesOfSamples(zoo.DiT):
+    """Its rows are the frames of all samples, beside an indicator of `(samples, frames)`, as SVD's own U-Net has."""
+
+    def forward(self, x: Tensor, text: Tensor, indicator: Tensor) -> Tensor:
+        assert indicator.numel() == len(x)
+        return super().forward(x * (1 + indicator.flatten()[:, None, None]), text)
+
+
+@pytest.mark.filterwarnings("error::stg_hooks.StgWarning")
+@pytest.mark.parametrize("execution", ["sequential", "full"])
+def test_an_indicator_of_samples_and_frames_is_cut_with_the_frames(execution: str) -> None:
+    model = build(FramesOfSamples)
+    weak_model = zoo.without(model, ["blocks.2"])
+    indicator = torch.arange(12.0).view(4, 3) / 12  # [uncond, uncond, cond, cond], three frames each
+    inputs = [{**call, "indicator": indicator} for call in calls(12, 5, (12, 3, DIM))]
+    with stg.apply(model, [2], SCALE, batched_cfg=True, execution=execution) as handle:
+        got = [model(**call) for call in inputs]
+    assert handle.stats.blocks_run == STEPS * (1 if execution == "sequential" else 3)
+    for output, call in zip(got, inputs, strict=True):
+        plain, weak = model(**call), weak_model(**call)
+        torch.testing.assert_close(output, plain + SCALE * (plain - weak)[6:].repeat(2, 1, 1))

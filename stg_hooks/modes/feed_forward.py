@@ -30,9 +30,22 @@ def feed_forwards(block: nn.Module) -> list[nn.Module]:
         called = name.rpartition(".")[2]
         if not name or any(name.startswith(f"{outer}.") for outer, _ in found) or isinstance(module, nn.ModuleList):
             continue
-        if _NAME.fullmatch(called) or _CLASS.search(type(module).__name__):
+        owner = block.get_submodule(name.rpartition(".")[0])
+        if called == "linear2" and _ends_attention(owner):
+            act = getattr(owner, "mlp_act", None)
+            found += [] if act is None else [(name, act)]
+        elif _NAME.fullmatch(called) or _CLASS.search(type(module).__name__):
             found.append((name, module))
     return [module for _, module in found]
+
+
+def _ends_attention(owner: nn.Module) -> bool:
+    """Tell whether a `linear2` takes more than a network's hidden states: attention as well (Flux's single blocks).
+
+    There, `linear1` makes queries, keys and values, too, and the network's own output is that of its activation.
+    """
+    made, taken = getattr(owner, "linear1", None), owner.linear2
+    return made is not None and getattr(made, "out_features", None) != getattr(taken, "in_features", None)
 
 
 _FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)

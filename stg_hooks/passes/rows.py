@@ -91,7 +91,8 @@ def take_rows(
     """Cut a call down to some of its rows.
 
     A tensor takes part if its dimension 0 is the batch, or a whole multiple of it (frames folded into the batch);
-    two-dimensional multiples, and arguments named like positions, hold one row per token and stay whole.
+    two-dimensional multiples, and arguments named like positions, hold one row per token and stay whole. Where the rows
+    are the frames of all samples, a `(samples, frames)` tensor takes part too (SVD's own `image_only_indicator`).
 
     Args:
         args: positional arguments of the call.
@@ -106,9 +107,19 @@ def take_rows(
 
     def take(name: str, leaf: Any) -> Any:
         folded = row_factor(leaf, batch) if isinstance(leaf, Tensor) else 0
+        if folded == 0 and isinstance(leaf, Tensor) and isinstance(rows, slice) and not is_positional(name):
+            return _cut_unfolded(leaf, rows, batch)
         return leaf if not folded or (folded > 1 and is_positional(name)) else cut(leaf, rows, batch, folded)
 
     return map_arguments(take, args, kwargs, names)
+
+
+def _cut_unfolded(tensor: Tensor, rows: slice, batch: int) -> Tensor:
+    """Cut a tensor of `(samples, frames)` down to some rows, where the rows of the call are frames of samples."""
+    if tensor.ndim != 2 or tensor.numel() != batch or tensor.shape[0] in (1, batch):
+        return tensor
+    kept = tensor.flatten()[rows]
+    return kept.unflatten(0, (-1, tensor.shape[1])) if len(kept) % tensor.shape[1] == 0 else tensor
 
 
 def map_arguments(
