@@ -240,7 +240,7 @@ def run_face(face: str, settings: Settings, bad_below: float = 0.0, silent: bool
 
 
 def _without_names(text: str) -> str:
-    return text.replace("stg.apply", "stg.Guider")
+    return text.replace("stg.apply", "stg.Guider").replace("stg.layers(pipe)", "stg.layers(model)")
 
 
 def _without_what(text: str) -> str:
@@ -543,8 +543,8 @@ def test_all_faces_tell_of_a_skip_that_changes_nothing(name: str, face: str, str
 REFUSED: dict[str, tuple[Settings, str]] = {
     "no such layer": ({"layers": [9]}, r"layers=\[9\].* has 4 layers \(0\.\.\.3\)"),
     "no such layer, of scale 0": ({"branches": [stg.Branch([9], 0.0), stg.Branch([2], 1.5)]}, r"layers=\[9\]"),
-    "no such mode": ({"layers": [1], "mode": "skip"}, r"mode='skip'"),
-    "no such rule": ({"layers": [1], "rule": "zero-star"}, r"rule='zero-star' .*Did you mean 'zero_star'\?"),
+    "no such mode": ({"layers": [1], "mode": "skip"}, "unknown mode 'skip'; choose from"),
+    "no such rule": ({"layers": [1], "rule": "zero-star"}, r"unknown rule 'zero-star'; .*Did you mean 'zero_star'\?"),
     "class for a rule": ({"layers": [1], "rule": stg.rules.AveragedApg}, "rule=AveragedApg is a class: pass an object"),
     "number for a rule": ({"layers": [1], "rule": 3}, "rule=3: expected a name or a callable, not int"),
     "no such execution": (
