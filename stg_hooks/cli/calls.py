@@ -14,7 +14,7 @@ from stg_hooks.cli.failures import USAGE, FailureError
 from stg_hooks.cli.models import DEMO, Source
 from stg_hooks.errors import StgError, closest
 
-DEMO_PROMPT = "red circle left"
+DEMO_PROMPT = "red 3 blue 7"
 
 
 def in_groups(typed: Sequence[str] | None) -> list[list[int | str]] | None:
