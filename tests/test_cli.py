@@ -181,7 +181,7 @@ def test_settings_from_a_file(tmp_path: Path) -> None:
         ('{"layer": [2]}', ["'layer' is not a setting", "Did you mean 'layers'"]),
         ('{"layers": [99]}', ["layers=[99]", "8 layers"]),
         ('{"layers": [2], "scale": "1"}', ["scale='1': expected a number"]),
-        ('{"layers": [2], "mode": "residuals"}', ["mode='residuals'", "Did you mean 'residual'"]),
+        ('{"layers": [2], "mode": "residuals"}', ["mode 'residuals'", "Did you mean 'residual'"]),
         ('{"layers": [2], "stop": 7}', ["stop=7: expected a part"]),
         ('{"branches": [{"layer": 2}]}', ["branches=", "expected layers"]),
         ('{"layers": [2], "scale": "nowhere:fading"}', ["scale='nowhere:fading'", "import nowhere first"]),

@@ -84,7 +84,7 @@ def _written(value: Any) -> Any:
     if isinstance(value, Branch):
         return {field.name: _written(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {_written(key): _written(one) for key, one in value.items()}
+        return {text: _written(one) for key, one in value.items() for text in _keys(key)}
     if isinstance(value, (list, tuple, range)):
         return [_written(one) for one in value]
     if isinstance(value, Perturbation) and not isinstance(value, Custom):
@@ -103,6 +103,12 @@ def _written(value: Any) -> Any:
         return int(value) if isinstance(value, numbers.Integral) else float(value)
     name = f"{getattr(value, '__module__', None)}:{getattr(value, '__qualname__', None)}"
     return name if callable(value) and _lookup(name) is value else value
+
+
+def _keys(key: Any) -> list[Any]:
+    """Write the key of a dictionary, which is text in JSON; several layers that share a mode get one each."""
+    plain = [_written(one) for one in (key if isinstance(key, (tuple, range)) else [key])]
+    return [str(one) if isinstance(one, (int, str)) else one for one in plain]
 
 
 def _with_flags(pattern: re.Pattern[str]) -> str:
