@@ -70,7 +70,7 @@ def rows_for(options: argparse.Namespace, steps: int) -> list[dict[str, Any]]:
 
 
 def sample(pipe: Any, prompts: Sequence[str], steps: int, scale: float, every: int) -> tuple[Tensor, int]:
-    """Return latents, (B, 48, 6, 6, 6), and how many weak passes a clip took."""
+    """Return latents, (B, 48, 6, 4, 4), and how many weak passes a clip took."""
     parts, passes = [], 0
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]

@@ -17,12 +17,12 @@ def main() -> torch.Tensor:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     model = demo.load().transformer.to(device)  # every process holds the model
-    cond = {"encoder_hidden_states": demo.embed(demo.labels(["red circle left"])).to(device)}
+    cond = {"encoder_hidden_states": demo.embed(demo.labels(["red 3 blue 7"])).to(device)}
     uncond = {"encoder_hidden_states": demo.embed(None).to(device)}
 
     group = dist.group.WORLD if parallel else None
     guider = stg.Guider(model, layers=[6], scale=0.5, guidance_scale=2.0, group=group)
-    x = torch.randn(1, 48, 6, 6, 6, generator=torch.Generator().manual_seed(0)).to(device)  # the same seed everywhere
+    x = torch.randn(1, 48, 6, 4, 4, generator=torch.Generator().manual_seed(0)).to(device)  # the same seed everywhere
     times = torch.linspace(1, 0, 9).tolist()
     with torch.no_grad():
         for now, then in itertools.pairwise(times):

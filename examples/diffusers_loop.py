@@ -10,11 +10,11 @@ def main() -> torch.Tensor:
     """Sample one clip of the demo's model; return its latents."""
     pipe = demo.load()  # any transformer and scheduler will do
     model, scheduler = pipe.transformer, pipe.scheduler
-    cond = {"encoder_hidden_states": demo.embed(demo.labels(["red circle left"]))}
+    cond = {"encoder_hidden_states": demo.embed(demo.labels(["red 3 blue 7"]))}
     uncond = {"encoder_hidden_states": demo.embed(None)}
 
     guider = stg.Guider(model, layers=[6], scale=0.5, guidance_scale=2.0, stop=0.8)
-    x = torch.randn(1, 48, 6, 6, 6, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 48, 6, 4, 4, generator=torch.Generator().manual_seed(0))
     scheduler.set_timesteps(demo.STEPS)
     with torch.no_grad():
         for i, t in enumerate(scheduler.timesteps):

@@ -27,11 +27,11 @@ def main() -> Tensor:
         mixed = x * (1 - t).view(-1, 1, 1, 1, 1)
         return mixed - t.view(-1, 1, 1, 1, 1) * model(mixed, 1000 * t, return_dict=False, **condition)[0]
 
-    cond = {"encoder_hidden_states": demo.embed(demo.labels(["red circle left"]))}
+    cond = {"encoder_hidden_states": demo.embed(demo.labels(["red 3 blue 7"]))}
     uncond = {"encoder_hidden_states": demo.embed(None)}
     sigmas = karras(demo.STEPS)
     guider = stg.Guider(denoise, [6], 0.5, model=model, guidance_scale=2.0, sigma_range=(0.1, 10.0), sigmas=sigmas)
-    x = sigmas[0] * torch.randn(1, 48, 6, 6, 6, generator=torch.Generator().manual_seed(0))
+    x = sigmas[0] * torch.randn(1, 48, 6, 4, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for sigma, lower in itertools.pairwise(sigmas):
             clean = guider(x, sigma.expand(len(x)), cond=cond, uncond=uncond)

@@ -34,9 +34,9 @@ class Denoiser:
 def main() -> Tensor:
     """Sample one clip of the demo's model; return its latents."""
     denoiser = Denoiser(demo.load().transformer, layers=[2])
-    cond, uncond = demo.embed(demo.labels(["red circle left"])), demo.embed(None)
+    cond, uncond = demo.embed(demo.labels(["red 3 blue 7"])), demo.embed(None)
     torch.manual_seed(0)
-    x = torch.randn(1, 48, 6, 6, 6)
+    x = torch.randn(1, 48, 6, 4, 4)
     with torch.no_grad(), denoiser.predictor.installed():  # for a whole run; the model is as it was afterwards
         for level, lower in itertools.pairwise(torch.linspace(1, 0, 9).tolist()):
             x = x + (lower - level) * denoiser(x, level, cond, uncond)

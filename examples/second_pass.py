@@ -6,7 +6,7 @@ from torch import Tensor
 import stg_hooks as stg
 from stg_hooks import demo
 
-COND = {"encoder_hidden_states": demo.embed(demo.labels(["red circle left"]))}
+COND = {"encoder_hidden_states": demo.embed(demo.labels(["red 3 blue 7"]))}
 UNCOND = {"encoder_hidden_states": demo.embed(None)}
 
 
@@ -27,7 +27,7 @@ def main() -> tuple[Tensor, Tensor]:
     first = stg.Guider(model, layers=[6], scale=0.5, guidance_scale=2.0)
     second = stg.Guider(model, layers=[5, 6], scale=0.3, guidance_scale=1.5, rescale=0.5, stop=0.5)
     with torch.no_grad():
-        small = denoise(first, torch.randn(1, 48, 6, 6, 6), [1.0, 0.98, 0.95, 0.9, 0.85, 0.75, 0.6, 0.4])
+        small = denoise(first, torch.randn(1, 48, 6, 4, 4), [1.0, 0.98, 0.95, 0.9, 0.85, 0.75, 0.6, 0.4])
         large = torch.nn.functional.interpolate(small, scale_factor=(1, 2, 2))
         large = torch.lerp(large, torch.randn_like(large), 0.6)
         return small, denoise(second, large, [0.6, 0.45, 0.3, 0.15])

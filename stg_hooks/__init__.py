@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from stg_hooks.guidance.combine import combine
     from stg_hooks.guidance.settings import Branch
     from stg_hooks.guider import Guider
-    from stg_hooks.modes.modes import LayerCall
+    from stg_hooks.modes.perturbation import LayerCall
     from stg_hooks.passes.predict import Predictor
     from stg_hooks.skip import check, skip
     from stg_hooks.step import Step
@@ -47,7 +47,7 @@ _HOMES = {
     ),
     "Branch": "guidance.settings",
     "Guider": "guider",
-    "LayerCall": "modes.modes",
+    "LayerCall": "modes.perturbation",
     "Predictor": "passes.predict",
     "Step": "step",
     "apply": "apply",

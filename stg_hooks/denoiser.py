@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,21 +13,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from stg_hooks.answers import Answers
 from stg_hooks.errors import CallError
-from stg_hooks.guidance.combine import Scale, fitted, is_number
-from stg_hooks.guidance.guide import Guided, Predictions
+from stg_hooks.guidance.guide import Guided, Noisy, Predictions
 from stg_hooks.guidance.samples import takes_samples
 from stg_hooks.guidance.schedule import Settings
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.hooks.compiled import is_compiled, untraced
 from stg_hooks.hooks.forward import Patch, Undo, patched, shared
 from stg_hooks.hosts import Role, check_rows_apart
-from stg_hooks.model.source import parameter_names
-from stg_hooks.parts import cond_rows, put_back, sides, uncond_side
+from stg_hooks.model.source import bound_arguments, parameter_names
+from stg_hooks.model.tensors import leaves_of
+from stg_hooks.parts import cond_rows, sides
 from stg_hooks.passes.guided_call import GuidedCall, in_weak_pass, layout_of
 from stg_hooks.passes.inputs import Inputs, Written
+from stg_hooks.passes.outputs import own_predictions, places_of_predictions, replace_predictions
 from stg_hooks.passes.predict import Predictor
-from stg_hooks.passes.rows import Rows, first_batch, own_predictions, replace_predictions, take_rows
+from stg_hooks.passes.rows import Rows, first_batch, take_rows
 from stg_hooks.ranks.link import check_alone
 from stg_hooks.session import Session
 from stg_hooks.step import Step, check_step
@@ -52,6 +54,8 @@ class _Call:
     share: Share | None = None
     inputs: Inputs | None = None
     """The arguments as they were made, where more passes are to be made with them."""
+    places: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Where its predictions are in what it returned."""
     is_guess: bool = False
     """Whether its predictions are samples is not known before they are there."""
 
@@ -63,11 +67,6 @@ class _Call:
     def rows(self) -> Rows | None:
         """Those that its weak passes are made with; `None` for all."""
         return cond_rows(self.role, self.args, self.kwargs)
-
-    @property
-    def guidance_scale(self) -> Scale | None:
-        """The CFG weight of the step, where it is known."""
-        return _scale_of(self.settings, self.role)
 
 
 class _OfThread(threading.local):
@@ -98,6 +97,7 @@ class GuidedDenoiser:
         self._session = session
         self._model = model
         self._guidance = session.guidance.for_another()
+        self._answers = Answers(self._guidance, session.host.name, type(model).__name__)
         self._predictor = Predictor(model, (), execution, session.guidance.stats)
         self._predictor.prepare(session.guidance.plan.known)
         self._names = parameter_names(model)
@@ -157,28 +157,48 @@ class GuidedDenoiser:
         if is_guess:
             role = dataclasses.replace(role, samples=takes_samples(args, kwargs))
         check_alone(self._session, self._session.ranks, self._model)
-        self._predictor.caches.check_same()
-        self._predictor.caches.begin_pass()
+        caches = self._predictor.caches
         if not role.is_cond:
             before = self._local.last
             if role.is_uncond:
                 before, self._local.guided = self._local.guided, None
             settings = Settings(()) if before is None else before.settings
+            if settings.active:  # else nothing of ours depends on them
+                caches.check_same()
+            caches.begin_pass()
             self._local.call = call = _Call(role, Step(), settings, args, kwargs, before=before)
             if self._session.ranks is not None:
                 call.inputs = Inputs(args, kwargs, self._written)
             return
         step = check_step(self._session.step) or self._session.host.step()
         settings = self._guidance.settings(step)
+        if settings.active:
+            caches.check_same()
+        caches.begin_pass()
         self._local.call = call = _Call(role, step, settings, args, kwargs, is_guess=is_guess)
         if self._patch is not None and self._patch.bring_back() and self._session.ranks is None:
             # From the next call on; this one has its forward already.
             call.guided = GuidedCall(model, Inputs(args, kwargs, self._written), call.rows)
             call.guided.layout = layout_of(args, kwargs, call.rows)
             call.inputs = call.guided.inputs
+        self._look_at_own(role, settings)
         call.branches = self._guidance.wanted(step, settings)
         if call.inputs is None and (call.branches or self._session.ranks is not None):
             call.inputs = Inputs(args, kwargs, self._written)
+
+    def _look_at_own(self, role: Role, settings: Settings) -> None:
+        """Look at the weak predictions that the caller makes itself, as it does unless it is told not to.
+
+        Raises:
+            CallError: ours are to come to the final prediction; or `strict`.
+        """
+        if role.own and settings.replaces:
+            off = ", ".join(own.how_to_switch_off for own in role.own)
+            raise CallError(
+                f"{role.own[0].by} adds a guidance of its own in this step, so {settings.why_replaces} cannot give the "
+                f"final prediction. Call it with {off}; branches=[stg.Branch(...), ...] have the same guidance here."
+            )
+        self._session.tell_of(role, settings)
 
     def _around(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call that is going to be guided, so that its weak passes can share work with it."""
@@ -220,13 +240,13 @@ class GuidedDenoiser:
         if call.is_cond and not call.settings.changes:
             self._local.last = self._local.guided = Guided(call.step, call.settings, (), [], [])
             return unchanged
-        now = own_predictions(output)
+        now, call.places = own_predictions(output), places_of_predictions(output)
         if call.is_guess:
             self._find_samples(call, output, now)
         before = self._of_model.unguided
         if before is None:
             self._of_model.unguided = before = now
-        new = self._guided(call, before, now) if call.is_cond else self._moved_along(call, now)
+        new = self._guided(call, before, now) if call.is_cond else self._other(call, now)
         if new is None:
             return unchanged
         stats.guided_calls += 1
@@ -291,23 +311,21 @@ class GuidedDenoiser:
         role = call.role
         conds, unconds = sides(role, unguided)
         predictions = self._weaks(call, unguided, conds, unconds) if call.branches else Predictions(conds, unconds)
-        guidance, samples = self._guidance, bool(role.samples)
-        guided = guidance.guided(call.step, call.settings, predictions, role.channels, samples)
+        predictions.places = call.places
+        guided = self._guidance.guided(call.step, call.settings, predictions, role.channels, bool(role.samples))
         self._local.last = guided
-        replaces = guided.settings.replaces
-        if replaces:
-            self._check_replaceable(guided, role, is_first=unguided is output)
+        if guided.settings.replaces and role.is_clean:
+            guided.noisy = self._noisy(call, unguided)
+        answer = self._answers.to_cond(role, guided, unguided, unconds, output)
         if role.uncond_follows:
-            if self._local.guided is not None and replaces:
+            if self._local.guided is not None and guided.settings.replaces:
                 self._session.lost_steps += 1
             self._local.guided = guided
-            if replaces and not is_number(role.guidance_scale, 1):
-                return [*unguided]  # the final prediction has to wait for uncond
-        terms = guided.terms()
-        if not role.uncond_follows:
-            guidance.traced(guided, terms, unconds, call.guidance_scale)
-        new = guided.final(_or_one(call.guidance_scale), unconds) if replaces else terms
-        return put_back(role, new, output, guided.whole if replaces else guided.added)
+        return answer
+
+    def _other(self, call: _Call, output: Sequence[Tensor]) -> list[Tensor] | None:
+        """Return what goes with the guided cond prediction, for an uncond call or a perturbed one of the caller's."""
+        return self._answers.to_other(call.role, call.before, output)
 
     def _weaks(
         self, call: _Call, unguided: Sequence[Tensor], conds: Sequence[Tensor], unconds: Sequence[Tensor | None]
@@ -333,77 +351,22 @@ class GuidedDenoiser:
         found.weaks = [sides(call.role, of_branch)[0] for of_branch in weaks]
         return found
 
-    def _check_replaceable(self, guided: Guided, role: Role, is_first: bool) -> None:
-        settings, what, name = guided.settings, guided.settings.why_replaces, self._session.host.name
-        if not is_first:
-            raise CallError(
-                f"another stg.apply() has guided this call of {type(self._model).__name__} already, so {what} cannot "
-                "give the final prediction. Use one stg.apply(branches=[...])."
-            )
-        if role.has_more:
-            raise CallError(
-                f"{name} combines more than one cond and one uncond prediction in this step, so {what} cannot give the "
-                "final prediction. Switch that guidance off, or use rescale=0.0 and rule='cfg'."
-            )
-        cfg = "uncond" in role.parts or role.uncond_follows
-        if not cfg and settings.guidance_scale is not None and not is_number(settings.guidance_scale, 1):
-            raise CallError(
-                f"guidance_scale={settings.guidance_scale}: {name} makes no uncond prediction in this step. "
-                "Call it with guidance_scale > 1, so that it does; its own value is not used then."
-            )
-        needs = role.uncond_follows or (cfg and settings.guidance_scale is None)
-        if needs and role.guidance_scale is None:
-            raise CallError(
-                f"{what} needs the CFG weight of this step, which {name} does not tell before the call. "
-                "Use rescale=0.0 and rule='cfg', or stg.Guider in a loop of your own."
-            )
+    def _noisy(self, call: _Call, predictions: Sequence[Tensor]) -> Noisy:
+        """Find what the predictions of a call were made for: its caller combines clean samples.
 
-    def _moved_along(self, call: _Call, output: Sequence[Tensor]) -> list[Tensor] | None:
-        """Return the uncond prediction, or a weak one of the caller's own, that goes with the guided cond prediction.
-
-        With it the caller's own combination comes to the guided prediction, and `cond - perturbed` stays what it was.
+        Raises:
+            CallError: the call does not tell.
         """
-        guided, role = call.before, call.role
-        guidance = self._guidance
-        if guided is not None and not guided.settings.changes:
-            return None
-        own = uncond_side(role, output)
-        if guided is not None and role.is_uncond:
-            assert isinstance(guided.step, Step)
-            guidance.watch.look(guided.step, (), own)
-        if guided is None or [c.shape for c in guided.conds] != [guided.part(o).shape for o in own]:
-            if guidance.plan.is_constant and not guidance.plan.base.changes:
-                return None
+        args, kwargs = (call.args, call.kwargs) if call.inputs is None else call.inputs.again()
+        given = [x for x in leaves_of((), bound_arguments(self._model, args, kwargs)) if isinstance(x, Tensor)]
+        latents: list[Tensor] = []
+        for prediction in predictions:
+            fits = [x for x in given if x.shape == prediction.shape and not any(x is other for other in latents)]
+            latents += fits[:1]
+        level = call.step.sigma
+        if len(latents) < len(predictions) or level is None or call.step.kind not in (None, "flow"):
             raise CallError(
-                f"{self._session.host.name} made a call for {role.rows} rows without a matching cond call before it, "
-                "so the weak prediction of this step is not known. Use stg.Guider in a loop of your own."
+                f"{self._session.host.name} combines clean samples, and this call does not tell of what noise: so "
+                f"{call.settings.why_replaces} cannot give the final prediction. Use rescale=0.0 and rule='cfg'."
             )
-        terms = guided.terms()
-        if role.rows == "perturbed":
-            if guided.settings.replaces:
-                raise CallError(
-                    f"{self._session.host.name} adds a guidance of its own in this step, so rescale cannot give the "
-                    "final prediction. Switch that guidance off, or use rescale=0.0."
-                )
-            return put_back(role, terms, output, guided.added)
-        g = _scale_of(guided.settings, role)
-        guidance.traced(guided, terms, own, g)
-        if not guided.settings.replaces:
-            return put_back(role, terms, output, guided.added)
-        if is_number(role.guidance_scale, 1):
-            return None  # it has no weight, and cond is the final prediction already
-        # The caller has cond already and will compute u' + g * (c - u'): choose u' so that this is the final one.
-        assert role.guidance_scale is not None
-        moved = []
-        for i, (final, c) in enumerate(zip(guided.final(_or_one(g), own), guided.conds, strict=True)):
-            applied = fitted("guidance_scale", guided.weight("guidance_scale", role.guidance_scale, i), c)
-            moved.append(((final.float() - applied * c.float()) / (1.0 - applied)).to(c.dtype))
-        return put_back(role, moved, output, guided.whole)
-
-
-def _scale_of(settings: Settings, role: Role) -> Scale | None:
-    return role.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
-
-
-def _or_one(guidance_scale: Scale | None) -> Scale:
-    return 1.0 if guidance_scale is None else guidance_scale
+        return Noisy(sides(call.role, latents)[0], level)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn, TypeVar, cast
-
-T = TypeVar("T")
+from collections.abc import Iterable
+from typing import NoReturn
 
 
 class StgError(Exception):
@@ -79,37 +77,3 @@ def closest(asked: str, existing: Iterable[str], count: int = 3) -> str:
     names = list(dict.fromkeys(existing))
     near = difflib.get_close_matches(asked, names, n=count, cutoff=0.5)
     return f" Did you mean {', '.join(map(repr, near))}?" if near else ""
-
-
-def named(what: str, value: Any, table: Mapping[str, T], elsewhere: Mapping[str, str] | None = None) -> T:
-    """Look up what a name stands for; a callable stands for itself.
-
-    Args:
-        what: the setting, for the error.
-        value: what the user gave: a name in the table, or a callable.
-        table: what there is, by name.
-        elsewhere: names that other tools have for these, in lower case, and the name here.
-
-    Returns:
-        The callable.
-
-    Raises:
-        SettingError: a name that is not in the table, or something that is neither.
-    """
-    if isinstance(value, str):
-        if value in table:
-            return table[value]
-        names = ", ".join(map(repr, table))
-        ours = (elsewhere or {}).get(value.lower().replace("_", "-"))
-        if ours:
-            raise SettingError(
-                f"{what}={value!r} is called {what}={ours!r} here. There is {names}, or pass a callable."
-            )
-        raise SettingError(
-            f"{what}={value!r} does not exist. There is {names}, or pass a callable.{closest(value, table)}"
-        )
-    if isinstance(value, type):
-        raise SettingError(f"{what}={value.__name__} is a class: pass an object, {value.__name__}(...).")
-    if not callable(value):
-        raise SettingError(f"{what}={value!r}: expected a name or a callable, not {type(value).__name__}.")
-    return cast(T, value)

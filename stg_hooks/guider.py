@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import CallError, NotCopied, SettingError, TargetError
-from stg_hooks.guidance.combine import Scale, check_scale, is_number, is_real
+from stg_hooks.guidance.combine import Scales, check_scales, is_number
 from stg_hooks.guidance.guide import Guidance, Guided, Predictions, StepOrLater
+from stg_hooks.guidance.outputs import PerOutput, each_of
 from stg_hooks.guidance.plain import written
-from stg_hooks.guidance.rules import AveragedApg, Rule
-from stg_hooks.guidance.samples import takes_samples
+from stg_hooks.guidance.rules import Rule, remembers
 from stg_hooks.guidance.schedule import Plan, Request, Schedule, Settings
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.guidance.trace import Stats, Trace
 from stg_hooks.hooks import activation
-from stg_hooks.model.layers import LayerSpec
+from stg_hooks.model.resolve import LayerSpec
 from stg_hooks.modes.frames import Kind
-from stg_hooks.modes.modes import Mode
+from stg_hooks.modes.perturbation import Mode
 from stg_hooks.passes.guided_call import in_weak_pass
 from stg_hooks.passes.inputs import Inputs, Written
+from stg_hooks.passes.joined import halved_output, joined_call
+from stg_hooks.passes.outputs import own_predictions, places_of_predictions, predictions, replace_predictions
 from stg_hooks.passes.predict import Predictor
-from stg_hooks.passes.rows import HALF, halves, own_predictions, predictions, replace_predictions
+from stg_hooks.passes.rows import HALF
 from stg_hooks.ranks.link import Ranks, check_alone, check_own_copy, ranks_from
-from stg_hooks.step import Step, check_step, is_new_run, noise_levels, step_at
+from stg_hooks.step import SamplerSteps, Step, check_step
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -49,7 +49,7 @@ class _Step:
     step: StepOrLater
     settings: Settings
     active: tuple[Branch, ...]
-    guidance_scale: Scale
+    guidance_scale: Scales
 
 
 class Guider(NotCopied):
@@ -67,10 +67,10 @@ class Guider(NotCopied):
         self,
         denoiser: Callable[..., Any],
         layers: LayerSpec | None = None,
-        scale: Scale | Callable[[Step], Scale] | None = None,
+        scale: Scales | Callable[[Step], Scales] | None = None,
         *,
-        guidance_scale: Scale = 1.0,
-        rescale: float | None = None,
+        guidance_scale: Scales = 1.0,
+        rescale: PerOutput[float] | None = None,
         mode: str | Mode | None = None,
         kind: Kind | None = None,
         branches: Sequence[Branch] | None = None,
@@ -97,7 +97,8 @@ class Guider(NotCopied):
             layers: what the weak model skips, as for `skip`; left out, the setting published for the model is used.
             scale: weight of `cond - weak`; 1.0 unless a published setting says otherwise. 0 makes no weak prediction;
                 `rescale` and `rule` hold nevertheless. A tensor holds one value per sample, `(B,)`, or has the
-                dimensions of the prediction. A function of the `Step` changes it during the run.
+                dimensions of the prediction. A function of the `Step` changes it during the run. By name, as for
+                `apply`, where the model predicts several things.
             guidance_scale: CFG weight, used in calls that have `uncond`; 1 = off. A tensor as for `scale`.
             rescale: from 0 (off, the default) to 1 (the result has the standard deviation of cond).
             mode: what a skipped layer does instead, `"residual"` by default.
@@ -142,7 +143,7 @@ class Guider(NotCopied):
             model = denoiser
         if not isinstance(model, nn.Module):
             raise TargetError(f"model=: expected a torch.nn.Module to find layers in, not {type(model).__name__}.")
-        check_scale("guidance_scale", guidance_scale)
+        check_scales("guidance_scale", guidance_scale)
         request = Request(
             layers=layers,
             scale=scale,
@@ -159,16 +160,16 @@ class Guider(NotCopied):
             on=on,
         )
         self._guidance = Guidance("stg.Guider", model, request, every, channels, strict)
+        self._guidance.outputs.check_known([("guidance_scale", guidance_scale)])
         self.denoiser = denoiser
         self.model = model
         self._written: Written = {}
         self.guidance_scale = guidance_scale
         self.step: Step | None = None
         """Where in the run the next calls are made; set it in a loop of your own if settings change during the run."""
-        self.sigmas = None if sigmas is None else noise_levels(sigmas)
+        self._steps = SamplerSteps(sigmas)
         self._takes_sigma = _second_parameter(denoiser) == "sigma"
-        self._needs_step = not self.plan.is_constant or every > 1 or isinstance(rule, AveragedApg)
-        self._reported: dict[str, Any] | None = None
+        self._needs_step = not self.plan.is_constant or every > 1 or remembers(rule)
         self._predictor = Predictor(model, (), execution, self.stats)
         self._predictor.prepare(self.plan.known)
         self._open: list[ExitStack] = []
@@ -256,7 +257,8 @@ class Guider(NotCopied):
             raise SettingError(
                 f"cond has {sorted(cond or ())}, but uncond has {sorted(uncond)}: give the same arguments for both."
             )
-        step = check_step(self.step) or self._step_of(args, kwargs)
+        sigma = (args[1] if len(args) > 1 else kwargs.get("sigma")) if self._takes_sigma else None
+        step = check_step(self.step) or self._steps.of(sigma, self._needs_step)
         guidance = self._guidance
         settings = guidance.settings(step)
         g = self.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
@@ -283,10 +285,13 @@ class Guider(NotCopied):
             output, found = self._alone(call, wanted)
         changes = settings.changes and not inside
         self.stats.calls += 1
-        of_rows = isinstance(g, Tensor) and g.ndim > 0
+        of_rows = any(isinstance(one, Tensor) and one.ndim > 0 for one in each_of(g))
+        found.places = places_of_predictions(output)
         samples = guidance.are_samples(output, found.conds, inputs, settings, of_rows)
         if not changes:
-            guided = Guided.of(step, settings, (), found.conds, [[] for _ in found.conds], guidance.channels, samples)
+            none: list[list[Tensor]] = [[] for _ in found.conds]
+            outputs = guidance.outputs.called(found.places)
+            guided = Guided.of(step, settings, (), found.conds, none, guidance.channels, samples, outputs)
         else:
             with self.ranks.telling() if self.ranks is not None else nullcontext():
                 guided = guidance.guided(step, settings, found, guidance.channels, samples)
@@ -304,7 +309,7 @@ class Guider(NotCopied):
         joined = None
         # Only this kind of denoiser promises that dimension 0 is the sample, in all that it is given.
         if negative is not None and self._takes_sigma and self._guidance.on == "cond" and self.ranks is None:
-            joined = _joined(args, positive, negative)
+            joined = joined_call(args, positive, negative)
         args_of_cond, kwargs_of_cond = joined or (args, positive)
         inputs = Inputs(args, negative, self._written) if negative is not None and joined is None else None
         is_joined = joined is not None
@@ -323,7 +328,11 @@ class Guider(NotCopied):
         else:
             output = self.denoiser(*args_of_cond, **kwargs_of_cond)
             output = replace_predictions(output, own_predictions(output))
-        output, found.conds, found.unconds = _halved(output, is_joined)
+        if is_joined:
+            output, found.conds, found.unconds = halved_output(output)
+        else:
+            found.conds = predictions(output)
+            found.unconds = [None] * len(found.conds)
         if inputs is not None:
             inputs.compare()
             self._add_uncond(found, call.active, *inputs.again())
@@ -372,36 +381,13 @@ class Guider(NotCopied):
             with apart, switch.switched_on():
                 found.unconds, found.switches = predictions(self.denoiser(*args, **kwargs)), [switch]
 
-    def _step_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> StepOrLater:
-        """Find out the step by the noise level, where the denoiser is called with one.
-
-        Looking synchronises with the GPU: where only the trace needs it, it is put off until the trace is read.
-        """
-        sigma = (args[1] if len(args) > 1 else kwargs.get("sigma")) if self._takes_sigma else None
-        if is_real(sigma):
-            sigma = torch.tensor(float(sigma))
-        if not isinstance(sigma, Tensor):
-            return Step()
-        first = sigma.detach().reshape(-1)[:1].clone()
-        if not self._needs_step and first.device.type != "cpu":
-            return functools.partial(step_at, first, self.sigmas, self._reported)
-        level = first.item()
-        if not level > 0:
-            raise CallError(f"called with sigma={level}: there is nothing to denoise. Samplers stop before.")
-        if self._reported is not None and is_new_run(level, self._reported):
-            self._reported = None
-        return step_at(first, self.sigmas, self._reported)
-
     def callback(self, info: Mapping[str, Any]) -> None:
         """Follow a k-diffusion sampler: pass it as `callback=`.
 
         Args:
             info: what the sampler reports once in each step; `i`, `sigma`, `sigma_hat` and `n_accept` are used.
         """
-        if not {"i", "sigma"} <= info.keys():
-            raise CallError(f"the sampler reported {sorted(info)}: expected i and sigma among them.")
-        # Numbers stay on the device until a schedule needs them.
-        self._reported = {name: info[name] for name in ("i", "sigma", "sigma_hat", "n_accept") if name in info}
+        self._steps.callback(info)
 
 
 def _merged(kwargs: dict[str, Any], name: str, condition: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -433,42 +419,3 @@ def _second_parameter(denoiser: Callable[..., Any]) -> str | None:
         return None
     names = names[1:] if isinstance(denoiser, nn.Module) else names
     return names[1] if len(names) > 1 else None
-
-
-def _halved(output: Any, joined: bool) -> tuple[Any, list[Tensor], list[Tensor | None]]:
-    """Return what the denoiser returned for cond, and the cond and the uncond predictions in it."""
-    outputs = predictions(output)
-    if not joined:
-        return output, list(outputs), [None] * len(outputs)
-    pairs = [halves(tensor) for tensor in outputs]
-    rows = outputs[0].shape[0]
-
-    def cond_half(leaf: Any) -> Any:
-        is_of_rows = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows
-        return halves(leaf)[1] if is_of_rows else leaf
-
-    return pytree.tree_map(cond_half, output), [cond for _, cond in pairs], [uncond for uncond, _ in pairs]
-
-
-def _joined(
-    args: tuple[Any, ...], positive: dict[str, Any], negative: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Put the calls for uncond and cond together, or return `None` where their arguments do not allow it."""
-    if takes_samples(args, positive):
-        return None
-    (one, spec), (other, other_spec) = pytree.tree_flatten((args, negative)), pytree.tree_flatten((args, positive))
-    tensors = [leaf for leaf in other if isinstance(leaf, Tensor)]
-    if spec != other_spec or not tensors or tensors[0].ndim == 0:
-        return None
-    batch, leaves = tensors[0].shape[0], []
-    for u, c in zip(one, other, strict=True):
-        if isinstance(u, Tensor) and isinstance(c, Tensor):
-            if u.shape != c.shape or u.ndim == 0 or u.shape[0] != batch:
-                return None
-            leaves.append(torch.cat([u, c]))
-        elif u is c or (isinstance(u, (int, float, str)) and u == c):
-            leaves.append(c)
-        else:
-            return None
-    joined: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(leaves, spec)
-    return joined

@@ -1,4 +1,4 @@
-"""What `apply` needs to know about the target that it guides, and who answers for which kind of target."""
+"""What `apply` needs to know about the target that it guides, and which integration describes which kind of target."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ import operator
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from stg_hooks.errors import CallError, TargetError
 from stg_hooks.step import Step
 
-# Top-level package of a target's class -> module with a `host(target)` function; imported when first needed. Where the
-# module has `calling_pipeline()` and `calling_host(pipeline, module)` as well, they tell who calls a guided module; and
-# `plain_attention(attention)` has its attention computed where it can be seen.
+if TYPE_CHECKING:
+    from stg_hooks.guidance.combine import Scales
+
+# Top-level package of a target's class -> module with a `host(target)` function; imported when first needed. It may
+# also have `calling_pipeline()` and `calling_host(pipeline, module)`, which tell what calls a guided module, and
+# `plain_attention(attention)`, which has its attention computed where it can be seen.
 _INTEGRATIONS = {"diffusers": "stg_hooks.integrations.diffusers.host"}
 # Top-level package of an attention module's class -> module with a `plain_attention(attention)` function.
 _ATTENTION = {**_INTEGRATIONS, "comfy": "stg_hooks.integrations.comfyui.attention"}
@@ -27,6 +30,23 @@ _MARKS = {"_diffusers_hook": "stg_hooks.integrations.diffusers.caches"}
 
 
 _PHRASES = {"cond": "conditional", "uncond": "unconditional", "perturbed": "a weak prediction of its own"}
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnGuidance:
+    """A weak prediction that a caller makes by itself unless it is told not to."""
+
+    by: str
+    """What makes it, for messages."""
+    off: tuple[tuple[str, float], ...]
+    """The arguments that switch it off, with their values."""
+    isolates: bool = False
+    """Whether it isolates streams, as video and audio, instead of skipping layers."""
+
+    @property
+    def how_to_switch_off(self) -> str:
+        """What to type."""
+        return ", ".join(f"{name}={value}" for name, value in self.off)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,18 +59,24 @@ class Role:
     `"perturbed"`, a weak prediction of its own, which may be a call of its own after those that it is compared with.
     `"apart"` rows are left as they are.
 
-    `guidance_scale` is the CFG weight that the caller is going to apply, where it is known. `uncond_follows` marks a
+    `guidance_scale` is the CFG weight that the caller is going to apply, where it is known; a tuple holds one for each
+    prediction of a call. `uncond_follows` marks a
     cond call whose uncond prediction comes from a call of its own, later in the same step. `channels` says how many
     channels (dimension 1) of a prediction are guided, where the others predict something else, a variance; all, if left
     out. With `samples`, the denoiser returns its predictions as a list of single samples, without a dimension for the
     batch; then rows may be `"uncond+cond"` or `"cond+uncond"`: halves of the list. `None` lets the call tell.
+
+    `is_clean` says that what the caller combines are clean samples, `x - sigma * prediction` of a flow model, and `own`
+    which weak predictions it is going to make itself in this step because that is its default.
     """
 
     rows: str
-    guidance_scale: float | Tensor | None = None
+    guidance_scale: Scales | None = None
     uncond_follows: bool = False
     channels: int | None = None
     samples: bool | None = False
+    is_clean: bool = False
+    own: tuple[OwnGuidance, ...] = ()
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -141,7 +167,7 @@ class Processors:
         """Install those again that were noted."""
         for module, processor in self._found:
             if getattr(module, _PROCESSOR, None) is not processor:
-                module._modules.pop(_PROCESSOR, None)  # what is no module cannot be assigned over one
+                module._modules.pop(_PROCESSOR, None)  # torch assigns only modules over a module
                 setattr(module, _PROCESSOR, processor)
 
 
@@ -196,8 +222,8 @@ class StepCaches(Protocol):
     def begin_pass(self) -> None:
         """Take notice of a pass that is not a weak one, before it is made."""
 
-    def apart(self, who: object, perturbed: Collection[nn.Module], bypassed: bool) -> AbstractContextManager[object]:
-        """Keep calls of the model that `who` makes away from what the other passes keep."""
+    def apart(self, key: object, perturbed: Collection[nn.Module], bypassed: bool) -> AbstractContextManager[object]:
+        """Keep calls of the model that go with `key` away from what the other passes keep."""
 
 
 class ModuleHost:
@@ -210,7 +236,7 @@ class ModuleHost:
         self,
         module: nn.Module,
         batched_cfg: bool | None,
-        guidance_scale: float | Tensor | None,
+        guidance_scale: Scales | None,
         channels: int | None = None,
     ) -> None:
         """Describe the module's calls.
@@ -291,7 +317,9 @@ class ModuleHost:
     def _calling(self) -> Iterator[tuple[Any, object]]:
         """Find the pipeline that makes a call, and the integration that knows it."""
         for library, name in _INTEGRATIONS.items():
-            integration = importlib.import_module(name) if library in sys.modules else None
+            if library not in sys.modules:
+                continue
+            integration = sys.modules.get(name) or importlib.import_module(name)  # the latter takes its time
             calling = getattr(integration, "calling_pipeline", None)
             pipeline = None if calling is None else calling()
             if pipeline is not None:

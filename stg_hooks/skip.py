@@ -15,9 +15,10 @@ from stg_hooks.errors import CallError, NotCopied, StgWarning
 from stg_hooks.hooks import activation
 from stg_hooks.hooks.compiled import is_compiled
 from stg_hooks.hooks.forward import Patch, now, patched
-from stg_hooks.model.layers import Layer, LayerSpec
+from stg_hooks.model.layers import Layer
+from stg_hooks.model.resolve import LayerSpec
 from stg_hooks.modes.frames import Kind
-from stg_hooks.modes.modes import Mode
+from stg_hooks.modes.perturbation import Mode
 from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.caches import Caches
 
@@ -110,7 +111,7 @@ class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(m
     def __init__(
         self,
         model: nn.Module,
-        layers: LayerSpec,
+        layers: LayerSpec | None = None,
         mode: str | Mode = "residual",
         *,
         kind: Kind | None = None,
@@ -122,7 +123,10 @@ class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(m
         Args:
             model: any module that is called inside the `with`; its forward hooks see the calls.
             layers: index (negative ones count from the end), range, dotted name or unambiguous tail of one, glob,
-                module, or a list of those. `stg.layers(model)` shows what there is.
+                regular expression (`re.compile(...)`, or text that begins with `re:`) to be found in names, module, or
+                a list of those. Where no layer is called so, globs and regular expressions mean modules inside them.
+                A dictionary gives each its mode: `{14: "attention", 19: "residual"}`. `stg.layers(model)` shows what
+                there is. Left out, `mode="isolated"` acts in all of them.
             mode: `"residual"` (the block hands its inputs through, and is not computed), `"attention"` (self-attention
                 with the identity as its map), another name that README lists, or a callable that takes a
                 `LayerCall` and returns what the layer should return.
@@ -212,7 +216,7 @@ class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(m
 
 
 def check(
-    model: nn.Module, layers: LayerSpec, mode: str | Mode = "residual", *, kind: Kind | None = None
+    model: nn.Module, layers: LayerSpec | None = None, mode: str | Mode = "residual", *, kind: Kind | None = None
 ) -> list[Layer]:
     """Check that layers can be skipped, without touching the model.
 

@@ -4,39 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from stg_hooks.errors import CallError, SettingError
-from stg_hooks.guidance.samples import are_samples, check_told, takes_samples
+from stg_hooks.errors import SettingError
 from stg_hooks.guidance.schedule import Settings
 from stg_hooks.hooks.compiled import is_compiled
 from stg_hooks.hooks.forward import patched
 from stg_hooks.hosts import check_rows_apart
-from stg_hooks.modes.residual import copied
-from stg_hooks.passes.execution import Execution
 from stg_hooks.passes.guided_call import in_weak_pass
+from stg_hooks.passes.halves import weak_halves
+from stg_hooks.passes.outputs import predictions
 from stg_hooks.passes.predict import Predictor
-from stg_hooks.passes.rows import (
-    halves,
-    own_predictions,
-    predictions,
-    replace_predictions,
-)
+from stg_hooks.passes.rows import halves
 from stg_hooks.session import Session
 from stg_hooks.step import check_step
-
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
 
 
 class UncondDenoiser:
     """Bypasses layers for what a denoiser computes without the prompt.
 
-    In calls with rows `[uncond, cond]`, each half is a call of its own, as `Execution.weak_halves` says.
+    In calls with rows `[uncond, cond]`, each half is a call of its own, as `weak_halves` says.
     """
 
     def __init__(self, session: Session, model: nn.Module) -> None:
@@ -87,31 +76,16 @@ class UncondDenoiser:
             raise SettingError(f"{settings.why_replaces} cannot be combined with on='uncond' here: use stg.Guider.")
         if not settings.active:
             return proceed(*args, **kwargs)
+        session.tell_of(role, settings)
         execution = self._predictor.of(settings.active)
         guidance.stats.guided_calls += 1
         if role.rows == "uncond":
             with execution.switches[0].switched_on():
                 output = proceed(*args, **kwargs)
         else:
-            make = partial(_of_samples, execution) if takes_samples(args, kwargs) else execution.weak_halves
-            output = make(proceed, args, kwargs)
+            output = weak_halves(execution, proceed, args, kwargs)
         pairs = [halves(t) if role.rows == "uncond+cond" else (t, None) for t in predictions(output)]
         unconds, conds = [u for u, _ in pairs], [c for _, c in pairs if c is not None]
         # There are no weak predictions to compare with cond ones.
         guidance.watch.look(step, conds, unconds, execution.switches)
         return output
-
-
-def _of_samples(execution: Execution, proceed: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    """Make a call on a list of samples, which is not cut: both models predict all of them."""
-    again = copied(args, kwargs)
-    output, call = execution.cond_pass(proceed, args, kwargs)
-    own = own_predictions(output)
-    (weak,) = execution.weak_predictions(call, own)
-    if not isinstance(output, Tensor) and check_told(are_samples(own, *again), len(own), "on='uncond'"):
-        half, rest = divmod(len(own), 2)
-        if rest:
-            raise CallError(f"a list of {len(own)} samples cannot be [uncond, cond], which batched_cfg=True says.")
-        return replace_predictions(output, [*weak[:half], *own[half:]])
-    pairs = zip(weak, own, strict=True)
-    return replace_predictions(output, [torch.cat([halves(w)[0], halves(o)[1]]) for w, o in pairs])

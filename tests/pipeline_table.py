@@ -17,7 +17,7 @@ import diffusers
 from stg_hooks.integrations.diffusers.call_sites import Site, UnreadableError
 from stg_hooks.integrations.diffusers.host import DENOISERS
 from stg_hooks.integrations.diffusers.pipeline_code import call_sites_of
-from tests.parted_pipelines import PARTED
+from tests.parted_pipelines import PARTED, WHOLE
 from tests.stock_pipelines import tested
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "pipelines.md"
@@ -36,6 +36,20 @@ REFUSED = {
     "UniDiffuser": "image and text are predicted together, and each has its own calls for uncond.",
 }
 """Why the others cannot be guided, in one sentence each."""
+
+
+NOTES = {
+    "OmniGen with input images": "weak passes are made in full, with all rows: images are named by the row that they "
+    "belong to, which a call with fewer rows would not have.",
+    "Flux2KleinKV with a reference image": "weak passes are made in full: in the first step its blocks write keys and "
+    "values into a cache that they are given.",
+    "AceStep": "its CFG is APG, which projects on the cond prediction: that is the guided one. The prediction that "
+    "`audio_cover_strength` mixes in gets the same term.",
+    "DiffEdit": "`generate_mask()` of this diffusers gives the prompt to the rows that it calls uncond, and the "
+    "negative prompt to the others, with or without guidance; the rows that it calls cond are perturbed.",
+    "PAG inpainting with SDXL": 'with `output_type="latent"` diffusers leaves its PAG processors installed after the '
+    "run, with or without guidance.",
+}
 
 
 def classes() -> dict[str, type]:
@@ -116,7 +130,7 @@ def _words(sites: list[Site]) -> Iterator[str]:
 
 def rows() -> dict[str, str]:
     """Return the rows of the classes that can be read here."""
-    run = {*tested(), *PARTED}
+    run = {*tested(), *PARTED, *WHOLE}
     return {
         name: f"| {name} | {', '.join(denoisers(cls))} | {reading(cls)} | {'yes' if name in run else ''} |"
         for name, cls in classes().items()
@@ -136,10 +150,9 @@ def document(told: dict[str, str], unread: list[str]) -> str:
 
 What `stg.apply` reads in the code of the {len(rows)} pipeline classes of diffusers {diffusers.__version__} that have a
 `transformer` or `unet`: it guides {len(rows) - refused} of them and refuses {refused}, with an error before anything is
-touched. Those marked as tested are run by `tests/test_pipelines.py`, `tests/test_stock_pipelines.py` or
-`tests/test_parted_pipelines.py`. A refused pipeline
-can be guided through its denoiser, `with stg.apply(pipe.transformer, ..., batched_cfg=...):`, or in a loop of
-your own.
+touched. Those marked as tested are run by `tests/test_pipelines.py`, `tests/test_stock_pipelines.py`,
+`tests/test_parted_pipelines.py` or `tests/test_other_calls.py`. A refused pipeline can be guided through its
+denoiser, `with stg.apply(pipe.transformer, ..., batched_cfg=...):`, or in a loop of your own.
 
 In a call with several kinds of rows, `cond` are those with the whole prompt; `image` are those without the text, and
 `perturbed` those of the pipeline's own attention guidance (PAG). All of them, and `uncond`, get what skip guidance
@@ -157,6 +170,10 @@ Written by `python -m tests.pipeline_table`.
 | pipeline | denoiser | its calls | tested |
 | --- | --- | --- | --- |
 {chr(10).join(rows)}
+
+## What else to know
+
+{chr(10).join(f"- {names}: {what}" for names, what in NOTES.items())}
 
 ## Why some are refused
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
-from stg_hooks.passes.guided_call import in_weak_pass
 from tests import pipelines, zoo
 
 SCALE, STEPS = 1.5, 6
@@ -272,7 +271,7 @@ def test_a_stock_pipeline_with_cond_and_uncond_calls(cache: str) -> None:
     calls: list[tuple[str, dict[str, Any], Tensor]] = []
 
     def note(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if not in_weak_pass():
+        if not stg.Predictor.in_weak_pass():
             calls.append((context_of(module), dict(kwargs), output[0].clone()))
 
     for _ in range(2):

@@ -38,6 +38,13 @@ READ = {
     " | move(self, x, eps): return x - 0.1 * eps",
     "halves, by a method": "a, b = self.eps(x, torch.cat([n, c])).chunk(2); p = a + w * (b - a)"
     " | eps(self, x, e): return T(torch.cat([x, x]), e)",
+    "cond first, named": "pred_text, pred_uncond = T(torch.cat([x, x]), torch.cat([c, n])).chunk(2); "
+    "p = pred_uncond + w * (pred_text - pred_uncond)",
+    "cond first, split": "e = T(torch.cat([x, x]), torch.cat([c, n])); "
+    "cond_eps, uncond_eps = torch.split(e, len(e) // 2, dim=0); p = uncond_eps + w * (cond_eps - uncond_eps)",
+    "halves of two calls, as GLIGEN's": "with_boxes = T(torch.cat([x, x]), torch.cat([x, c])); "
+    "without = T(torch.cat([x, x]), torch.cat([n, x])); _, pred_text = with_boxes.chunk(2); "
+    "pred_uncond, _ = without.chunk(2); p = pred_uncond + w * (pred_text - pred_uncond)",
     "two formulas": HALVES + "a, b = e.chunk(2); if w > 1:;; p = a + w * (b - a); else:;; p = b + w * (a - b)",
     "calls": CALLS + "p = b + w * (a - b)",
     "calls, from cond": CALLS + "p = a + (w - 1) * (a - b)",
@@ -56,6 +63,9 @@ ONE = "predicts the same latents twice in a call, and no name in its code tells"
 TWO = "predicts the same latents in two calls, and no name in its code tells"
 DIFFERENT = "combines predictions of different latents"
 UNSEEN = "in a condition, or in a function inside it"
+# The end of an error that comes before anything is touched.
+BEFORE = r".*stg\.apply\(pipe\.transformer, \.\.\., batched_cfg=True\)"
+NAMED = HALVES + "pred_uncond, pred_text = e.chunk(2); p = pred_uncond + w * (pred_text - pred_uncond)"
 LOOP = "for i, e in ((0, n), (1, c)):;; "
 REFUSED = {
     "cond first": ("a, b = T(torch.cat([x, x]), torch.cat([c, n])).chunk(2); p = b + w * (a - b)", ONE),
@@ -119,6 +129,28 @@ REFUSED = {
         "a = T(x, c); b = T(x - a, c); p = b + w * (a - b)",
         "combines predictions of different latents",
     ),
+    "weights that do not sum to one": (
+        HALVES + "pred_uncond, pred_text = e.chunk(2); p = pred_uncond + self.guidance_scale * pred_text",
+        r"the weights in pred_uncond \+ self\.guidance_scale \* pred_text do not sum to one",
+    ),
+    "thirds whose weights do not sum to one": (
+        "uncond, image, text = T(torch.cat([x] * 3), torch.cat([n, c + n, c])).chunk(3); p = uncond + image + text",
+        "do not sum to one",
+    ),
+    "a condition that would have to be computed": (
+        "p = T(x, c); if max(w, 0) > 1:;; pred_uncond = T(x, n);; p = pred_uncond + w * (p - pred_uncond)",
+        r"cannot evaluate max\(",
+    ),
+    "neither of two is uncond": (
+        "uncond, a, b = T(torch.cat([x] * 3), torch.cat([n, c, c])).chunk(3); p = uncond + w * (a - b)",
+        rf"its rows are \[uncond, a, b\]{BEFORE}",
+    ),
+    "slices, named": (
+        "e = T(torch.cat([x, x]), torch.cat([c, n])); cond, uncond = e[:1], e[1:]; p = uncond + w * (cond - uncond)",
+        f"guided, but not by uncond and cond calls or halves{BEFORE}",
+    ),
+    "a call for what it leaves behind": ("T(x, c); " + NAMED, f"it looks into its denoiser after a call{BEFORE}"),
+    "two calls for one result": (HALVES + "x = x - e[:1]; " + NAMED, f"does not say which half is which{BEFORE}"),
     "rows of two samples": (
         "a, b = T(torch.cat([x, x + 1]), torch.cat([n, c])).chunk(2); p = a + w * (b - a)",
         DIFFERENT,
@@ -201,7 +233,7 @@ def test_cfg_is_read_from_its_arithmetic(name: str, rescale: float, tmp_path: Pa
 def test_what_is_not_clear_is_refused(name: str, tmp_path: Path, arguments: Any) -> None:
     text, why = REFUSED[name]
     pipe = pipeline(text, tmp_path)
-    told = pytest.raises((stg.TargetError, stg.CallError), match=rf"(?s){why}.*use stg\.Guider in")
+    told = pytest.raises((stg.TargetError, stg.CallError), match=rf"(?s){why}.*[Uu]se stg\.Guider in")
     with told, stg.apply(pipe, layers=["blocks.1"]):
         pipe(*arguments)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipe.transformer.modules())

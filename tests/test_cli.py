@@ -101,7 +101,7 @@ def test_layers_of_a_folder_without_its_weights(folder: Path, tmp_path: Path) ->
 def guided(scale: float, seed: int = 0) -> np.ndarray:
     pipe = demo.load()
     with stg.apply(pipe, [2], scale):
-        frames = demo.sample(pipe, "blue square up", torch.Generator().manual_seed(seed), num_inference_steps=2)
+        frames = demo.sample(pipe, "red 8 blue 2", torch.Generator().manual_seed(seed), num_inference_steps=2)
     return frames.numpy()
 
 
@@ -109,14 +109,14 @@ def guided(scale: float, seed: int = 0) -> np.ndarray:
 def test_generate_makes_what_the_library_makes(tmp_path: Path, scale: float, seed: int) -> None:
     out = tmp_path / "new" / "out.png"  # lossless
     result = run(
-        "generate", "demo", "-p", "blue square up", "--layers", "2", "--scale", scale, "--seed", seed, *SHORT, "-o", out
+        "generate", "demo", "-p", "red 8 blue 2", "--layers", "2", "--scale", scale, "--seed", seed, *SHORT, "-o", out
     )
     assert result.exit_code == 0, result.output
     with Image.open(out) as picture:
         frames = []
         for i in range(picture.n_frames):
             picture.seek(i)
-            frames.append(np.asarray(picture.convert("RGB"))[::6, ::6])
+            frames.append(np.asarray(picture.convert("RGB"))[::8, ::8])
     assert np.array_equal(np.stack(frames), guided(scale, seed))
     assert [file.name for file in out.parent.iterdir()] == ["out.png"]
 
@@ -144,6 +144,65 @@ def test_generate_with_a_model_from_a_folder(folder: Path, tmp_path: Path) -> No
     with Image.open(out) as picture:
         assert picture.n_frames == len(video)
         assert np.array_equal(np.asarray(picture.convert("RGB"))[::8, ::8], (video[0] * 255).round().astype(np.uint8))
+
+
+def pictures(path: Path) -> bytes:
+    with Image.open(path) as picture:
+        picture.seek(picture.n_frames - 1)
+        return picture.convert("RGB").tobytes()
+
+
+def test_settings_from_a_file(tmp_path: Path) -> None:
+    """What `apply` and a sweep write; what is typed beside it counts instead."""
+    saved, out, typed = tmp_path / "s.json", tmp_path / "a.png", tmp_path / "b.png"
+    applied = stg.apply(demo.load(), [2], 2.0, mode="attention", stop=0.6)
+    applied.not_to_be_entered()
+    saved.write_text(json.dumps(applied.to_dict()))
+    for more, settings in (
+        ((), ("--layers", 2, "--scale", 2, "--mode", "attention", "--stop", 0.6)),
+        (("--scale", 0.5), ("--layers", 2, "--scale", 0.5, "--mode", "attention", "--stop", 0.6)),
+    ):
+        for file, options in ((out, ("--settings", saved, *more)), (typed, settings)):
+            result = run("generate", "demo", *options, *SHORT, "--force", "-o", file)
+            assert result.exit_code == 0, result.output
+        assert pictures(out) == pictures(typed)
+    saved.write_text(json.dumps({"layers": [2], "guidance_scale": 3.0}))  # as of a Guider
+    for file, options in ((out, ("--settings", saved)), (typed, ("--layers", 2, "--guidance-scale", 3.0))):
+        assert run("generate", "demo", *options, *SHORT, "--force", "-o", file).exit_code == 0
+    assert pictures(out) == pictures(typed)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ["No such file"]),
+        ("{layers", ["no JSON"]),
+        ("[34]", ["expected an object"]),
+        ('{"layer": [2]}', ["'layer' is not a setting", "Did you mean 'layers'"]),
+        ('{"layers": [99]}', ["layers=[99]", "8 layers"]),
+        ('{"layers": [2], "scale": "1"}', ["scale='1': expected a number"]),
+        ('{"layers": [2], "mode": "residuals"}', ["mode='residuals'", "Did you mean 'residual'"]),
+        ('{"layers": [2], "stop": 7}', ["stop=7: expected a part"]),
+        ('{"branches": [{"layer": 2}]}', ["branches=", "expected layers"]),
+        ('{"layers": [2], "scale": "nowhere:fading"}', ["scale='nowhere:fading'", "import nowhere first"]),
+    ],
+)
+def test_a_file_of_settings_that_cannot_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, words: list[str]
+) -> None:
+    monkeypatch.setattr(cli.Source, "pipeline", lambda self: pytest.fail("loaded"))
+    file = tmp_path / "s.json"
+    if text is not None:
+        file.write_text(text)
+    fails(run("generate", "demo", "--settings", file, "-o", tmp_path / "out.webp"), 2, f"--settings {file}: ", *words)
+
+
+def test_what_is_typed_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "s.json"
+    file.write_text('{"layers": [2], "scale": 1.0}')
+    result = run("generate", "demo", "--settings", file, "--rescale", 7, "-o", tmp_path / "out.webp")
+    fails(result, 2, "--rescale 7")
+    assert "s.json" not in result.stderr
 
 
 @pytest.fixture
@@ -561,13 +620,6 @@ def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
         if page == "command-line.md" and ("demo" in words[1:] or words[0] == "report") and words[0] != "bench":
             result = run(*words)
             assert result.exit_code == 0, (words, result.output)
-    assert (tmp_path / "circle.mp4").stat().st_size
+    assert (tmp_path / "digits.mp4").stat().st_size
     assert "</html>" in (tmp_path / "results" / "report.html").read_text()
     assert len(list(tmp_path.glob("results/cells/*/cell.json"))) == 7
-
-
-@pytest.mark.parametrize("command", ["", "layers", "generate", "profile", "sweep", "report", "bench", "demo"])
-def test_help(command: str) -> None:
-    result = run(*command.split(), "--help")
-    assert result.exit_code == 0
-    assert "Usage" in result.stdout

@@ -411,6 +411,21 @@ def test_published_settings_fill_empty_fields() -> None:
     assert "ltxv-2b-0.9.6-dev.yaml" in info
 
 
+def test_modes_and_their_values_in_fields(patcher: Patcher) -> None:
+    def branches(*args: Any, **given: Any) -> list[Any]:
+        found = nodes.STGGuidanceAdvanced().guide(patcher, *args, **given)[0]
+        settings = found.model_options["sampler_post_cfg_function"][-1].__self__.settings
+        return [(branch.layers, branch.mode) for branch in settings.branches]
+
+    assert branches("0-1:values, 2", "feed-forward") == [({0: "values", 1: "values", 2: "feed-forward"}, "residual")]
+    assert branches("1:values, 2") == [({1: "values", 2: "residual"}, "residual")]
+    assert branches(r"re:blocks\.(1|2)$", "values") == [([r"re:blocks\.(1|2)$"], "values")]
+    assert branches("1", "dropout", mode_values="p=0.3") == [([1], "dropout(p=0.3)")]
+    for bad, message in (({"layers": "1:valuse"}, "valuse"), ({"layers": "1", "mode_values": "p=2"}, "mode=")):
+        with pytest.raises(stg.SettingError, match=message):
+            branches(**{"mode": "dropout", **bad})
+
+
 # --- nodes ------------------------------------------------------------------------------------------------------------
 
 

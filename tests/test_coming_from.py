@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -222,6 +223,23 @@ def tiny(name: str) -> tuple[nn.Module, dict[str, Any]]:
     return found.build(name), {**found.inputs(), "return_dict": False}
 
 
+def test_several_configurations_are_a_mode_for_each_layer() -> None:
+    model, inputs = tiny("PixArtTransformer2DModel")
+    with stg.skip(model, {0: "residual", 1: "values"}):
+        got = model(**inputs)[0]
+    for number, config in enumerate((LayerSkipConfig([0]), LayerSkipConfig([1], **VALUES))):
+        _apply_layer_skip_hook(model, config, name=f"peer{number}")
+    assert_close(got, model(**inputs)[0], **close)
+
+
+def test_settings_are_saved() -> None:
+    settings = {"layers": {1: "values", 2: "residual"}, "scale": 2.0, "rule": "apg(eta=1.0, norm=15.0)"}
+    first = stg.Guider(MODEL, guidance_scale=G, **settings)
+    again = stg.Guider(MODEL, **json.loads(json.dumps(first.to_dict())))
+    given = {"cond": {"text": TEXT}, "uncond": {"text": OTHER}}
+    assert_close(again(X, **given), first(X, **given), rtol=0, atol=0)
+
+
 # --- diffusers' guiders: rules ---
 
 
@@ -252,7 +270,8 @@ def test_adaptive_projected_guidance() -> None:
     """Predictions far from each other, so that the threshold of 15 counts."""
     c, u = 9 * C, 9 * U
     for own, rule in (
-        ({}, from_page("norm=15.0")["rule"]),
+        ({}, "apg(eta=1.0, norm=15.0)"),
+        ({"adaptive_projected_guidance_norm_dim": (-1,)}, "apg(eta=1.0, norm=15.0, norm_dim=(-1,))"),
         ({"eta": 0.0, "adaptive_projected_guidance_rescale": 0.0}, "apg"),
     ):
         expected = theirs(guiders.AdaptiveProjectedGuidance(guidance_scale=G, **own), c, u)
@@ -271,6 +290,14 @@ def test_its_momentum() -> None:
         assert_close(got, expected, **close)
 
 
+def test_adaptive_projected_mix() -> None:
+    guider = guiders.AdaptiveProjectedMixGuidance(guidance_scale=G, adaptive_projected_guidance_momentum=None)
+    mix = from_page("def mix")["mix"]
+    for index in (0, 5, 6, 20):
+        expected = theirs(guider, C, U, index=index)
+        assert_close(ours(index, scale=0.0, schedule=mix), expected, **close)
+
+
 @pytest.mark.parametrize("scale", [1.0, G])
 def test_tangential_guidance(scale: float) -> None:
     guider = guiders.TangentialClassifierFreeGuidance(guidance_scale=scale if scale != 1 else 1.5)
@@ -282,7 +309,7 @@ def test_tangential_guidance(scale: float) -> None:
 
 @pytest.mark.parametrize("alpha", [8.0, 0.5])
 def test_magnitude_aware_guidance(alpha: float) -> None:
-    rule = "magnitude_aware" if alpha == 8 else functools.partial(stg.rules.magnitude_aware, alpha=alpha)
+    rule = "magnitude_aware" if alpha == 8 else f"magnitude_aware(alpha={alpha})"
     expected = theirs(guiders.MagnitudeAwareGuidance(guidance_scale=G, alpha=alpha), C, U)
     assert_close(stg.combine(C, [], U, scale=[], guidance_scale=G, rule=rule), expected, **close)
 
@@ -360,15 +387,24 @@ def test_what_ltx_2_goes_on_doing_itself(own: dict[str, float]) -> None:
     assert not torch.allclose(theirs, plain, rtol=1e-3, atol=1e-3)
 
 
-def test_perturbed_attention_of_pipelines() -> None:
+@pytest.mark.parametrize("adaptive", [0.0, 0.003])
+def test_perturbed_attention_of_pipelines(adaptive: float) -> None:
     stock = stock_pipelines.STOCK["StableDiffusionPipeline"]
     pipe, call = stock.build(), stock.call() | {"guidance_scale": G}
     theirs = diffusers.StableDiffusionPAGPipeline(**stock.build().components, pag_applied_layers=["mid"])
-    expected = stock_pipelines.run(theirs, call | {"pag_scale": 3.0})
-    with stg.apply(pipe, layers=["mid_block.attentions.0"], mode="values", scale=3.0):
+    expected = stock_pipelines.run(theirs, call | {"pag_scale": 3.0, "pag_adaptive_scale": adaptive})
+    scale = stg.rules.adaptive_scale(3.0, adaptive) if adaptive else 3.0
+    with stg.apply(pipe, layers=["mid_block.attentions.0"], mode="values", scale=scale):
         got = stock_pipelines.run(pipe, call)
     assert_close(got, expected, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(stock_pipelines.run(pipe, call), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_the_layers_of_a_regular_expression() -> None:
+    model, _ = tiny("PixArtTransformer2DModel")
+    named = [name for name, module in model.named_modules() if re.search(r"blocks\.[13]$", name)]
+    for layers in (re.compile(r"blocks\.[13]$"), r"re:blocks\.[13]$"):
+        assert [layer.name for layer in stg.check(model, layers, "values")] == named != []
 
 
 # --- STGuidance, commit df04da0, Mochi/pipeline_stg_mochi.py ---
@@ -441,11 +477,33 @@ def test_the_rescale_of_comfyui_is_about_clean_samples() -> None:
     assert not torch.allclose(x - sigma * velocity, clean, rtol=1e-2, atol=1e-2)
 
 
+def test_a_schedule_as_a_list_of_noise_levels() -> None:
+    found = from_row("`STGGuiderAdvanced`: lists", "schedule")
+    guider = stg.Guider(MODEL, [1], 1.0, guidance_scale=G, schedule=found)
+    for sigma, scale, g in ((1.0, 4.0, 8.0), (0.99, 4.0, 8.0), (0.98, 1.0, G), (0.1, 1.0, G)):
+        guider.step = stg.Step(sigma=sigma)
+        got = guider(X, cond={"text": TEXT}, uncond={"text": OTHER})
+        assert_close(got, U + g * (C - U) + scale * (C - W), **close)
+
+
+def test_windows_predicted_apart_are_a_weak_prediction() -> None:
+    """Sliding window guidance, arXiv 2411.10257: c + s (c - w), where no layer is skipped."""
+    windows = torch.cat([MODEL(x, TEXT) for x in X.chunk(2, dim=1)], dim=1)
+    assert_close(stg.combine(C, windows, scale=5.0), C + 5.0 * (C - windows), **close)
+
+
 # --- the page ---
 
 
+def from_row(marker: str, setting: str) -> Any:
+    """Evaluate a setting of the right column of a row."""
+    (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| {marker}")]
+    (code,) = re.findall(rf"`{setting}=(.*?)`", row)
+    return eval(code, {"stg": stg, "re": re})
+
+
 # By the first cell of a row: the tests that run it, here or in another file.
-GOLDEN = "test_golden.py"
+GOLDEN, AUDIO = "test_golden.py", "test_audio_and_video.py"
 TESTS: dict[str, tuple[str, ...]] = {
     "a pipeline class of its own (`MochiSTGPipeline` and the like)": (GOLDEN,),
     "`stg_applied_layers_idx=[34]`": (GOLDEN,),
@@ -484,7 +542,70 @@ TESTS: dict[str, tuple[str, ...]] = {
     "`adaptive_projected_guidance_momentum=-0.5`": ("test_its_momentum",),
     "`TangentialClassifierFreeGuidance()`": ("test_tangential_guidance",),
     "`MagnitudeAwareGuidance(alpha=8.0)`": ("test_magnitude_aware_guidance",),
-    "`FrequencyDecoupledGuidance(...)`": ("test_a_rule_of_ones_own_is_a_function_of_the_predictions",),
+    "`[LayerSkipConfig([7]), LayerSkipConfig([8], skip_attention=False, skip_attention_scores=True, skip_ff=False)]`, "
+    "several configurations": ("test_several_configurations_are_a_mode_for_each_layer", "test_mode_per_layer.py"),
+    "`LayerSkipConfig([7], skip_attention=False, dropout=0.3)`": ("test_mode_values.py",),
+    "`seg_blur_sigma=10.0`, `seg_blur_threshold_inf`": ("test_mode_values.py",),
+    "`adaptive_projected_guidance_norm_dim=(-1, -2)`": ("test_adaptive_projected_guidance", "test_rules.py"),
+    "`AdaptiveProjectedMixGuidance(adaptive_projected_guidance_momentum=None)`": ("test_adaptive_projected_mix",),
+    "`FrequencyDecoupledGuidance(guidance_scales=[10.0, 5.0])`": ("test_rules.py",),
+    "`parallel_weights=0.5`": ("test_rules.py",),
+    '`guidance_rescale_space="freq"`, a `start` and `stop` for each band': (
+        "test_a_rule_of_ones_own_is_a_function_of_the_predictions",
+    ),
+    "`save_pretrained(...)`, `from_pretrained(...)`, `new(...)` of a guider": (
+        "test_settings_are_saved",
+        "test_settings_that_travel.py",
+        "test_skip_guidance.py",
+    ),
+    '`pag_applied_layers=["blocks.[13]"]`, a regular expression': (
+        "test_the_layers_of_a_regular_expression",
+        "test_layers.py",
+    ),
+    "`pag_adaptive_scale=0.003`": ("test_perturbed_attention_of_pipelines", "test_rules.py"),
+    "sd-perturbed-attention: `adaptive_scale=0.1`": ("test_rules.py",),
+    "`rescale=0.7`, `rescale_mode` full": ("test_rules.py",),
+    "`rescale_mode` partial": ("test_rules.py",),
+    "`rescale_mode` snf": ("test_rules.py",),
+    "`blur_sigma=10.0` of its SEG node; `-1`": ("test_mode_values.py", "test_modes.py"),
+    "its Token Perturbation Guidance": ("test_modes.py",),
+    "its Sliding Window Guidance": ("test_windows_predicted_apart_are_a_weak_prediction",),
+    "its Frequency-Decoupled Guidance, `strength_high=12.0`": ("test_rules.py",),
+    "its NAG, PLADIS": ("test_the_scale_of_skip_layer_guidance",),
+    'KJNodes\' `SkipLayerGuidanceWanVideo`: `blocks="10"`, and SLG of WanVideoWrapper': (
+        "test_the_simple_node_of_comfyui",
+        "test_the_nodes_of_comfyui",
+    ),
+    'ComfyUI-LTXVideo\'s `STGGuider`, and its `Apply` with `block_indices="14, 19"`': ("test_comfyui_real.py",),
+    "`STGGuiderAdvanced`: lists of `sigmas`, `cfg`, `stg`, `rescale`, `layers`": (
+        "test_a_schedule_as_a_list_of_noise_levels",
+        "test_comfyui.py",
+    ),
+    "`skip_steps_sigma_threshold=0.998`": ("test_comfyui.py", "test_zero_star"),
+    'LTX-Video: `stg_mode="attention_values"`, `"attention_skip"`, `"transformer_block"`': ("test_modes.py",),
+    "`stg_scale`, `rescaling_scale`, `skip_block_list`, `guidance_scale` as lists over `guidance_timesteps`": (
+        "test_presets.py",
+    ),
+    "`cfg_star_rescale=True`": ("test_zero_star", "test_presets.py"),
+    "`skip_initial_inference_steps`, `skip_final_inference_steps`": ("test_presets.py",),
+    "ltx-core: `stg_scale`, `stg_blocks=[28]`, `rescale_scale`": ("test_the_guidance_of_ltx_2",),
+    "`skip_step=1`": ("test_traces.py",),
+    "`CFGStarRescalingGuider`, `LtxAPGGuider(eta=1.0, norm_threshold=15.0)`, its stateful one with `momentum`": (
+        "test_zero_star",
+        "test_adaptive_projected_guidance",
+        "test_its_momentum",
+    ),
+    "SGLang-diffusion and vllm-omni, LTX-2: `stg_scale=1.0`, `stg_blocks=[28]`, `rescale_scale=0.7`": (
+        "test_the_guidance_of_ltx_2",
+    ),
+    "vllm-omni: passes spread over devices": ("test_parallel.py",),
+    "musubi-tuner: `--slg_layers 9,10`, `--slg_scale 3.0`, `--slg_start 0.0`, `--slg_end 0.3`": (
+        "test_the_scale_of_skip_layer_guidance",
+        "test_auto_guidance_skips_in_the_uncond_pass",
+    ),
+    "stable-diffusion.cpp: `--skip-layers 7,8,9`, `--slg-scale 2.5`, `--skip-layer-start 0.01`, "
+    "`--skip-layer-end 0.2`": ("test_the_scale_of_skip_layer_guidance", "test_schedule.py"),
+    "any of them: settings in a file": ("test_cli.py",),
     "`AutoGuidance(auto_guidance_config=LayerSkipConfig([7]))`": ("test_auto_guidance_skips_in_the_uncond_pass",),
     "a smaller model as the weak one, `guidance_scale=4.0`": ("test_a_smaller_model_as_the_weak_one",),
     "`StableDiffusion3Pipeline`: `skip_guidance_layers=[7, 8, 9]`": (
@@ -494,7 +615,17 @@ TESTS: dict[str, tuple[str, ...]] = {
     "`LTX2Pipeline`: `stg_scale=1.0`, `audio_stg_scale=1.0`, `spatio_temporal_guidance_blocks=[29]`": (
         "test_the_guidance_of_ltx_2",
     ),
-    "`LTX2Pipeline`: `guidance_rescale`, `modality_scale`": ("test_what_ltx_2_goes_on_doing_itself",),
+    "`LTX2Pipeline`: `stg_scale=1.0`, `audio_stg_scale=0.5`": (AUDIO,),
+    "`LTX2Pipeline`: `modality_scale=3.0`, `audio_modality_scale=2.0`": (AUDIO,),
+    "`LTX2Pipeline`: `guidance_rescale=0.7`, `audio_guidance_rescale=0.4`": (AUDIO,),
+    "`LTX2Guidance(3.0, stg_scale=1.0, spatio_temporal_guidance_blocks=[28])` of modular pipelines": (
+        "test_skip_guidance.py",
+    ),
+    "its `modality_scale=3.0`": (AUDIO,),
+    "ltx-core: `MultiModalGuiderParams(cfg_scale=3.0, stg_scale=1.0, stg_blocks=[29])` for video and audio": (AUDIO,),
+    "ltx-core: `rescale_scale=0.7`": (AUDIO,),
+    "ltx-core: `modality_scale=3.0`": (AUDIO,),
+    "ltx-core: other `stg_blocks` for video than for audio, in one weak pass": (AUDIO,),
     '`StableDiffusionPAGPipeline(..., pag_applied_layers=["mid"])` and the other PAG pipelines: `pag_scale=3.0`': (
         "test_perturbed_attention_of_pipelines",
     ),

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import warnings
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,10 +21,7 @@ SCALE, G = 1.5, 4.0
 CHANNELS = 6
 
 
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 class Block(nn.Module):
@@ -227,6 +224,7 @@ STYLES: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
     "object": (Bare, lambda o: o.x),
     "namedtuple": (lambda x: Named(x, "kept"), lambda o: o.x),
     "list in sample": (lambda x: Sample([x], torch.ones(3)), lambda o: o.sample[0]),
+    "beside a loss": (lambda x: (x, x.mean(), "kept", torch.arange(2)), lambda o: o[0]),
 }
 
 
@@ -258,7 +256,18 @@ def test_what_the_denoiser_returns(style: str, dtype: torch.dtype) -> None:
     with stg.apply(model, ["blocks.2"], SCALE):
         applied = model(x, one)
     assert type(applied) is type(got)
-    torch.testing.assert_close(of(applied), (c.float() + SCALE * (c.float() - w.float())).to(dtype))
+    want = (c.float() + SCALE * (c.float() - w.float())).to(dtype)
+    torch.testing.assert_close(of(applied), want, rtol=0, atol=0)  # rounded once
+    x, one = torch.cat([x, x]), torch.cat([zero, one])
+    plain, term = model(x, one), (SCALE * (c.float() - w.float())).repeat(2, 1, 1, 1)
+    want = (of(plain).clone().float() + term).to(dtype)
+    with stg.apply(model, ["blocks.2"], SCALE, batched_cfg=True):
+        both = model(x, one)
+    assert type(both) is type(plain)
+    torch.testing.assert_close(of(both), want)
+    if style == "beside a loss":
+        assert torch.equal(both[1], plain[1])
+        assert (both[2], both[3].tolist()) == ("kept", [0, 1])
 
 
 def test_an_object_beside_a_prediction_is_left_alone() -> None:

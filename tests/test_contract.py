@@ -316,6 +316,7 @@ SETTINGS: dict[str, Settings] = {
     "every": {"layers": [1], "scale": 1.5, "every": 2},
     "every with rescale": {"layers": [1], "scale": 1.5, "every": 3, "rescale": 0.7},
     "on uncond": {"layers": [1], "on": "uncond"},
+    "on uncond, values": {"layers": [1], "on": "uncond", "mode": "values"},
     "on uncond in a window": {"layers": [1], "on": "uncond", "start": 0.2, "stop": 0.8},
     "full": {"layers": [1], "scale": 1.5, "execution": "full"},
     "batched": {"layers": [1], "scale": 1.5, "execution": "batched"},
@@ -449,33 +450,34 @@ def test_every_face_does_what_the_textbook_does(name: str, face: str) -> None:
 
 
 ALL = list(range(STEPS))
-COUNTED: dict[str, tuple[int, int, list[int]]] = {
-    # guided calls, weak passes, and the steps of the trace
-    "mode residual": (5, 5, ALL),
-    "two branches": (5, 10, ALL),
-    "scale 0": (0, 0, []),
-    "off": (0, 0, []),
-    "rescale alone": (5, 0, ALL),
-    "apg alone": (5, 0, ALL),
-    "window": (3, 3, [1, 2, 3]),
-    "sigma_range": (3, 3, [1, 2, 3]),
-    "levels": (3, 3, [2, 3, 4]),
-    "every": (5, 3, ALL),
-    "every with rescale": (5, 2, ALL),
-    "on uncond": (5, 0, []),
-    "on uncond in a window": (3, 0, []),
-    "full": (5, 5, ALL),
-    "batched": (5, 5, ALL),
+COUNTED: dict[str, tuple[int, int, int, list[int]]] = {
+    # guided calls, weak passes, blocks (of four) that these have run, and the steps of the trace
+    "mode residual": (5, 5, 10, ALL),
+    "two branches": (5, 10, 20, ALL),
+    "scale 0": (0, 0, 0, []),
+    "off": (0, 0, 0, []),
+    "rescale alone": (5, 0, 0, ALL),
+    "apg alone": (5, 0, 0, ALL),
+    "window": (3, 3, 6, [1, 2, 3]),
+    "sigma_range": (3, 3, 6, [1, 2, 3]),
+    "levels": (3, 3, 1 + 1 + 2, [2, 3, 4]),
+    "every": (5, 3, 6, ALL),
+    "every with rescale": (5, 2, 4, ALL),
+    "on uncond": (5, 0, 0, []),
+    "on uncond in a window": (3, 0, 0, []),
+    "full": (5, 5, 15, ALL),
+    "batched": (5, 5, 10, ALL),
 }
 
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_what_was_guided_is_counted(name: str) -> None:
     """By a Guider; the other faces do the same."""
-    guider = reference(name).guidance
-    steps = [row.step.index for row in guider.trace]
-    assert guider.stats.calls == STEPS
-    assert (guider.stats.guided_calls, guider.stats.weak_passes, steps) == COUNTED[name]
+    stats, steps = reference(name).guidance.stats, [row.step.index for row in reference(name).guidance.trace]
+    assert stats.calls == STEPS
+    assert (stats.guided_calls, stats.weak_passes, stats.blocks_run, steps) == COUNTED[name]
+    assert stats.blocks_saved == 4 * stats.weak_passes - stats.blocks_run
+    assert (stats.seconds > 0) == (stats.weak_passes > 0)
 
 
 FIRST_GUIDED = {"scale 0": STEPS, "off": STEPS, "window": 1, "sigma_range": 1, "on uncond in a window": 1}

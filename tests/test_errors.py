@@ -72,7 +72,7 @@ BAD_LAYERS: list[tuple[str, Any, type[Exception], str]] = [
         "ambiguous",
         ["attn"],
         LookupError,
-        r"^layers=\['attn'\] is ambiguous: 30 modules of DiT end in it \('blocks\.0\.at",
+        r"^layers=\['attn'\] is ambiguous: 30 modules of DiT end in it \('blocks\.0\.attn', .*, \.\.\.\)",
     ),
     ("empty name", "", LookupError, r"^layers=\[''\]"),
     ("empty list", [], LookupError, rf"^layers=\[\] names no layer\. {THIRTY}$"),
@@ -81,7 +81,6 @@ BAD_LAYERS: list[tuple[str, Any, type[Exception], str]] = [
     ("None in a list", [1, None], TypeError, r"^layers=\[None\]: expected an index, .* not NoneType\.$"),
     ("bool", True, TypeError, r"^layers=\[True\]: expected an index, a name or a module, not a bool\.$"),
     ("bool in a list", [1, False], TypeError, r"^layers=\[False\]: .* not a bool\.$"),
-    ("dictionary", {"blocks": 1}, TypeError, r"^layers=\[\{'blocks': 1\}\]: expected .* not dict\.$"),
     ("bytes", b"blocks.1", TypeError, r"expected an index, .* not bytes\.$"),
     ("tensor", torch.tensor([1]), TypeError, r"expected an index, .* not Tensor\.$"),
     (
@@ -137,8 +136,8 @@ BAD_SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("rescale below 0", {"rescale": -0.1}, r"^rescale=-0\.1: expected a number from 0"),
     ("rescale NaN", {"rescale": math.nan}, r"^rescale=nan: expected a number from 0"),
     ("rescale string", {"rescale": "full"}, r"^rescale='full': expected a number from 0"),
-    ("mode", {"mode": "residul"}, r"^mode='residul' does not exist\. There is 'residual'.* Did you mean 'residual'\?$"),
-    ("mode, nothing near", {"mode": "zzz"}, r"^mode='zzz' does not exist\. There is .*, or pass a callable\.$"),
+    ("mode", {"mode": "residul"}, r"^unknown mode 'residul'; choose from 'residual'.* Did you mean 'residual'\?$"),
+    ("mode, nothing near", {"mode": "zzz"}, r"^unknown mode 'zzz'; choose from .*, or pass a callable\.$"),
     ("mode, number", {"mode": 3}, r"^mode=3: expected a name or a callable, not int\.$"),
     ("guidance NaN", {"guidance_scale": math.nan}, r"^guidance_scale=nan: expected a finite number"),
     (
@@ -176,12 +175,12 @@ def test_bad_settings(make: Callable[..., object], settings: dict[str, Any], tex
 def test_bad_settings_of_a_branch_are_refused_where_it_is_written() -> None:
     with pytest.raises(stg.SettingError, match="scale=nan: expected a finite number"):
         stg.Branch([1], math.nan)
-    with pytest.raises(stg.SettingError, match=r"mode='residul' does not exist.* Did you mean 'residual'\?"):
+    with pytest.raises(stg.SettingError, match=r"unknown mode 'residul'.* Did you mean 'residual'\?"):
         stg.Branch([1], mode="residul")
 
 
 def test_bad_modes_of_a_skip(untouched: Any) -> None:
-    with pytest.raises(stg.SettingError, match=r"mode='Residual' does not exist.* Did you mean 'residual'\?"):
+    with pytest.raises(stg.SettingError, match=r"unknown mode 'Residual'.* Did you mean 'residual'\?"):
         stg.skip(untouched(thirty()), [1], mode="Residual")
     with pytest.raises(stg.SettingError, match="expected a name or a callable, not NoneType"):
         stg.skip(untouched(thirty()), [1], mode=None)  # type: ignore[arg-type]
@@ -246,7 +245,7 @@ def test_bad_arguments_of_combine() -> None:
             (a, a),
             {"rule": "zero-star"},
             stg.SettingError,
-            r"^rule='zero-star' does not exist\. There is 'cfg'.*Did you mean 'ze",
+            r"^unknown rule 'zero-star'; choose from 'cfg'.*Did you mean 'ze",
         ),
         ((a, a), {"rule": stg.rules.AveragedApg}, stg.SettingError, r"^rule=AveragedApg is a class: pass an object"),
         ((a, a), {"rule": 3}, stg.SettingError, r"^rule=3: expected a name or a callable, not int"),
@@ -321,7 +320,7 @@ def test_a_hint_for_a_pipeline_names_the_pipeline() -> None:
      ("STG-A", "attention"), ("SLG", "residual"), ("mlp", "feed-forward")],
 )  # fmt: skip
 def test_names_of_modes_from_elsewhere_are_translated(asked: str, here: str) -> None:
-    with pytest.raises(stg.SettingError, match=rf"^mode='{asked}' is called mode='{here}' here\."):
+    with pytest.raises(stg.SettingError, match=rf"^unknown mode '{asked}'; .* Here it is called mode='{here}'\."):
         stg.skip(thirty(), [1], asked)
     stg.check(thirty(), [1], here if here != "feed-forward" else "residual")
 

@@ -67,9 +67,9 @@ def test_an_example_runs_and_is_guided(
 
 def test_the_scheduler_loop_is_what_the_pipeline_does() -> None:
     pipe = demo.load()
-    latents = torch.randn(1, 48, 6, 6, 6, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(1, 48, 6, 4, 4, generator=torch.Generator().manual_seed(0))
     with stg.apply(pipe, [6], 0.5, stop=0.8):
-        expected = pipe(**demo.inputs(["red circle left"]), guidance_scale=2.0, latents=latents).frames
+        expected = pipe(**demo.inputs(["red 3 blue 7"]), guidance_scale=2.0, latents=latents).frames
     assert_close(main_of("diffusers_loop")(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -78,8 +78,8 @@ def test_a_host_of_ones_own_gives_what_a_guider_gives() -> None:
     model = demo.load().transformer
     guider = stg.Guider(model, layers=[2], scale=0.5, guidance_scale=2.0)
     torch.manual_seed(0)
-    x = torch.randn(1, 48, 6, 6, 6)
-    cond = {"encoder_hidden_states": demo.embed(demo.labels(["red circle left"]))}
+    x = torch.randn(1, 48, 6, 4, 4)
+    cond = {"encoder_hidden_states": demo.embed(demo.labels(["red 3 blue 7"]))}
     uncond = {"encoder_hidden_states": demo.embed(None)}
     with torch.no_grad():
         for level, lower in itertools.pairwise(torch.linspace(1, 0, 9).tolist()):

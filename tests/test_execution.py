@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,10 +17,7 @@ SHARING = ("sequential", "batched")
 STEPS = 3
 
 
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def assert_same(got: Tensor, expected: Tensor, tolerance: float = 1e-5, what: str = "") -> None:
@@ -58,26 +54,6 @@ def test_every_layer_of_the_zoo(name: str, batched_cfg: bool) -> None:
         for execution in SHARING:
             got, _ = guided(zoo.build(name), [layer], execution, batched_cfg, steps=2)
             assert_same(got, expected, what=f"{layer}, {execution}")
-
-
-@pytest.mark.parametrize("execution", SHARING)
-@pytest.mark.parametrize("name", zoo.FAMILIES)
-def test_families_of_diffusers(name: str, execution: str) -> None:
-    family = zoo.FAMILIES[name]
-    model = family.build()
-    inputs = [family.inputs(2, seed) for seed in range(2)]
-    for layer in family.skips:
-
-        def run(way: str, layer: str = layer) -> Tensor:
-            with stg.apply(model, [layer], 1.5, batched_cfg=name not in ("hunyuan_video", "flux"), execution=way):
-                return torch.stack([model(**arguments)[0] for arguments in inputs])
-
-        expected = run("full")
-        with warnings.catch_warnings():
-            if execution == "sequential":
-                warnings.simplefilter("error", stg.StgWarning)
-            # Convolutions round a little differently for other numbers of rows.
-            assert_same(run(execution), expected, 2e-5 if name == "svd" else 1e-5)
 
 
 BRANCHES = {
@@ -242,3 +218,27 @@ def test_batched_is_checked_again_for_calls_of_another_shape() -> None:
     expected = run("full")
     with pytest.warns(stg.StgWarning, match="rows influence each other"):
         assert_same(run("batched"), expected)
+
+
+# --- counted ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("execution", zoo.EXECUTIONS)
+def test_stats_of_blocks_are_those_that_ran(execution: str) -> None:
+    """Against hooks that count, on a model whose layers are not alike; in steady state."""
+    model, inputs = zoo.build("two_stacks"), zoo.inputs(4)
+    names = zoo.ZOO["two_stacks"].numbered
+    rows: list[int] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        rows.append(args[0].shape[0])
+
+    with stg.apply(model, [1, 3], 1.5, batched_cfg=True, execution=execution) as handle:
+        model(**inputs)
+        handle.stats.blocks_run = 0
+        handles = [model.get_submodule(f"{name}.attn").register_forward_hook(note) for name in names]
+        model(**inputs)
+        for hook in handles:
+            hook.remove()
+    assert sum(rows) == len(names) * 4 + 2 * handle.stats.blocks_run
+    assert handle.stats.blocks_run == {"full": 3}.get(execution, 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import stg_hooks as stg
 from stg_hooks import adapters
 from stg_hooks.adapters import TEMPORAL
-from stg_hooks.modes.frames import kinds_of
 from tests import zoo
 from tests.test_modes import assert_close_in_std, by_hand
 from tests.tiny_models import MODELS
@@ -20,10 +19,13 @@ from tests.tiny_models import MODELS
 DIM = zoo.DIM
 
 
-@pytest.fixture(autouse=True)
-def _plain_inference() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
+
+
+def kinds_of(model: nn.Module) -> dict[str, str]:
+    """List which attention is spatial, and which is temporal."""
+    layers = stg.layers(model).to_dict()[""]["layers"]
+    return {f"{layer['name']}.{part}": kind for layer in layers for part, kind in layer["kinds"].items()}
 
 
 class Both(nn.Module):

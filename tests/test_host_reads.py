@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import stg_hooks as stg
-from tests import kdiffusion, stock_pipelines
+from tests import kdiffusion, stock_pipelines, zoo
 from tests.pipelines import build, run
 
 ROOT = Path(stg.__file__).parent
@@ -51,15 +51,6 @@ def reads_of_ours() -> Iterator[list[str]]:
             setattr(owner, name, original)
 
 
-def test_reading_is_noticed() -> None:
-    from stg_hooks.integrations.diffusers.call_roles import _is_near
-
-    with reads_of_ours() as found:
-        assert _is_near(torch.ones(2), 1.0)
-    assert len(found) == 1
-    assert found[0].startswith("call_roles.py:")
-
-
 def later_reads(pipe: Any, once: Any, applied: stg.apply) -> list[str]:
     """Run a pipeline of two steps or more, and return the reads of all steps but the first one."""
     with reads_of_ours() as found:
@@ -72,6 +63,14 @@ def later_reads(pipe: Any, once: Any, applied: stg.apply) -> list[str]:
         once(callback_on_step_end=forget_the_first)
     assert len({row.step.index for row in applied.trace}) > 1
     return found
+
+
+def test_reading_is_noticed() -> None:
+    """A first call looks at the model, and at what it is given."""
+    model = zoo.build("plain")
+    with reads_of_ours() as found, stg.apply(model, [2], batched_cfg=True):
+        model(**zoo.inputs(2))
+    assert found
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7])

@@ -100,8 +100,8 @@ def imports(tree: ast.AST, *, nested: bool) -> Iterator[str]:
 
 
 # The rooms of the core, from the ground up: none may import from one that comes later.
-ROOMS = ("errors", "step", "hosts", "model", "hooks", "modes", "guidance", "passes", "ranks", "faces", "study")
-FACES = ("session", "rules", "skip", "parts", "denoiser", "uncond", "apply", "guider")
+ROOMS = ("errors", "names", "step", "hosts", "model", "hooks", "modes", "guidance", "passes", "ranks", "faces", "study")
+FACES = ("session", "rules", "skip", "parts", "answers", "denoiser", "uncond", "apply", "guider")
 
 
 def room_of(module: str) -> int | None:

@@ -111,15 +111,6 @@ def test_every_sampler(name: str, denoiser: nn.Module, weak: nn.Module) -> None:
     assert guider.stats.weak_passes == guider.stats.guided_calls == guider.stats.calls > 0
 
 
-@pytest.mark.parametrize("execution", ["sequential", "batched", "full"])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_one_image_and_several(batch: int, execution: str, denoiser: nn.Module, weak: nn.Module) -> None:
-    guider = stg.Guider(denoiser, ["blocks.2"], SCALE, guidance_scale=G, rescale=0.7, execution=execution)
-    got = sample("dpmpp_2m", guider, image(batch), classes(batch))
-    expected = sample("dpmpp_2m", by_hand(denoiser, weak, rescale=0.7), image(batch), classes(batch))
-    assert_close(got, expected, **close)
-
-
 @pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m"])
 def test_cond_only(name: str, denoiser: nn.Module, weak: nn.Module) -> None:
     args = {"cond": classes()["cond"]}

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import stg_hooks as stg
-from stg_hooks.modes.modes import MODES, LayerCall, Perturbation, find_mode
+from stg_hooks.modes.modes import MODES, find_mode
+from stg_hooks.modes.perturbation import LayerCall, Perturbation
 from tests import zoo
+from tests.tiny_models import MODELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,12 @@ def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
+def tiny(mode: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Build a model that can have a mode, and the arguments of a call."""
+    name = "LTX2VideoTransformer3DModel" if find_mode(mode).needs == "streams" else "WanTransformer3DModel"
+    return MODELS[name].build(name), MODELS[name].inputs()
+
+
 def test_a_mode_says_what_it_is(mode: str) -> None:
     found = find_mode(mode)
     assert (found.name, str(found)) == (mode, f"mode={mode!r}")
@@ -42,8 +51,7 @@ def test_a_mode_says_what_it_is(mode: str) -> None:
 
 @torch.no_grad()
 def test_a_mode_changes_its_layer_and_restores_the_model(mode: str) -> None:
-    case = zoo.FAMILIES["wan"]
-    model, inputs = case.build(), case.inputs()
+    model, inputs = tiny(mode)
     plain, before = model(**inputs)[0], zoo.snapshot(model)
     with stg.skip(model, 1, mode):
         weak = model(**inputs)[0]
@@ -56,8 +64,7 @@ def test_a_mode_changes_its_layer_and_restores_the_model(mode: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("execution", ["full", "sequential", "batched"])
 def test_a_guided_call_adds_the_difference(mode: str, execution: str) -> None:
-    case = zoo.FAMILIES["wan"]
-    model, inputs = case.build(), case.inputs()
+    model, inputs = tiny(mode)
     plain = model(**inputs)[0]
     with stg.skip(model, 1, mode):
         weak = model(**inputs)[0]
@@ -68,14 +75,18 @@ def test_a_guided_call_adds_the_difference(mode: str, execution: str) -> None:
 
 def test_a_layer_that_lacks_what_a_mode_needs_is_refused(mode: str) -> None:
     model = zoo.FAMILIES["wan"].build()
-    if MODES[mode].needs == "attention":
-        with pytest.raises(stg.LayerError, match=rf"(?s)has no attention for mode='{mode}'.*It can have .*'residual'"):
+    if MODES[mode].needs == "layer":
+        assert [layer.name for layer in stg.check(model, "blocks.1.ffn", mode)] == ["blocks.1.ffn"]
+    elif MODES[mode].needs == "attention":
+        told = rf"(?s)FeedForward has no attention for mode='{mode}'.*It can have .*'residual'"
+        with pytest.raises(stg.LayerError, match=told):
             stg.skip(model, "blocks.1.ffn", mode)
     else:
         told = rf"mode='{mode}' {MODES[mode].verb} whole blocks.*Did you mean layers=\['blocks.1'\]"
         with pytest.raises(stg.LayerError, match=told):
             stg.skip(model, "blocks.1.attn1", mode)
-        with pytest.raises(stg.SettingError, match=f"which mode='{mode}' does not change. Choose from 'attention'"):
+        told = f"kind='spatial' chooses among .* which mode='{mode}' does not change. Choose from 'attention'"
+        with pytest.raises(stg.SettingError, match=told):
             stg.skip(model, 1, mode, kind="spatial")
 
 

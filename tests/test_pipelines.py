@@ -136,18 +136,6 @@ def test_several_layers_and_branches(family: str, branches: list[tuple[list[int]
     assert session.stats.weak_passes == case.steps * len(branches)
 
 
-@all_kinds
-def test_scale_zero_and_afterwards_are_bit_equal_to_the_plain_pipeline(kind: str) -> None:
-    pipe, call, case = built(kind)
-    plain = run(pipe, call)
-    with stg.apply(pipe, layers=case.layers, scale=0.0) as session:
-        assert torch.equal(run(pipe, call), plain)
-    assert session.stats.weak_passes == 0
-    with stg.apply(pipe, layers=case.layers, scale=1.0):
-        assert not torch.equal(run(pipe, call), plain)
-    assert torch.equal(run(pipe, call), plain)
-
-
 @all_families
 def test_pipeline_outputs_of_either_form(family: str) -> None:
     pipe, call, case = build(family)
@@ -189,13 +177,10 @@ def assert_each_is_what_it_would_be_alone(
 
 
 @pytest.mark.parametrize("execution", ["sequential", "batched", "full"])
-@pytest.mark.parametrize("videos", [2, 3])
 @all_kinds
-def test_each_video_of_a_batch_is_what_it_would_be_alone(
-    kind: str, videos: int, execution: str, request: pytest.FixtureRequest
-) -> None:
+def test_each_video_of_a_batch_is_what_it_would_be_alone(kind: str, execution: str) -> None:
     pipe, call, case = built(kind)
-    calls = [{**call, **SHORT}, another_prompt({**call, **SHORT}), {**call, **SHORT}][:videos]
+    calls = [{**call, **SHORT}, another_prompt({**call, **SHORT}), {**call, **SHORT}]
     assert_each_is_what_it_would_be_alone(pipe, case, batch_of(calls), calls, execution=execution)
 
 
@@ -226,39 +211,6 @@ def test_negative_prompt_is_not_looked_at_when_cfg_is_off(family: str) -> None:
     with stg.apply(pipe, layers=case.layers):
         assert torch.equal(run(pipe, call), run(pipe, other))
         assert_far(run(pipe, {**call, "prompt_embeds": other["negative_prompt_embeds"]}), run(pipe, call))
-
-
-@pytest.mark.parametrize("quiet", ["transformer", "transformer_2"])
-def test_both_denoisers_of_wan_2_2_are_guided(quiet: str) -> None:
-    """Make the skipped block of one denoiser do nothing anyway: guidance is left in the other's steps only."""
-    pipe, call, case = build_wan_2_2()
-
-    class Nothing(nn.Module):
-        def forward(self, hidden_states: Tensor, *args: Any) -> Tensor:
-            return hidden_states
-
-    block = Nothing()
-    block.attn1 = getattr(pipe, quiet).blocks[3].attn1  # still looks like a block
-    getattr(pipe, quiet).blocks[3] = block
-    steps_from = {"transformer": 2, "transformer_2": 0}[quiet]
-    noise = noise_like(case.expected["base"], seed=1)
-    with scheduler_inputs(pipe) as plain:
-        run(pipe, call, latents=noise)
-    with (
-        pytest.warns(stg.StgWarning, match=r"skipping 'blocks\.3' changed nothing"),
-        scheduler_inputs(pipe) as received,
-        stg.apply(pipe, layers=case.layers),
-    ):
-        run(pipe, call, latents=noise)
-    assert_far(received[steps_from], plain[steps_from])
-    if steps_from:
-        assert torch.equal(received[0], plain[0])
-        assert torch.equal(received[1], plain[1])
-    else:
-        # From step 1 on the latents differ; the low-noise steps must still be what that denoiser gives unguided.
-        with textbook(pipe, case, [(case.layers, 1.0)], [5.0, 3.0]) as expected:
-            run(pipe, call, latents=noise)
-        assert_same(received[-1], expected[-1])
 
 
 @pytest.mark.parametrize("images", [1, 2])
@@ -325,19 +277,6 @@ def test_rescale_is_the_one_of_the_paper(kind: str, rescale: float) -> None:
     for actual, prediction in zip(received, expected, strict=True):
         assert_same(actual, prediction)
     assert_far(received[0], without[0])
-
-
-@pytest.mark.parametrize("kind", ["ltx", "wan", "hunyuan_video"])
-def test_rescale_is_per_video(kind: str) -> None:
-    pipe, call, case = built(kind)
-    noise = torch.cat([noise_like(case.expected["base"], 1), 3.0 * noise_like(case.expected["base"], 2)])
-    batch = {**batch_of([call, another_prompt(call)]), **SHORT}
-    with textbook(pipe, case, [(case.layers, 2.0)], case.guidance_scale, 1.0) as expected:
-        run(pipe, batch, latents=noise)
-    with scheduler_inputs(pipe) as received, stg.apply(pipe, layers=case.layers, scale=2.0, rescale=1.0):
-        run(pipe, batch, latents=noise)
-    for actual, prediction in zip(received[0], expected[0], strict=True):
-        assert_same(actual, prediction)
 
 
 def test_rescale_with_a_cfg_weight_of_one_in_two_calls() -> None:
@@ -617,25 +556,10 @@ def test_no_layers_means_the_published_setting() -> None:
     assert other.plan.base.branches == (stg.Branch([34], 0.5, "residual"),)
 
 
-NAMES = {
-    "mochi": [f"transformer_blocks.{i}" for i in range(6)],
-    "ltx": [f"transformer_blocks.{i}" for i in range(6)],
-    "cogvideox": [f"transformer_blocks.{i}" for i in range(6)],
-    "hunyuan_video": [
-        *(f"transformer_blocks.{i}" for i in range(4)),
-        *(f"single_transformer_blocks.{i}" for i in range(3)),
-    ],
-    "wan": [f"blocks.{i}" for i in range(6)],
-}
-
-
 @all_families
 def test_layers_of_a_pipeline(family: str) -> None:
     pipe, _, case = build(family)
     table = stg.layers(pipe)
-    numbered = [layer for layer in table if layer.index is not None]
-    assert [layer.name for layer in numbered] == NAMES[family]
-    assert [layer.index for layer in numbered] == list(range(len(numbered)))
     assert all(pipe.transformer.get_submodule(layer.name) is layer.module for layer in table)
     data = table.to_dict()
     assert json.loads(json.dumps(data)) == data
@@ -653,13 +577,6 @@ def test_layers_of_a_pipeline_with_two_denoisers() -> None:
     assert "transformer_2 (WanTransformer3DModel): 6 layers" in repr(stg.layers(pipe))
 
 
-def test_text_refiners_are_listed_without_a_number() -> None:
-    pipe, _, _ = build("hunyuan_video")
-    unnumbered = [layer.name for layer in stg.layers(pipe) if layer.index is None]
-    assert unnumbered
-    assert all("refiner" in name for name in unnumbered)
-
-
 # --- told ---
 
 
@@ -672,18 +589,6 @@ def test_guiding_nothing_is_reported() -> None:
     ):
         run(other, call)
     assert caught[0].filename == __file__
-
-
-@pytest.mark.parametrize("scale", [0.0, 1.0])
-def test_guiding_something_or_nothing_on_purpose_is_not_reported(scale: float) -> None:
-    pipe, call, case = build("wan")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", stg.StgWarning)
-        with stg.apply(pipe, layers=case.layers, scale=scale):
-            if scale:
-                run(pipe, call, **SHORT)
-        with pytest.raises(RuntimeError, match="first"), stg.apply(pipe, layers=case.layers):
-            raise RuntimeError("first")
 
 
 @pytest.mark.parametrize("arguments", [{"batched_cfg": True}, {"batched_cfg": False}, {"guidance_scale": 4.5}])

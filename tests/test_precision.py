@@ -263,20 +263,6 @@ def diagonal(model: nn.Module, block: int, inputs: dict[str, Any]) -> Tensor:
     return first(model(**inputs))
 
 
-@executions
-def test_fused_projections(execution: str) -> None:
-    model, inputs, layer = wan()
-    expected = textbook(model, zoo.without(model, [layer]), inputs)
-    model.fuse_qkv_projections()
-    assert "to_qkv" in "".join(name for name, _ in model.named_modules())
-    with stg.apply(model, [1], SCALE, execution=execution):
-        for _ in range(2):
-            assert_close(first(model(**inputs)), expected, rtol=1e-4, atol=1e-4)
-    model.unfuse_qkv_projections()
-    with stg.apply(model, [1], SCALE, execution=execution):
-        assert_close(first(model(**inputs)), expected, rtol=1e-4, atol=1e-4)
-
-
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 

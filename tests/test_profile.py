@@ -288,7 +288,7 @@ def test_rows_are_means_over_prompts() -> None:
 
 def test_the_embedded_model() -> None:
     found = stg.profile(
-        demo.load(), [2, 6], ("residual", "attention"), 1, prompts="red circle left", num_inference_steps=3
+        demo.load(), [2, 6], ("residual", "attention"), 1, prompts="red 3 blue 7", num_inference_steps=3
     )
     assert found.guidance_scale == demo.GUIDANCE_SCALE
     assert len(found.rows) == 4

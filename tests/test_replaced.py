@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 import stg_hooks as stg
 from tests import pipelines, zoo
+from tests.modular import ByHand, noise, text
 
 close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -180,7 +181,8 @@ def test_a_module_is_guided_as_the_pipeline_that_calls_it(family: str) -> None:
 # --- modular pipelines ------------------------------------------------------------------------------------------------
 
 
-def modular_wan(depth: int = 3, **guider: Any) -> tuple[Any, dict[str, Any]]:
+def modular_wan(guider: Any = None, depth: int = 3) -> tuple[Any, dict[str, Any]]:
+    """Build all of its denoising, timesteps included."""
     from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
 
     torch.manual_seed(0)
@@ -191,36 +193,15 @@ def modular_wan(depth: int = 3, **guider: Any) -> tuple[Any, dict[str, Any]]:
     ).eval().requires_grad_(False)  # fmt: skip
     pipe = WanCoreDenoiseStep().init_pipeline()
     pipe.update_components(transformer=model, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
-    if guider:
-        pipe.update_components(guider=diffusers.ClassifierFreeGuidance(**guider))
-    noise = torch.Generator().manual_seed(1)
-    call = {
-        "prompt_embeds": torch.randn(1, 6, 8, generator=noise),
-        "negative_prompt_embeds": torch.randn(1, 6, 8, generator=noise),
-        "latents": torch.randn(1, 4, 3, 4, 4, generator=noise),
-        "height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 3,
-    }  # fmt: skip
-    return pipe, call
+    if guider is not None:
+        pipe.update_components(guider=guider)
+    call = {**text(6, 8), "latents": noise(1, 4, 3, 4, 4), "height": 32, "width": 32, "num_frames": 9}
+    return pipe, {**call, "num_inference_steps": 3}
 
 
-def by_hand(pipe: Any, call: dict[str, Any], g: float, rescale: float = 0.0) -> Tensor:
-    """Compute the textbook's run, with a copy of the model that lacks the block."""
-    model = pipe.transformer
-    weak_model = copy.deepcopy(model)
-    weak_model.blocks[1].forward = lambda hidden_states, *args, **kwargs: hidden_states
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(3)
-    x, text, no_text = call["latents"], call["prompt_embeds"], call["negative_prompt_embeds"]
-    for t in scheduler.timesteps:
-        c, u, w = (
-            which(x, t.expand(1), given, return_dict=False)[0]
-            for which, given in ((model, text), (model, no_text), (weak_model, text))
-        )
-        out = u + g * (c - u) + (c - w)
-        if rescale:
-            out = out * (rescale * c.std() / out.std() + 1 - rescale)
-        x = scheduler.step(out, t, x, return_dict=False)[0]
-    return x
+def by_hand(g: float, rescale: float = 0.0) -> Tensor:
+    pipe, call = modular_wan(ByHand(["blocks.1"], [1.0], g, rescale))
+    return pipe(**call, output="latents")
 
 
 @pytest.mark.parametrize("of_module", [False, True])
@@ -229,10 +210,10 @@ def by_hand(pipe: Any, call: dict[str, Any], g: float, rescale: float = 0.0) -> 
     [({}, 5.0), ({"guidance_scale": 2.0, "use_original_formulation": True}, 3.0), ({"guidance_scale": 1.0}, 1.0)],
 )
 def test_modular_pipelines(guider: dict[str, Any], weight: float, of_module: bool) -> None:
-    pipe, call = modular_wan(**guider)
+    pipe, call = modular_wan(diffusers.ClassifierFreeGuidance(**guider) if guider else None)
     with stg.apply(pipe.transformer if of_module else pipe, layers=[1], strict=True) as session:
         got = pipe(**call, output="latents")
-    assert_close(got, by_hand(pipe, call, weight), rtol=1e-4, atol=1e-4)
+    assert_close(got, by_hand(weight), rtol=1e-4, atol=1e-4)
     assert session.stats.weak_passes == 3
 
 
@@ -240,7 +221,7 @@ def test_rescale_in_a_modular_pipeline() -> None:
     pipe, call = modular_wan()
     with stg.apply(pipe, layers=[1], rescale=0.7):
         got = pipe(**call, output="latents")
-    assert_close(got, by_hand(pipe, call, 5.0, 0.7), rtol=1e-4, atol=1e-4)
+    assert_close(got, by_hand(5.0, 0.7), rtol=1e-4, atol=1e-4)
 
 
 def test_what_modular_pipelines_are_refused_for() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import shutil
 import time
@@ -42,7 +43,7 @@ def browser() -> Iterator[Any]:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     report_folder.write_profile(folder)
-    report_folder.write_sweep(folder, prompts=("red circle left", HOSTILE), failed=("residual-L5-s2.0",))
+    report_folder.write_sweep(folder, prompts=("red 3 blue 7", HOSTILE), failed=("residual-L5-s2.0",))
     return stg.report(folder)
 
 
@@ -202,7 +203,7 @@ def test_the_code_of_the_chosen_cell_is_copied(visit: Callable[..., Any], writte
     page = visit(written, permissions=["clipboard-read", "clipboard-write"])
     page.click("#table tr[data-cell='attention-L2+5-s1.0'] td:last-child")
     call = "video = pipe(prompt=prompt, generator=generator).frames[0]"
-    given = 'prompt = "red circle left"\ngenerator = torch.Generator().manual_seed(7)\n'
+    given = 'prompt = "red 3 blue 7"\ngenerator = torch.Generator().manual_seed(7)\n'
     session = 'with stg.apply(pipe, layers=[2, 5], scale=1.0, mode="attention"):'
     code = f"import torch\nimport stg_hooks as stg\n\n{given}{session}\n    {call}"
     assert page.locator("#code").text_content() == code
@@ -210,6 +211,10 @@ def test_the_code_of_the_chosen_cell_is_copied(visit: Callable[..., Any], writte
     page.click("#copy")
     wait_for(page, "document.getElementById('copy').textContent === 'Copied'")
     assert page.evaluate("navigator.clipboard.readText()") == code
+    page.click("#copy-settings")
+    wait_for(page, "document.getElementById('copy-settings').textContent === 'Copied'")
+    copied = json.loads(page.evaluate("navigator.clipboard.readText()"))
+    assert copied == {"layers": [2, 5], "scale": 1.0, "mode": "attention"}
     page.locator("#scatter [data-cell='baseline']").focus()
     page.keyboard.press("Enter")
     assert page.locator("#code").text_content() == f"import torch\n\n{given}{call}"

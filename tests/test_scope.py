@@ -243,40 +243,6 @@ def test_left_in_another_thread(scope: str, model: nn.Module) -> None:
     assert torch.equal(model(**zoo.inputs()), plain)
 
 
-def test_a_task_that_outlives_the_with(model: nn.Module) -> None:
-    _, plain = guided_and_plain(model)
-    shared = stg.apply(model, [2])
-
-    async def later(go: asyncio.Event) -> Tensor:
-        await go.wait()
-        return model(**zoo.inputs())
-
-    async def main() -> Tensor:
-        go = asyncio.Event()
-        with shared:
-            task = asyncio.create_task(later(go))
-            model(**zoo.inputs())
-        elsewhere_open = threading.Event()
-        done = threading.Event()
-
-        def hold() -> None:
-            with shared:
-                model(**zoo.inputs())
-                elsewhere_open.set()
-                done.wait(20)
-
-        thread = threading.Thread(target=hold)
-        thread.start()
-        elsewhere_open.wait(20)
-        go.set()
-        found = await task
-        done.set()
-        thread.join(20)
-        return found
-
-    assert torch.equal(asyncio.run(main()), plain)
-
-
 # --- made, and never entered ------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from typing import Any
 
 import pytest
@@ -21,6 +23,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "layers": {"layers": [1, -1], "scale": 0.5},
     "a range": {"layers": range(1, 3), "scale": 2},
     "names": {"layers": "blocks.2", "mode": "values", "rescale": 0.7},
+    "a regular expression": {"layers": [re.compile(r"BLOCKS\.[12]$", re.I), re.compile("blocks.0")]},
+    "a mode per layer": {"layers": {1: "values", "blocks.2": "residual", re.compile("blocks.0"): "dropout(p=0.1)"}},
+    "values of a rule": {"layers": [1], "rule": "apg(eta=0.5, norm=15.0)"},
+    "a scale of a name": {"layers": [1], "scale": stg.rules.adaptive_scale(2.0, 0.001), "rule": "apg(norm_dim=(-1,))"},
+    "a schedule of a name": {"layers": [1], "schedule": stg.rules.zero_init(2), "rule": "zero_star"},
     "a window": {"layers": [1], "start": 0.1, "stop": 0.8},
     "noise levels": {"layers": [1], "sigma_range": (0.3, 0.9)},
     "branches": {"branches": [stg.Branch([1], 1.5, "attention"), stg.Branch("blocks.2", 0.5)]},
@@ -54,7 +61,7 @@ def test_settings_survive_json(name: str, face: str) -> None:
     again = made(plain)
     assert again.to_dict() == first.to_dict()
     for index in range(4):
-        step = stg.Step(index, 4, 0.9 - 0.25 * index)
+        step = stg.Step(index, 4, 0.9 - 0.25 * index, timestep=900.0 - 250 * index)
         one, other = first.plan.at(step), again.plan.at(step)
         assert [skipped(model, branch) for branch in one.active] == [skipped(model, branch) for branch in other.active]
         assert [branch.scale for branch in one.active] == [branch.scale for branch in other.active]
@@ -68,6 +75,7 @@ def test_settings_survive_json(name: str, face: str) -> None:
         ("scale", {"layers": [1], "scale": torch.tensor([1.0])}),
         ("layers", {"layers": nn.Linear(1, 1)}),
         ("rule", {"layers": [1], "rule": stg.rules.AveragedApg()}),
+        ("layers", {"layers": {1: lambda call: call.compute()}}),
     ],
 )
 def test_what_json_cannot_hold_is_named(name: str, given: dict[str, Any]) -> None:
@@ -77,6 +85,13 @@ def test_what_json_cannot_hold_is_named(name: str, given: dict[str, Any]) -> Non
     guider = stg.Guider(model, guidance_scale=3.0, **given)
     with pytest.raises(stg.SettingError, match=rf"^{name}=.* cannot be saved as JSON"):
         guider.to_dict()
+
+
+def test_a_rule_with_its_values_set_travels() -> None:
+    given = functools.partial(stg.rules.magnitude_aware, alpha=4.0)
+    applied = stg.apply(zoo.build("plain"), [1], rule=given, batched_cfg=True, guidance_scale=3.0)
+    applied.not_to_be_entered()
+    assert applied.to_dict() == {"layers": [1], "rule": "magnitude_aware(alpha=4.0)"}
 
 
 def test_a_published_setting_travels_by_its_name() -> None:

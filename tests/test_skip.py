@@ -135,19 +135,6 @@ def test_a_block_that_has_to_be_learnt_is_computed_once() -> None:
         assert measure.flops(lambda: model(**inputs)) == expected
 
 
-@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "flux"])
-def test_diffusers_skipped_blocks_are_not_computed(name: str) -> None:
-    family = zoo.FAMILIES[name]
-    model, layer, inputs = family.build(), family.skips[-1], family.inputs()
-    full, expected = (
-        measure.flops(lambda: model(**inputs)),
-        measure.flops(lambda: family.without(model, layer)(**inputs)),
-    )
-    assert expected < full
-    with stg.skip(model, [layer]):
-        assert measure.flops(lambda: model(**inputs)) == expected
-
-
 # --- only here --------------------------------------------------------------------------------------------------------
 
 
@@ -178,26 +165,6 @@ def test_two_threads_skip_different_layers_at_the_same_time() -> None:
             assert_close(result, expected[layer], **exact)
     for result in results[None].result():
         assert_close(result, plain, **exact)
-
-
-def test_one_skip_object_entered_by_two_threads() -> None:
-    model, inputs = zoo.build("plain"), zoo.inputs()
-    skip = stg.skip(model, [1])
-    barrier = threading.Barrier(2, timeout=20)
-    expected, plain = zoo.without(model, ["blocks.1"])(**inputs), model(**inputs)
-
-    def run() -> tuple[Tensor, Tensor]:
-        with skip:
-            barrier.wait()
-            inside = model(**inputs)
-            barrier.wait()
-        return inside, model(**inputs)
-
-    with ThreadPoolExecutor(2) as pool:
-        for future in [pool.submit(run) for _ in range(2)]:
-            inside, outside = future.result()
-            assert_close(inside, expected, **exact)
-            assert_close(outside, plain, **exact)
 
 
 @pytest.mark.parametrize("after", ["a call", "an exception", "an interrupt in a block", "an interrupt in a hook"])

@@ -24,7 +24,6 @@ from torch import Tensor
 import stg_hooks as stg
 from stg_hooks import demo
 from stg_hooks.study import claims, media, metrics
-from stg_hooks.study.results import Sweep
 from tests import zoo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +52,7 @@ class Toy:
             x = x - 0.2 * self.model(x, text)
         return x.flatten()[: 48 * self.frames].reshape(self.frames, 4, 4, 3).sigmoid()
 
-    def sweep(self, out: Path, **changes: Any) -> Sweep:
+    def sweep(self, out: Path, **changes: Any) -> stg.results.Sweep:
         return stg.sweep(self.model, ["a", "bb"], out=out, sample=self, **{**GRID, **changes})
 
 
@@ -173,16 +172,19 @@ def test_a_stock_pipeline(tmp_path: Path) -> None:
     """The embedded model: one cell against the pipeline called by hand."""
     pipe = demo.load()
     found = stg.sweep(
-        pipe, "red circle left", out=tmp_path, layers=[6], scales=[0.5], progress=False, num_inference_steps=3
+        pipe, "red 3 blue 7", out=tmp_path, layers=[6], scales=[0.5], progress=False, num_inference_steps=3
     )
     assert found.settings["pipeline"] == "WanPipeline"
     assert found.settings["guidance_scale"] == demo.GUIDANCE_SCALE
     assert found.settings["settings"] == {"num_inference_steps": 3}
-    call = {**demo.inputs(["red circle left"]), "num_inference_steps": 3, "guidance_scale": demo.GUIDANCE_SCALE}
-    with stg.apply(pipe, layers=[6], scale=0.5):
+    saved = json.loads((tmp_path / "cells/residual-L6-s0.5/settings.json").read_text())
+    assert saved == found.cells[1].settings == {"layers": [6], "scale": 0.5, "mode": "residual"}
+    assert not (tmp_path / "cells/baseline/settings.json").exists()
+    call = {**demo.inputs(["red 3 blue 7"]), "num_inference_steps": 3, "guidance_scale": demo.GUIDANCE_SCALE}
+    with stg.apply(pipe, **saved):
         latents = pipe(**call, generator=torch.Generator().manual_seed(0)).frames
     with Image.open(tmp_path / "cells/residual-L6-s0.5/p0-s0.strip.webp") as strip:
-        frames = torch.tensor(np.asarray(strip.convert("RGB"))).unflatten(1, (6, 24)).transpose(0, 1)
+        frames = torch.tensor(np.asarray(strip.convert("RGB"))).unflatten(1, (6, 16)).transpose(0, 1)
     assert torch.equal(frames, demo.to_video(latents)[0])
     assert found.cells[1].code == (
         "from stg_hooks import demo\n"
@@ -190,7 +192,7 @@ def test_a_stock_pipeline(tmp_path: Path) -> None:
         "    video = demo.to_video(pipe(**demo.inputs([prompt]) | dict(guidance_scale=2.0, "
         "num_inference_steps=3), generator=generator).frames)[0]"
     )
-    names = {"stg": stg, "pipe": pipe, "prompt": "red circle left", "generator": torch.Generator().manual_seed(0)}
+    names = {"stg": stg, "pipe": pipe, "prompt": "red 3 blue 7", "generator": torch.Generator().manual_seed(0)}
     exec(found.cells[1].code, names)
     assert torch.equal(frames, names["video"])
 
@@ -210,7 +212,7 @@ def test_a_finished_sweep_makes_nothing_again(tmp_path: Path) -> None:
 def test_an_interrupted_sweep_loses_the_cell_in_work_only(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         Toy(watch=failing(KeyboardInterrupt(), 11)).sweep(tmp_path)  # in the middle of the third cell
-    assert [cell.id for cell in Sweep.load(tmp_path).cells] == IDS[:2]
+    assert [cell.id for cell in stg.results.Sweep.load(tmp_path).cells] == IDS[:2]
     assert not any((tmp_path / "claims").iterdir())
     assert not any((tmp_path / "partial").iterdir())
     before = files(tmp_path)
@@ -237,7 +239,7 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
 
 
 def test_tensors_among_the_settings_are_compared_by_value(tmp_path: Path) -> None:
-    def sweep(image: Tensor) -> Sweep:
+    def sweep(image: Tensor) -> stg.results.Sweep:
         toy = Toy()
         toy.model.stg_sample = lambda prompt, generator, image: toy(prompt, generator)
         return stg.sweep(toy.model, "a", out=tmp_path, layers=[0], scales=[1.0], progress=False, image=image)
@@ -357,7 +359,7 @@ def test_two_processes_make_each_cell_once(tmp_path: Path) -> None:
     counts = [len(log.read_text().splitlines()) if log.exists() else 0 for log in logs]
     assert sum(counts) == len(IDS) * 4, "each sample is made once"
     assert all(count % 4 == 0 for count in counts)
-    found = Sweep.load(out)
+    found = stg.results.Sweep.load(out)
     assert [cell.id for cell in found.cells] == IDS
     assert not found.failed
     assert all(cell.metrics["difference"] is not None for cell in found.cells[1:])

@@ -30,16 +30,6 @@ G = 4.0
 # --- a loop of one's own ---
 
 
-@pytest.mark.parametrize("name", ["plain", "expression", "image_text", "unet", "nones", "wrapped"])
-def test_a_guider(name: str) -> None:
-    model, layer = zoo.build(name), zoo.ZOO[name].numbered[-1]
-    c, wu = model(X, POSITIVE), zoo.without(model, [layer])(X, NEGATIVE)
-    guider = stg.Guider(model, [-1], on="uncond", guidance_scale=G)
-    assert_close(guider(X, **BOTH), wu + G * (c - wu), **close)
-    assert (guider.stats.calls, guider.stats.guided_calls, guider.stats.weak_passes) == (1, 1, 0)
-    assert_close(model(X, POSITIVE), c, **exact)
-
-
 def test_two_passes_and_no_more() -> None:
     model = zoo.build("plain")
     guider = stg.Guider(model, [2], on="uncond", guidance_scale=G)
@@ -263,16 +253,3 @@ def test_modes_on_rows(family: str, mode: str) -> None:
     assert not torch.allclose(plain[:2], weak[:2], rtol=1e-3, atol=1e-3)
     assert applied.stats.guided_calls == 1
     assert_close(model(**inputs)[0], plain, **exact)
-
-
-@pytest.mark.parametrize("mode", ["attention", "values"])
-def test_modes_of_a_guider(mode: str) -> None:
-    family = zoo.FAMILIES["wan"]
-    model, inputs = family.build(), family.inputs(2)
-    text = inputs.pop("encoder_hidden_states")
-    cond, uncond = {"encoder_hidden_states": text}, {"encoder_hidden_states": text.flip(-1)}
-    c = model(**inputs, **cond)[0]
-    with stg.skip(model, [1], mode=mode):
-        wu = model(**inputs, **uncond)[0]
-    guider = stg.Guider(model, [1], mode=mode, on="uncond", guidance_scale=G)
-    assert_close(guider(**inputs, cond=cond, uncond=uncond)[0], wu + G * (c - wu), rtol=1e-4, atol=1e-4)

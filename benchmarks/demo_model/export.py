@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from train_generator import CONFIG
 
+from benchmarks.demo_model.train_generator import CONFIG
 from stg_hooks.demo import clips
 
 WEIGHTS = Path(clips.__file__).parent / "weights"
@@ -19,7 +19,7 @@ def main() -> None:
     """Write transformer.safetensors, with the token table in it, and config.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--shift", type=float, default=4.0, help="timestep shift of the scheduler")
+    parser.add_argument("--shift", type=float, default=5.0, help="timestep shift of the scheduler")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     options = parser.parse_args()
     state = torch.load(options.checkpoint, weights_only=True, mmap=True)

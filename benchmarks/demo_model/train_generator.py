@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 import math
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from muon import Muon
 from torch import Tensor, nn
 
+from benchmarks.demo_model import digits
+from benchmarks.demo_model.muon import Muon
 from stg_hooks.demo import clips
 
-NULL = len(clips.SHAPES) + len(clips.COLOURS) + len(clips.MOTIONS)  # the first of three tokens for "no condition"
+NULL = len(clips.COLOURS) * clips.DIGITS  # the first of two tokens for "no condition"
 TEXT_DIM = 64
 CONFIG: dict[str, Any] = {
     "patch_size": (1, 1, 1),
@@ -41,18 +41,18 @@ class Generator(nn.Module):
         self.transformer: Any = WanTransformer3DModel(**CONFIG)
         nn.init.zeros_(self.transformer.proj_out.weight)
         nn.init.zeros_(self.transformer.proj_out.bias)
-        self.tokens = nn.Parameter(torch.randn(NULL + 3, TEXT_DIM))
+        self.tokens = nn.Parameter(torch.randn(NULL + 2, TEXT_DIM))
 
     def forward(self, noisy: Tensor, sigma: Tensor, tokens: Tensor) -> Tensor:
         """Predict the velocity, with exactly the arguments that WanPipeline passes.
 
         Args:
-            noisy: (B, 48, 6, 6, 6).
+            noisy: (B, 48, 6, 4, 4).
             sigma: noise levels, (B,).
-            tokens: indices into the table, (B, 3).
+            tokens: indices into the table, (B, 2).
 
         Returns:
-            noise - clean, (B, 48, 6, 6, 6).
+            noise - clean, (B, 48, 6, 4, 4).
         """
         prediction: Tensor = self.transformer(
             hidden_states=noisy, timestep=sigma * 1000, encoder_hidden_states=self.tokens[tokens], return_dict=False
@@ -69,18 +69,18 @@ def batch(size: int, shift: float, generator: torch.Generator) -> tuple[Tensor, 
         generator: source of randomness.
 
     Returns:
-        clean (B, 48, 6, 6, 6), noise of the same shape, sigma (B,), tokens (B, 3).
+        clean (B, 48, 6, 4, 4), noise of the same shape, sigma (B,), tokens (B, 2).
     """
-    video, label = clips.draw(size, generator)
+    video, label = digits.draw(size, generator)
     clean = clips.fold(video)
     noise = torch.randn(clean.shape, generator=generator)
     # Stratified over the batch: less gradient noise than independent draws.
     quantile = (torch.arange(size) + torch.rand(size, generator=generator)) / size
     ratio = shift * torch.exp(1.2 * math.sqrt(2) * torch.erfinv((2 * quantile - 1).clamp(-0.9999, 0.9999)))
     sigma = ratio / (1 + ratio)
-    tokens = label + torch.tensor([0, len(clips.SHAPES), len(clips.SHAPES) + len(clips.COLOURS)])
+    tokens = label + torch.tensor([0, clips.DIGITS])
     dropped = torch.rand(size, generator=generator) < 0.12
-    tokens[dropped] = torch.arange(NULL, NULL + 3)
+    tokens[dropped] = torch.arange(NULL, NULL + 2)
     return clean, noise, sigma, tokens
 
 
@@ -97,31 +97,36 @@ def optimizers(model: Generator, rate: float) -> list[torch.optim.Optimizer]:
     ]
 
 
-def replica(model: Generator) -> Generator:
-    """Make a model that reads the same weights but has gradients of its own."""
-    twin = Generator()
-    for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
-        ours.data = theirs.data
-    return twin
+class LayerDrop:
+    """Leave out whole blocks in some of the training steps (LayerDrop, arXiv 1909.11556).
+
+    It regularises, and it makes the model with blocks skipped a worse model of the same clips, not another one.
+    """
+
+    def __init__(self, blocks: Any, share: float, rate: float = 0.3) -> None:
+        self.count, self.share, self.rate = len(blocks), share, rate
+        self.dropped: set[int] = set()
+        for index, block in enumerate(blocks):
+            block.register_forward_hook(lambda _, args, output, i=index: args[0] if i in self.dropped else output)
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Choose the blocks that the next step does without, if any."""
+        chance = torch.rand(1 + self.count, generator=generator)
+        self.dropped = {i for i in range(self.count) if chance[0] < self.share and chance[1 + i] < self.rate}
 
 
 class Trainer:
-    """Let single-threaded workers compute gradients and apply them one at a time to shared weights.
-
-    Each worker may see weights that are one update old, which does no harm here, and a worker whose core is busy with
-    something else does not hold the others up: on a shared machine this was up to three times as fast as two OpenMP
-    threads that wait for each other a thousand times a step.
-    """
+    """Hold what a training needs to go on where it was interrupted."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.model = Generator()
+        self.drop = LayerDrop(self.model.transformer.blocks, options.layer_drop)
         self.parameters = list(self.model.parameters())
         self.averages = [p.detach().clone() for p in self.parameters]
         self.optimizers = optimizers(self.model, options.rate)
         self.path: Path = options.out / "checkpoint.pt"
         self.step, self.seconds, self.loss = 0, 0.0, math.nan
-        self.lock = threading.Lock()
         if options.resume and self.path.exists():
             state = torch.load(self.path, weights_only=True)
             self.model.load_state_dict(state["model"])
@@ -137,8 +142,15 @@ class Trainer:
         elapsed = (time.monotonic() - self.started) / 60
         return float(max(self.step / self.options.steps, elapsed / self.options.minutes))
 
-    def update(self, gradients: list[Tensor], loss: float) -> None:
-        """Apply one worker's gradients."""
+    def update(self) -> None:
+        """Make one step."""
+        generator = torch.Generator().manual_seed(self.options.seed + 1_000_000 * self.step)
+        clean, noise, sigma, tokens = batch(self.options.batch, self.options.shift, generator)
+        self.drop.draw(generator)
+        level = sigma[:, None, None, None, None]
+        prediction = self.model((1 - level) * clean + level * noise, sigma, tokens)
+        loss = (prediction - (noise - clean)).square().mean()
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -151,7 +163,7 @@ class Trainer:
         decay = min(0.997, (self.step + 1) / (self.step + 10))
         torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1 - decay)
         self.step += 1
-        self.loss = loss if math.isnan(self.loss) else self.loss + 0.02 * (loss - self.loss)
+        self.loss = loss.item() if math.isnan(self.loss) else self.loss + 0.02 * (loss.item() - self.loss)
         if self.step % 25 == 0:
             elapsed = time.monotonic() - self.started
             print(f"step {self.step} loss {self.loss:.4f} rate {rate:.5f} seconds {elapsed:.0f}", flush=True)
@@ -172,49 +184,28 @@ class Trainer:
         torch.save(state, partial)
         partial.rename(self.path)
 
-    def work(self, worker: int) -> None:
-        """Draw batches and push gradients until the plan is done.
-
-        Args:
-            worker: number of this worker; with the step reached it seeds the data.
-        """
-        torch.set_num_threads(1)  # OpenMP keeps this number per thread
-        model = replica(self.model)
-        parameters = list(model.parameters())
-        generator = torch.Generator().manual_seed(self.options.seed + 1000 * self.step + worker + 1)
-        while self.progress < 1:
-            clean, noise, sigma, tokens = batch(self.options.batch, self.options.shift, generator)
-            level = sigma[:, None, None, None, None]
-            prediction = model((1 - level) * clean + level * noise, sigma, tokens)
-            loss = (prediction - (noise - clean)).square().mean()
-            gradients = list(torch.autograd.grad(loss, parameters))
-            with self.lock:
-                self.update(gradients, loss.item())
-
 
 def main() -> None:
     """Train, log and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("/tmp/demo_model"))
-    parser.add_argument("--steps", type=int, default=5500, help="planned steps; the learning rate falls to zero there")
+    parser.add_argument("--steps", type=int, default=9000, help="planned steps; the learning rate falls to zero there")
     parser.add_argument("--minutes", type=float, default=math.inf, help="end the plan after this time at the latest")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--shift", type=float, default=4.0)
+    parser.add_argument("--shift", type=float, default=5.0)
+    parser.add_argument("--layer-drop", type=float, default=0.5, help="share of steps in which blocks are left out")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     trainer = Trainer(options)
     print(f"{sum(p.numel() for p in trainer.parameters):,} parameters", flush=True)
-    threads = [threading.Thread(target=trainer.work, args=(worker,)) for worker in range(options.workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    while trainer.progress < 1:
+        trainer.update()
     trainer.save()
 
 

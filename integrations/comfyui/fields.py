@@ -9,6 +9,7 @@ from typing import Any
 
 from stg_hooks.errors import SettingError
 from stg_hooks.guidance.schedule import known
+from stg_hooks.model.resolve import REGEX
 from stg_hooks.step import Step
 
 _SEPARATORS = re.compile(r"[,;\s]+")
@@ -20,11 +21,11 @@ SLACK = 1e-6  # noise levels of a run are float32, typed ones are not
 
 
 def layers_from(text: str, field: str = "layers") -> list[int | str]:
-    """Read layers: `14, 19`, `8-11`, `-1`, `single_blocks.3`, `double_blocks.0-2`, `blocks.*.attn1`.
+    """Read layers: `14, 19`, `8-11`, `-1`, `single_blocks.3`, `double_blocks.0-2`, `blocks.*.attn1`, `re:blocks.[13]$`.
 
     Args:
-        text: numbers, ranges with both ends, names of a model's layers and globs; separated by commas, semicolons or
-            spaces, with or without brackets.
+        text: numbers, ranges with both ends, names of a model's layers, globs and regular expressions; separated by
+            commas, semicolons or spaces, with or without brackets.
         field: what to call it in errors.
 
     Returns:
@@ -33,8 +34,27 @@ def layers_from(text: str, field: str = "layers") -> list[int | str]:
     Raises:
         SettingError: a part that cannot be read.
     """
-    words = _SEPARATORS.split(_SPACED.sub("-", text.strip().strip("[]()")))
+    text = text.strip()
+    inside = text.strip("[]()") if text[:1] in ("[", "(") else text
+    words = _SEPARATORS.split(_SPACED.sub("-", inside))
     return [layer for word in words if word for layer in _layers_of(word.strip("'\""), field)]
+
+
+def with_modes(layers: Sequence[int | str], mode: str | None) -> list[int | str] | dict[int | str, str]:
+    """Give layers that say so a mode of their own, `14:values`, and the others that of the node.
+
+    Raises:
+        SettingError: what stands before a colon cannot be read.
+    """
+    texts = [str(layer) for layer in layers]
+    parts = [("", "", text) if text.startswith(REGEX) else text.rpartition(":") for text in texts]
+    if not any(colon for _, colon, _ in parts):
+        return [*layers]
+    found: dict[int | str, str] = {}
+    for (name, colon, own), layer in zip(parts, layers, strict=True):
+        for one in layers_from(name) if colon else [layer]:
+            found[one] = own if colon else mode or "residual"
+    return found
 
 
 def _layers_of(word: str, field: str) -> list[int | str]:

@@ -13,10 +13,10 @@ from stg_hooks.errors import SettingError
 from stg_hooks.guidance.rules import RULES
 from stg_hooks.guidance.schedule import Request
 from stg_hooks.guidance.settings import preset_for, published_names, recommended
-from stg_hooks.integrations.comfyui.fields import layers_from, limits_from, schedule_from
+from stg_hooks.integrations.comfyui.fields import layers_from, limits_from, schedule_from, with_modes
 from stg_hooks.integrations.comfyui.guidance import SkipGuidance
-from stg_hooks.modes.modes import MODES
-from stg_hooks.passes.execution import EXECUTIONS
+from stg_hooks.modes.modes import MODES, find_mode
+from stg_hooks.passes.ways import EXECUTIONS
 
 CATEGORY = "advanced/guidance"
 AUTO = "as published"
@@ -43,13 +43,15 @@ _GUIDANCE: dict[str, tuple[Any, dict[str, Any]]] = {
     "layers": _text(
         "",
         "Which layers the weak model skips: numbers (14, 19), ranges (8-11), from the end (-2), names "
-        "(single_blocks.3). Empty: as published for this model. The node STG Layers lists what there is.",
+        "(single_blocks.3). 14:values gives a layer its own mode. Empty: as published for this model. The node STG "
+        "Layers lists what there is.",
     ),
     "mode": _choice(
         [AUTO, *MODES],
         "What a skipped layer does instead. residual: hands its input through (STG-R). values: every token attends to "
         "itself (PAG, and the STG of ComfyUI-LTXVideo). attention: likewise, text is still attended to (STG-A). "
-        "smoothed: SEG. shuffled: TPG. 'as published' is residual where layers are named.",
+        "smoothed: SEG. shuffled: TPG. isolated: video and audio do not see each other; all layers, if none are "
+        "named. 'as published' is residual where layers are named.",
     ),
     "scale": _number(1.0, 0.0, 100.0, 0.05, "How strongly (cond - weak) counts. 0 is off, 0.5 to 2 is usual."),
     "rescale": _number(
@@ -84,6 +86,7 @@ _ADVANCED: dict[str, tuple[Any, dict[str, Any]]] = {
     "execution": _choice(
         list(EXECUTIONS), "How weak predictions are computed. auto shares what comes before the first skipped layer."
     ),
+    "mode_values": _text("", "Values of the mode, by their names: sigma=10 for smoothed, p=0.3 for dropout."),
 }  # fmt: skip
 
 
@@ -125,6 +128,7 @@ class STGGuidance:
         layers_by_sigma: str = "",
         zero_above_sigma: float = -1.0,
         execution: str = "auto",
+        mode_values: str = "",
     ) -> tuple[Any, str]:
         """Return a guided clone of a model, and what holds in it as text.
 
@@ -132,6 +136,8 @@ class STGGuidance:
             StgError: a field that cannot be read, or layers that the model does not have.
         """
         module = model.get_model_object("diffusion_model")
+        if mode_values.strip():
+            mode = f"{mode}({mode_values.strip()})"
         request, source = request_from(module, layers, mode, scale, rescale, rule, on, preset)
         lists = schedule_from(
             sigmas, scale=scale_by_sigma, guidance_scale=cfg_by_sigma, rescale=rescale_by_sigma, layers=layers_by_sigma
@@ -197,12 +203,21 @@ def request_from(
         return Request(preset=preset, on=on), f"{published.source}. {published.note}".strip()
     own = None if mode == AUTO else mode
     source = "layers as named"
-    if not chosen:
+    is_of_model = own is not None and find_mode(own).is_of_model
+    if not chosen and is_of_model:
+        source = "all layers, as none are named"
+    elif not chosen:
         published = recommended(module)
         chosen, own = list(published.layers), own or published.mode
         source = f"layers as published for {published.name}: {published.source}"
+    listed = with_modes(chosen, own)
     return Request(
-        layers=chosen, mode=own, scale=scale if on == "cond" else None, rescale=rescale, rule=rule, on=on
+        layers=listed or None,
+        mode=None if isinstance(listed, dict) else own,
+        scale=scale if on == "cond" else None,
+        rescale=rescale,
+        rule=rule,
+        on=on,
     ), source
 
 

@@ -63,21 +63,21 @@ class StepCaches:
         self._passes[self._context] += 1
 
     @contextmanager
-    def apart(self, who: object, perturbed: Collection[nn.Module], bypassed: bool) -> Iterator[None]:
+    def apart(self, key: object, perturbed: Collection[nn.Module], bypassed: bool) -> Iterator[None]:
         """Keep calls of the model away from the caches of the pipeline's own passes within a `with`.
 
         Args:
-            who: one of those who make calls after each such pass; each of them has caches of its own.
+            key: tells these calls from others, which have caches of their own; one goes with each other pass.
             perturbed: the modules that are perturbed in these calls.
             bypassed: these are not computed; what is, may have to be, and a cache might decide otherwise.
         """
         context = self._context
-        self._passes[who, context] += 1
-        in_step = self._is_followed and self._passes[who, context] == self._passes[context]
+        self._passes[key, context] += 1
+        in_step = self._is_followed and self._passes[key, context] == self._passes[context]
         ends = {id(module) for module in self._ends}
         with ExitStack() as stack:
             if in_step and (bypassed or not perturbed) and not any(id(module) in ends for module in perturbed):
-                stack.enter_context(self._others((who, context)))
+                stack.enter_context(self._others((key, context)))
             else:
                 stack.enter_context(self._none())
             yield

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from stg_hooks.errors import CallError, TargetError
 from stg_hooks.hooks.forward import Undo, set_attribute, shared
-from stg_hooks.hosts import Processors, Role
-from stg_hooks.integrations.diffusers.call_roles import Latents, latents_of, role_of
+from stg_hooks.hosts import OwnGuidance, Processors, Role
+from stg_hooks.integrations.diffusers.call_roles import Latents, holds, latents_of, role_of
 from stg_hooks.integrations.diffusers.call_sites import Site, UnreadableError
 from stg_hooks.integrations.diffusers.expressions import evaluate
+from stg_hooks.integrations.diffusers.own_guidance import on_by_default
 from stg_hooks.integrations.diffusers.pipeline_code import call_sites_of
 from stg_hooks.step import Step
 
@@ -60,6 +61,7 @@ class PipelineHost:
         self._processors: Processors | None = None
         self._sums: dict[int, float] = {}
         self._latents = Latents()
+        self._own: dict[tuple[type, range], OwnGuidance | None] = {}
         self._read_already: dict[str, tuple[Tensor, list[float]]] = {}
 
     def _read(self) -> dict[CodeType, tuple[Site, ...]]:
@@ -120,7 +122,8 @@ class PipelineHost:
             if role is not None and not site.is_named:
                 self._check_latents(role, frame)
             channels = None if site.channels is None else evaluate(site.channels, names)
-            return role and dataclasses.replace(role, channels=channels)
+            own = self._own_guidance(frame, names) if role is not None and role.is_cond else ()
+            return role and dataclasses.replace(role, channels=channels, is_clean=site.are_clean, own=own)
         except UnreadableError as error:
             raise CallError(
                 f"{self.name} cannot be guided as it is running now: {error}. Switch that off, or use stg.Guider in a "
@@ -131,6 +134,19 @@ class PipelineHost:
                 f"{self.name} does not say, when it calls its denoiser, what for (line {frame.f_lineno} of "
                 f"{frame.f_code.co_filename}: {error}). Use stg.Guider in a loop of your own."
             ) from error
+
+    def _own_guidance(self, frame: FrameType, names: Mapping[str, Any]) -> tuple[OwnGuidance, ...]:
+        """Say which weak predictions the pipeline is going to make itself in this step, as it does by default."""
+        cls, found = type(frame.f_locals["self"]), []
+        for site in self._sites[frame.f_code]:
+            if site.kind != "perturbed" or not site.when:
+                continue
+            if (cls, site.lines) not in self._own:
+                self._own[cls, site.lines] = on_by_default(cls, site)
+            own = self._own[cls, site.lines]
+            if own is not None and holds(site.when, names):
+                found.append(own)
+        return tuple(found)
 
     def check_same(self) -> None:
         """Raise where a denoiser was replaced: the new one has no hooks, so that its calls would be plain.
@@ -178,7 +194,7 @@ class PipelineHost:
             self._processors.put_back()
 
     def _why_not_read(self, frame: FrameType) -> str:
-        """Say who calls the denoiser where the pipeline itself does not: a callback, most likely."""
+        """Say what calls the denoiser where the pipeline itself does not: a callback, most likely."""
         caller, inner = None, sys._getframe(1)
         while inner is not frame and inner.f_back is not None:
             if _module_of(inner).partition(".")[0] not in _LIBRARIES:
@@ -212,7 +228,8 @@ class PipelineHost:
         index, count = names.get("i"), None if timesteps is None else len(timesteps)
         if not isinstance(index, int) or count is None:
             return Step()
-        return Step(index, count, *self._noise_level(scheduler, index, names))
+        timestep = self._values("timesteps", timesteps)[index] if isinstance(timesteps, Tensor) else None
+        return Step(index, count, *self._noise_level(scheduler, index, names), timestep)
 
     def _noise_level(self, scheduler: Any, index: int, names: Mapping[str, Any]) -> tuple[float | None, str | None]:
         """Return the noise level of a step, and in which units: see `Step`."""
@@ -305,7 +322,7 @@ def _called_at(pipeline: Any, name: str, kind: type[_Method], callback: Callable
 
 
 def host(target: Any) -> PipelineHost:
-    """Return who answers for a diffusers pipeline.
+    """Return the host of a diffusers pipeline.
 
     Raises:
         TargetError: it cannot be guided.
@@ -347,7 +364,7 @@ def _module_of(frame: FrameType) -> str:
 
 
 def calling_host(pipeline: Any, denoiser: nn.Module) -> PipelineHost | None:
-    """Return who answers for a running pipeline, if that can tell what it calls a denoiser for."""
+    """Return the host of a running pipeline, if its code tells what it calls a denoiser for."""
     try:
         found = host_of_running(pipeline)
     except TargetError:
@@ -356,7 +373,7 @@ def calling_host(pipeline: Any, denoiser: nn.Module) -> PipelineHost | None:
 
 
 def host_of_running(pipeline: Any) -> PipelineHost:
-    """Return who answers for a pipeline, whatever guider it has."""
+    """Return the host of a pipeline, whatever guider it has."""
     if _is_modular(pipeline):
         from stg_hooks.integrations.diffusers.modular import ModularHost
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any
 
+from torch import Tensor
+
 from stg_hooks.errors import CallError, TargetError
 from stg_hooks.hosts import Processors, Role
 from stg_hooks.integrations.diffusers.call_sites import Site
@@ -103,8 +105,10 @@ class ModularHost(PipelineHost):
         if not isinstance(index, int) or count is None:
             return Step()
         scheduler = getattr(self.pipeline, "scheduler", None)
-        names = {"i": index, "t": timestep, "timesteps": getattr(scheduler, "timesteps", None)}
-        return Step(index, int(count), *self._noise_level(scheduler, index, names))
+        timesteps = getattr(scheduler, "timesteps", None)
+        names = {"i": index, "t": timestep, "timesteps": timesteps}
+        at = self._values("timesteps", timesteps)[index] if isinstance(timesteps, Tensor) else None
+        return Step(index, int(count), *self._noise_level(scheduler, index, names), at)
 
     def _guider(self, names: Any) -> Any:
         chosen = getattr(names.get("block_state"), "guider", None)  # where there is one for each denoiser

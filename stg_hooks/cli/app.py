@@ -11,7 +11,9 @@ import typer
 
 import stg_hooks as stg
 from stg_hooks.cli.calls import (
+    blamed_on,
     guidance_from,
+    guidance_in,
     in_groups,
     numbers_from,
     one_by_one,
@@ -105,8 +107,16 @@ def generate(
     scale: Scale = None,
     mode: Mode = None,
     rescale: Annotated[float | None, typer.Option("--rescale", help="0 to 1: hold contrast.  [default: 0]")] = None,
-    start: Annotated[float, typer.Option("--start", help="Part of the run from which there is skip guidance.")] = 0.0,
-    stop: Annotated[float, typer.Option("--stop", help="Part of the run from which there is none.")] = 1.0,
+    start: Annotated[
+        float | None, typer.Option("--start", help="Part of the run from which there is guidance.  [default: 0]")
+    ] = None,
+    stop: Annotated[
+        float | None, typer.Option("--stop", help="Part of the run from which there is none.  [default: 1]")
+    ] = None,
+    saved: Annotated[
+        Path | None,
+        typer.Option("--settings", help="A JSON file of settings; options beside it count instead of its own."),
+    ] = None,
     guidance_scale: GuidanceScale = None,
     negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", "-n")] = None,
     image: ImageOption = None,
@@ -126,10 +136,13 @@ def generate(
     with reported():
         check_output(out, force)
         source = Source(model, dtype, device, offload)
-        guidance = guidance_from(layers, scale, mode) | {"rescale": rescale, "start": start, "stop": stop}
+        typed = guidance_from(layers, scale, mode, rescale, start, stop)
+        read = guidance_in(saved)
+        weight = read.pop("guidance_scale", None)  # which the pipeline has
+        guidance = read | typed
         text = prompt_for(source, prompt, image)
         given = {
-            "guidance_scale": guidance_scale,
+            "guidance_scale": weight if guidance_scale is None else guidance_scale,
             "negative_prompt": negative_prompt,
             "num_inference_steps": steps,
             "width": width,
@@ -138,7 +151,8 @@ def generate(
             "image": picture_from(image),
         }
         settings = settings_from(setting, given)
-        _check(source, guidance)
+        with blamed_on(saved, read.keys() - typed.keys()):
+            _check(source, guidance)
         from stg_hooks.study.sampling import generator_of, prompts_from, sampler_of
 
         pipe = source.pipeline()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from stg_hooks.cli.failures import USAGE, FailureError
 from stg_hooks.cli.models import DEMO, Source
+from stg_hooks.errors import StgError, closest
 
-DEMO_PROMPT = "red circle left"
+DEMO_PROMPT = "red 3 blue 7"
 
 
 def in_groups(typed: Sequence[str] | None) -> list[list[int | str]] | None:
@@ -67,17 +71,79 @@ def numbers_from(name: str, text: str) -> list[float]:
 
 
 def words_from(name: str, text: str) -> list[str]:
-    """Read words with commas between them."""
-    words = [word.strip() for word in text.split(",")]
+    """Read words with commas between them; those in brackets belong to a word, as in `smoothed(sigma=9, height=3)`."""
+    words = [word.strip() for word in re.split(r",(?![^()]*\))", text)]
     if not all(words):
         raise FailureError(f"{name} {text!r}: expected words, such as residual,attention.", USAGE)
     return words
 
 
-def guidance_from(layers: Sequence[str] | None, scale: float | None, mode: str | None) -> dict[str, Any]:
-    """Return what `apply` takes; what was not typed is left out, so that the published setting counts."""
+def guidance_from(
+    layers: Sequence[str] | None,
+    scale: float | None,
+    mode: str | None,
+    rescale: float | None = None,
+    start: float | None = None,
+    stop: float | None = None,
+) -> dict[str, Any]:
+    """Return what `apply` takes; what was not typed is left out, so that a file or the published setting counts."""
     given = {"layers": together(layers), "scale": scale, "mode": mode}
+    given |= {"rescale": rescale, "start": start, "stop": stop}
     return {name: value for name, value in given.items() if value is not None}
+
+
+# What a file of settings may hold: what `apply` and `Guider` write into one.
+_SAVED = (
+    *("layers", "scale", "mode", "kind", "branches", "preset", "rescale", "rule", "schedule"),
+    *("start", "stop", "sigma_range", "on", "every", "strict", "guidance_scale"),
+)
+
+
+def guidance_in(file: Path | None) -> dict[str, Any]:
+    """Read a file of settings, as `to_dict` of `apply` and `Guider` and the cells of a sweep write it.
+
+    Raises:
+        FailureError: it cannot be read, is no JSON object, or holds something else than settings.
+    """
+    if file is None:
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FailureError(f"--settings {file}: {error.strerror}.", USAGE) from error
+    except ValueError as error:
+        raise FailureError(f"--settings {file}: this is no JSON ({error}).", USAGE) from error
+    if not isinstance(found, dict):
+        raise FailureError(
+            f'--settings {file}: expected an object such as {{"layers": [34], "scale": 1.0}}, not a list or a number.',
+            USAGE,
+        )
+    for name in found:
+        if name not in _SAVED:
+            raise FailureError(
+                f"--settings {file}: {name!r} is not a setting.{closest(name, _SAVED)} There is {', '.join(_SAVED)}.",
+                USAGE,
+            )
+    return found
+
+
+@contextlib.contextmanager
+def blamed_on(file: Path | None, names: Collection[str]) -> Iterator[None]:
+    """Have errors about settings of a file name the file.
+
+    Args:
+        file: where they stand.
+        names: which settings count as they stand there.
+
+    Raises:
+        FailureError: an error about one of them.
+    """
+    try:
+        yield
+    except StgError as error:
+        if not any(re.search(rf"\b{name}\b", str(error)) for name in names):
+            raise
+        raise FailureError(f"--settings {file}: {' '.join(str(error).split())}", USAGE) from error
 
 
 def settings_from(typed: Sequence[str] | None, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from stg_hooks import demo
 
 pipe = demo.load()
-latents = pipe(**demo.inputs(["red circle left", "blue square up"]), guidance_scale=2.0).frames
+latents = pipe(**demo.inputs(["red 3 blue 7", "red 8 blue 2"]), guidance_scale=2.0).frames
 frames = demo.to_video(latents)
 """
 
@@ -22,11 +22,12 @@ from stg_hooks.demo import clips
 
 __all__ = ["GUIDANCE_SCALE", "PROMPTS", "STEPS", "embed", "inputs", "labels", "load", "sample", "to_clips", "to_video"]
 
-STEPS = 12
+STEPS = 6
 GUIDANCE_SCALE = 2.0
-PROMPTS = ("red circle left", "blue square up", "green triangle right", "yellow circle down")
-_WORDS = (("shape", clips.SHAPES), ("colour", clips.COLOURS), ("motion", clips.MOTIONS))
-_NULL = sum(len(words) for _, words in _WORDS)  # the first of three tokens that mean "no condition"
+PROMPTS = ("red 3 blue 7", "red 8 blue 2", "red 5 blue 0", "red 9 blue 4")
+_DIGITS = tuple(map(str, range(clips.DIGITS)))
+_VOCABULARY = 'The demo knows a red and a blue digit, for example "red 3 blue 7".'
+_NULL = len(clips.COLOURS) * clips.DIGITS  # the first of two tokens that mean "no condition"
 
 
 def load() -> Any:
@@ -67,31 +68,31 @@ def sample(
 
     Args:
         pipe: the demo's pipeline.
-        prompt: one shape, one colour and one motion.
+        prompt: a red and a blue digit.
         generator: source of the noise.
         guidance_scale: CFG weight of the pipeline.
         **settings: further arguments of the pipeline.
 
     Returns:
-        Frames in 0..255, (6, 24, 24, 3), uint8.
+        Frames in 0..255, (6, 16, 16, 3), uint8.
     """
     call = {**inputs([prompt]), **settings}
     return to_video(pipe(generator=generator, guidance_scale=guidance_scale, **call).frames)[0]
 
 
 def labels(prompts: Sequence[str]) -> Tensor:
-    """Read prompts such as "red circle left"; the words may come in any order.
+    """Read prompts such as "red 3 blue 7"; the colours may come in any order.
 
     Args:
-        prompts: one shape, one colour and one motion each.
+        prompts: a red and a blue digit each.
 
     Returns:
-        Indices into `clips.SHAPES`, `clips.COLOURS` and `clips.MOTIONS`, (B, 3).
+        The digit that is red and the digit that is blue, (B, 2).
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list of strings, not one string: write [{prompts!r}]")
     if not prompts:
-        raise ValueError(f"prompts is empty; it needs one string per clip. {_vocabulary()}")
+        raise ValueError(f"prompts is empty; it needs one string per clip. {_VOCABULARY}")
     return torch.tensor([_read(prompt) for prompt in prompts])
 
 
@@ -99,24 +100,24 @@ def embed(labels: Tensor | None, count: int = 1) -> Tensor:
     """Look conditions up in the learned token table.
 
     Args:
-        labels: indices as `labels` returns them, (B, 3); None for "no condition".
+        labels: digits as `labels` returns them, (B, 2); None for "no condition".
         count: batch size B when labels is None.
 
     Returns:
-        Prompt embeddings, (B, 3, 64).
+        Prompt embeddings, (B, 2, 64).
     """
     if labels is None:
-        tokens = torch.arange(_NULL, _NULL + 3).expand(count, 3)
+        tokens = torch.arange(_NULL, _NULL + 2).expand(count, 2)
     else:
-        tokens = labels + torch.tensor([0, len(clips.SHAPES), len(clips.SHAPES) + len(clips.COLOURS)])
+        tokens = labels + torch.tensor([0, clips.DIGITS])
     return _table()[tokens]
 
 
 def inputs(prompts: Sequence[str] | Tensor) -> dict[str, Any]:
-    """Give everything that the pipeline needs besides guidance: `pipe(**inputs(["red circle left"]))`.
+    """Give everything that the pipeline needs besides guidance: `pipe(**inputs(["red 3 blue 7"]))`.
 
     Args:
-        prompts: one shape, one colour and one motion each, in any order; or their indices, (B, 3).
+        prompts: a red and a blue digit each, such as "red 3 blue 7"; or the two digits, (B, 2).
 
     Returns:
         Keyword arguments for the pipeline.
@@ -125,7 +126,7 @@ def inputs(prompts: Sequence[str] | Tensor) -> dict[str, Any]:
     return {
         "prompt_embeds": embed(wanted),
         "negative_prompt_embeds": embed(None, len(wanted)),
-        # Without a VAE the pipeline assumes one that shrinks time by 4 and space by 8: 6 x 6 x 6 latents.
+        # Without a VAE the pipeline assumes one that shrinks time by 4 and space by 8: 6 x 4 x 4 latents.
         "num_frames": 4 * (clips.FRAMES - 1) + 1,
         "height": 8 * clips.SIZE // clips.FOLD,
         "width": 8 * clips.SIZE // clips.FOLD,
@@ -138,10 +139,10 @@ def to_clips(latents: Tensor) -> Tensor:
     """Turn what the pipeline returns into clips.
 
     Args:
-        latents: (B, 48, 6, 6, 6).
+        latents: (B, 48, 6, 4, 4).
 
     Returns:
-        Clips in [-1, 1], (B, 3, 6, 24, 24).
+        Clips in [-1, 1], (B, 3, 6, 16, 16).
     """
     return clips.unfold(latents.float()).clamp(-1, 1)
 
@@ -150,44 +151,32 @@ def to_video(latents: Tensor) -> Tensor:
     """Turn what the pipeline returns into frames to look at.
 
     Args:
-        latents: (B, 48, 6, 6, 6).
+        latents: (B, 48, 6, 4, 4).
 
     Returns:
-        Frames in 0..255, (B, 6, 24, 24, 3), uint8.
+        Frames in 0..255, (B, 6, 16, 16, 3), uint8.
     """
     video = to_clips(latents).permute(0, 2, 3, 4, 1)
     return ((video + 1) * 127.5).round().to(torch.uint8)
 
 
 def _read(prompt: str) -> list[int]:
-    """Turn one prompt into three indices."""
+    """Turn one prompt into two digits."""
     words = prompt.lower().replace(",", " ").split()
-    known = {word for _, existing in _WORDS for word in existing}
-    for word in words:
-        if word not in known:
-            raise ValueError(f"{word!r} in {prompt!r} is not a word of the demo. {_vocabulary()}")
-    found = []
-    for name, existing in _WORDS:
-        matches = [word for word in words if word in existing]
-        if len(matches) != 1:
-            raise ValueError(f"{prompt!r} has {len(matches)} words for the {name}; it needs one. {_vocabulary()}")
-        found.append(existing.index(matches[0]))
-    return found
+    found = dict(zip(words[::2], words[1::2], strict=False))
+    digits = [found.get(colour, "") for colour in clips.COLOURS]
+    if len(words) != 2 * len(clips.COLOURS) or any(digit not in _DIGITS for digit in digits):
+        raise ValueError(f"{prompt!r} cannot be drawn. {_VOCABULARY}")
+    return [int(digit) for digit in digits]
 
 
-def _check(indices: Tensor) -> Tensor:
-    """Refuse indices that would silently pick words of another kind."""
-    limits = torch.tensor([len(existing) for _, existing in _WORDS])
-    if indices.ndim != 2 or indices.shape[1] != len(limits):
-        raise ValueError(f"labels have shape {tuple(indices.shape)}; they need (B, 3): shape, colour, motion")
-    if ((indices < 0) | (indices >= limits)).any():
-        raise ValueError(f"labels must lie below {limits.tolist()} and not below 0. {_vocabulary()}")
-    return indices
-
-
-def _vocabulary() -> str:
-    """List the words that exist."""
-    return "; ".join(f"{name}: {', '.join(existing)}" for name, existing in _WORDS) + '. For example "red circle left".'
+def _check(digits: Tensor) -> Tensor:
+    """Refuse numbers that would silently pick tokens of another colour."""
+    if digits.ndim != 2 or digits.shape[1] != len(clips.COLOURS):
+        raise ValueError(f"labels have shape {tuple(digits.shape)}; they need (B, 2): a red digit, a blue digit")
+    if ((digits < 0) | (digits >= clips.DIGITS)).any():
+        raise ValueError(f"labels must be digits from 0 to {clips.DIGITS - 1}")
+    return digits
 
 
 def _file(name: str) -> bytes:

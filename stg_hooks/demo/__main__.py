@@ -27,11 +27,18 @@ BATCH = 8
 class Settings:
     """How the clips are sampled. These defaults hold where no evaluation ships with the package."""
 
-    layers: tuple[int, ...] = (6,)
+    layers: tuple[int, ...] = (5, 6)
     mode: str = "residual"
-    scale: float = 0.5
-    guidance_scale: float = 2.0
-    steps: int = 12
+    scale: float = 1.0
+    guidance_scale: float = 1.0
+    steps: int = 6
+
+    @property
+    def ways(self) -> tuple[str, str]:
+        """Name the two ways of sampling."""
+        if self.guidance_scale == 1:
+            return "no guidance", "STG"
+        return f"CFG {self.guidance_scale:g}", f"CFG {self.guidance_scale:g} + STG"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +49,8 @@ class Clip:
     seed: int
     plain: Tensor  # (F, H, W, 3), uint8
     guided: Tensor
-    plain_seen: tuple[str, str, str]  # what the judge sees, in the order of the words of the prompt
-    guided_seen: tuple[str, str, str]
+    plain_seen: Tensor  # what the judge reads: the red and the blue digit of every frame, (F, 2)
+    guided_seen: Tensor
 
 
 def evaluation() -> dict[str, Any] | None:
@@ -65,20 +72,15 @@ def default_settings(report: dict[str, Any] | None) -> Settings:
 
 
 def conditions(count: int) -> list[str]:
-    """List conditions, every one once before any comes twice, neighbours unlike each other.
+    """List conditions, every one of the 100 once before any comes twice, neighbours unlike each other.
 
     Args:
         count: how many.
 
     Returns:
-        Prompts such as "red circle left".
+        Prompts such as "red 3 blue 7".
     """
-    from stg_hooks.demo import clips
-
-    return [
-        f"{clips.COLOURS[i % 4]} {clips.SHAPES[i % 3]} {clips.MOTIONS[(i + i // 4) % 4]}"  # all 48 while i < 48
-        for i in range(count)
-    ]
+    return [f"red {(3 * i + 3) % 10} blue {(7 * i + 7 + i // 10) % 10}" for i in range(count)]
 
 
 def sample(
@@ -88,13 +90,13 @@ def sample(
 
     Args:
         pipe: the demo's pipeline.
-        prompts: one shape, one colour and one motion each.
+        prompts: a red and a blue digit each.
         seeds: seeds of the initial noise, one per prompt.
         settings: steps and guidance scale.
         tick: called after every step with the number of clips that have moved on.
 
     Returns:
-        Latents, (B, 48, 6, 6, 6).
+        Latents, (B, 48, 6, 4, 4).
     """
     import torch
 
@@ -135,35 +137,18 @@ def run(settings: Settings, count: int, seed: int) -> list[Clip]:
     pipe, grader = demo.load(), judge.load()
     prompts, seeds = conditions(count), [seed + index for index in range(count)]
     guidance = stg.apply(pipe, layers=list(settings.layers), scale=settings.scale, mode=settings.mode)
-    outputs: list[tuple[Tensor, list[tuple[str, str, str]]]] = []
-    ways: list[tuple[str, AbstractContextManager[Any]]] = [("CFG", nullcontext()), ("CFG + STG", guidance)]
+    outputs: list[tuple[Tensor, Tensor]] = []
+    ways: list[tuple[str, AbstractContextManager[Any]]] = list(
+        zip(settings.ways, (nullcontext(), guidance), strict=True)
+    )
     with tqdm(total=len(ways) * count * settings.steps, unit="step", smoothing=0.1, dynamic_ncols=True) as bar:
         for name, context in ways:
             bar.set_description(name)
             with context:
                 latents = sample(pipe, prompts, seeds, settings, bar.update)
-            outputs.append((demo.to_video(latents), see(grader, demo.to_clips(latents))))
+            outputs.append((demo.to_video(latents), judge.look(demo.to_clips(latents), grader)[0]))
     (plain, plain_seen), (guided, guided_seen) = outputs
     return [Clip(*fields) for fields in zip(prompts, seeds, plain, guided, plain_seen, guided_seen, strict=True)]
-
-
-def see(grader: Any, video: Tensor) -> list[tuple[str, str, str]]:
-    """Ask the judge what clips show.
-
-    Args:
-        grader: the judge.
-        video: clips in [-1, 1], (B, 3, F, H, W).
-
-    Returns:
-        Per clip its colour, its shape and its motion.
-    """
-    import torch
-
-    from stg_hooks.demo import clips
-
-    with torch.no_grad():
-        best = torch.stack([logits.argmax(dim=1) for logits in grader(video)], dim=1).tolist()
-    return [(clips.COLOURS[colour], clips.SHAPES[shape], clips.MOTIONS[motion]) for shape, colour, motion in best]
 
 
 @contextmanager
@@ -207,9 +192,7 @@ def arguments(argv: Sequence[str] | None, defaults: Settings) -> tuple[Settings,
     """Read and check the command line."""
     parser = Parser(prog="stg_hooks.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the page (default: %(default)s)")
-    parser.add_argument(
-        "--clips", type=number(int, 1, 480), default=48, help="clips per way (default: 48, every condition once)"
-    )
+    parser.add_argument("--clips", type=number(int, 1, 480), default=48, help="clips per way (default: 48)")
     parser.add_argument("--seed", type=number(int, 0, 10**9), default=0, help="clip i uses seed + i (default: 0)")
     parser.add_argument("--steps", type=number(int, 1, 200), default=defaults.steps, help="(default: %(default)s)")
     parser.add_argument(
@@ -262,15 +245,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         with single_threaded():
             clips = run(settings, options.clips, options.seed)
-        for name, data in page.animations(clips).items():
+        for name, data in page.animations(clips, settings).items():
             write_whole(options.out / name, data)
         index: Path = options.out / "index.html"
         write_whole(index, page.render(clips, settings, report).encode())
     except (StgError, ImportError, OSError) as error:
         print(f"stg_hooks.demo: {error}", file=sys.stderr)
         return 1
-    print(f"\n{table(page.summary(clips, report))}")
-    print(f"\n{page.verdict(report, settings)}")
+    print(f"\n{table(page.summary(clips, settings, report))}")
+    print("\n" + " ".join([*page.headline(report), page.verdict(report, settings)]).rstrip())
     print(f"\nOpen {index.resolve()} in a browser ({time.perf_counter() - started:.0f} s).")
     return 0
 

@@ -1,4 +1,4 @@
-"""A classifier that tells what a clip shows, trained on real clips: it grades what the demo generates."""
+"""A classifier that reads the digits in every frame, trained on real clips: it grades what the demo generates."""
 
 from __future__ import annotations
 
@@ -9,49 +9,52 @@ from torch import Tensor, nn
 
 from stg_hooks.demo import clips
 
-FEATURES = 64
-NAMES = ("shape", "colour", "motion")
+WIDTH = 48
+MEASURES = {
+    "right": "both digits right in every frame",
+    "kept": "both digits the same in every frame",
+}
+"""Fractions of clips, and what they mean."""
 
 
 class Judge(nn.Module):
-    """Classify clips by shape, colour and motion; the pooled features also serve the Frechet distance."""
+    """Read the red and the blue digit of single frames; the pooled features also serve the Frechet distance."""
 
     def __init__(self) -> None:
         super().__init__()
 
         def stage(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
-            convolution = nn.Conv3d(inputs, outputs, 3, stride=(1, stride, stride), padding=1)
-            return [convolution, nn.BatchNorm3d(outputs, momentum=0.05), nn.SiLU()]
+            convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
+            return [convolution, nn.BatchNorm2d(outputs, momentum=0.05), nn.SiLU()]
 
-        self.body = nn.Sequential(*stage(3, 24, 2), *stage(24, 48, 2), *stage(48, FEATURES, 1))
-        self.heads = nn.ModuleList(
-            nn.Linear(FEATURES, len(words)) for words in (clips.SHAPES, clips.COLOURS, clips.MOTIONS)
+        self.body = nn.Sequential(
+            *stage(3, 24, 1), *stage(24, WIDTH, 2), *stage(WIDTH, WIDTH, 1), *stage(WIDTH, WIDTH, 2)
         )
+        self.heads = nn.ModuleList(nn.Linear(WIDTH, clips.DIGITS) for _ in clips.COLOURS)
 
-    def features(self, video: Tensor) -> Tensor:
-        """Pool what the convolutions see.
-
-        Args:
-            video: clips in [-1, 1], (B, 3, F, H, W).
-
-        Returns:
-            (B, 64).
-        """
-        # Mostly background: the mean of the strongest eighth of the positions says more than the mean of all.
-        seen: Tensor = self.body(video).flatten(2)
-        return seen.topk(seen.shape[2] // 8, dim=2).values.mean(dim=2)
-
-    def forward(self, video: Tensor) -> tuple[Tensor, ...]:
-        """Classify.
+    def pool(self, video: Tensor) -> Tensor:
+        """Take the strongest response of each channel in each frame.
 
         Args:
             video: clips in [-1, 1], (B, 3, F, H, W).
 
         Returns:
-            Logits for shape (B, 3), colour (B, 4) and motion (B, 4).
+            (B, F, 48).
         """
-        features = self.features(video)
-        return tuple(head(features) for head in self.heads)
+        frames = video.transpose(1, 2)
+        seen: Tensor = self.body(frames.flatten(0, 1)).amax(dim=(2, 3))
+        return seen.view(*frames.shape[:2], WIDTH)
+
+    def read(self, pooled: Tensor) -> Tensor:
+        """Classify what `pool` gave.
+
+        Args:
+            pooled: (B, F, 48).
+
+        Returns:
+            Logits, (B, F, 2, 10): the red digit, the blue digit.
+        """
+        return torch.stack([head(pooled) for head in self.heads], dim=2)
 
 
 def load() -> Judge:
@@ -64,42 +67,53 @@ def load() -> Judge:
 
     data = (resources.files("stg_hooks.demo") / "weights" / "judge.safetensors").read_bytes()
     judge = Judge()
-    judge.load_state_dict({name: value.float() for name, value in parse(data).items()})
+    judge.load_state_dict({name: value.float() for name, value in parse(data).items()}, strict=False)
     return judge.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def accuracy(video: Tensor, labels: Tensor, judge: Judge | None = None) -> dict[str, float]:
-    """Measure how often clips show what was asked for.
+def look(video: Tensor, judge: Judge) -> tuple[Tensor, Tensor]:
+    """Let the judge look at clips.
 
     Args:
         video: clips in [-1, 1], (B, 3, F, H, W).
-        labels: indices into SHAPES, COLOURS and MOTIONS, (B, 3).
-        judge: the classifier; by default the shipped one.
+        judge: the classifier.
 
     Returns:
-        Fractions named shape, colour, motion and all.
+        The digits that it reads, (B, F, 2), and features, (B, 96): mean and standard deviation over frames.
     """
-    judge = judge or load()
-    seen = [torch.stack([logits.argmax(dim=1) for logits in judge(part)], dim=1) for part in _parts(video)]
-    hits = torch.cat(seen) == labels
-    fractions = {name: hits[:, index].double().mean().item() for index, name in enumerate(NAMES)}
-    return fractions | {"all": hits.all(dim=1).double().mean().item()}
+    pooled = torch.cat([judge.pool(part) for part in video.split(250)])
+    return judge.read(pooled).argmax(dim=3), torch.cat([pooled.mean(1), pooled.std(1)], dim=1)
 
 
-@torch.no_grad()
-def features(video: Tensor, judge: Judge | None = None) -> Tensor:
-    """Describe clips by the judge's features.
+def grade(seen: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Compare what the judge reads with what was asked for.
+
+    Args:
+        seen: digits by frame, (B, F, 2).
+        labels: the digits asked for, (B, 2).
+
+    Returns:
+        By the names in MEASURES, whether each clip has it, (B,), bool.
+    """
+    return {
+        "right": (seen == labels[:, None]).flatten(1).all(dim=1),
+        "kept": (seen == seen[:, :1]).flatten(1).all(dim=1),
+    }
+
+
+def grain(video: Tensor) -> Tensor:
+    """Measure the noise of the background; faint ink makes it a little more than 0 in real clips.
 
     Args:
         video: clips in [-1, 1], (B, 3, F, H, W).
-        judge: the classifier; by default the shipped one.
 
     Returns:
-        (B, 64).
+        Root mean square distance of dark pixels to the background, of 255, (B,).
     """
-    judge = judge or load()
-    return torch.cat([judge.features(part) for part in _parts(video)])
+    away = (video - clips.BACKGROUND) * 127.5
+    dark = (video < clips.BACKGROUND + 0.12).all(dim=1, keepdim=True).expand_as(video)
+    return ((away.square() * dark).sum(dim=(1, 2, 3, 4)) / dark.sum(dim=(1, 2, 3, 4)).clamp(min=1)).sqrt()
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
@@ -120,8 +134,3 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     distance = ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
     return float(distance)
-
-
-def _parts(video: Tensor) -> list[Tensor]:
-    """Cut a set of clips into pieces that fit into memory."""
-    return [video[start : start + 250] for start in range(0, len(video), 250)]

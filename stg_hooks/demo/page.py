@@ -10,8 +10,10 @@ from html import escape
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
+from stg_hooks.demo import judge, labels
+from stg_hooks.demo.clips import COLOURS
 from stg_hooks.study.report.page import part
 
 if TYPE_CHECKING:
@@ -20,25 +22,31 @@ if TYPE_CHECKING:
     from stg_hooks.demo.__main__ import Clip, Settings
 
 ZOOM = 6
+STRIP_ZOOM = 4  # the page magnifies the rest
 FRAME_MS = 160
-MEASURES = {"colour": "Colour", "shape": "Shape", "motion": "Motion", "all": "All three"}
-WAYS = ("CFG", "CFG + STG")
+HEADLINE = next(iter(judge.MEASURES))
+TITLES = judge.MEASURES | {
+    "frechet_distance": "Fréchet distance to real clips",
+    "grain": "noise of the background, of 255",
+}
 
 
-def animations(clips: Sequence[Clip]) -> dict[str, bytes]:
+def animations(clips: Sequence[Clip], settings: Settings) -> dict[str, bytes]:
     """Make the files that lie beside the page.
 
     Args:
         clips: what was sampled.
+        settings: how.
 
     Returns:
         GIFs by name: two per clip, and one with up to eight clips, plain above guided.
     """
-    files = {"comparison.gif": _gif([_compare(clips[:8], index) for index in range(len(clips[0].plain))])}
+    frames = range(len(clips[0].plain))
+    files = {"comparison.gif": _gif([_compare(clips[:8], settings.ways, index) for index in frames])}
     for position, clip in enumerate(clips, 1):
-        for way, video in (("cfg", clip.plain), ("stg", clip.guided)):
+        for way, video in (("plain", clip.plain), ("stg", clip.guided)):
             name = f"clips/{position:02d}-{clip.prompt.replace(' ', '-')}-{way}.gif"
-            files[name] = _gif([_zoomed(Image.fromarray(frame.numpy())) for frame in video])
+            files[name] = _gif([_zoomed(frame) for frame in video])
     return files
 
 
@@ -52,12 +60,13 @@ import stg_hooks as stg
 from stg_hooks import demo
 
 pipe = demo.load()  # a stock diffusers.WanPipeline
-inputs = demo.inputs(["{clip.prompt}"]) | {{"num_inference_steps": {settings.steps}}}
+inputs = demo.inputs(["{clip.prompt}"])
 
 
 def sample():
     seed = torch.Generator().manual_seed({clip.seed})
-    return pipe(**inputs, guidance_scale={settings.guidance_scale:g}, generator=seed).frames
+    call = inputs | {{"num_inference_steps": {settings.steps}, "guidance_scale": {settings.guidance_scale:g}}}
+    return pipe(**call, generator=seed).frames
 
 
 plain = demo.to_video(sample())
@@ -66,34 +75,56 @@ with stg.apply(pipe, layers={list(settings.layers)}, scale={settings.scale:g}{mo
 """
 
 
-def summary(clips: Sequence[Clip], report: dict[str, Any] | None) -> list[list[str]]:
-    """Tabulate the accuracies of this run beside those of the full evaluation.
+def summary(clips: Sequence[Clip], settings: Settings, report: dict[str, Any] | None) -> list[list[str]]:
+    """Tabulate this run beside the full evaluation.
 
     Args:
         clips: what was sampled.
+        settings: how.
         report: the full evaluation, if there is one.
 
     Returns:
         Rows of cells, the header first.
     """
-    rows = [["right", *(f"{way}, this run" for way in WAYS)]]
-    for measure, title in MEASURES.items():
-        counts = (
-            sum(_right(clip, clip.plain_seen)[measure] for clip in clips),
-            sum(_right(clip, clip.guided_seen)[measure] for clip in clips),
-        )
-        rows.append([title, *(f"{count} of {len(clips)}" for count in counts)])
-    for role, way in zip(("plain", "guided"), WAYS, strict=True):
-        row = _row(report, role)
-        if report is not None and row is not None:
-            rows[0].append(f"{way}, evaluation")
-            for cells, measure in zip(rows[1:], MEASURES, strict=True):
-                cells.append(f"{row[measure][0]:.1%}")
+    rows = [["clips with", *(f"{way}, this run" for way in settings.ways)]]
+    counts = [[_grade(clip, seen) for clip, seen in _sides(clips, guided)] for guided in (False, True)]
+    for measure, title in judge.MEASURES.items():
+        rows.append([title, *(f"{sum(one[measure] for one in way)} of {len(clips)}" for way in counts)])
+    plain, guided = _row(report, "plain"), _row(report, "guided")
+    if report is not None and plain and guided:
+        rows[0] += [f"{way}, evaluation" for way in settings.ways]
+        for cells, measure in zip(rows[1:], judge.MEASURES, strict=True):
+            cells += [f"{row[measure][0]:.1%}" for row in (plain, guided)]
     return rows
 
 
+def headline(report: dict[str, Any] | None) -> tuple[str, str]:
+    """Give the decisive numbers of the full evaluation.
+
+    Args:
+        report: the full evaluation, if there is one.
+
+    Returns:
+        The numbers, and what they mean.
+    """
+    plain, guided, more = (_row(report, role) for role in ("plain", "guided", "more"))
+    if report is None or plain is None or guided is None:
+        return (
+            "Not measured",
+            "No full evaluation ships with these weights. So few clips show what the two ways do, not which is better.",
+        )
+    change, low, high = (100 * value for value in guided["against_plain"][HEADLINE])
+    said = (
+        f"of {report['clips']:,} clips have {TITLES[HEADLINE]}: {change:+.1f} points (95 %: {low:+.1f} to {high:+.1f}) "
+        f"for {guided['compute']:.2f} times the compute."
+    )
+    if more:
+        said += f" More steps for {more['compute']:.2f} times the compute instead: {more[HEADLINE][0]:.1%}."
+    return f"{plain[HEADLINE][0]:.1%} → {guided[HEADLINE][0]:.1%}", said
+
+
 def verdict(report: dict[str, Any] | None, settings: Settings) -> str:
-    """Say what the full evaluation shows, be it good or bad.
+    """Say all that the full evaluation shows, be it good or bad.
 
     Args:
         report: the full evaluation, if there is one.
@@ -104,30 +135,22 @@ def verdict(report: dict[str, Any] | None, settings: Settings) -> str:
     """
     row = _row(report, "guided")
     if report is None or row is None:
-        return (
-            "No full evaluation ships with these weights. So few clips show what the two ways do, not which is better."
-        )
+        return ""
     better: list[str] = []
     worse: list[str] = []
     unclear: list[str] = []
-    for measure, title in [*MEASURES.items(), ("frechet_distance", "Fréchet distance")]:
+    for measure in (*judge.MEASURES, "frechet_distance", "grain"):
         change, low, high = row["against_plain"][measure]
-        distance = measure == "frechet_distance"
-        name = "all three together" if measure == "all" else title if distance else title.lower()
-        text = f"{name} ({change:+.2f})" if distance else f"{name} ({100 * change:+.1f} points)"
+        rate = measure in judge.MEASURES
+        text = f"{TITLES[measure]} ({100 * change:+.1f} points)" if rate else f"{TITLES[measure]} ({change:+.2f})"
         if low <= 0 <= high:
             unclear.append(text)
         else:
-            (better if (change < 0) == distance else worse).append(text)
-    said = [
-        f"{word}: {', '.join(names)}."
-        for word, names in (("Better", better), ("Worse", worse), ("No difference beyond chance", unclear))
-        if names
-    ]
-    start = f"Evaluation, {report['clips']:,} clips per way: STG against CFG alone at equal steps, 95 % confidence."
+            (better if (change > 0) == rate else worse).append(text)
+    kinds = (("Better", better), ("Worse", worse), ("No difference beyond chance", unclear))
+    words = [f"{word}: {', '.join(names)}." for word, names in kinds if names]
     other = {**dataclasses.asdict(settings), "layers": list(settings.layers)} != report["settings"]
-    end = " This run used other settings than that evaluation." if other else ""
-    return f"{start} {' '.join(said)}{end}"
+    return " ".join(words + ["This run used other settings than that evaluation."] * other)
 
 
 def render(clips: Sequence[Clip], settings: Settings, report: dict[str, Any] | None) -> str:
@@ -143,25 +166,34 @@ def render(clips: Sequence[Clip], settings: Settings, report: dict[str, Any] | N
     """
     off = "" if settings.guidance_scale > 1 else " (off)"
     facts = {
-        "Model": "8 layers, one million weights",
         "Steps": f"{settings.steps}",
         "CFG scale, both sides": f"{settings.guidance_scale:g}{off}",
         "Layers that STG skips": ", ".join(map(str, settings.layers)),
         "STG scale": f"{settings.scale:g}",
         "Mode": settings.mode,
     }
-    differing = sum(clip.plain_seen != clip.guided_seen for clip in clips)
+    better, worse = (
+        sum(
+            _grade(clip, clip.guided_seen)[HEADLINE] - _grade(clip, clip.plain_seen)[HEADLINE] == sign for clip in clips
+        )
+        for sign in (1, -1)
+    )
+    numbers, said = headline(report)
     return Template(_PAGE).substitute(
         base=part("base.css"),
         copy=part("copy.js"),
         facts="".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items()),
-        table=_table(summary(clips, report)),
+        plain=escape(settings.ways[0]),
+        guided=escape(settings.ways[1]),
+        numbers=escape(numbers),
+        said=escape(said),
+        table=_table(summary(clips, settings, report)),
         verdict=escape(verdict(report, settings)),
         evaluation=_evaluation(report),
         count=len(clips),
-        differing=differing,
-        unanimous="" if differing else "hidden",
-        cards="\n".join(map(_card, clips)),
+        better=better,
+        worse=worse,
+        cards="\n".join(_card(clip, settings.ways) for clip in clips),
         code=escape(snippet(clips[0], settings)),
         prompt=escape(clips[0].prompt),
     )
@@ -172,26 +204,20 @@ def _row(report: dict[str, Any] | None, role: str) -> dict[str, Any] | None:
     return next((row for row in (report or {"rows": []})["rows"] if row["role"] == role), None)
 
 
-def _right(clip: Clip, seen: Sequence[str]) -> dict[str, bool]:
-    """Tell which words of the prompt the judge saw."""
-    single = [word == wanted for word, wanted in zip(seen, clip.prompt.split(), strict=True)]
-    return dict(zip(MEASURES, [*single, all(single)], strict=True))
+def _sides(clips: Sequence[Clip], guided: bool) -> list[tuple[Clip, Tensor]]:
+    """Pair clips with what the judge reads on one side."""
+    return [(clip, clip.guided_seen if guided else clip.plain_seen) for clip in clips]
 
 
-def _image(frames: Tensor) -> Image.Image:
-    """Lay frames side by side.
-
-    Args:
-        frames: (F, H, W, 3), uint8.
-
-    Returns:
-        An image of H x (F W) pixels.
-    """
-    return Image.fromarray(frames.permute(1, 0, 2, 3).flatten(1, 2).numpy())
+def _grade(clip: Clip, seen: Tensor) -> dict[str, bool]:
+    """Tell what is right about one side of a clip."""
+    return {name: bool(hit) for name, hit in judge.grade(seen[None], labels([clip.prompt])).items()}
 
 
-def _zoomed(image: Image.Image, zoom: int = ZOOM) -> Image.Image:
-    return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+def _zoomed(frame: Tensor, zoom: int = ZOOM) -> Image.Image:
+    """Magnify a frame, (H, W, 3), smoothly: squares as large as these would hide what a digit is."""
+    image = Image.fromarray(frame.numpy())
+    return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.BICUBIC)
 
 
 def _gif(frames: Sequence[Image.Image]) -> bytes:
@@ -202,42 +228,51 @@ def _gif(frames: Sequence[Image.Image]) -> bytes:
     return file.getvalue()
 
 
-def _compare(clips: Sequence[Clip], index: int) -> Image.Image:
-    """Draw one frame of several clips: plain ones in the upper row, guided ones below."""
-    size = clips[0].plain.shape[1]
-    gap = 2
-    sheet = Image.new("RGB", (len(clips) * (size + gap) - gap, 2 * size + gap), (255, 255, 255))
-    for column, clip in enumerate(clips):
-        for row, video in enumerate((clip.plain, clip.guided)):
-            sheet.paste(Image.fromarray(video[index].numpy()), (column * (size + gap), row * (size + gap)))
-    return _zoomed(sheet, 4)
+def _compare(clips: Sequence[Clip], ways: Sequence[str], index: int) -> Image.Image:
+    """Draw one frame of several clips: plain ones in the upper row, guided ones below, with their names."""
+    size, gap, head = ZOOM * clips[0].plain.shape[1], 8, 22
+    sheet = Image.new("RGB", (len(clips) * (size + gap) + gap, 2 * (head + size) + 3 * gap), (255, 255, 255))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for row, way in enumerate(ways):
+        top = gap + row * (head + size + gap)
+        draw.text((gap, top), way, (20, 20, 20), font)
+        for column, clip in enumerate(clips):
+            frame = (clip.guided if row else clip.plain)[index]
+            left = gap + column * (size + gap)
+            sheet.paste(_zoomed(frame), (left, top + head))
+            if column:
+                draw.text((left, top), clip.prompt, (120, 120, 120), ImageFont.load_default(11))
+    return sheet
 
 
-def _card(clip: Clip) -> str:
-    """Show one clip both ways, with what the judge sees."""
+def _card(clip: Clip, ways: Sequence[str]) -> str:
+    """Show one clip both ways, with what the judge reads."""
     sides = "".join(
         _side(clip, way, video, seen)
-        for way, video, seen in zip(WAYS, (clip.plain, clip.guided), (clip.plain_seen, clip.guided_seen), strict=True)
+        for way, video, seen in zip(ways, (clip.plain, clip.guided), (clip.plain_seen, clip.guided_seen), strict=True)
     )
-    kind = "same" if clip.plain_seen == clip.guided_seen else "differs"
+    plain, guided = (_grade(clip, seen)[HEADLINE] for seen in (clip.plain_seen, clip.guided_seen))
+    kind = "same" if plain == guided else "differs"
     title = f"<h3>{escape(clip.prompt)} <small>seed {clip.seed}</small></h3>"
     return f'<article class="{kind}">{title}<div class="pair">{sides}</div></article>'
 
 
-def _side(clip: Clip, way: str, video: Tensor, seen: Sequence[str]) -> str:
-    """Show one clip: the film strip that the page plays, and the judge's word on each word of the prompt."""
-    strip = io.BytesIO()
-    _image(video).save(strip, "PNG", optimize=True)
-    data = base64.b64encode(strip.getvalue()).decode()
+def _side(clip: Clip, way: str, video: Tensor, seen: Tensor) -> str:
+    """Show one clip: the film strip that the page plays, and what the judge reads of each digit, frame by frame."""
+    frames = [_zoomed(frame, STRIP_ZOOM) for frame in video]
+    strip, file = Image.new("RGB", (len(frames) * frames[0].width, frames[0].height)), io.BytesIO()
+    for index, frame in enumerate(frames):
+        strip.paste(frame, (index * frame.width, 0))
+    strip.save(file, "PNG", optimize=True)
+    data = base64.b64encode(file.getvalue()).decode()
     words = []
-    for word, wanted in zip(seen, clip.prompt.split(), strict=True):
-        if word == wanted:
-            words.append(f'<li class="ok"><b>✓</b> {escape(wanted)}</li>')
-        else:
-            words.append(f'<li class="no"><b>✗</b> <s>{escape(wanted)}</s> {escape(word)}</li>')
-    label = f"{escape(clip.prompt)}, {way}"
+    for colour, wanted, read in zip(COLOURS, labels([clip.prompt])[0].tolist(), seen.T.tolist(), strict=True):
+        digits = " ".join(str(digit) if digit == wanted else f"<b>{digit}</b>" for digit in read)
+        kind, mark = ("ok", "✓") if set(read) == {wanted} else ("no", "✗")
+        words.append(f'<li class="{kind}"><b>{mark}</b> {colour} {digits}</li>')
+    label = f"{escape(clip.prompt)}, {escape(way)}"
     film = f'<div class="film" role="img" aria-label="{label}" style="--s:url(data:image/png;base64,{data})"></div>'
-    return f"<figure><figcaption>{way}</figcaption>{film}<ul>{''.join(words)}</ul></figure>"
+    return f"<figure><figcaption>{escape(way)}</figcaption>{film}<ul>{''.join(words)}</ul></figure>"
 
 
 def _table(rows: Sequence[Sequence[str]], kind: str = "") -> str:
@@ -253,19 +288,20 @@ def _table(rows: Sequence[Sequence[str]], kind: str = "") -> str:
 
 
 def _evaluation(report: dict[str, Any] | None) -> str:
-    """Show every row of the full evaluation."""
+    """Show every row of the full evaluation, the decisive column first."""
     if report is None:
         return ""
-    rows = [["", *MEASURES.values(), "Fréchet distance", "Compute"]]
+    rows = [["", "Right", "Compute", "Same in every frame", "Fréchet distance", "Grain"]]
     for row in report["rows"]:
-        cells = [f"{row[m][0]:.1%} ({100 * row[m][1]:.1f}–{100 * row[m][2]:.1f})" for m in MEASURES]
+        right, kept = (f"{row[m][0]:.1%} ({100 * row[m][1]:.1f}–{100 * row[m][2]:.1f})" for m in judge.MEASURES)
         compute = "" if row["compute"] is None else f"{row['compute']:.2f}"
-        rows.append([row["name"], *cells, f"{row['frechet_distance']:.2f}", compute])
+        rows.append([row["name"], right, compute, kept, f"{row['frechet_distance']:.2f}", f"{row['grain']:.1f}"])
     note = (
         f"{report['clips']:,} clips per row, the same noise and conditions in every row, none of which served to "
-        "choose the setting; 95 % intervals in brackets. Fréchet distance (lower is better) is between the judge's "
+        "choose the setting; 95 % intervals in brackets. Right: the judge reads both digits as asked for in every "
+        "frame. Fréchet distance (lower is better) is between the judge's "
         f"features and those of {report['real_clips']:,} real clips; the row of real clips is the floor for so many. "
-        "Compute counts floating-point operations, CFG at equal steps being 1."
+        "Grain: noise of the background, of 255. Compute counts floating-point operations, the first row being 1."
     )
     return f"<h2>The full evaluation</h2><p>{escape(note)}</p>{_table(rows, 'wide')}"
 
@@ -282,7 +318,8 @@ _PAGE = """\
 <style>
 $base
 :root { --frames: running }
-.wide th:first-child { min-width: 13rem }
+.wide th:first-child { min-width: 9rem }
+.number { font-size: 1.9rem; font-weight: 650; line-height: 1.2; margin: .6rem 0 0 }
 .wide th, .wide td { padding: .35rem .55rem }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1rem }
 article { background: var(--card); border: 1px solid var(--line); border-radius: .7rem; padding: .7rem .8rem .8rem }
@@ -293,7 +330,7 @@ h3 small { font-weight: 400; font-size: .82rem; white-space: nowrap }
 figure { margin: 0; min-width: 0 }
 figcaption { font-size: .82rem; color: var(--soft); margin-bottom: .2rem }
 .film { aspect-ratio: 1; border-radius: .35rem; outline: 1px solid var(--line);
-  background: var(--s) 0 0 / 600% 100%; image-rendering: pixelated;
+  background: var(--s) 0 0 / 600% 100%;
   animation: play 1.28s step-end infinite; animation-play-state: var(--frames) }
 @keyframes play {
   0% { background-position-x: 0 } 12.5% { background-position-x: 20% } 25% { background-position-x: 40% }
@@ -301,32 +338,30 @@ figcaption { font-size: .82rem; color: var(--soft); margin-bottom: .2rem }
 }
 figure ul { list-style: none; margin: .4rem 0 0; padding: 0; font-size: .86rem; line-height: 1.35 }
 .ok b { color: var(--ok) }
-.no, .no b { color: var(--no) }
+.no b { color: var(--no) }
 </style>
 </head>
 <body>
 <main>
 <h1>The same noise, with and without skip guidance</h1>
-<p>A small video model draws what three words ask for. Both sides of a pair use the same weights, prompt, seed and
-number of steps, in an unmodified diffusers pipeline. The left side has classifier-free guidance (CFG) alone. On the
-right, <code>stg.apply</code> adds spatiotemporal skip guidance (STG).</p>
-<dl>$facts</dl>
-
-<h2>How often the clips show what was asked for</h2>
-$table
-<p>$verdict</p>
-<p class="soft">The judge is a small classifier that was trained on real clips.</p>
-
-<h2>$count clips, both ways</h2>
+<p class="number">$numbers</p>
+<p>$said</p>
 <div class="bar" hidden>
 <button type="button" id="play">Pause</button>
-<label $unanimous><input type="checkbox" id="only"> only the $differing where the judge sees a difference</label>
+<label><input type="checkbox" id="only"> only where the judge's verdict differs ($better better, $worse worse)</label>
 </div>
-<p class="soft">Under each clip, the judge's view of each word. In red what was asked for, struck out, and what it sees
-instead.</p>
 <div class="grid">
 $cards
 </div>
+<p class="soft">$count clips, not selected. Left: $plain; right: $guided. Both sides of a pair have the same weights,
+prompt, seed and number of steps, in an unmodified diffusers pipeline; on the right, <code>stg.apply</code> adds
+spatiotemporal skip guidance (STG). Under each clip: what the judge, a small classifier that was trained on real clips,
+reads in each frame.</p>
+<dl>$facts</dl>
+
+<h2>This run, and the full evaluation</h2>
+$table
+<p>$verdict</p>
 
 <h2>The code for “$prompt”</h2>
 <pre id="code">$code</pre>

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 
 from stg_hooks.errors import SettingError, closest
 
@@ -16,6 +17,9 @@ ENTER_THERE = (
     "Pass scope='process' to have it in force in every thread and task while the `with` is open, or enter the `with` "
     "in the thread that makes the calls."
 )
+
+
+Held = TypeVar("Held")
 
 
 @dataclasses.dataclass(eq=False)
@@ -78,13 +82,13 @@ def _open() -> tuple[Entry, ...]:
     return tuple(entry for entry in _ACTIVE.get() if entry.session is not None)
 
 
-def innermost(entered: Sequence[tuple[Entry, object]]) -> int | None:
-    """Find, by its position, the last of some `with` blocks that is in force here."""
+def innermost(entered: Sequence[tuple[Entry, Held]]) -> tuple[Entry, Held] | None:
+    """Find the last of some `with` blocks that is in force here."""
     found = None
-    for position in range(len(entered)):  # a loop, as in `leave`
+    for block in tuple(entered):  # which other threads leave meanwhile; a loop, as in `leave`
         for entry in (*_ACTIVE.get(), *_EVERYWHERE):
-            if entry is entered[position][0] and entry.session is not None:
-                found = position
+            if entry is block[0] and entry.session is not None:
+                found = block
     return found
 
 

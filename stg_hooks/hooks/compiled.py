@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import threading
@@ -44,7 +45,13 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     reason = "stg_hooks guides this model from outside: compile it before stg.apply(), and pass what is compiled to it."
     takes_reason = "reason" in inspect.signature(torch.compiler.disable).parameters  # from torch 2.8 on
     disabled: Callable[..., Any] = torch.compiler.disable(function, **({"reason": reason} if takes_reason else {}))
-    return disabled
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # What is disabled costs some time even where nothing is compiled.
+        return (disabled if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return call
 
 
 @contextmanager

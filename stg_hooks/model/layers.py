@@ -1,48 +1,18 @@
-"""Look at a model: find its stacks of blocks, number and name its layers, resolve what a user asks for."""
+"""Look at a model: find its stacks of blocks, number and name its layers."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import operator
-import re
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
-from itertools import islice, zip_longest
-from typing import SupportsIndex, cast
+from collections.abc import Iterator
+from itertools import zip_longest
 
-from torch import Tensor, nn
+from torch import nn
 
-from stg_hooks.errors import LayerError, TargetError, closest
-from stg_hooks.model.facts import stated
+from stg_hooks.model.attention import attention_modules, is_attention, note_attention
 from stg_hooks.model.flow import bystanders
-from stg_hooks.model.source import calls_attention, running_order, words_of
+from stg_hooks.model.source import running_order, words_of
 
-LayerSpec = SupportsIndex | str | range | nn.Module | Iterable["SupportsIndex | str | range | nn.Module"]
-"""What may be passed as `layers`: indices, dotted names or globs, modules, or a list of those."""
-
-# Children that hold the projections of an attention: one set of these names is enough to recognise one.
-_PROJECTIONS = (
-    {"to_q", "to_k"},
-    {"to_qkv"},
-    {"q_proj", "k_proj"},
-    {"qkv_proj"},
-    {"q", "k", "v"},
-    {"qkv"},
-    {"wq", "wk"},
-    {"query", "key"},
-    {"query_key_value"},
-    {"in_proj_weight"},
-)
-# What the projections of attention are called, in parts of their names.
-_ATTENTION_WORDS = words_of(
-    "q k v o qkv kv qk wq wk wv wo query key value to proj projection out attn attention query_key_value in add"
-)
-_QUERY = re.compile(r"(?<![a-zA-Z])(q|query)(?![a-zA-Z])")
-_DEPTH = 20  # of lists in lists
-_MOST = 10_000  # layers that a generator gives
-_SHOWN = 120  # characters of what a user typed, in messages
 # Stacks that prepare conditioning rather than denoise: they can be named, but are not numbered.
 _SIDE_WORDS = words_of(
     "refiner refiners text txt context caption captions embed embeds embedder embedders embedding embeddings perceiver "
@@ -82,87 +52,13 @@ class Run:
 
 
 _RUNS: weakref.WeakKeyDictionary[nn.Module, Run] = weakref.WeakKeyDictionary()
-_SEEN: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that were seen to compute attention
 
 
 def remember(model: nn.Module, run: Run) -> None:
     """Remember what calls of a model have told; layers that did not run are not numbered any more."""
     _RUNS[model] = run
     for name in run.attention:
-        _SEEN.add(model.get_submodule(name))
-
-
-def is_attention(module: nn.Module) -> bool:
-    """Tell whether a module computes attention itself.
-
-    By its projections, its class name, or an adapter; for a block that holds no module of attention also by the norms
-    of its queries and keys (`q_norm`, a `QKNorm`), a fused projection (`img_attn_qkv`), or a call of an attention
-    function in its `forward`.
-    """
-    if _is_named_attention(module):
-        return True
-    return _computes_attention(module) and not any(map(_is_named_attention, module.modules()))
-
-
-def _is_named_attention(module: nn.Module) -> bool:
-    names = {*module._modules, *module._parameters}
-    if any(wanted <= names for wanted in _PROJECTIONS):
-        return True
-    if _SEEN and module in _SEEN:
-        return True
-    kind = type(module).__name__
-    if "Attention" in kind and not any(word in kind for word in ("Block", "Layer", "Norm", "Transformer", "Pool")):
-        return True
-    return bool(stated("ATTENTION", module))
-
-
-def _computes_attention(module: nn.Module) -> bool:
-    if type(module).__module__.startswith("torch.") or not any(map(_is_projection, module.children())):
-        return False
-    names = {*module._modules, *module._parameters}
-    if any("qkv" in words_of(name) for name in names):
-        return True
-    # A child that projects as well is the attention itself.
-    norms = [child._modules for child in module.children() if not any(map(_is_projection, child.children()))]
-    if any(map(_has_pair, (names, *norms))):
-        return True
-    return calls_attention(module)
-
-
-def _has_pair(names: Collection[str]) -> bool:
-    return any(_of_key(name) in names for name in names)
-
-
-@functools.lru_cache(maxsize=4096)
-def _of_key(query: str) -> str | None:
-    """Return what goes with `norm_q`, `q_norm`, `query_norm` and the like."""
-    of_key = _QUERY.sub(lambda found: "key" if found[0] == "query" else "k", query, count=1)
-    return of_key if of_key != query else None
-
-
-def is_bare_attention(module: nn.Module) -> bool:
-    """Tell attention from a block that computes it beside other things: most of its weights are projections of it."""
-    if not is_attention(module):
-        return False
-    sizes = {True: 0, False: 0}
-    for name, child in module._modules.items():
-        if child is not None:
-            is_of_attention = not _ATTENTION_WORDS.isdisjoint(words_of(name)) or is_attention(child)
-            sizes[is_of_attention] += sum(parameter.numel() for parameter in child.parameters())
-    return sizes[True] >= sizes[False]
-
-
-def _is_projection(module: nn.Module) -> bool:
-    return any(parameter is not None and parameter.ndim > 1 for parameter in module._parameters.values())
-
-
-def attention_modules(module: nn.Module) -> tuple[str, ...]:
-    """Name the outermost attention modules inside a module, itself excluded."""
-    found: list[str] = []
-    for name, child in module.named_modules():
-        if name and is_attention(child) and not any(name.startswith(f"{outer}.") for outer in found):
-            found.append(name)
-    return tuple(found)
+        note_attention(model.get_submodule(name))
 
 
 def find_layers(model: nn.Module) -> list[Layer]:
@@ -182,7 +78,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
     found = list(_walk(model, ""))
     in_lists = {type(entry.module) for entry in found if not entry.is_alone}
     found = [entry for entry in found if not entry.is_alone or type(entry.module) in in_lists]
-    named_so = [entry for entry in found if not _is_side(entry.name)] or found
+    named_so = [entry for entry in found if not is_side(entry.name)] or found
     main = [entry for entry in named_so if not entry.is_aside] or named_so
     run = _RUNS.get(model) if _RUNS else None
     if run is not None and run.order:
@@ -213,7 +109,7 @@ def _walk(module: nn.Module, path: str, is_aside: bool = False) -> Iterator[_Fou
             continue
         holder = module.get_submodule(name.rpartition(".")[0])
         beside = is_aside or name.partition(".")[0] in aside
-        if _is_container(holder) and not _is_container(child) and not _is_stage(child, holder):
+        if is_list(holder) and not is_list(child) and not _is_stage(child, holder):
             yield _Found(f"{path}{name}", child, beside, is_alone=False)
             continue
         inner = list(_walk(child, f"{path}{name}.", beside))
@@ -225,7 +121,7 @@ def _walk(module: nn.Module, path: str, is_aside: bool = False) -> Iterator[_Fou
 def _in_running_order(module: nn.Module) -> list[str]:
     """Name the children of a module, entries in place of its lists, as `forward` mentions them."""
     children = [name for name, child in module._modules.items() if child is not None]
-    if _is_container(module):
+    if is_list(module):
         return children
 
     def entries(name: str, which: slice | int) -> list[str]:
@@ -244,7 +140,8 @@ def _in_running_order(module: nn.Module) -> list[str]:
     return list(dict.fromkeys(unmentioned + mentioned))
 
 
-def _is_container(module: nn.Module) -> bool:
+def is_list(module: nn.Module) -> bool:
+    """Tell whether a module is one of torch's lists of modules."""
     return isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
 
 
@@ -260,215 +157,11 @@ def _is_stage(module: nn.Module, holder: nn.Module) -> bool:
     if is_attention(module):
         return False
     if isinstance(holder, nn.ModuleDict):
-        return any(_is_container(inner) and _holds_attention(inner) for inner in module.modules())
+        return any(is_list(inner) and _holds_attention(inner) for inner in module.modules())
     lists = [child for child in module._modules.values() if isinstance(child, nn.ModuleList) and len(child)]
     return len({_holds_attention(child) for child in lists}) == 2
 
 
-def _is_side(name: str) -> bool:
+def is_side(name: str) -> bool:
+    """Tell by its name whether a stack prepares conditioning."""
     return not _SIDE_WORDS.isdisjoint(words_of(name))
-
-
-def resolve(model: nn.Module, spec: object, known: list[Layer] | None = None) -> list[Layer]:
-    """Find the layers that a user asked for; all of them, or an error and none.
-
-    Args:
-        model: the module that holds the layers.
-        spec: an index (negative ones count from the end), a range, a dotted name or an unambiguous tail of one, a
-            glob whose `*` stays between two dots, a module, or a list of those.
-        known: what `find_layers` gives, where that was called already.
-
-    Returns:
-        The layers, each once, numbered ones in running order.
-
-    Raises:
-        LayerError: an unknown layer, an ambiguous name, an empty list, or a model without layers.
-        TargetError: `model` is not a module, or `spec` holds something that does not name a layer.
-    """
-    if not isinstance(model, nn.Module):
-        raise TargetError(f"expected a torch.nn.Module to find layers in, not {type(model).__name__}.")
-    known = find_layers(model) if known is None else known
-    chosen: dict[str, Layer] = {}
-    for item in items_of(spec):
-        for layer in _resolve_one(model, known, item):
-            chosen.setdefault(layer.name, layer)
-    if not chosen:
-        raise LayerError(f"layers={_shown(spec)} names no layer. {_what_exists(model, known)}")
-    order = {layer.name: position for position, layer in enumerate(known)}
-    return sorted(chosen.values(), key=lambda layer: order.get(layer.name, len(order)))
-
-
-def items_of(spec: object) -> Iterator[object]:
-    """Flatten what was passed as `layers`; ranges stay whole, however long they are.
-
-    Raises:
-        TargetError: lists in lists without end.
-    """
-    return _flat(spec, 0)
-
-
-def listed(spec: Iterator[object]) -> list[object]:
-    """List what a generator, or the like, gives.
-
-    Raises:
-        TargetError: it seems to have no end.
-    """
-    found = list(islice(spec, _MOST + 1))
-    if len(found) > _MOST:
-        raise TargetError(f"layers= gives more than {_MOST} layers: give a list of those to skip.")
-    return found
-
-
-def _flat(spec: object, depth: int) -> Iterator[object]:
-    if depth > _DEPTH:
-        raise TargetError(f"layers= is nested more than {_DEPTH} lists deep: give one list.")
-    if type(spec) in (list, tuple):  # most of all, and much faster told than what counts as an index
-        for item in cast("list[object]", spec):
-            yield from _flat(item, depth + 1)
-    elif type(spec) is int or isinstance(
-        spec, (bool, str, bytes, range, Mapping, Tensor)
-    ):  # reading a tensor may wait for the GPU
-        yield spec
-    elif isinstance(spec, SupportsIndex) and (index := _index_of(spec)) is not None:
-        yield index
-    elif isinstance(spec, nn.Module) and not isinstance(spec, (nn.ModuleList, nn.Sequential)):
-        yield spec
-    elif isinstance(spec, Iterable) and getattr(spec, "ndim", None) != 0:  # an array without dimensions is not a list
-        for item in spec:
-            yield from _flat(item, depth + 1)
-    else:
-        yield spec
-
-
-def _index_of(value: SupportsIndex) -> int | None:
-    """Return what an integer of any library is; `None` for what only may be one, as an array."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
-
-
-def _resolve_one(model: nn.Module, known: list[Layer], item: object) -> list[Layer]:
-    if isinstance(item, bool):
-        raise TargetError(f"layers=[{item}]: expected an index, a name or a module, not a bool.")
-    if isinstance(item, int):
-        return [_by_index(model, known, item)]
-    if isinstance(item, range):
-        return [_by_index(model, known, index) for index in item]  # ends at the first that is out of range
-    if isinstance(item, str):
-        return _by_name(model, known, item)
-    if isinstance(item, nn.Module):
-        return [_by_module(model, known, item)]
-    raise TargetError(
-        f"layers=[{_shown(item)}]: expected an index, a range, a dotted name, a glob or a module, not "
-        f"{type(item).__name__}."
-    )
-
-
-def _shown(value: object) -> str:
-    """Show what a user typed, as much of it as fits in a message."""
-    try:
-        text = repr(value)
-    except Exception:  # of an integer with thousands of digits, or of an object of theirs
-        return f"<{type(value).__name__}>"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
-def _by_index(model: nn.Module, known: list[Layer], index: int) -> Layer:
-    numbered = [layer for layer in known if layer.index is not None]
-    if not -len(numbered) <= index < len(numbered):
-        raise LayerError(f"layers=[{_shown(index)}]: {_what_exists(model, known)} See stg.layers(model).")
-    return numbered[index]
-
-
-def _by_name(model: nn.Module, known: list[Layer], name: str) -> list[Layer]:
-    if any(character in name for character in "*?["):
-        matches = [layer for layer in known if _glob_matches(name, layer.name)]
-        if not matches:
-            raise LayerError(
-                f"layers=[{_shown(name)}] matches no layer. {_what_exists(model, known)} See stg.layers(model)."
-            )
-        return matches
-    matches = [layer for layer in known if _is_tail(name, layer.name)]
-    if not matches:
-        matches = [
-            Layer(None, full, module, attention_modules(module))
-            for full, module in model.named_modules()
-            if full and _is_tail(name, full)
-        ]
-    if len(matches) == 1:
-        return matches
-    exact = [layer for layer in matches if layer.name == name]
-    if exact:
-        return exact
-    if matches:
-        names = ", ".join(repr(layer.name) for layer in matches[:4])
-        raise LayerError(
-            f"layers=[{_shown(name)}] is ambiguous: {len(matches)} modules of {type(model).__name__} end in it ({names}"
-            f"{', ...' if len(matches) > 4 else ''}). Write more of the name."
-        )
-    if name.removeprefix("-").isdecimal() and len(name) < 10:
-        raise LayerError(
-            f"layers=[{_shown(name)}] is not the name of a module. For an index write layers=[{int(name)}]."
-        )
-    asked = name[:_SHOWN]
-    inside = [f"{layer.name}.{attention}" for layer in known for attention in layer.attention]
-    existing = [*(layer.name for layer in known), *inside]
-    tails = [tail for full in existing for tail in (full, full.split(".", 1)[-1])]
-    raise LayerError(
-        f"layers=[{_shown(name)}]: {type(model).__name__} has no module of that name."
-        f"{closest(asked, tails)} {_what_exists(model, known)} See stg.layers(model)."
-    )
-
-
-def _by_module(model: nn.Module, known: list[Layer], wanted: nn.Module) -> Layer:
-    for layer in known:
-        if layer.module is wanted:
-            return layer
-    for name, module in model.named_modules():
-        if module is wanted and name:
-            return Layer(None, name, module, attention_modules(module))
-    raise LayerError(
-        f"layers=[{type(wanted).__name__}(...)]: that module is not inside this {type(model).__name__}. "
-        f"{_what_exists(model, known)} See stg.layers(model)."
-    )
-
-
-def _is_tail(tail: str, name: str) -> bool:
-    return name == tail or name.endswith(f".{tail}")
-
-
-def _glob_matches(pattern: str, name: str) -> bool:
-    # Part by part, so that `*` never crosses a dot and `blocks.1` is not `blocks.10`.
-    wanted, parts = pattern.split("."), name.split(".")
-    return len(wanted) <= len(parts) and all(
-        fnmatchcase(part, want) for part, want in zip(parts[-len(wanted) :], wanted, strict=True)
-    )
-
-
-def _what_exists(model: nn.Module, known: list[Layer]) -> str:
-    count = sum(layer.index is not None for layer in known)
-    kind = type(model).__name__
-    if not count:
-        return (
-            f"{kind} has no numbered layers: no ModuleList in it holds blocks with attention. "
-            f'Pass modules or dotted names of its blocks (layers=["{_some_name(model)}"]), or let one call tell: '
-            "stg.layers(model, example=dict(...)), with the arguments that it is called with."
-        )
-    return f"{kind} has {count} layers (0...{count - 1})."
-
-
-def _some_name(model: nn.Module) -> str:
-    """Name what most likely is a block: the first entry of the largest list that is not for text or the like."""
-    lists = [(name, module) for name, module in model.named_modules() if name and _is_container(module) and len(module)]
-    if not lists:
-        return next((name for name, _ in model.named_children()), "body.0")
-    aside = bystanders(model)
-
-    def rank(entry: tuple[str, nn.Module]) -> tuple[bool, int]:
-        name, module = entry
-        is_main = not _is_side(name) and name.partition(".")[0] not in aside
-        return is_main, sum(parameter.numel() for parameter in module.parameters())
-
-    name, chosen = max(lists, key=rank)
-    return f"{name}.{next(iter(chosen._modules))}"

@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch.nn import functional as F
 
 from stg_hooks.errors import BlockError
 from stg_hooks.modes.token_labels import Runs, part_of
+
+Blur: TypeAlias = Callable[[Tensor], Tensor]
+"""Puts weighted means over all tokens in the place of tokens, `(..., tokens, channels)`."""
 
 _PART = 2**24
 """Logits of video tokens and text that are held at once."""
@@ -48,8 +51,8 @@ class AttentionCall(abc.ABC):
         """Let each video token attend to itself and to all text, and text to everything."""
 
     @abc.abstractmethod
-    def mean_queries(self) -> Any:
-        """Let each video token ask with the mean query of all of them."""
+    def blurred_queries(self, blur: Blur) -> Any:
+        """Let each video token ask with a mean of the queries of all of them."""
 
     def own_inputs(self) -> Any:
         """Give every token its own input in place of what attention gives, before the output projection."""
@@ -156,9 +159,9 @@ class ScaledDotProduct(AttentionCall):
                 output[..., some, :] = weights[..., :1] * own_value[..., some, :] + weights[..., 1:] @ text_value
         return output
 
-    def mean_queries(self) -> Tensor:
-        """`softmax(mean(Q) K^T) V`."""
-        return self.compute(query=_mean_video(self.query, self.ranges(self.query.shape[-2])))
+    def blurred_queries(self, blur: Blur) -> Tensor:
+        """`softmax(blur(Q) K^T) V`."""
+        return self.compute(query=_blurred_video(self.query, self.ranges(self.query.shape[-2]), blur))
 
     def own_inputs(self) -> Tensor:
         """`x`, split into heads."""
@@ -200,10 +203,10 @@ class Opaque(ScaledDotProduct):
         """Compute all where there is nothing but text."""
         return self.compute() if all(is_text for is_text, _ in self.runs) else super().own_values_and_text()
 
-    def mean_queries(self) -> Tensor:
+    def blurred_queries(self, blur: Blur) -> Tensor:
         """Compute all where there is nothing but text."""
         is_text = bool(self.runs) and all(is_text for is_text, _ in self.runs)
-        return self.compute() if is_text else super().mean_queries()
+        return self.compute() if is_text else super().blurred_queries(blur)
 
 
 def of_sequences(runs: Runs, query: Tensor, ends: Tensor | None) -> list[tuple[slice, Runs, Runs]]:
@@ -254,10 +257,10 @@ class MultiHead(AttentionCall):
         given = _added(self.options.get("attn_mask"), self.query.dtype)
         return self.compute(self.query, attn_mask=mask if given is None else mask + given, is_causal=False)
 
-    def mean_queries(self) -> tuple[Tensor, None]:
-        """The mean commutes with the projection."""
+    def blurred_queries(self, blur: Blur) -> tuple[Tensor, None]:
+        """A mean commutes with the projection."""
         tokens = self.query.movedim(0, -2)
-        return self.compute(_mean_video(tokens, self.ranges(len(self.query))).movedim(-2, 0))
+        return self.compute(_blurred_video(tokens, self.ranges(len(self.query)), blur).movedim(-2, 0))
 
     def own_inputs(self) -> tuple[Tensor, None]:
         """`x`, through the output projection."""
@@ -280,9 +283,9 @@ class HandMade(AttentionCall):
         """Mask what a video token may not attend to."""
         return self.softmax(self.logits + _between_videos(self.ranges(self.logits.shape[-1]), self.logits))
 
-    def mean_queries(self) -> Tensor:
-        """The mean commutes with the product."""
-        return self.softmax(_mean_video(self.logits, self.ranges(self.logits.shape[-1])))
+    def blurred_queries(self, blur: Blur) -> Tensor:
+        """A mean commutes with the product."""
+        return self.softmax(_blurred_video(self.logits, self.ranges(self.logits.shape[-1]), blur))
 
 
 def ranges_of(runs: Runs) -> list[tuple[bool, slice]]:
@@ -310,11 +313,14 @@ def _rows(mask: Tensor, rows: slice) -> Tensor:
     return mask[..., rows, :] if mask.shape[-2] > 1 else mask
 
 
-def _mean_video(tokens: Tensor, ranges: list[tuple[bool, slice]]) -> Tensor:
-    """Replace each video token, in the last dimension but one, by the mean of all."""
-    mean = torch.cat([tokens[..., rows, :] for is_text, rows in ranges if not is_text], -2).mean(-2, keepdim=True)
-    parts = [tokens[..., rows, :] if is_text else mean.expand_as(tokens[..., rows, :]) for is_text, rows in ranges]
-    return torch.cat(parts, dim=-2)
+def _blurred_video(tokens: Tensor, ranges: list[tuple[bool, slice]], blur: Blur) -> Tensor:
+    """Blur the video tokens, in the last dimension but one, and leave the text as it is."""
+    parts = [tokens[..., rows, :] for _, rows in ranges]
+    video = [part for (is_text, _), part in zip(ranges, parts, strict=True) if not is_text]
+    blurred = iter(blur(torch.cat(video, -2)).split([part.shape[-2] for part in video], -2))
+    return torch.cat(
+        [part if is_text else next(blurred) for (is_text, _), part in zip(ranges, parts, strict=True)], dim=-2
+    )
 
 
 def _between_videos(ranges: list[tuple[bool, slice]], like: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import BlockError
-from stg_hooks.model.layers import is_attention
+from stg_hooks.model.attention import is_attention
 from stg_hooks.modes.residual import copied
 
 # A trial gives a layer noise this many times as large as its input. What normalises and projects its input gives little

@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import nn
 
+from stg_hooks.model.attention import attention_modules
 from stg_hooks.model.facts import stated
-from stg_hooks.model.layers import attention_modules
 
 Kind = Literal["spatial", "temporal"]
 

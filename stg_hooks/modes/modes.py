@@ -7,76 +7,24 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from stg_hooks.errors import BlockError, named
+from stg_hooks.errors import BlockError, SettingError
+from stg_hooks.model import objects
 from stg_hooks.model.source import bound_arguments
-from stg_hooks.modes.attention import AttentionSeam, Change
 from stg_hooks.modes.attention_calls import AttentionCall
+from stg_hooks.modes.blur import gaussian_blur
 from stg_hooks.modes.branches import bypassed
-from stg_hooks.modes.feed_forward import FeedForwards
-from stg_hooks.modes.residual import Streams, copied
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerCall:
-    """One call of a skipped layer, as a mode sees it."""
-
-    layer: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    streams: Streams
-    forward: Callable[..., Any]
-    seam: AttentionSeam
-    feed_forwards: FeedForwards
-    memory: dict[str, Any]
-    """What a mode keeps from one call of the layer to the next."""
-
-    def compute(self, attention: Change | None = None) -> Any:
-        """Run the layer and return its real output.
-
-        Args:
-            attention: what a computation of self-attention inside gives instead, from an
-                `attention_calls.AttentionCall`.
-        """
-        if attention is None:
-            return self.forward(*self.args, **self.kwargs)
-        return self.seam.run(attention, self.forward, self.args, self.kwargs)
-
-
-Mode = Callable[[LayerCall], Any]
-"""What a user may pass as a mode, besides a name: takes the call and returns what the layer should return."""
-
-Needs = Literal["block", "attention", "feed-forward", "anything"]
-"""What a layer must be or hold: a whole block, self-attention, a block with a feed-forward network."""
-
-
-class Perturbation(abc.ABC):
-    """A mode that says what it needs."""
-
-    name: ClassVar[str]
-    needs: ClassVar[Needs]
-    sees_text: ClassVar[bool] = False
-    """Whether it has to know which tokens of a joint attention are text."""
-    is_bypass: ClassVar[bool] = False
-    """Whether the layer is not computed at all."""
-    mixes_tokens: ClassVar[bool] = False
-    """Whether tokens move to other places, so that it needs all of them on one device."""
-    verb: ClassVar[str] = "is for"
-    """What it does with a layer, for errors: `mode='residual' bypasses whole blocks`."""
-
-    @abc.abstractmethod
-    def __call__(self, call: LayerCall) -> Any:
-        """Return what the layer gives instead."""
-
-    def __str__(self) -> str:
-        """Write the mode as it is typed, for errors."""
-        return f"mode={self.name!r}"
+from stg_hooks.modes.perturbation import LayerCall, Mode, Perturbation
+from stg_hooks.modes.residual import copied
+from stg_hooks.names import named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,17 +124,48 @@ class FeedForward(Perturbation):
 
 @dataclasses.dataclass(frozen=True)
 class Smoothed(_OfAttention):
-    """Blur the queries of self-attention over all video tokens, `softmax(mean(Q) K^T) V`: the limit of infinite width.
+    """Blur the queries of self-attention over the video tokens, `softmax(G_sigma(Q) K^T) V`.
 
-    Source: SEG, arXiv 2408.00760, Eq. 11.
+    Without a width, by their mean, `softmax(mean(Q) K^T) V`: the limit of an infinite one. `"smoothed(sigma=10)"` blurs
+    with a Gaussian of that width, in tokens, within each frame; the tokens are one square frame, unless `height` and
+    `width` say how many there are in a frame's column and row: `"smoothed(sigma=10, height=32, width=56)"`.
+
+    Source: SEG, arXiv 2408.00760, Eq. 11; the kernel of its code, cut off at 3 sigma and reflected at the edges.
     """
 
     name = "smoothed"
     sees_text = True
+    sigma: float | None = None
+    height: int | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.sigma is not None and not (_is_number(self.sigma) and 0 < self.sigma < math.inf):
+            raise SettingError(f"{self}: expected sigma above 0, in tokens; leave it out for the mean of all.")
+        sides = self.height, self.width
+        if any(side is not None for side in sides) and not (self.sigma and all(map(_counts, sides))):
+            raise SettingError(f"{self}: height and width, in tokens, come together, and with a sigma.")
 
     def change(self, attention: AttentionCall) -> Any:
-        """Return `softmax(mean(Q) K^T) V`."""
-        return attention.mean_queries()
+        """Return the attention of blurred queries."""
+        return attention.blurred_queries(self._blurred)
+
+    def _blurred(self, tokens: Tensor) -> Tensor:
+        """Blur `(..., tokens, channels)`."""
+        if self.sigma is None:
+            return tokens.mean(-2, keepdim=True).expand_as(tokens)
+        total = tokens.shape[-2]
+        height, width = (self.height or math.isqrt(total)), (self.width or math.isqrt(total))
+        if total % (height * width) or (self.height is None and height * width != total):
+            side = next(n for n in range(math.isqrt(total), 0, -1) if total % n == 0)
+            like = dataclasses.replace(self, height=side, width=total // side)
+            raise BlockError(
+                f"{self} blurs within frames, and {total} tokens are "
+                + ("no square" if self.height is None else f"no whole number of frames of {height} x {width}")
+                + f". Say how many tokens the columns and rows of a frame have, such as {like}."
+            )
+        return gaussian_blur(tokens.unflatten(-2, (-1, height, width)), self.sigma).flatten(-4, -2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +199,56 @@ class Shuffled(Perturbation):
 
 
 @dataclasses.dataclass(frozen=True)
+class Isolated(Perturbation):
+    """Let a block's streams not attend to each other, video not to audio nor audio to video; text they go on to see.
+
+    Source: LTX-2's modality guidance, `isolate_modalities` of diffusers.
+    """
+
+    name = "isolated"
+    needs = "streams"
+    is_of_model = True
+    verb = "isolates the streams of"
+
+    def __call__(self, call: LayerCall) -> Any:
+        """Compute the layer with the attention between its streams giving zero."""
+        return call.isolation.run(call.streams, call.forward, call.args, call.kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout(Perturbation):
+    """Compute a layer, and drop a part of the channels of its tokens, `z -> z * m / (1 - p)` with m 0 at the part p.
+
+    Name a block, or the attention or feed-forward network in it. m depends on the layer's name and on
+    `torch.manual_seed`. It is the same for all rows and in every call, and the caller's random state is not used.
+
+    Source: the option `dropout` of diffusers' `LayerSkipConfig`, which draws m anew in each call.
+    """
+
+    name = "dropout"
+    needs = "layer"
+    mixes_tokens = True
+    p: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check the value."""
+        if not (_is_number(self.p) and 0 < self.p < 1):
+            raise SettingError(f"{self}: expected a part p between 0 and 1. mode='residual' leaves out whole blocks.")
+
+    def __call__(self, call: LayerCall) -> Any:
+        """Compute the layer and drop a part of its output."""
+        seed = (torch.initial_seed() + zlib.crc32(call.name.encode())) % 2**63
+        return objects.map_tensors(lambda leaf: self._dropped(leaf, seed), call.compute())
+
+    def _dropped(self, output: Tensor, seed: int) -> Tensor:
+        if not output.is_floating_point() or output.ndim < 2:
+            return output
+        generator = torch.Generator(output.device).manual_seed(seed)
+        kept = torch.rand(output.shape[1:], generator=generator, device=output.device) >= self.p
+        return torch.where(kept, output / (1 - self.p), 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Custom(Perturbation):
     """A function of the user's, which may do anything with any layer. Equal for the same function, and hashable."""
 
@@ -235,6 +264,14 @@ class Custom(Perturbation):
     def __str__(self) -> str:
         """Write what was passed."""
         return "the function passed as mode"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _counts(value: object) -> bool:
+    return type(value) is int and value > 0
 
 
 def _computed_apart(call: LayerCall) -> Any:
@@ -266,7 +303,10 @@ def _token_stream(call: LayerCall) -> Tensor:
 
 MODES: dict[str, Perturbation] = {
     mode.name: mode
-    for mode in (Residual(), Attention(), Values(), AttentionInput(), FeedForward(), Smoothed(), Shuffled())
+    for mode in (
+        *(Residual(), Attention(), Values(), AttentionInput(), FeedForward(), Smoothed(), Shuffled(), Isolated()),
+        Dropout(),
+    )
 }
 
 
@@ -285,13 +325,14 @@ def find_mode(mode: str | Mode) -> Perturbation:
     """Look up a mode by name; a callable is a mode already.
 
     Args:
-        mode: a name among `MODES`, or a callable that takes a `LayerCall` and returns what the layer should return.
+        mode: a name among `MODES`, with values such as `"smoothed(sigma=10)"`, or a callable that takes a `LayerCall`
+            and returns what the layer should return.
 
     Returns:
         The mode.
 
     Raises:
-        SettingError: an unknown name, or something that is neither a name nor a callable.
+        SettingError: an unknown name or value, or something that is neither a name nor a callable.
     """
     found: Any = named("mode", mode, MODES, ELSEWHERE)
     if isinstance(found, Perturbation):
@@ -301,3 +342,11 @@ def find_mode(mode: str | Mode) -> Perturbation:
     except TypeError:  # its values may change: its bound method is equal only to that of the same object
         found = found.__call__
     return Custom(found)
+
+
+def check_one_mode(layers: object, mode: str | Mode) -> None:
+    """Raise where a mode is given beside layers that have one each."""
+    if isinstance(layers, Mapping) and find_mode(mode) != MODES["residual"]:
+        raise SettingError(
+            f"layers={{...}} gives each layer its mode, and {find_mode(mode)} is another one. Leave mode out."
+        )

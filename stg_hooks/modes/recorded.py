@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from stg_hooks.errors import CallError
 from stg_hooks.model import objects
-from stg_hooks.model.layers import Run, find_layers, is_attention, remember
+from stg_hooks.model.attention import is_attention
+from stg_hooks.model.layers import Run, find_layers, remember
 from stg_hooks.modes.kernels import seeing
 
 _ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)

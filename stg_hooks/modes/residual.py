@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import BlockError
 from stg_hooks.model import objects
+from stg_hooks.model.attention import attention_modules, is_attention, is_bare_attention
 from stg_hooks.model.facts import stated
-from stg_hooks.model.layers import attention_modules, is_attention, is_bare_attention
 from stg_hooks.model.source import (
     bound_arguments,
     class_forward,

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, get_args
 from torch import nn
 
 from stg_hooks.errors import LayerError, SettingError, closest
-from stg_hooks.model.layers import Layer, attention_modules, is_attention
+from stg_hooks.model.attention import attention_modules, is_attention
+from stg_hooks.model.layers import Layer
 from stg_hooks.model.source import signature_text
 from stg_hooks.modes.feed_forward import feed_forwards
 from stg_hooks.modes.frames import Kind, kinds_of, temporal_lines
+from stg_hooks.modes.isolation import may_be_isolated
 
 if TYPE_CHECKING:
-    from stg_hooks.modes.modes import Needs, Perturbation
+    from stg_hooks.modes.perturbation import Needs, Perturbation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Site:
     """The layers that were asked for in it: itself, or attention inside."""
     targets: tuple[tuple[str, nn.Module], ...]
     """The attention modules inside that are replaced by an attention mode, with their full names."""
+    mode: Perturbation
 
 
 def check_kind(kind: object) -> None:
@@ -36,8 +39,27 @@ def check_kind(kind: object) -> None:
         raise SettingError(f"unknown kind={kind!r}; choose from {names}.{closest(str(kind), get_args(Kind))}")
 
 
+def check_layers_given(layers: object, mode: Perturbation) -> None:
+    """Raise `SettingError` where layers are left out with a mode that is not meant for a whole model."""
+    if layers is None and not mode.is_of_model:
+        raise SettingError(f"{mode} needs layers, for example layers=[-2]; stg.layers(...) lists them.")
+
+
+def all_for(model: nn.Module, mode: Perturbation, known: Sequence[Layer]) -> list[int]:
+    """Number the layers of a model that a mode can act in, where none are named.
+
+    Raises:
+        LayerError: there are none.
+    """
+    found = [layer.index for layer in known if layer.index is not None and _has(layer, mode.needs)]
+    if not found:
+        kinds = ", ".join(dict.fromkeys(layer.block for layer in known)) or "no blocks"
+        raise LayerError(f"{mode} {mode.verb} blocks, and {type(model).__name__} has none that fit it ({kinds}).")
+    return found
+
+
 def find_sites(
-    model: nn.Module, layers: Sequence[Layer], mode: Perturbation, kind: Kind | None, blocks: Sequence[Layer]
+    model: nn.Module, chosen: Sequence[tuple[Layer, Perturbation]], kind: Kind | None, blocks: Sequence[Layer]
 ) -> list[Site]:
     """Find the modules in which a mode acts, and check that it can.
 
@@ -46,35 +68,57 @@ def find_sites(
 
     Args:
         model: the module that holds the layers.
-        layers: the layers that were asked for.
-        mode: what `find_mode` returned.
+        chosen: the layers that were asked for, each with its mode.
         kind: only attention within frames (`"spatial"`) or across them (`"temporal"`).
         blocks: all layers of the model.
 
     Returns:
-        Sites, none inside another, in the order of `layers`.
+        Sites, none inside another, in the order of `chosen`.
 
     Raises:
         LayerError: a layer that cannot be skipped in this mode, has no attention of this kind, or lies in another one.
         SettingError: an unknown kind, or a kind with a mode that does not concern attention.
     """
     check_kind(kind)
+    layers = [layer for layer, _ in chosen]
     _check_nesting(layers)
-    if kind is not None and mode.needs not in ("attention", "anything"):
-        names = _modes(lambda needs: needs == "attention")
-        raise SettingError(
-            f"kind={kind!r} chooses among the attention of a layer, which {mode} does not change. Choose from {names}."
-        )
+    for mode in dict.fromkeys(mode for _, mode in chosen):
+        if kind is not None and mode.needs not in ("attention", "anything"):
+            names = _modes(lambda needs: needs == "attention")
+            raise SettingError(
+                f"kind={kind!r} chooses among the attention of a layer, which {mode} does not change. Choose from "
+                f"{names}."
+            )
     if kind is not None:
         _check_factorised(model, layers, kind)
     sites: dict[int, Site] = {}
-    for layer in layers:
+    for layer, mode in chosen:
         targets = _targets(model, layer, kind)
         _check_mode(model, layer, targets, mode, kind)
         module = _enclosing(blocks, layer).module if mode.needs == "attention" else layer.module
-        site = sites.get(id(module), Site(module, (), ()))
-        sites[id(module)] = Site(module, (*site.layers, layer), (*site.targets, *targets))
-    return list(sites.values())
+        site = sites.get(id(module), Site(module, (), (), mode))
+        if site.mode != mode:
+            raise LayerError(
+                f"{site.layers[0].name!r} and {layer.name!r} are attention of one block: give both the same mode, not "
+                f"{site.mode.spelling!r} and {mode.spelling!r}."
+            )
+        sites[id(module)] = Site(module, (*site.layers, layer), (*site.targets, *targets), mode)
+    _check_apart([*sites.values()])
+    return [*sites.values()]
+
+
+def _check_apart(sites: Sequence[Site]) -> None:
+    """Raise where one mode changes a block and another one something inside that block."""
+    if len({site.mode for site in sites}) < 2:
+        return
+    for outer in sites:
+        inside = {id(module) for module in outer.module.modules()}
+        for inner in sites:
+            if inner is not outer and id(inner.module) in inside:
+                raise LayerError(
+                    f"{outer.layers[0].name!r} with {outer.mode} and {inner.layers[0].name!r} with {inner.mode} are in "
+                    "one block: give one of them, or use a function as the mode of the block."
+                )
 
 
 def _targets(model: nn.Module, layer: Layer, kind: Kind | None) -> tuple[tuple[str, nn.Module], ...]:
@@ -111,7 +155,7 @@ def _check_mode(
     model: nn.Module, layer: Layer, targets: Sequence[tuple[str, nn.Module]], mode: Perturbation, kind: Kind | None
 ) -> None:
     asked = f"layers=[{layer.name!r}]"
-    if mode.needs in ("block", "feed-forward") and not _has(layer, "block"):
+    if mode.needs in ("block", "feed-forward", "streams") and not _has(layer, "block"):
         block = layer.name.rpartition(".")[0]
         raise LayerError(
             f"{asked}: {mode} {mode.verb} whole blocks, and this is an attention module inside one. Did you mean "
@@ -120,6 +164,12 @@ def _check_mode(
     if mode.needs == "feed-forward" and not _has(layer, "feed-forward"):
         raise LayerError(
             f"{asked}: {layer.block} has no feed-forward network to silence. It can have {_possible(layer)}."
+        )
+    if mode.needs == "streams" and not _has(layer, "streams"):
+        raise LayerError(
+            f"{asked}: {layer.block} has no two streams with attention between them for {mode}. It can have "
+            f"{_possible(layer)}.\n"
+            f"  it is:    {layer.block}.forward{signature_text(layer.module)}"
         )
     if mode.needs != "attention":
         return
@@ -165,7 +215,9 @@ def _has(layer: Layer, needs: Needs) -> bool:
         return is_attention(layer.module) or bool(layer.attention)
     if needs == "feed-forward":
         return is_whole and bool(feed_forwards(layer.module))
-    return is_whole or needs == "anything"
+    if needs == "streams":
+        return is_whole and may_be_isolated(layer.module)
+    return is_whole or needs in ("layer", "anything")
 
 
 def _possible(layer: Layer) -> str:

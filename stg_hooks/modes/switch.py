@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,13 +13,16 @@ from torch import nn
 from stg_hooks.errors import CallError, LayerError
 from stg_hooks.hooks.checkpointing import checkpointed, skipped_in
 from stg_hooks.hooks.forward import Action, Patch, now, patched
-from stg_hooks.model.layers import Layer, LayerSpec, find_layers, resolve
+from stg_hooks.model.layers import Layer, find_layers
+from stg_hooks.model.resolve import LayerSpec, resolve
 from stg_hooks.modes.attention import AttentionSeam
-from stg_hooks.modes.feed_forward import FeedForwards
+from stg_hooks.modes.feed_forward import FeedForwards, Silence
 from stg_hooks.modes.frames import Kind
-from stg_hooks.modes.modes import LayerCall, Mode, Perturbation, find_mode
+from stg_hooks.modes.isolation import Isolation
+from stg_hooks.modes.modes import MODES, check_one_mode, find_mode
+from stg_hooks.modes.perturbation import LayerCall, Mode, Perturbation
 from stg_hooks.modes.residual import Streams
-from stg_hooks.modes.sites import Site, find_sites
+from stg_hooks.modes.sites import Site, all_for, check_layers_given, find_sites
 from stg_hooks.modes.text_tokens import TextTokens
 from stg_hooks.modes.token_probe import Looks
 
@@ -30,7 +33,7 @@ class Switch:
     def __init__(
         self,
         model: nn.Module,
-        layers: LayerSpec,
+        layers: LayerSpec | None,
         mode: str | Mode,
         kind: Kind | None = None,
         known: list[Layer] | None = None,
@@ -40,46 +43,60 @@ class Switch:
         Args:
             model: the module that holds the layers.
             layers: what to skip, as for `skip`.
-            mode: what a skipped layer does instead, as for `skip`.
+            mode: what a skipped layer does instead, as for `skip`, where `layers` does not say it of each.
             kind: which attention of factorised layers, as for `skip`.
             known: all layers of the model, where they have been found already.
         """
-        self.mode = find_mode(mode)
         self._model = model
         self._kind = kind
         known = find_layers(model) if known is None and isinstance(model, nn.Module) else known
-        self.layers: list[Layer] = resolve(model, layers, known)
-        self._sites = find_sites(model, self.layers, self.mode, kind, known or ())
+        chosen = _chosen(model, layers, find_mode(mode), known)
+        self.layers: list[Layer] = [layer for layer, _ in chosen]
+        self._sites = find_sites(model, chosen, kind, known or ())
+        self._modes = [site.mode for site in self._sites]
         self.modules = [site.module for site in self._sites]
         """The modules that differ in the weak pass: the layers, or the blocks around perturbed attention."""
-        _check_tokens_are_whole(model, self._sites, self.mode)
-        self._changes_attention = self.mode.needs in ("attention", "anything")
+        _check_tokens_are_whole(model, self._sites)
+        self._changes_attention = any(mode.needs in ("attention", "anything") for mode in self._modes)
         self._looks = Looks(model) if self._changes_attention else None
         self._seams = [self._seam(site) for site in self._sites]
         self._feed_forwards = [FeedForwards(module) for module in self.modules]
+        self._isolations = [Isolation(module) for module in self.modules]
         self._reached = {id(module): _Reached() for module in self.modules}
-        parts = zip(self.modules, self._seams, self._feed_forwards, strict=True)
-        self.actions = {id(module): self._action(module, seam, networks) for module, seam, networks in parts}
+        parts = zip(self._sites, self._seams, self._feed_forwards, self._isolations, strict=True)
+        self.actions = {id(of_site[0].module): self._action(*of_site) for of_site in parts}
         """What the modules do instead, by `id`."""
         self._patches: list[Patch] = []
 
     @property
+    def is_custom(self) -> bool:
+        """Whether a mode of the user's decides what layers do."""
+        return any(type(mode) not in map(type, MODES.values()) for mode in self._modes)
+
+    @property
     def is_bypass(self) -> bool:
-        """Whether the layers are not computed at all."""
-        return self.mode.is_bypass
+        """Whether none of the layers is computed at all."""
+        return all(mode.is_bypass for mode in self._modes)
+
+    @property
+    def bypassed(self) -> list[nn.Module]:
+        """The modules that are not computed at all."""
+        return [site.module for site in self._sites if site.mode.is_bypass]
 
     def _seam(self, site: Site) -> AttentionSeam:
         named = {layer.name for layer in site.layers}
-        text = TextTokens(self._looks) if self._looks is not None and self.mode.sees_text else None
+        text = TextTokens(self._looks) if self._looks is not None and site.mode.sees_text else None
         return AttentionSeam(site.module, site.targets, text, named)
 
-    def _action(self, module: nn.Module, seam: AttentionSeam, feed_forwards: FeedForwards) -> Action:
-        streams, mode, reached = Streams(module), self.mode, self._reached[id(module)]
+    def _action(self, site: Site, seam: AttentionSeam, feed_forwards: FeedForwards, isolation: Isolation) -> Action:
+        module, mode, name = site.module, site.mode, site.layers[0].name
+        streams, reached = Streams(module), self._reached[id(module)]
         memory: dict[str, Any] = {}
 
         def action(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             reached.yet = reached.now = True
-            return mode(LayerCall(module, args, kwargs, streams, forward, seam, feed_forwards, memory))
+            call = LayerCall(module, args, kwargs, streams, forward, seam, feed_forwards, isolation, memory, name)
+            return mode(call)
 
         return action
 
@@ -107,11 +124,11 @@ class Switch:
         self.check_same()
         with ExitStack() as stack:
             self._patches = [stack.enter_context(patched(module)) for module in self.modules]
-            if self.mode.needs == "feed-forward":
-                for networks in self._feed_forwards:
-                    stack.enter_context(networks.installed())
-            if self._changes_attention:
-                for seam in self._seams:
+            silenced: dict[str, Sequence[Silence]] = {"feed-forward": self._feed_forwards, "streams": self._isolations}
+            for number, (mode, seam) in enumerate(zip(self._modes, self._seams, strict=True)):
+                if mode.needs in silenced:
+                    stack.enter_context(silenced[mode.needs][number].installed())
+                if mode.needs in ("attention", "anything"):
                     stack.enter_context(seam.installed())
             if self._looks is not None:
                 stack.enter_context(self._looks.installed())
@@ -175,7 +192,11 @@ class Switch:
     @property
     def key(self) -> Hashable:
         """What is equal for switches that do the same to the same layers."""
-        return self.mode, self._kind, tuple(layer.name for layer in self.layers)
+        return self._kind, tuple((site.mode, tuple(layer.name for layer in site.layers)) for site in self._sites)
+
+    def described(self) -> list[tuple[str, str]]:
+        """Name the layers, each with its mode, for other processes."""
+        return [(layer.name, str(site.mode)) for site in self._sites for layer in site.layers]
 
     def complaint(self, equal: int, calls: int) -> str | None:
         """Say that the layers were not called, or that skipping them changed nothing, and why that may be.
@@ -196,7 +217,8 @@ class Switch:
         if self.is_bypass:
             cause = "the block adds nothing (untrained, or its gate is zero), or nothing uses what it returns"
         else:
-            cause = f"what {self.mode} changes adds nothing there (untrained, or its gate is zero)"
+            modes = " or ".join(dict.fromkeys(map(str, self._modes)))
+            cause = f"what {modes} changes adds nothing there (untrained, or its gate is zero)"
         where = "" if equal == calls else f" in {equal} of {calls} guided calls"
         return (
             f"skipping {names} changed nothing{where}: the weak prediction equals cond bit for bit. Most likely "
@@ -221,21 +243,39 @@ class _Reached:
     now: bool = False
 
 
-def _check_tokens_are_whole(model: nn.Module, sites: Sequence[Site], mode: Perturbation) -> None:
+def _chosen(
+    model: nn.Module, layers: object, mode: Perturbation, known: list[Layer] | None
+) -> list[tuple[Layer, Perturbation]]:
+    """Find the layers that were asked for, in running order, each with its mode."""
+    check_layers_given(layers, mode)
+    if not isinstance(layers, Mapping):
+        spec = all_for(model, mode, known or ()) if layers is None else layers
+        return [(layer, mode) for layer in resolve(model, spec, known)]
+    check_one_mode(layers, mode)
+    pairs = [(layer, find_mode(own)) for spec, own in layers.items() for layer in resolve(model, spec, known)]
+    found: dict[str, Perturbation] = {}
+    for layer, own in pairs:
+        if found.setdefault(layer.name, own) != own:
+            raise LayerError(f"layers= gives {layer.name!r} two modes: {found[layer.name]} and {own}. Leave one out.")
+    return [(layer, found[layer.name]) for layer in resolve(model, list(layers), known)]
+
+
+def _check_tokens_are_whole(model: nn.Module, sites: Sequence[Site]) -> None:
     """Raise where context parallelism (of diffusers) would make a skip do something else than on one device."""
     splits = {id(m) for m in model.modules() if any(name.startswith("cp_") for name in _hook_names(m))}
     if not splits:
         return
-    if mode.mixes_tokens:
-        raise LayerError(
-            f"{mode} mixes all tokens, of which context parallelism gives each device a part. Use 'residual'."
-        )
-    for layer in (layer for site in sites for layer in site.layers):
-        if mode.is_bypass and id(layer.module) in splits:
+    for site in sites:
+        if site.mode.mixes_tokens:
             raise LayerError(
-                f"layer {layer.name!r} cannot be skipped: at its entrance context parallelism splits the tokens over "
-                "devices. Choose another layer: stg.layers(model)."
+                f"{site.mode} mixes all tokens, of which context parallelism gives each device a part. Use 'residual'."
             )
+        for layer in site.layers:
+            if site.mode.is_bypass and id(layer.module) in splits:
+                raise LayerError(
+                    f"layer {layer.name!r} cannot be skipped: at its entrance context parallelism splits the tokens "
+                    "over devices. Choose another layer: stg.layers(model)."
+                )
 
 
 def _phrase(module: nn.Module | None) -> str:

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from torch.utils import _pytree as pytree
 from stg_hooks.hooks.checkpointing import checkpointed
 from stg_hooks.hooks.forward import Action, Patch, pushed
 from stg_hooks.model.source import is_positional
+from stg_hooks.passes.context import Context
+from stg_hooks.passes.guided_call import GuidedCall, weak_pass
+from stg_hooks.passes.outputs import predictions, replace_predictions
 from stg_hooks.passes.rows import Indices, count_of, cut, map_arguments, row_factor
 
 
@@ -81,11 +85,11 @@ class BatchedPass:
         with pushed(patches, [self._action(unit) for unit in self._units]):
             yield
 
-    def split(self, predictions: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """Split predictions into the call's own rows and, for each branch, the weak ones."""
-        if any(prediction.shape[:1] != (self._total,) for prediction in predictions) or not all(self._started):
+    def split(self, found: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Split what was predicted into the call's own rows and, for each branch, the weak ones."""
+        if any(prediction.shape[:1] != (self._total,) for prediction in found) or not all(self._started):
             raise RowsError
-        parts = [[prediction[group.rows] for prediction in predictions] for group in self._groups]
+        parts = [[prediction[group.rows] for prediction in found] for group in self._groups]
         return parts[0], parts[1:]
 
     def _action(self, unit: nn.Module) -> Action:
@@ -159,3 +163,52 @@ class BatchedPass:
                     parts.append(next(later) if group in computed else cut(base, self._cond, self._batch, folded))
             joined.append(torch.cat(parts))
         return joined[0] if spec is None else pytree.tree_unflatten(joined, spec)
+
+
+class BatchedPasses:
+    """Makes calls together with their weak passes, and finds out whether that gives what two passes do."""
+
+    def __init__(self, context: Context) -> None:
+        """Take what all passes of the denoiser work with."""
+        self._of = context
+
+    def cond_pass(self, call: GuidedCall, batch: int, cond: Indices) -> Any:
+        """Make a call with the rows of all branches; leave the weak predictions in it.
+
+        Args:
+            call: the call.
+            batch: number of its rows.
+            cond: which of them are conditional.
+
+        Returns:
+            What the denoiser returns, with the call's own rows only.
+
+        Raises:
+            RowsError: rows cannot be told apart.
+        """
+        output, not_run = self._pass(call, batch, cond)
+        for branch, units in enumerate(not_run):
+            self._of.count(branch, units)
+        return output
+
+    def _pass(self, call: GuidedCall, batch: int, cond: Indices) -> tuple[Any, list[list[int]]]:
+        units = self._of.units
+        once = BatchedPass([switch.actions for switch in self._of.switches], batch, cond, units.batched)
+        args, kwargs = once.arguments(*call.inputs.again(), self._of.names)
+        with once.running(units.patches(units.batched)):
+            output = call.denoiser(*args, **kwargs)
+        own, call.weaks = once.split(predictions(output))
+        return replace_predictions(output, own), once.not_run
+
+    def compare(
+        self, call: GuidedCall, batch: int, cond: Indices, own: list[Tensor], weaks: list[list[Tensor]]
+    ) -> None:
+        """Make a call once more in one pass: some models let rows influence each other."""
+        try:
+            with self._of.transactions.transaction(call), weak_pass():
+                again = predictions(self._pass(call, batch, cond)[0])
+            if not self._of.agree([*again, *chain(*(call.weaks or []))], [*own, *chain(*weaks)]):
+                raise RowsError("rows influence each other, or were cut wrongly")
+            self._of.found.known[call.layout].in_one_pass = True
+        except Exception as error:
+            self._of.ways.stop_batching(error)

@@ -59,13 +59,13 @@ class Caches:
             self.found.begin_pass()
 
     def apart(
-        self, who: object, perturbed: Collection[nn.Module] = (), bypassed: bool = True
+        self, key: object, perturbed: Collection[nn.Module] = (), bypassed: bool = True
     ) -> AbstractContextManager[object]:
         """Keep calls of the denoiser away from what other passes keep, within a `with`.
 
         Args:
-            who: makes one such call with each of the other passes.
+            key: tells these calls from others; one goes with each of the other passes.
             perturbed: the modules that are perturbed in it.
             bypassed: whether they are not computed at all.
         """
-        return nullcontext() if self.found is None else self.found.apart(who, perturbed, bypassed)
+        return nullcontext() if self.found is None else self.found.apart(key, perturbed, bypassed)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from stg_hooks.passes.shared import Layout
+if TYPE_CHECKING:
+    from stg_hooks.passes.repetition import Outline
+
 
 _AT_ONCE = 8
 
@@ -17,7 +20,7 @@ _AT_ONCE = 8
 class KnownLayout:
     """What is known about the calls of one layout."""
 
-    prefix: Layout
+    prefix: Outline
     draws: bool
     """Such calls draw random numbers, after the prefix."""
     in_one_pass: bool = False

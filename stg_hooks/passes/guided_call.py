@@ -16,7 +16,7 @@ from stg_hooks.passes.inputs import Inputs
 from stg_hooks.passes.rows import Rows, leaves_of
 
 if TYPE_CHECKING:
-    from stg_hooks.passes.shared import Prefix
+    from stg_hooks.passes.prefix import Prefix
     from stg_hooks.passes.state import Snapshot
 
 
@@ -58,7 +58,7 @@ def checking() -> Iterator[None]:
         _LOCAL.is_checking = before
 
 
-Arguments: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+CutArguments: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 @dataclasses.dataclass
@@ -70,7 +70,7 @@ class GuidedCall:
     rows: Rows | None
     """Its cond rows; `None` where all are."""
     layout: Hashable = None
-    cut: Arguments | None = None
+    cut: CutArguments | None = None
     """Takes the arguments of the call, and returns those of its cond rows; where the host knows that better."""
     prefix: Prefix | None = None
     cond: Sequence[Tensor] = ()

@@ -20,8 +20,9 @@ from stg_hooks.modes.modes import find_mode
 from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.caches import Caches
 from stg_hooks.passes.execution import Execution
-from stg_hooks.passes.guided_call import Arguments, in_weak_pass
-from stg_hooks.passes.rows import Rows, first_batch, own_predictions, replace_predictions
+from stg_hooks.passes.guided_call import CutArguments, in_weak_pass
+from stg_hooks.passes.outputs import own_predictions, replace_predictions
+from stg_hooks.passes.rows import Rows, first_batch
 
 _SPARE = 8
 
@@ -94,7 +95,7 @@ class Predictor:
         kwargs: Mapping[str, Any] | None = None,
         *,
         rows: slice | Sequence[int] | Sequence[bool] | Tensor | None = None,
-        weak_call: Arguments | None = None,
+        weak_call: CutArguments | None = None,
     ) -> tuple[Any, list[list[Tensor]]]:
         """Make a call of the denoiser, and the weak predictions of its cond rows; inside `installed`.
 
@@ -138,7 +139,7 @@ class Predictor:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         rows: Rows | None = None,
-        cut: Arguments | None = None,
+        cut: CutArguments | None = None,
         is_comparable: bool = True,
     ) -> Predicted:
         """Make a call, and the weak predictions of some branches.
@@ -191,7 +192,7 @@ class Predictor:
         for settings in known:
             if settings.active:
                 self.make(settings.active)
-            for branch in settings.branches:
+            for branch in settings.parts:
                 if not any(branch is active for active in settings.active):
                     Switch(self._model, branch.layers, branch.mode, branch.kind)
         self._prepared = frozenset(self._made)

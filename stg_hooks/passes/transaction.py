@@ -12,7 +12,7 @@ from torch import nn
 from stg_hooks.errors import CallError, StgWarning
 from stg_hooks.hooks.compiled import is_compiled
 from stg_hooks.hooks.forward import Action, patched, pushed
-from stg_hooks.model.layers import is_attention
+from stg_hooks.model.attention import is_attention
 from stg_hooks.passes.effects import Randomness
 from stg_hooks.passes.guided_call import GuidedCall
 from stg_hooks.passes.state import Copies, Kept, Snapshot

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dis
 import functools
 import inspect
 import itertools
-import operator
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from stg_hooks.hooks.compiled import is_compiled
 from stg_hooks.passes.effects import NO_STATE
+from stg_hooks.passes.holders import Attributes, Globals, Holder, Items, Named
 
 # What these keep is not what a prediction depends on, or is put right by themselves.
 KNOWN_LIBRARIES = {
@@ -37,101 +36,6 @@ NUMBERS = (int, float, complex, str, bytes, bool, type(None))
 STATELESS = (*NUMBERS, nn.Module, nn.Parameter, type, types.ModuleType, torch.dtype, torch.device)
 _DEPTH = 12
 _HOLDERS = 20_000
-MISSING = object()
-
-Contents = dict[Any, Any]
-
-
-class Attributes:
-    """A dictionary, or the attributes of an object or a module."""
-
-    def __init__(self, mapping: dict[Any, Any], apart: Iterable[str] = ()) -> None:
-        self.mapping, self.apart = mapping, frozenset(apart)
-
-    def getter(self) -> Callable[[dict[Any, Any]], tuple[Any, ...]]:
-        """Return what reads its values as fast as can be."""
-        names = [name for name in list(self.mapping) if name not in self.apart]
-        if len(names) < 2:
-            return operator.itemgetter(names[0], names[0]) if names else _nothing
-        return operator.itemgetter(*names)
-
-    def read(self) -> Contents:
-        """Return what it holds, by name or place."""
-        # In one step: other threads may install something on the same module meanwhile.
-        return {k: v for k, v in dict(self.mapping).items() if k not in self.apart}
-
-    def write(self, contents: Contents) -> None:
-        """Make it hold this again, and nothing else."""
-        for key in [key for key in list(self.mapping) if key not in self.apart and key not in contents]:
-            del self.mapping[key]
-        for key, value in contents.items():
-            self.mapping[key] = value
-
-
-class Named:
-    """Some attributes of an object: of a closure's cell, a class, an object with slots, a module of Python."""
-
-    def __init__(self, owner: object, names: tuple[str, ...]) -> None:
-        self.owner, self.names = owner, names
-
-    def values(self) -> list[Any]:
-        """List what it holds."""
-        return [_get(self.owner, name) for name in self.names]
-
-    def read(self) -> Contents:
-        """Return what it holds, by name or place."""
-        return dict(zip(self.names, self.values(), strict=True))
-
-    def write(self, contents: Contents) -> None:
-        """Make it hold this again, and nothing else."""
-        for name, value in contents.items():
-            if value is MISSING:
-                if _get(self.owner, name) is not MISSING:
-                    delattr(self.owner, name)
-            else:
-                setattr(self.owner, name, value)
-
-
-class Globals(Named):
-    """Some names of a Python module."""
-
-    owner: dict[str, Any]
-
-    def values(self) -> list[Any]:
-        """List what it holds."""
-        return [self.owner.get(name, MISSING) for name in self.names]
-
-    def write(self, contents: Contents) -> None:
-        """Make it hold this again, and nothing else."""
-        for name, value in contents.items():
-            if value is MISSING:
-                self.owner.pop(name, None)
-            else:
-                self.owner[name] = value
-
-
-class Items:
-    """A list, a deque or a set."""
-
-    def __init__(self, owner: Any) -> None:
-        self.owner = owner
-
-    def values(self) -> list[Any]:
-        """List what it holds."""
-        return list(self.owner)
-
-    def read(self) -> Contents:
-        """Return what it holds, by name or place."""
-        return dict(enumerate(self.owner))
-
-    def write(self, contents: Contents) -> None:
-        """Make it hold this again, and nothing else."""
-        self.owner.clear()
-        add = self.owner.update if isinstance(self.owner, set) else self.owner.extend
-        add(contents.values())
-
-
-Holder = Attributes | Named | Items
 
 
 class Walk:
@@ -303,35 +207,6 @@ def replaced_forward(module: nn.Module) -> Any:
     return None if library_of(function) in KNOWN_LIBRARIES or library_of(function) == "diffusers" else found
 
 
-def may_alter(hook: Any) -> bool:
-    """Tell whether a hook may return something, or write into what it is given, by its code."""
-    function = getattr(hook, "__func__", hook)
-    code = getattr(function if hasattr(function, "__code__") else type(function).__call__, "__code__", None)
-    if code is None:
-        return True
-    steps = [step for step in dis.get_instructions(code) if step.opname not in ("RESUME", "PRECALL", "CACHE")]
-    returns = [i for i, step in enumerate(steps) if step.opname.startswith("RETURN_")]
-    results = [i for i in returns if _value_of(steps[i]) and not (i and _is_none(steps[i - 1]))]
-    methods = [step.argval for step in steps if step.opname in ("LOAD_METHOD", "LOAD_ATTR")]
-    if len(returns) == 1 and methods and methods[0] in _COLLECTS and not any(step.is_jump_target for step in steps):
-        results = []  # `lambda *call: seen.append(...)`
-    # Writes go by torch's names for them, or by an index.
-    names = [step.argval for step in steps if isinstance(step.argval, str)]
-    writes = any(name.endswith("_") and not name.endswith("__") for name in names)
-    return bool(results) or writes or any(step.opname == "STORE_SUBSCR" for step in steps)
-
-
-_COLLECTS = ("append", "appendleft", "extend", "add", "update", "clear", "insert", "discard")
-
-
-def _is_none(step: dis.Instruction) -> bool:
-    return step.opname == "LOAD_CONST" and step.argval is None
-
-
-def _value_of(step: dis.Instruction) -> bool:
-    return step.opname != "RETURN_CONST" or step.argval is not None
-
-
 def _mark(module: nn.Module) -> Hashable:
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     others = tuple(serial(hook) for hook in hooks if library_of(getattr(hook, "func", hook)) != "stg_hooks")
@@ -369,10 +244,6 @@ def _unwrapped(function: Any) -> Any:
     return getattr(function, "__wrapped__", None)
 
 
-def _nothing(_: object) -> tuple[Any, ...]:
-    return ()
-
-
 _OWN_ATTRIBUTES: dict[type, set[str]] = {}
 
 
@@ -407,10 +278,3 @@ def _globals_of(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _globals_of(constant)
-
-
-def _get(owner: object, name: str) -> Any:
-    try:
-        return getattr(owner, name)
-    except (AttributeError, ValueError):
-        return MISSING

@@ -13,9 +13,11 @@ from stg_hooks.guidance.settings import Branch
 from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.execution import Execution
 from stg_hooks.passes.guided_call import GuidedCall, weak_pass
+from stg_hooks.passes.outputs import own_predictions
 from stg_hooks.passes.predict import Predictor
-from stg_hooks.passes.rows import is_prediction, own_predictions
-from stg_hooks.ranks.link import Ranks, samples_of
+from stg_hooks.passes.rows import is_prediction
+from stg_hooks.ranks.link import Ranks
+from stg_hooks.ranks.messages import samples_of
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 ArgumentsOf: TypeAlias = Callable[[bool], Arguments]
@@ -143,14 +145,14 @@ class Share:
 
     def _weak(self, job: int, denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self._execution is not None
-        return self._execution.full_pass(self._weak_jobs.index(job), denoiser, args, kwargs)
+        return self._execution.full.plain(self._weak_jobs.index(job), denoiser, args, kwargs)
 
     def _described(self) -> list[object]:
         if not self._branches:
             return []
         switches = self._predictor.of(self._branches).switches
         return [
-            ([layer.name for layer in switch.layers], branch.mode, branch.kind, branch.scale)
+            (switch.described(), branch.kind, branch.scale)
             for switch, branch in zip(switches, self._branches, strict=True)
         ]
 

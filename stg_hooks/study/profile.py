@@ -16,7 +16,8 @@ from stg_hooks.guidance.settings import Branch
 from stg_hooks.guider import Guider
 from stg_hooks.hooks import activation
 from stg_hooks.hosts import Host, ModuleHost, pipeline_host
-from stg_hooks.model.layers import Layer, LayerSpec, find_layers, resolve
+from stg_hooks.model.layers import Layer, find_layers
+from stg_hooks.model.resolve import LayerSpec, resolve
 from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.predict import Predictor
 from stg_hooks.session import Session

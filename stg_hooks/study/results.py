@@ -18,6 +18,7 @@ PROFILE_FILE = "profile.json"
 SWEEP_FILE = "sweep.json"
 CELLS = "cells"
 CELL_FILE = "cell.json"
+SETTINGS_FILE = "settings.json"
 BASELINE = "baseline"
 """The id of the cell that holds the plain pipeline's samples."""
 
@@ -129,6 +130,11 @@ class Cell:
     code: str
     samples: tuple[Sample, ...]
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `apply` is given for it, as in its `settings.json`; the baseline skips no layers."""
+        return settings_of((self.layers, self.mode, self.scale))
+
     @classmethod
     def load(cls, folder: Path) -> Cell:
         """Read a cell's folder.
@@ -206,6 +212,12 @@ def cell_id(layers: Sequence[int | str], mode: str, scale: float) -> str:
     return f"{mode}-L{'+'.join(map(str, layers))}-s{scale!r}" if layers else BASELINE
 
 
+def settings_of(place: Place) -> dict[str, Any]:
+    """Return what `apply` is given for a cell."""
+    layers, mode, scale = place
+    return {"layers": list(layers), "scale": scale, "mode": mode}
+
+
 def write_json(path: Path, data: Any) -> Path:
     """Write a file whole or not at all, with `null` for numbers that are not finite.
 
@@ -243,7 +255,7 @@ def read_json(path: Path, kind: str | None) -> dict[str, Any]:
         What it holds, without `kind` and `version`.
 
     Raises:
-        ResultsError: it does not exist, is no JSON, or something else wrote it.
+        ResultsError: it does not exist, is not valid JSON, or something else wrote it.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -251,7 +263,7 @@ def read_json(path: Path, kind: str | None) -> dict[str, Any]:
         made = f" stg.{kind}(...) writes it." if kind else ""
         raise ResultsError(f"{path} does not exist.{made}") from None
     except ValueError as error:
-        raise ResultsError(f"{path} is no JSON ({error}). Delete it, and make it again.") from error
+        raise ResultsError(f"{path} is not valid JSON ({error}). Delete it, and make it again.") from error
     if not isinstance(data, dict):
         raise ResultsError(f"{path} holds a {type(data).__name__}, which stg_hooks does not write.")
     found = data.pop("kind", None), data.pop("version", None)

@@ -19,7 +19,7 @@ import torch
 from stg_hooks.apply import apply
 from stg_hooks.errors import SettingError, StgWarning
 from stg_hooks.hosts import denoisers_of
-from stg_hooks.model.layers import LayerSpec
+from stg_hooks.model.resolve import LayerSpec
 from stg_hooks.study import claims, media
 from stg_hooks.study import metrics as measures
 from stg_hooks.study.cost import CallCounter
@@ -27,6 +27,7 @@ from stg_hooks.study.results import (
     BASELINE,
     CELL_FILE,
     CELLS,
+    SETTINGS_FILE,
     SWEEP_FILE,
     VERSION,
     Cell,
@@ -37,6 +38,7 @@ from stg_hooks.study.results import (
     grid,
     mean,
     read_json,
+    settings_of,
     write_json,
 )
 from stg_hooks.study.sampling import Sample as Sampler
@@ -71,7 +73,8 @@ def sweep(
     Each finished cell (one combination, all prompts and seeds) is on disk at once. Called again with the same settings
     and folder, also after it was killed, a sweep goes on where it stopped, and tries failed cells once more. Any number
     of processes on any number of machines may run the same sweep on one common folder: each takes cells that
-    no other has taken, and returns when all of them are made.
+    no other has taken, and returns when all of them are made. A cell's folder holds its samples and `settings.json`:
+    `stg.apply(pipe, **json.load(file))`, or `stg-hooks generate MODEL --settings FILE`.
 
     Args:
         pipe: a diffusers pipeline, or a module, with `sample`.
@@ -185,6 +188,8 @@ class _Run:
             partial.mkdir(parents=True)
             try:
                 cell = self._cell(name, partial, bar)
+                if cell.layers:
+                    write_json(partial / SETTINGS_FILE, cell.settings)
                 write_json(partial / CELL_FILE, dataclasses.asdict(cell))
                 if claim.holds:
                     shutil.rmtree(folder, ignore_errors=True)  # what a crash while deleting may have left
@@ -288,5 +293,4 @@ def _own_number(name: str, metric: measures.Metric, video: Any, prompt: str) -> 
 
 
 def _guidance(pipe: Any, place: Place) -> apply:
-    layers, mode, scale = place
-    return apply(pipe, layers=list(layers), scale=scale, mode=mode)
+    return apply(pipe, **settings_of(place))

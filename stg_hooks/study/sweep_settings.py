@@ -14,7 +14,8 @@ from torch import nn
 
 from stg_hooks.errors import ResultsError, SettingError
 from stg_hooks.hosts import denoisers_of
-from stg_hooks.model.layers import Layer, LayerSpec, find_layers, resolve
+from stg_hooks.model.layers import Layer, find_layers
+from stg_hooks.model.resolve import LayerSpec, resolve
 from stg_hooks.study.results import Place
 from stg_hooks.study.sampling import Sample, default_of, guidance_scale_of, prompts_from, takes_prompt
 

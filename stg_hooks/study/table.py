@@ -10,7 +10,8 @@ from torch import nn
 from stg_hooks.errors import TargetError
 from stg_hooks.guidance.settings import Branch, Published, published_settings
 from stg_hooks.hosts import denoisers_of
-from stg_hooks.model.layers import Layer, find_layers, is_attention
+from stg_hooks.model.attention import is_attention
+from stg_hooks.model.layers import Layer, find_layers
 from stg_hooks.modes.frames import kinds_of
 from stg_hooks.modes.recorded import learn_from_call
 

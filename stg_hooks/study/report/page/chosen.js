@@ -36,6 +36,9 @@ const codeOf = (cell) => {
   return [...imports, "", ...given, cell.code].join("\n");
 };
 
+// For stg.apply(pipe, **json.load(file)), and stg-hooks generate --settings.
+const settingsOf = ({ layers, scale, mode }) => JSON.stringify({ layers, scale, mode });
+
 const showChosen = () => {
   const cell = state.cell;
   byId("chosen-name").textContent = nameOf(cell);
@@ -43,6 +46,8 @@ const showChosen = () => {
   showSample(byId("plain"), plainCell);
   showSample(byId("guided"), cell);
   byId("code").textContent = codeOf(cell);
+  byId("settings").textContent = settingsOf(cell);
+  byId("settings").hidden = byId("copy-settings").hidden = isPlain(cell);
   byId("values").replaceChildren(...valuesOf(cell));
 };
 
@@ -56,6 +61,7 @@ if (sweep && cells.length) {
   byId("samples").hidden = columns.length < 2;
   byId("sample").addEventListener("change", (event) => change({ sample: Number(event.target.value) }));
   copyOnClick(byId("copy"), byId("code"));
+  copyOnClick(byId("copy-settings"), byId("settings"));
   watch(showChosen);
   const first = guided.find(isDone) ?? plainCell ?? cells[0];
   const metric = firstMetric();
