@@ -75,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             results["models"].append(result)
             report.show(*report.table(result), report.heading(result))
             print("\n".join(report.remarks(result)), flush=True)
-    results["seconds"] = round(time.perf_counter() - started)
-    write(results, options)
+            results["seconds"] = round(time.perf_counter() - started)
+            write(results, options)  # what has been measured is kept, whatever comes
     return results
 
 
@@ -276,7 +276,7 @@ def write(results: dict[str, Any], options: argparse.Namespace) -> None:
     files = [options.out, options.out.with_suffix(".md")]
     files[0].write_text(json.dumps(results, indent=1) + "\n")
     files[1].write_text(report.markdown(results))
-    if {"plain", "full", "sequential"} <= set(options.contestants) and not options.quick:
+    if not options.quick and any("time_ratio" in c for r in results["models"] for c in r["contestants"].values()):
         from benchmarks import plots
 
         files.append(CHART if options.out == RESULTS / "cost-cpu.json" else options.out.with_suffix(".png"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType, TracebackType
@@ -44,8 +45,6 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
     With `rescale` or another `rule`, both become the final prediction instead, which the pipeline's combination then
     leaves alone.
     """
-
-    _made_at: tuple[str, int] | None = None  # until it is entered; not where __init__ has raised
 
     def __init__(
         self,
@@ -188,14 +187,8 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
                 check_own_copy(model, self._session.ranks)
         self._entered: list[tuple[activation.Entry, ExitStack]] = []
         self._before = Stats()  # when the first of those that are inside entered
-        self._made_at = _place_of_caller()
-
-    def __del__(self) -> None:
-        """Report one that was never entered, at the line that made it."""
-        if self._made_at is None or sys.is_finalizing():
-            return
-        text = "stg.apply(...) was made but never entered, so it guided nothing. Write: with stg.apply(...):"
-        warnings.warn_explicit(text, StgWarning, *self._made_at)
+        # When it is dropped, or at the end of the program that still holds it.
+        self._unless_entered = weakref.finalize(self, _report_never_entered, *_place_of_caller())
 
     def __repr__(self) -> str:
         """Say what is guided, and how to have it guided."""
@@ -204,7 +197,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
 
     def not_to_be_entered(self) -> None:
         """Say that it was made for its checks alone, so that dropping it is no mistake."""
-        self._made_at = None
+        self._unless_entered.detach()
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was asked for as JSON can hold it: `stg.apply(pipe, **json.load(file))` asks for the same.
@@ -258,7 +251,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         Raises:
             RankError: they did not come, or hold another model.
         """
-        self._made_at = None
+        self._unless_entered.detach()
         if self._session.ranks is not None:
             for model in self._session.models:
                 self._session.ranks.enter(model)
@@ -365,6 +358,12 @@ def _place_of_caller() -> tuple[str, int]:
     while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "stg_hooks":
         frame = frame.f_back
     return ("", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
+
+
+def _report_never_entered(file: str, line: int) -> None:
+    """Warn at the line that made it."""
+    text = "stg.apply(...) was made but never entered, so it guided nothing. Write: with stg.apply(...):"
+    warnings.warn_explicit(text, StgWarning, file, line)
 
 
 @contextmanager

@@ -67,7 +67,7 @@ uses = pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
 UNDOING = {
     *("__exit__", "undo", "leave", "restore", "put_back", "close", "<lambda>", "forget", "report", "_read"),
     "innermost",
-    "__del__",
+    "_report_never_entered",
 }
 
 

@@ -8,6 +8,8 @@ import copy
 import gc
 import pickle
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -16,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -268,3 +271,16 @@ def test_copies(model: nn.Module) -> None:
             with pytest.raises(stg.TargetError, match=rf"stg\.{type(thing).__name__} cannot be copied .*make stg"):
                 make(thing)
     handle.not_to_be_entered()
+
+
+def test_one_that_a_program_holds_to_its_end_is_reported() -> None:
+    code = "import stg_hooks as stg, torch\nfrom tests import zoo\nguide = stg.apply(zoo.DiT(), layers=[1])\n"
+    for more, told in (("", 1), ("with guide: pass\n", 0)):
+        done = subprocess.run(
+            [sys.executable, "-c", code + more],
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stderr.count("was made but never entered") == told
