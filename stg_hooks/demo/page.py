@@ -107,7 +107,7 @@ def headline(report: dict[str, Any] | None) -> tuple[str, str]:
     Returns:
         The numbers, and what they mean.
     """
-    plain, guided, more = (_row(report, role) for role in ("plain", "guided", "more"))
+    plain, guided, more, cfg = (_row(report, role) for role in ("plain", "guided", "more", "cfg"))
     if report is None or plain is None or guided is None:
         return (
             "Not measured",
@@ -120,6 +120,11 @@ def headline(report: dict[str, Any] | None) -> tuple[str, str]:
     )
     if more:
         said += f" More steps for {more['compute']:.2f} times the compute instead: {more[HEADLINE][0]:.1%}."
+    if cfg:
+        said += (
+            f" {cfg['name']}, for {cfg['compute']:.2f} times the compute: {cfg[HEADLINE][0]:.1%}, but a Fréchet distance to "
+            f"real clips of {cfg['frechet_distance']:.1f}; STG: {guided['frechet_distance']:.1f}."
+        )
     return f"{plain[HEADLINE][0]:.1%} → {guided[HEADLINE][0]:.1%}", said
 
 
