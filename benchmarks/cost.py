@@ -33,6 +33,8 @@ from benchmarks import contestants, measure, overhead, report
 from benchmarks.shapes import SHAPES, Shape, Size
 
 RESULTS = Path(__file__).resolve().parent / "results"
+CHART = RESULTS.parents[1] / "docs" / "images" / "cost.png"
+"""Where the chart of a complete run on a CPU goes: pages show it."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GUIDED = contestants.GUIDED
 LEAST_ROUNDS = 8
@@ -106,7 +108,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--out",
         type=Path,
         metavar="FILE.json",
-        help="where to write; tables go to .md beside it, the chart to cost.png",
+        help="where to write; tables go to .md beside it, a chart to .png",
     )
     options = parser.parse_args(arguments)
     complete = not (options.models or options.contestants or options.tokens or options.quick or options.offload)
@@ -277,7 +279,7 @@ def write(results: dict[str, Any], options: argparse.Namespace) -> None:
     if {"plain", "full", "sequential"} <= set(options.contestants) and not options.quick:
         from benchmarks import plots
 
-        files.append(options.out.parent / (options.out.with_suffix(".png").name))
+        files.append(CHART if options.out == RESULTS / "cost-cpu.json" else options.out.with_suffix(".png"))
         plots.draw(results, files[-1])
     print("\nwritten:", *(file.name for file in files))
 

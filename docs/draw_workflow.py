@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 TITLE, ROW, PAD = 26, 20, 10
+# The page that shows the picture may be light where the system is dark, or the other way round: hence a background.
 STYLE = """
+    .page { fill: #ffffff }
     .node { fill: #eef1fb; stroke: #8b93ab }
     .ours { fill: #fdf0e4; stroke: #b45309; stroke-width: 2 }
     .field { fill: #ffffff; stroke: #c9cede }
@@ -22,6 +24,7 @@ STYLE = """
     .LATENT { stroke: #c2489a } .IMAGE { stroke: #2f7fc1 } .STRING { stroke: #2c8a57 }
     .dot { fill: #59606e }
     @media (prefers-color-scheme: dark) {
+      .page { fill: #14171f }
       .node { fill: #262b3a; stroke: #5b637c }
       .ours { fill: #3a2a1a; stroke: #f0a35e }
       .field { fill: #1b1f2b; stroke: #444b61 }
@@ -52,6 +55,7 @@ def draw(workflow: Mapping[str, Any], names: Mapping[str, Sequence[str]], ours: 
         '     font-family="system-ui, sans-serif" font-size="13">',
         f'  <title id="title">{escape(title)}</title>',
         f"  <style>{STYLE}  </style>",
+        '  <rect class="page" width="100%" height="100%" rx="8" />',
     ]
     for _, source, slot, target, place, kind in workflow["links"]:
         (x1, y1), (x2, y2) = _slot(nodes[source], slot, "outputs"), _slot(nodes[target], place, "inputs")

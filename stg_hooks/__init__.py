@@ -47,7 +47,7 @@ _HOMES = {
     ),
     "Branch": "guidance.settings",
     "Guider": "guider",
-    "LayerCall": "modes.modes",
+    "LayerCall": "modes.perturbation",
     "Predictor": "passes.predict",
     "Step": "step",
     "apply": "apply",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import nn
 
 from stg_hooks.hooks import activation
 from stg_hooks.hooks import forward as patching
@@ -14,6 +15,14 @@ from stg_hooks.hooks import forward as patching
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    """The plain model of the zoo."""
+    from tests import zoo
+
+    return zoo.build("plain")
 
 
 @pytest.fixture

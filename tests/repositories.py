@@ -491,6 +491,8 @@ def by_hand(mode: str, text: slice | None) -> Any:
 @contextmanager
 def in_place_of_attention(change: Any) -> Iterator[None]:
     def sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+        if attn_mask is not None and attn_mask.is_floating_point():  # what is added to the logits: nothing, or a lot
+            attn_mask = attn_mask == 0
         return change(query, key, value, attn_mask)
 
     def softmax(logits: Tensor, dim: int | None = None, **_: Any) -> Tensor:

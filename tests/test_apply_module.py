@@ -18,11 +18,6 @@ close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 pytestmark = pytest.mark.filterwarnings("error::stg_hooks.StgWarning")  # guidance that works says nothing
 
 
-@pytest.fixture
-def model() -> nn.Module:
-    return zoo.build("plain")
-
-
 def weak_of(model: nn.Module, names: tuple[str, ...] = ("blocks.2",)) -> nn.Module:
     return zoo.without(model, names)
 

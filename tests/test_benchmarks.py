@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cost, every, measure
+from benchmarks import contestants, cost, every, measure, overhead
+from benchmarks.shapes import SHAPES
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,8 @@ def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (model,) = results["models"]
     assert (model["name"], model["layers"], model["skipped"], model["cfg"]) == ("ltx", 28, 19, True)
     assert model["bound"]["formula"] == pytest.approx((2 * 28 + 28 - 19 - 1) / (2 * 28))
-    assert set(model["contestants"]) == set(cost.contestants.TITLES)
+    assert set(model["contestants"]) == set(cost.contestants.USUAL)
+    assert set(model["bound"]) == {"flops", "blocks", "formula"}
     for name, entry in model["contestants"].items():
         assert entry["notes"] == []
         assert len(entry["seconds"]) == results["settings"]["rounds"] == 2
@@ -36,20 +38,53 @@ def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         if name in cost.GUIDED:
             assert entry["difference"] < 1e-4, "every way to compute it must give the same prediction"
     assert set(model["extra_of_full"]) == {"bound", "three", "sequential", "batched"}
-    assert set(results["hooks"]["added_us"]) == {"idle", "sequential", "batched"}
+    assert [hooks["blocks"] for hooks in results["hooks"]] == [28, 48]
+    for hooks in results["hooks"]:
+        assert set(hooks["added_us"]) == set(overhead.TITLES)
     table = out.with_suffix(".md").read_text()
     assert "LTX-Video 2B" in table
     assert str(tmp_path) not in out.read_text() + table, "results are published: no paths in them"
     assert "LTX-Video 2B" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["ltx-2", "wan-modular"])
+def test_what_others_build_in_predicts_what_ours_does(name: str) -> None:
+    """LTX-2's own STG and diffusers' guider are contestants: a comparison of times is one of equal predictions."""
+    shape = SHAPES[name]
+    model = shape.build(shape.tiny)
+    inputs = shape.inputs(model, shape.tiny)
+    made = {}
+    with torch.no_grad():
+        for kind in contestants.of(shape):
+            contestant = contestants.build(kind, shape, model, inputs, shape.skipped)
+            with contestant.session():
+                made[kind] = contestant.step()
+    of_others = "own" if name == "ltx-2" else "slg"
+    for kind in set(made) - {"plain", "idle", of_others}:
+        torch.testing.assert_close(made[kind], made[of_others], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(made["plain"], made[of_others], atol=1e-3)
+
+
 def test_plot(tmp_path: Path) -> None:
     plots = pytest.importorskip("benchmarks.plots")
-    ratio = {name: {"value": 1.2, "low": 1.1, "high": 1.3} for name in cost.GUIDED}
-    points = [{"skipped": k, "tokens": 2**k, "bound": 1.1, "ratio": ratio} for k in (1, 2)]
-    curves = {"title": "Any", "blocks": 3, "published": 2, "position": points, "tokens": points}
-    plots.draw({"curves": curves, "machine": {"cpu": "any", "threads": 1}}, tmp_path / "cost.png")
+    entry = {"time_ratio": {"value": 1.2, "low": 1.1, "high": 1.3}}
+    model = {"title": "Any", "layers": 3, "skipped": 2, "bound": {"flops": 1.1}}
+    field = dict.fromkeys(("three", "full", "sequential"), entry)
+    plots.draw({"models": [{**model, "contestants": field}] * 2}, tmp_path / "cost.png")
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_noisiest_rounds_are_left_out_for_all_contestants() -> None:
+    times = {"a": [1.0, 1.0, 5.0, 1.1], "b": [2.0, 2.1, 2.0, 2.0]}
+    assert measure.quiet(times) == {"a": [1.0, 1.0, 1.1], "b": [2.0, 2.1, 2.0]}
+
+
+def test_rounds_end_when_the_ratios_are_known() -> None:
+    enough = cost.until(time.perf_counter() + 100, 0.03)
+    assert not enough({"plain": [1.0] * 4, "full": [1.5] * 4}), "too few to tell"
+    assert enough({"plain": [1.0] * 8, "full": [1.5] * 8})
+    assert not enough({"plain": [1.0] * 8, "full": [1.5, 2.5] * 4})
+    assert cost.until(time.perf_counter() - 1, 0.03)({"plain": [1.0] * 9, "full": [1.5, 2.5, 2.0] * 3}), "time is up"
 
 
 def test_peak_memory_counts_what_is_in_use_at_once() -> None:

@@ -54,6 +54,7 @@ JOINS: dict[str, tuple[Join, Callable[[Tensor], Tensor]]] = {
     "by its entries": (lambda x, mask: x.masked_fill(mask, 0), lambda x: x > 0.1),
     "written into": (lambda x, other: x + other, lambda x: torch.zeros_like(x.detach()).copy_(x)),
     "compiled": (torch.compile(_added, backend="eager"), lambda x: x),
+    "its shape": (lambda x, early: x / early.shape[-1], lambda x: x),
     "number": (lambda x, n: x * n, lambda x: torch.tensor(2.0 if x.mean() > -10 else 1.0)),
 }
 
@@ -66,12 +67,14 @@ def test_an_output_that_is_used_again_at_some_noise_levels(join: str, order: tup
     model = TakesEarlyOutput(*JOINS[join]).eval()
     plain, weak = copy.deepcopy(model), zoo.without(model, (f"blocks.{SKIPPED}",))
     text = torch.randn(2, zoo.TEXT_TOKENS, zoo.DIM)
-    with torch.no_grad(), stg.apply(model, [SKIPPED], 1.5, execution=execution):
+    with torch.no_grad(), stg.apply(model, [SKIPPED], 1.5, execution=execution) as applied:
         for t in order:
             x = torch.randn(2, zoo.TOKENS, zoo.DIM)
             cond = plain(x, text, t)
             expected = cond + 1.5 * (cond - weak(x, text, t))
             assert_close(model(x, text, t), expected, rtol=1e-4, atol=1e-5)
+    if join == "its shape":  # which is known nevertheless
+        assert applied.stats.blocks_run == 2 * len(order)
 
 
 class Collecting(zoo.Block):

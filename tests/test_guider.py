@@ -40,11 +40,6 @@ def parts(model: nn.Module, names: tuple[str, ...] = ("blocks.2",)) -> Parts:
     return Parts(model(X, POSITIVE), weak_model(X, POSITIVE), model(X, NEGATIVE))
 
 
-@pytest.fixture
-def model() -> nn.Module:
-    return zoo.build("plain")
-
-
 class Log:
     """A denoiser that is no module, and notes with which prompt and on which model (plain or weak) it was called."""
 

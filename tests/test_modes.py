@@ -305,32 +305,3 @@ def test_smoothed_is_what_diffusers_calls_smoothed_energy_guidance() -> None:
     _apply_smoothed_energy_guidance_hook(reference, config, blur_sigma=1.0)  # 0.42.1 takes the mean where it is finite
     with stg.skip(model, "mid_block.attentions.0", "smoothed"):
         assert_close_in_std(model(**inputs)[0], reference(**inputs)[0])
-
-
-def test_values_is_what_ltx2_has_built_in() -> None:
-    import diffusers
-
-    config = {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 3}
-    audio = {f"audio_{key}": value for key, value in {**config, "attention_head_dim": 4}.items() if key != "num_layers"}
-    text = {"cross_attention_dim": 16, "audio_cross_attention_dim": 8, "caption_channels": 8}
-    torch.manual_seed(0)
-    model = diffusers.LTX2VideoTransformer3DModel(**config, **audio, **text, perturbed_attn=True).eval()
-    inputs = {
-        "hidden_states": torch.randn(2, 8, 4),
-        "audio_hidden_states": torch.randn(2, 5, 4),
-        "encoder_hidden_states": torch.randn(2, 3, 8),
-        "audio_encoder_hidden_states": torch.randn(2, 3, 8),
-        "timestep": torch.tensor([500, 400]),
-        "num_frames": 2,
-        "height": 2,
-        "width": 2,
-        "audio_num_frames": 5,
-        "return_dict": False,
-    }
-    base = model(**inputs)
-    expected = model(**inputs, spatio_temporal_guidance_blocks=[1])
-    with stg.skip(model, 1, "values"):
-        actual = model(**inputs)
-    for one, other, plain in zip(actual, expected, base, strict=True):
-        assert_close_in_std(one, other)
-        assert (other - plain).abs().max() > 1e-4 * other.std()

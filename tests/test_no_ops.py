@@ -18,11 +18,6 @@ from tests import zoo
 EXECUTIONS = ("sequential", "batched", "full")
 
 
-@pytest.fixture
-def model() -> nn.Module:
-    return zoo.build("plain")
-
-
 def silence(block: nn.Module) -> nn.Module:
     """Make a block add nothing, as one that is gated by zero does."""
     for part in (block.attn.to_out, block.cross.to_out, block.ff):
@@ -60,29 +55,24 @@ WAYS = pytest.mark.parametrize("use", [use_apply, use_guider])
 # --- skips that do nothing --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
+ADDS_NOTHING = r"bit for bit\. Most likely the block adds nothing .* Choose other la"
+NOTHING: list[tuple[dict[str, Any], str]] = [({"execution": way}, ADDS_NOTHING) for way in EXECUTIONS]
+NOTHING += [({"mode": mode}, f"mode='{mode}' changes adds nothing") for mode in ("attention", "values", "feed-forward")]
+
+
+@pytest.mark.parametrize(("settings", "why"), NOTHING)
 @WAYS
-def test_a_skip_that_changes_nothing(use: Callable[..., None], execution: str, model: nn.Module) -> None:
+def test_a_skip_that_changes_nothing(
+    use: Callable[..., None], settings: dict[str, Any], why: str, model: nn.Module
+) -> None:
     silence(model.blocks[2])
-    text = (
-        r"skipping 'blocks\.2' changed nothing: .* bit for bit\. Most likely the block adds nothing .* Choose other la"
-    )
+    text = rf"skipping 'blocks\.2' changed nothing: .*{why}"
     with pytest.warns(stg.StgWarning, match=text) as log:
-        use(model, [2], execution=execution)
+        use(model, [2], **settings)
     assert len(log) == 1
     assert log[0].filename == __file__
     with pytest.raises(stg.LayerError, match=text):
-        use(model, [2], execution=execution, strict=True)
-
-
-@pytest.mark.parametrize("mode", ["attention", "values", "feed-forward"])
-@WAYS
-def test_a_mode_that_changes_nothing(use: Callable[..., None], mode: str, model: nn.Module) -> None:
-    silence(model.blocks[2])
-    with pytest.warns(stg.StgWarning, match=rf"changed nothing.* Most likely what mode='{mode}' changes adds nothing"):
-        use(model, [2], mode=mode)
-    with pytest.raises(stg.LayerError, match="changed nothing"):
-        use(model, [2], mode=mode, strict=True)
+        use(model, [2], **settings, strict=True)
 
 
 @WAYS

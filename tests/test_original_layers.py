@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import stg_hooks as stg
 from stg_hooks import adapters
-from stg_hooks.model.layers import find_layers
 from tests import originals, zoo
 
 
@@ -31,27 +30,23 @@ def without(model: nn.Module, name: str, forward: Any) -> Tensor:
 @pytest.mark.parametrize("name", originals.MODELS)
 def test_main_blocks_are_numbered_in_running_order(name: str) -> None:
     model, (_, main, side) = originals.build(name), originals.MODELS[name]
-    found = find_layers(model)
+    found = list(stg.layers(model))
     assert [layer.name for layer in found if layer.index is not None] == list(main)
     assert {layer.name for layer in found if layer.index is None} == set(side)
     assert zoo.calls(model, main[::-1], lambda: model(**zoo.inputs())) == list(main)
 
 
-@pytest.mark.parametrize("name", ["streams", "kernels", "without_norms", "processors", "chooses"])
+@pytest.mark.parametrize(
+    "name",
+    ["streams", "kernels", "without_norms", "processors", "chooses", "hourglass", "masked", "with_faces", "fed"],
+)
 @pytest.mark.parametrize("index", [0, -1])
-def test_blocks_whose_attention_is_a_function_are_bypassed(name: str, index: int) -> None:
+def test_a_bypassed_block_gives_what_it_was_given(name: str, index: int) -> None:
+    """Both streams where it has two, else its first argument."""
     model = originals.build(name)
     block = originals.MODELS[name][1][index]
-    forward = (lambda img, txt: (img, txt)) if "double" in block else (lambda x: x)
+    forward = (lambda img, txt: (img, txt)) if "double" in block else (lambda x, *_: x)
     torch.testing.assert_close(weak(model, index), without(model, block, forward), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("name", ["hourglass", "masked", "with_faces", "fed"])
-@pytest.mark.parametrize("index", [0, -1])
-def test_a_bypassed_block_gives_its_first_argument(name: str, index: int) -> None:
-    model = originals.build(name)
-    block = originals.MODELS[name][1][index]
-    torch.testing.assert_close(weak(model, index), without(model, block, lambda x, *_: x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["streams", "video", "carrier", "pair"])
@@ -222,5 +217,5 @@ def test_an_extractor_of_faces_in_diffusers_is_not_numbered() -> None:
         model = diffusers.ConsisIDTransformer3DModel(
             num_attention_heads=2, attention_head_dim=8, num_layers=3, text_embed_dim=8, time_embed_dim=4, **faces
         )
-    numbered = [layer.name for layer in find_layers(model) if layer.index is not None]
+    numbered = [layer.name for layer in stg.layers(model) if layer.index is not None]
     assert numbered == [f"transformer_blocks.{i}" for i in range(3)]

@@ -14,7 +14,6 @@ import pytest
 Image = pytest.importorskip("PIL.Image", reason="the demo extra is not installed")
 
 import stg_hooks as stg  # noqa: E402
-from stg_hooks.study import results  # noqa: E402
 from tests import report_folder  # noqa: E402
 
 ONE = {"layers": [[1], [3]], "modes": ["residual"], "scales": [1.0], "seeds": [7]}
@@ -29,7 +28,7 @@ def test_tables_hold_every_cell_and_every_row(tmp_path: Path) -> None:
     report_folder.write_profile(tmp_path)
     report_folder.write_sweep(tmp_path, failed=("residual-L5-s2.0",))
     assert stg.report(tmp_path) == tmp_path / "report.html"
-    sweep, profile = results.Sweep.load(tmp_path), results.Profile.load(tmp_path)
+    sweep, profile = stg.results.Sweep.load(tmp_path), stg.results.Profile.load(tmp_path)
     everything = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     cells = rows_of(tmp_path / "report.csv")
     assert [row["id"] for row in cells] == [row["id"] for row in everything["cells"]] == [c.id for c in sweep.cells]

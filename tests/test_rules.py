@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
-from stg_hooks import rules
 from stg_hooks.guidance.rules import RULES
 from tests import zoo
 
@@ -52,7 +51,7 @@ def test_zero_star() -> None:
 @pytest.mark.parametrize("norm", [None, 5.0, 15.0, 1e6])
 def test_apg(eta: float, norm: float | None) -> None:
     oracle = normalized_guidance(C, U, G, eta=eta, norm_threshold=norm or 0.0)
-    rule = functools.partial(rules.apg, eta=eta, norm=norm)
+    rule = functools.partial(stg.rules.apg, eta=eta, norm=norm)
     got = stg.combine(C, W, U, scale=SCALE, guidance_scale=G, rule=rule)
     assert_close(got, oracle + SCALE * (C - W), **close)
     if eta == 1.0 and norm in (None, 1e6):
@@ -70,7 +69,7 @@ def test_apg_over_some_dimensions(norm_dim: int | tuple[int, ...]) -> None:
     rule = f"apg(eta=0.3, norm=2.0, norm_dim={norm_dim})"
     assert_close(stg.combine(C, W, U, scale=SCALE, guidance_scale=G, rule=rule), oracle + SCALE * (C - W), **close)
     assert not torch.allclose(oracle, normalized_guidance(C, U, G, eta=0.3, norm_threshold=2.0), rtol=1e-2, atol=1e-2)
-    average = rules.AveragedApg(-0.5, 0.3, 2.0, norm_dim).at(stg.Step(0, 4), 0)
+    average = stg.rules.AveragedApg(-0.5, 0.3, 2.0, norm_dim).at(stg.Step(0, 4), 0)
     assert_close(average(C, U, [], G), oracle, **close)
 
 
@@ -209,7 +208,7 @@ def test_orthogonal_follows_the_paper() -> None:
 
 def test_three_branches_are_orthogonal_to_each_other() -> None:
     terms = [torch.randn(2, 30) for _ in range(3)]
-    alone = [rules.orthogonal(torch.zeros(2, 30), None, terms[: i + 1], 1.0) for i in range(3)]
+    alone = [stg.rules.orthogonal(torch.zeros(2, 30), None, terms[: i + 1], 1.0) for i in range(3)]
     parts = [alone[0], alone[1] - alone[0], alone[2] - alone[1]]
     for i in range(3):
         for j in range(i):
@@ -302,9 +301,9 @@ def test_the_momentum_of_apg_in_a_loop() -> None:
     text, other = zoo.inputs()["text"], zoo.inputs(seed=7)["text"]
     xs = [zoo.inputs(seed=seed)["x"] for seed in range(4)]
     expected = averaged([(model(x, text), weak_model(x, text), model(x, other)) for x in xs], 0.5, G)
-    rule = rules.AveragedApg(momentum=-0.5, eta=0.3, norm=9.0)
+    rule = stg.rules.AveragedApg(momentum=-0.5, eta=0.3, norm=9.0)
     guider = stg.Guider(model, [2], 0.5, guidance_scale=G, rule=rule)
-    plain = stg.Guider(model, [2], 0.5, guidance_scale=G, rule=functools.partial(rules.apg, eta=0.3, norm=9.0))
+    plain = stg.Guider(model, [2], 0.5, guidance_scale=G, rule=functools.partial(stg.rules.apg, eta=0.3, norm=9.0))
     for _ in range(2):  # the second run starts again
         got = []
         for index, x in enumerate(xs):
@@ -316,7 +315,7 @@ def test_the_momentum_of_apg_in_a_loop() -> None:
 
 
 def test_a_rule_that_remembers_needs_a_run() -> None:
-    rule = rules.AveragedApg()
+    rule = stg.rules.AveragedApg()
     with pytest.raises(stg.SettingError, match=r"remembers the steps of a run, of which stg\.combine knows nothing"):
         stg.combine(C, W, U, guidance_scale=G, rule=rule)
     model: nn.Module = zoo.build("plain")
@@ -326,7 +325,7 @@ def test_a_rule_that_remembers_needs_a_run() -> None:
         guider(zoo.inputs()["x"], cond={"text": text}, uncond={"text": text})
     for bad in (1.0, -1, True, "0.5", float("nan")):
         with pytest.raises(stg.SettingError, match=r"momentum=.*expected a number between -1 and 1"):
-            rules.AveragedApg(momentum=bad)  # type: ignore[arg-type]
+            stg.rules.AveragedApg(momentum=bad)  # type: ignore[arg-type]
 
 
 def test_windows_have_averages_of_their_own_or_are_refused() -> None:
@@ -335,7 +334,7 @@ def test_windows_have_averages_of_their_own_or_are_refused() -> None:
     xs = [zoo.inputs(seed=seed)["x"] for seed in range(3)]
 
     def steps(*windows: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        guider = stg.Guider(model, [2], 0.5, guidance_scale=G, rule=rules.AveragedApg())
+        guider = stg.Guider(model, [2], 0.5, guidance_scale=G, rule=stg.rules.AveragedApg())
         first = []
         for index, x in enumerate(xs):
             guider.step = stg.Step(index, 3)
@@ -358,7 +357,7 @@ def test_adaptive_scale(scale: float, fall: float) -> None:
     class Theirs(PAGMixin):
         _pag_scale, _pag_adaptive_scale, pag_applied_layers = scale, fall, ("mid",)
 
-    ours = rules.adaptive_scale(scale, fall)
+    ours = stg.rules.adaptive_scale(scale, fall)
     for t in (999, 701, 300, 1):
         expected = Theirs()._get_pag_scale(t)
         assert ours(stg.Step(timestep=t)) == pytest.approx(expected)
@@ -366,4 +365,4 @@ def test_adaptive_scale(scale: float, fall: float) -> None:
     with pytest.raises(stg.CallError, match=r"falls with the timestep, which is not known.*stg\.Step\(timestep=t\)"):
         ours(stg.Step(0, 4, 0.5))
     with pytest.raises(stg.SettingError, match="fall=-1: expected a number, 0 or more"):
-        rules.adaptive_scale(1.0, -1)
+        stg.rules.adaptive_scale(1.0, -1)

@@ -17,11 +17,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import stg_hooks as stg
-from stg_hooks.guidance.trace import Stats
-from stg_hooks.model.layers import Layer
-from stg_hooks.model.resolve import _glob_matches, resolve
-from stg_hooks.passes.predict import Predictor
+from stg_hooks.model.resolve import _glob_matches
 from tests import zoo
+from tests.zoo import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("stg_hooks", "adapters", "integrations")
@@ -47,9 +45,10 @@ def unsafe(source: str) -> Iterator[str]:
         yield from (name for name in names if name.partition(".")[0] in MODULES | NETWORK or name in CALLS)
 
 
-@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_no_code_from_data_and_no_network(file: Path) -> None:
-    assert list(unsafe(file.read_text(encoding="utf-8"))) == []
+def test_no_code_from_data_and_no_network() -> None:
+    found = {str(file.relative_to(ROOT)): list(unsafe(file.read_text(encoding="utf-8"))) for file in SOURCES}
+    assert len(found) > 100
+    assert {name: names for name, names in found.items() if names} == {}
 
 
 @pytest.mark.parametrize(
@@ -185,7 +184,7 @@ specs = st.recursive(
 def test_layers_are_resolved_or_refused(spec: Any) -> None:
     """Whatever is given as layers: real layers of the model, or an error of ours that fits on a screen."""
     message = ""
-    found: list[Layer] = []
+    found: list[Any] = []
     try:
         found = resolve(MODEL, spec)
     except (stg.LayerError, stg.TargetError) as error:
@@ -241,6 +240,6 @@ def test_a_list_that_holds_itself_is_refused() -> None:
 
 @pytest.mark.timeout(60)
 def test_layers_of_a_schedule_are_refused_as_well() -> None:
-    predictor = Predictor(MODEL, (), "auto", Stats())
-    with pytest.raises(stg.LayerError, match="has 4 layers"), predictor.installed():
-        predictor.of([stg.Branch(range(10**15))])
+    guider = stg.Guider(MODEL, [1], schedule=lambda step: {"layers": range(10**15)})
+    with pytest.raises(stg.LayerError, match="has 4 layers"):
+        guider(**zoo.inputs())

@@ -24,7 +24,6 @@ from torch import Tensor
 import stg_hooks as stg
 from stg_hooks import demo
 from stg_hooks.study import claims, media, metrics
-from stg_hooks.study.results import Sweep
 from tests import zoo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +52,7 @@ class Toy:
             x = x - 0.2 * self.model(x, text)
         return x.flatten()[: 48 * self.frames].reshape(self.frames, 4, 4, 3).sigmoid()
 
-    def sweep(self, out: Path, **changes: Any) -> Sweep:
+    def sweep(self, out: Path, **changes: Any) -> stg.results.Sweep:
         return stg.sweep(self.model, ["a", "bb"], out=out, sample=self, **{**GRID, **changes})
 
 
@@ -213,7 +212,7 @@ def test_a_finished_sweep_makes_nothing_again(tmp_path: Path) -> None:
 def test_an_interrupted_sweep_loses_the_cell_in_work_only(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         Toy(watch=failing(KeyboardInterrupt(), 11)).sweep(tmp_path)  # in the middle of the third cell
-    assert [cell.id for cell in Sweep.load(tmp_path).cells] == IDS[:2]
+    assert [cell.id for cell in stg.results.Sweep.load(tmp_path).cells] == IDS[:2]
     assert not any((tmp_path / "claims").iterdir())
     assert not any((tmp_path / "partial").iterdir())
     before = files(tmp_path)
@@ -240,7 +239,7 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
 
 
 def test_tensors_among_the_settings_are_compared_by_value(tmp_path: Path) -> None:
-    def sweep(image: Tensor) -> Sweep:
+    def sweep(image: Tensor) -> stg.results.Sweep:
         toy = Toy()
         toy.model.stg_sample = lambda prompt, generator, image: toy(prompt, generator)
         return stg.sweep(toy.model, "a", out=tmp_path, layers=[0], scales=[1.0], progress=False, image=image)
@@ -360,7 +359,7 @@ def test_two_processes_make_each_cell_once(tmp_path: Path) -> None:
     counts = [len(log.read_text().splitlines()) if log.exists() else 0 for log in logs]
     assert sum(counts) == len(IDS) * 4, "each sample is made once"
     assert all(count % 4 == 0 for count in counts)
-    found = Sweep.load(out)
+    found = stg.results.Sweep.load(out)
     assert [cell.id for cell in found.cells] == IDS
     assert not found.failed
     assert all(cell.metrics["difference"] is not None for cell in found.cells[1:])

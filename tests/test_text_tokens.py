@@ -221,13 +221,24 @@ def test_streams_whose_names_do_not_tell(block: type[JointBlock], text_first: bo
             assert_close_in_std(model(**inputs), expected, 2e-5)
 
 
-@pytest.mark.parametrize("count", [3, 5])  # of tokens of text; there are as many of video as five
-@pytest.mark.parametrize("in_list", [False, True])
+NAMELESS: dict[str, tuple[Callable[[], nn.Module], str, int, int]] = {
+    # the model, and its text: its name, how many tokens (there are five of video), how many channels
+    "fewer": (awkward.NamelessJoint, "text", 3, zoo.DIM),
+    "as many": (awkward.NamelessJoint, "text", 5, zoo.DIM),
+    "fewer, in a list": (lambda: awkward.NamelessJoint(in_list=True), "text", 3, zoo.DIM),
+    "as many, in a list": (lambda: awkward.NamelessJoint(in_list=True), "text", 5, zoo.DIM),
+    "by its channels, where the model has no name for it": (awkward.NamelessText, "y", 3, 2 * zoo.DIM),
+    "where an adapter says that a block is attention": (awkward.NamelessJoint, "text", 3, zoo.DIM),
+}
+
+
 @pytest.mark.parametrize("mode", ["attention", "smoothed"])
-def test_text_is_found_where_streams_have_no_names(mode: str, in_list: bool, count: int) -> None:
-    torch.manual_seed(0)
-    model = awkward.NamelessJoint(in_list).eval()
-    inputs = {"x": torch.randn(2, 5, zoo.DIM), "text": torch.randn(2, count, zoo.DIM)}
+@pytest.mark.parametrize("case", NAMELESS)
+def test_text_is_found_where_streams_have_no_names(case: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "adapter" in case:
+        monkeypatch.setattr("stg_hooks.adapters.ATTENTION", {"NamelessJointBlock"})
+    build, name, count, channels = NAMELESS[case]
+    model, inputs = build().eval(), {"x": torch.randn(2, 5, zoo.DIM), name: torch.randn(2, count, channels)}
     is_text = torch.tensor([True] * count + [False] * 5)[None]
     plain = model(**inputs)
     (expected,) = with_text(model, "blocks.1", is_text, mode, lambda: model(**inputs))
@@ -237,27 +248,6 @@ def test_text_is_found_where_streams_have_no_names(mode: str, in_list: bool, cou
     with stg.skip(model, [1], mode):
         for _ in range(2):
             assert_close_in_std(model(**inputs), expected, 2e-5)
-
-
-def test_text_is_found_by_its_channels_where_the_model_has_no_name_for_it() -> None:
-    torch.manual_seed(0)
-    model = awkward.NamelessText().eval()
-    inputs = {"x": torch.randn(2, 5, zoo.DIM), "y": torch.randn(2, 3, 2 * zoo.DIM)}
-    is_text = torch.tensor([True] * 3 + [False] * 5)[None]
-    (expected,) = with_text(model, "blocks.1", is_text, "attention", lambda: model(**inputs))
-    with stg.skip(model, [1], "attention"):
-        assert_close_in_std(model(**inputs), expected, 2e-5)
-
-
-def test_text_is_found_where_an_adapter_says_that_a_block_is_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    monkeypatch.setattr("stg_hooks.adapters.ATTENTION", {"NamelessJointBlock"})
-    model = awkward.NamelessJoint().eval()
-    inputs = {"x": torch.randn(2, 5, zoo.DIM), "text": torch.randn(2, 3, zoo.DIM)}
-    is_text = torch.tensor([True] * 3 + [False] * 5)[None]
-    (expected,) = with_text(model, "blocks.1", is_text, "attention", lambda: model(**inputs))
-    with stg.skip(model, [1], "attention"):
-        assert_close_in_std(model(**inputs), expected, 2e-5)
 
 
 def test_attention_that_was_asked_for_by_name_has_to_be_called() -> None:

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import stg_hooks as stg
 from stg_hooks.hooks.forward import _is_ours
 from stg_hooks.modes.modes import MODES
-from stg_hooks.passes.ways import EXECUTIONS as EXECUTIONS
 from tests.tiny_models import MODELS, HandThrough, Tiny, expand
 
 DIM, TEXT_TOKENS, TOKENS = 8, 3, 5
 ALL_MODES = list(MODES)
+EXECUTIONS = ("auto", "sequential", "batched", "full")
 ATTENTION_MODES = [name for name, mode in MODES.items() if mode.needs == "attention"]
 OTHER_MODES = [name for name in MODES if name != "residual"]
 """Those that compute the layer, changed."""
@@ -723,6 +724,11 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 def is_plain(model: nn.Module) -> bool:
     """Say whether nothing of ours lies on any module."""
     return not any(_is_ours(value) for module in model.modules() for value in vars(module).values())
+
+
+def resolve(model: nn.Module, layers: Any) -> list[Any]:
+    """List the layers that `layers=` names, of whatever kind."""
+    return stg.check(model, layers, mode=lambda call: call.compute())
 
 
 def calls(model: nn.Module, names: Sequence[str], run: Callable[[], object]) -> list[str]:

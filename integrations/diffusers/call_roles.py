@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from stg_hooks.hosts import Role
-from stg_hooks.integrations.diffusers.call_sites import KINDS, Combination, Guards, Site, UnreadableError, Way
+from stg_hooks.integrations.diffusers.call_sites import KINDS, Site, UnreadableError, Way
+from stg_hooks.integrations.diffusers.combinations import Combination, Guards
 from stg_hooks.integrations.diffusers.expressions import evaluate
 from stg_hooks.model.source import parameter_names
 from stg_hooks.step import Step

@@ -13,7 +13,18 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
+
+from stg_hooks.integrations.diffusers.combinations import (
+    Combination,
+    Found,
+    Guards,
+    blend_of,
+    combination_of,
+    mentions,
+    names_in,
+    tail,
+)
 
 # Names of cache contexts, and of the guiders' batches.
 KINDS = {"cond": "cond", "pred_cond": "cond", "uncond": "uncond", "pred_uncond": "uncond", "cond_uncond": "both"}
@@ -28,25 +39,10 @@ _LABELS = {
 }
 _GUIDED = re.compile(r"(^|_)(uncond|unconditional|cfg|classifier_free)(_|$)")
 _CUTS = ("chunk", "split", "tensor_split", "unbind")
-_CONVERSIONS = ("float", "double", "half", "bfloat16", "to", "type", "clone", "contiguous", "detach")
-Guards: TypeAlias = "tuple[ast.expr, ...]"
 
 
 class UnreadableError(Exception):
     """The calls of a denoiser do not follow any known pattern; the message says which calls."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Combination:
-    """The expression that combines predictions, and the assignments that may change its weight before it."""
-
-    expression: ast.expr
-    cond: str
-    uncond: str
-    guards: Guards
-    changes: tuple[Guards, ...]
-    others: tuple[str, ...] = ()
-    """Further predictions that it combines."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,41 +82,6 @@ class Site:
     is_named: bool = True
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """A statement, with the conditions under which it runs, the cache context and the outermost loop that it is in."""
-
-    statement: ast.stmt
-    guards: Guards
-    context: ast.expr | None
-    loop: ast.stmt | None
-
-    @property
-    def lines(self) -> range:
-        """Where it stands."""
-        return range(self.statement.lineno, (self.statement.end_lineno or self.statement.lineno) + 1)
-
-    @property
-    def batches(self) -> ast.expr | None:
-        """What the innermost loop around it goes through, where that is not the loop of the steps itself."""
-        loops = [] if self.loop is None else [node for node in ast.walk(self.loop) if isinstance(node, ast.For)]
-        around = [loop for loop in loops if any(node is self.statement for node in ast.walk(loop))]
-        return around[-1].iter if len(around) > 1 else None
-
-    @property
-    def value(self) -> ast.expr | None:
-        """What it assigns."""
-        return self.statement.value if isinstance(self.statement, ast.Assign) else None
-
-    @property
-    def target(self) -> str:
-        """The name that it assigns to, the first one of several."""
-        target = self.statement.targets[0] if isinstance(self.statement, ast.Assign) else None
-        if isinstance(target, (ast.Tuple, ast.List)):
-            target = target.elts[0]
-        return target.id if isinstance(target, ast.Name) else ""
-
-
 def classified(calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Found]) -> Iterator[Site]:
     """Tell what each call in a function is for.
 
@@ -152,14 +113,14 @@ def classified(calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Fou
     if cond is not None and uncond is not None:
         if uncond.statement.lineno < cond.statement.lineno:
             raise UnreadableError("it calls its denoiser for uncond first, before the cond prediction is known")
-        pair = _combination((cond, uncond), [cond.target, uncond.target], statements, is_named)
+        pair = combination_of((cond, uncond), [cond.target, uncond.target], statements, is_named)
     for kind, found in zip(kinds, founds, strict=True):
         if kind == "named":
             yield Site(found.lines, "perturbed", found.context, found.batches)
         elif kind == "both":
             own = [split for split in splits if _made_by(split, boths) is found]
             is_last = all(split.found.statement.lineno < found.statement.lineno for split in splits)
-            blend = _blend(found, statements) if is_last and not own else None
+            blend = blend_of(found, statements) if is_last and not own else None
             if blend is not None:
                 yield Site(found.lines, "perturbed", combination=blend)
             else:
@@ -188,9 +149,9 @@ def _kind(found: Found, call: ast.Call) -> str:
         return "perturbed"
     values = [*call.args, *(keyword.value for keyword in call.keywords)]
     inner = [node for value in values for node in ast.walk(value) if isinstance(node, ast.Call)]
-    if any(tail(node.func) in ("cat", "concat", "stack") and _mentions(_UNCOND, node) for node in inner):
+    if any(tail(node.func) in ("cat", "concat", "stack") and mentions(_UNCOND, node) for node in inner):
         return "both"
-    return "uncond" if any(_mentions(_UNCOND, value) for value in values) else "cond"
+    return "uncond" if any(mentions(_UNCOND, value) for value in values) else "cond"
 
 
 def _switch_of_guidance(calls: Sequence[Found], statements: Sequence[Found]) -> ast.expr | None:
@@ -205,12 +166,12 @@ def _switch_of_guidance(calls: Sequence[Found], statements: Sequence[Found]) -> 
         ast.unparse(guard): guard
         for found in near
         for guard in found.guards
-        if isinstance(guard, (ast.Name, ast.Attribute)) and _mentions(_GUIDED, guard)
+        if isinstance(guard, (ast.Name, ast.Attribute)) and mentions(_GUIDED, guard)
     }
     for found in near:
         decides = isinstance(found.statement, ast.Assign) and ast.unparse(found.statement.targets[0]) in flags
         is_under_one = any(guard in flags.values() for guard in found.guards)
-        if _mentions(_GUIDED, found.statement) and not decides and not is_under_one:
+        if mentions(_GUIDED, found.statement) and not decides and not is_under_one:
             raise UnreadableError("its predictions are guided, but not by uncond and cond calls or halves")
     if len(flags) > 1:
         raise UnreadableError(f"its predictions are guided in different ways ({', '.join(flags)})")
@@ -279,9 +240,9 @@ def _by_weights(
     """Find what can be cond and uncond, as it is combined: two halves or, if there are none, two calls."""
     halves = [(found, names) for found, cut, names in _cuts(statements) if cut == "chunk" and len(names) == 2]
     splits = [_Split(found, names, ["uncond", "cond"]) for found, names in halves]
-    splits = [split for split in splits if _combination((split.found,), split.names[::-1], statements, False)]
+    splits = [split for split in splits if combination_of((split.found,), split.names[::-1], statements, False)]
     pair = [found for kind, found in zip(kinds, calls, strict=True) if kind == "cond"]
-    if splits or len(pair) != 2 or _combination(pair, [pair[0].target, pair[1].target], statements, False) is None:
+    if splits or len(pair) != 2 or combination_of(pair, [pair[0].target, pair[1].target], statements, False) is None:
         return splits, kinds
     return [], ["uncond" if found is pair[1] else kind for kind, found in zip(kinds, calls, strict=True)]
 
@@ -317,22 +278,14 @@ def _ways(
         groups = (
             [[cond, *uncond, *others] for cond, *uncond in itertools.zip_longest(conds, unconds)] if unconds else []
         )
-        found = (_combination((call, split.found), group, statements, is_named) for group in groups)
+        found = (combination_of((call, split.found), group, statements, is_named) for group in groups)
         combinations = tuple(one for one in found if one is not None)
         yield Way("+".join(split.labels), split.found.guards, combinations, follows, is_named)
 
 
-def _blend(call: Found, statements: Sequence[Found]) -> Combination | None:
-    """Find where the prediction of a call is mixed into the one before it, `pred = w * pred + (1 - w) * other`."""
-    names = [call.target, *(found.target for found in statements if call.target in _names(found.statement))]
-    pairs = ((name, found) for found in statements for name in names if found.target not in ("", name))
-    combined = (_combination((call,), [name, found.target], [found]) for name, found in pairs)
-    return next((one for one in combined if one is not None), None)
-
-
 def _made_by(split: _Split, calls: Sequence[Found]) -> Found | None:
     """Return the last call before a split that made what it takes apart, by its name if one has that."""
-    line, names = split.found.statement.lineno, {*_names(split.found.value or split.found.statement)}
+    line, names = split.found.statement.lineno, {*names_in(split.found.value or split.found.statement)}
     before = [call for call in calls if call.statement.lineno <= line]
     return next(reversed([call for call in before if call.target in names] or before), None)
 
@@ -352,9 +305,9 @@ def _sliced(call: Found, statements: Sequence[Found]) -> Site | None:
         return None
     if _UNCOND.search(cond) or not _UNCOND.search(uncond):
         return None
-    made_of = [(found.target, set(_names(found.statement))) for found in statements]
+    made_of = [(found.target, set(names_in(found.statement))) for found in statements]
     one, other = (next((x for x, names in made_of if x not in ("", name) and name in names), "") for name in parts)
-    combination = _combination((call,), [one, other], statements)
+    combination = combination_of((call,), [one, other], statements)
     return None if combination is None else Site(call.lines, "samples", guards=guards, combination=combination)
 
 
@@ -367,70 +320,3 @@ def channels_of(statements: Sequence[Found]) -> ast.expr | None:
 
 def _dim(call: ast.Call) -> str:
     return next((ast.unparse(word.value) for word in call.keywords if word.arg == "dim"), "0")
-
-
-def _combination(
-    made: Sequence[Found], predictions: Sequence[str], statements: Sequence[Found], is_named: bool = True
-) -> Combination | None:
-    """Find the expression that combines predictions, cond, uncond and others, after the statements that make them.
-
-    Without names that tell, both have to come to it as they are: `None` if one is assigned anew, other than converted.
-    """
-    later = [found for found in statements if found.statement.lineno > made[0].statement.lineno]
-    first = statements.index(made[-1]) if made[-1] in statements else -1
-    is_several = len({*predictions}) == len(predictions) > 1
-    for place, found in enumerate(later):
-        value = getattr(found.statement, "value", None)
-        expression = _smallest(value, *predictions) if isinstance(value, ast.expr) and is_several else None
-        if expression is None or found in statements[: first + 1]:
-            continue
-        before = [other for other in later[:place] if other not in made]
-        if not is_named and any(_changes(other, {*predictions}) for other in before):
-            return None
-        weights = {name.lstrip("_") for name in _names(expression)} - {*predictions, "self"}
-        changes = tuple(
-            other.guards
-            for other in before
-            if isinstance(other.statement, ast.Assign)
-            and {name.lstrip("_") for target in other.statement.targets for name in _names(target)} & weights
-        )
-        cond, uncond, *others = predictions
-        return Combination(expression, cond, uncond, found.guards, changes, tuple(others))
-    return None
-
-
-def _smallest(value: ast.expr, *wanted: str) -> ast.BinOp | None:
-    """Find the smallest operation that holds these names, as often as the whole expression does."""
-
-    def count(node: ast.AST) -> list[int]:
-        names = list(_names(node))
-        return [names.count(name) for name in wanted]
-
-    found = [node for node in ast.walk(value) if isinstance(node, ast.BinOp) and count(node) == count(value)]
-    return found[-1] if found and all(count(value)) else None
-
-
-def _changes(found: Found, names: set[str]) -> bool:
-    """Return whether a statement may make something else of predictions than to convert them."""
-    statement = found.statement
-    if isinstance(statement, ast.Expr):
-        return bool(names & set(_names(statement)))
-    if not isinstance(statement, ast.Assign) or not names & {n for one in statement.targets for n in _names(one)}:
-        return False
-    value: ast.expr = statement.value
-    while isinstance(value, ast.Call) and tail(value.func) in _CONVERSIONS and isinstance(value.func, ast.Attribute):
-        value = value.func.value
-    return ast.unparse(value) != ast.unparse(statement.targets[0])
-
-
-def tail(node: ast.AST) -> str:
-    """Return the last part of a dotted name; nothing for anything else."""
-    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
-
-
-def _names(node: ast.AST) -> Iterator[str]:
-    return (name for inner in ast.walk(node) if (name := tail(inner)))
-
-
-def _mentions(pattern: re.Pattern[str], node: ast.AST) -> bool:
-    return any(pattern.search(name) for name in _names(node))

@@ -12,16 +12,8 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from types import CodeType, FunctionType
 
-from stg_hooks.integrations.diffusers.call_sites import (
-    Found,
-    Guards,
-    Site,
-    UnreadableError,
-    channels_of,
-    classified,
-    tail,
-    takes_apart,
-)
+from stg_hooks.integrations.diffusers.call_sites import Site, UnreadableError, channels_of, classified, takes_apart
+from stg_hooks.integrations.diffusers.combinations import Found, Guards, tail
 
 _CONTEXT = "cache_context"
 _APART = (

@@ -27,7 +27,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(_interrupted())
     except SystemExit as stop:
-        # Of an interrupt before or after a command, as while options are read, typer makes this status and says nothing.
+        # Of an interrupt before or after a command typer makes the same status, and says nothing.
         if isinstance(getattr(stop.__context__, "__cause__", None), KeyboardInterrupt):
             stop.code = _interrupted()
         raise

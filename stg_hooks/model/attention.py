@@ -9,8 +9,9 @@ from collections.abc import Collection
 
 from torch import nn
 
+from stg_hooks.model.called import calls_attention
 from stg_hooks.model.facts import stated
-from stg_hooks.model.source import calls_attention, words_of
+from stg_hooks.model.source import words_of
 
 # Children that hold the projections of an attention: one set of these names is enough to recognise one.
 _PROJECTIONS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stg_hooks.errors import BlockError
-from stg_hooks.hooks.compiled import is_compiled
+from stg_hooks.hooks.compiled import eagerly, is_compiled
 from stg_hooks.hooks.forward import Patch, patched, pushed
 from stg_hooks.hosts import plain_attention
 from stg_hooks.model import objects
@@ -84,7 +85,7 @@ class AttentionSeam:
             forward = self._layer._call_impl
         run = self._run
         if "torch._dynamo" in sys.modules:  # what is compiled cannot be followed: break the graph here
-            run = torch.compiler.disable(run)
+            run = torch.compiler.disable(_eagerly(run))
         return run(change, forward, args, kwargs)
 
     def _run(self, change: Change, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -135,6 +136,17 @@ class AttentionSeam:
             )
         said = f"a perturbed layer, {kind}, did not call its attention ({names}), so nothing was perturbed."
         return f"{said}{advice([self._layer, *(module for _, module in targets)], run)}"
+
+
+def _eagerly(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Have nothing compiled inside: functions that layers call may be, and would be compiled with what follows them."""
+
+    @functools.wraps(run)
+    def instead(*args: Any) -> Any:
+        with eagerly():
+            return run(*args)
+
+    return instead
 
 
 def _write_back(copies: Any, originals: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +35,9 @@ def feed_forwards(block: nn.Module) -> list[nn.Module]:
     return [module for _, module in found]
 
 
+_FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+
+
 class _UnfusedOnly(TorchFunctionMode):
     """Makes fused layers call their parts: they do so while a `TorchFunctionMode` is in force."""
 
@@ -55,6 +58,7 @@ class FeedForwards:
         """
         self.modules = feed_forwards(block)
         self._kind = type(block).__name__
+        self._may_fuse = any(isinstance(module, _FUSED) for module in block.modules())
         self._patches: list[Patch] = []
         self._known: dict[Any, tuple[torch.Size, torch.dtype]] = {}
 
@@ -73,7 +77,8 @@ class FeedForwards:
             BlockError: none of them was called.
         """
         called: list[nn.Module] = []
-        with pushed(self._patches, [self._zero(module, called) for module in self.modules]), _UnfusedOnly():
+        unfused = _UnfusedOnly() if self._may_fuse else nullcontext()
+        with pushed(self._patches, [self._zero(module, called) for module in self.modules]), unfused:
             yield
         if not called:
             raise BlockError(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stg_hooks.model.source import called_attention
+from stg_hooks.model.called import called_attention
 from stg_hooks.modes.layouts import Layout, guessed
 
 Seen = Callable[[Callable[..., Any], Layout | None, tuple[Any, ...], dict[str, Any]], Any]

@@ -250,6 +250,9 @@ class SelfAttention(TorchFunctionMode):
             return ours.sources == theirs.sources
         if len([t for t in self.provenance.arguments.values() if t.ndim > 2]) == 1:  # nothing else to attend to
             return True
+        name, module = self._inside or ("", None)
+        if query.shape != key.shape and "cross" in f"{name} {type(module).__name__}".lower():
+            return False
         raise self._error(
             "computes its queries or keys in a way that cannot be followed, so it is not known whether this is "
             "self-attention. Use mode='residual' on the block."

@@ -13,20 +13,8 @@ from torch import Tensor, nn
 from stg_hooks.errors import CallError
 from stg_hooks.passes.altering import may_alter
 from stg_hooks.passes.effects import count_of_writes
-from stg_hooks.passes.walk import (
-    KNOWN_LIBRARIES,
-    MISSING,
-    NUMBERS,
-    STATELESS,
-    Attributes,
-    Contents,
-    Holder,
-    Items,
-    Walk,
-    library_of,
-    replaced_forward,
-    serial,
-)
+from stg_hooks.passes.holders import MISSING, Attributes, Contents, Holder, Items
+from stg_hooks.passes.walk import KNOWN_LIBRARIES, NUMBERS, STATELESS, Walk, library_of, replaced_forward, serial
 
 _LARGE = 1 << 20  # entries
 _LOOKS = 4

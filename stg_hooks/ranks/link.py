@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import hashlib
 import math
 import re
 import time
@@ -18,14 +17,12 @@ from torch import Tensor, nn
 
 from stg_hooks.errors import CallError, RankError, SettingError, TargetError
 from stg_hooks.hooks import activation
-from stg_hooks.passes.rows import leaves_of
+from stg_hooks.ranks.messages import _samples, is_same, shortened
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _LENGTH = 4096
-_VALUES = "values of the arguments"
-_TOLERANCE = 0.05
 
 
 class _Link:
@@ -180,12 +177,12 @@ class Ranks:
 
     def _agree(self, event: str, said: Mapping[str, object]) -> None:
         self._is_told = False
-        mine = {"event": event, **{key: _shortened(value) for key, value in said.items()}}
+        mine = {"event": event, **{key: shortened(value) for key, value in said.items()}}
         for rank, theirs in self._exchange(mine).items():
             if "error" in theirs:
                 raise RankError(f"rank {rank} failed where rank {self.rank} {event}: {theirs['error']}")
             different = next(
-                (key for key in {**mine, **theirs} if not _same(key, mine.get(key), theirs.get(key))), None
+                (key for key in {**mine, **theirs} if not is_same(key, mine.get(key), theirs.get(key))), None
             )
             if different is not None:
                 raise RankError(
@@ -200,7 +197,7 @@ class Ranks:
         self._is_told = True
         with contextlib.suppress(RankError):  # the error itself is on its way
             waits = isinstance(error, Exception)  # an interrupt must not wait for anybody
-            self._exchange({"error": _shortened(f"{type(error).__name__}: {error}")}, waits)
+            self._exchange({"error": shortened(f"{type(error).__name__}: {error}")}, waits)
 
     def _exchange(self, message: Mapping[str, str], waits: bool = True) -> dict[int, dict[str, str]]:
         """Send a message to every other rank, and return theirs; nothing, where the others do not wait."""
@@ -286,62 +283,6 @@ def check_own_copy(model: nn.Module, ranks: Ranks) -> None:
                 "context parallelism), which have to make the same calls of it. Leave group out, or pass a group of "
                 "ranks that each hold all that their calls need."
             )
-
-
-def samples_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, object]:
-    """Describe the arguments of a call: shapes, and a few values. On a GPU this waits for what came before."""
-    tensors = [leaf for leaf in leaves_of(args, dict(kwargs)) if isinstance(leaf, Tensor)]
-    shapes = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors]
-    return {"shapes": shapes, _VALUES: _samples(tensors, 8, 64)}
-
-
-def _samples(tensors: Sequence[Tensor], each: int, limit: int) -> str:
-    """Pick values that lie far apart, of as many tensors as there is room for."""
-    with torch.no_grad():
-        chosen = [tensor for tensor in tensors if tensor.numel()]
-        chosen = chosen[:: -(-len(chosen) * each // limit) or 1]
-        picked = [_picked(tensor, each) for tensor in chosen]
-        device = picked[0].device if picked else None
-        values = torch.cat([p.to(device) for p in picked]).tolist() if picked else []
-    found = iter(values)
-    return "; ".join(", ".join(f"{next(found):.3g}" for _ in p) for p in picked)
-
-
-def _picked(tensor: Tensor, count: int) -> Tensor:
-    flat = torch.view_as_real(tensor).flatten() if tensor.is_complex() else tensor.detach().flatten()
-    return flat[:: max(1, len(flat) // count)][:count].float()
-
-
-def _shortened(value: object) -> str:
-    text = " ".join(_text(value).split())
-    if len(text) <= 700:
-        return text
-    return f"{text[:600]}... ({hashlib.sha256(text.encode()).hexdigest()[:16]})"
-
-
-def _text(value: object) -> str:
-    """Say what a setting is, without what differs between processes: addresses, devices."""
-    if isinstance(value, Tensor):
-        return f"{tuple(value.shape)} {_samples([value], 64, 64)}"
-    if isinstance(value, (list, tuple)):
-        return f"({', '.join(map(_text, value))})"
-    return str(getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else value)
-
-
-def _same(key: str, mine: str | None, theirs: str | None) -> bool:
-    """Compare what was said exactly, and values of tensors as different devices may compute them."""
-    if key != _VALUES or mine is None or theirs is None or mine == theirs:
-        return mine == theirs
-    ours, others = (
-        [[float(value) for value in part.split(",")] for part in text.split(";")] for text in (mine, theirs)
-    )
-    if [len(part) for part in ours] != [len(part) for part in others]:
-        return False
-    return all(
-        abs(a - b) <= _TOLERANCE * max(map(abs, part)) or (math.isnan(a) and math.isnan(b))
-        for part, other in zip(ours, others, strict=True)
-        for a, b in zip(part, other, strict=True)
-    )
 
 
 def _first(error: BaseException) -> str:

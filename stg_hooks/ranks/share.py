@@ -16,7 +16,8 @@ from stg_hooks.passes.guided_call import GuidedCall, weak_pass
 from stg_hooks.passes.outputs import own_predictions
 from stg_hooks.passes.predict import Predictor
 from stg_hooks.passes.rows import is_prediction
-from stg_hooks.ranks.link import Ranks, samples_of
+from stg_hooks.ranks.link import Ranks
+from stg_hooks.ranks.messages import samples_of
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 ArgumentsOf: TypeAlias = Callable[[bool], Arguments]
