@@ -122,8 +122,8 @@ def headline(report: dict[str, Any] | None) -> tuple[str, str]:
         said += f" More steps for {more['compute']:.2f} times the compute instead: {more[HEADLINE][0]:.1%}."
     if cfg:
         said += (
-            f" {cfg['name']}, for {cfg['compute']:.2f} times the compute: {cfg[HEADLINE][0]:.1%}, but a Fréchet distance to "
-            f"real clips of {cfg['frechet_distance']:.1f}; STG: {guided['frechet_distance']:.1f}."
+            f" {cfg['name']}, for {cfg['compute']:.2f} times the compute: {cfg[HEADLINE][0]:.1%}, but a Fréchet distance "
+            f"to real clips of {cfg['frechet_distance']:.1f}; STG: {guided['frechet_distance']:.1f}."
         )
     return f"{plain[HEADLINE][0]:.1%} → {guided[HEADLINE][0]:.1%}", said
 
