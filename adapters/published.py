@@ -16,7 +16,7 @@ _LTX_2 = "Lightricks/LTX-2, ltx_pipelines/utils/constants.py, commit 400fd31; al
 _LTX_2_NOTE = (
     "Video and audio self-attention of the block; CFG 7 for audio. Left out: the source's modality guidance (scale 3), "
     "and its rescale of 0.7, which is about predictions of the clean sample and not about the model's velocities. "
-    "LTX2Pipeline does both by itself (`modality_scale`, `guidance_rescale`)."
+    "LTX2Pipeline does both by itself (`modality_scale`, `guidance_rescale`); the second code has them here."
 )
 
 PUBLISHED: tuple[Published, ...] = (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from stg_hooks.errors import CallError
-from stg_hooks.guidance.combine import Scale, fitted, is_number
+from stg_hooks.guidance.combine import Scales, fitted, is_number
 from stg_hooks.parts import put_back, uncond_side
 from stg_hooks.step import Step
 
@@ -147,9 +147,9 @@ class Answers:
         return put_back(role, moved, output, guided.whole)
 
 
-def _scale_of(settings: Settings, role: Role) -> Scale | None:
+def _scale_of(settings: Settings, role: Role) -> Scales | None:
     return role.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
 
 
-def _or_one(guidance_scale: Scale | None) -> Scale:
+def _or_one(guidance_scale: Scales | None) -> Scales:
     return 1.0 if guidance_scale is None else guidance_scale

@@ -15,8 +15,9 @@ from torch import nn
 from stg_hooks.denoiser import GuidedDenoiser
 from stg_hooks.errors import CallError, LayerError, NotCopied, SettingError, StgWarning
 from stg_hooks.guidance.channels import VarianceWatch
-from stg_hooks.guidance.combine import Scale, check_scale
+from stg_hooks.guidance.combine import Scales, check_scales
 from stg_hooks.guidance.guide import Guidance
+from stg_hooks.guidance.outputs import PerOutput
 from stg_hooks.guidance.rules import Rule
 from stg_hooks.guidance.schedule import Asked, Plan, Request, Schedule
 from stg_hooks.guidance.settings import Branch
@@ -50,9 +51,9 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         self,
         target: object,
         layers: LayerSpec | None = None,
-        scale: Scale | Callable[[Step], Scale] | None = None,
+        scale: Scales | Callable[[Step], Scales] | None = None,
         *,
-        rescale: float | None = None,
+        rescale: PerOutput[float] | None = None,
         mode: str | Mode | None = None,
         kind: Kind | None = None,
         branches: Sequence[Branch] | None = None,
@@ -65,7 +66,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         on: str = "cond",
         every: int = 1,
         batched_cfg: bool | None = None,
-        guidance_scale: Scale | None = None,
+        guidance_scale: Scales | None = None,
         channels: int | None = None,
         execution: str = "auto",
         group: ProcessGroup | None = None,
@@ -80,7 +81,8 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
             layers: what the weak model skips, as for `skip`; left out, the setting published for the model is used.
             scale: weight of `cond - weak`; 1.0 unless a published setting says otherwise. 0 makes no weak prediction;
                 a `rescale` or `rule` that is given holds nevertheless. A function of the `Step` changes it during the
-                run.
+                run. For a model that predicts several things, `{"video": 1.0, "audio": 0.5}`: what is not named is off.
+                `rescale`, `layers` and `guidance_scale` may be given so, too; `stg.adapters.OUTPUTS` has the names.
             rescale: from 0 (off, the default) to 1 (the guided prediction has the standard deviation of cond).
             mode: what a skipped layer does instead, `"residual"` by default.
             kind: in factorised models, only attention within frames (`"spatial"`) or across them (`"temporal"`).
@@ -152,6 +154,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         )
         with _shown_as_pipeline(is_pipeline):
             guidance = Guidance("stg.apply", next(iter(denoisers.values())), request, every, channels, strict)
+        guidance.outputs.check_known([("guidance_scale", guidance_scale)])
         if is_pipeline:
             guidance.variance = VarianceWatch(is_told=True)
             guidance.watch.target = "pipe"
@@ -164,7 +167,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
                     "Leave channels out and use the variance of the cond rows, or use stg.Guider."
                 )
         replacing = [
-            settings.why_replaces for settings in self.plan.known if settings.rescale or settings.rule != "cfg"
+            settings.why_replaces for settings in self.plan.known if settings.rescales or settings.rule != "cfg"
         ]
         if replacing and not host.knows_guidance_scale:
             raise SettingError(
@@ -263,6 +266,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         if not self._entered:
             self._before, self.plan.asked = dataclasses.replace(self.stats), Asked()
             self._session.calls_elsewhere = 0
+            self._session.told.clear()
         with ExitStack() as stack:
             stack.enter_context(self._session.host.watched())
             for guide in self._guides:
@@ -374,9 +378,9 @@ def _shown_as_pipeline(is_pipeline: bool) -> Iterator[None]:
         raise
 
 
-def _find_host(target: object, batched_cfg: bool | None, guidance_scale: Scale | None, channels: int | None) -> Host:
+def _find_host(target: object, batched_cfg: bool | None, guidance_scale: Scales | None, channels: int | None) -> Host:
     if guidance_scale is not None:
-        check_scale("guidance_scale", guidance_scale)
+        check_scales("guidance_scale", guidance_scale)
     if isinstance(target, nn.Module):
         return ModuleHost(target, batched_cfg, guidance_scale, channels)
     host = pipeline_host(target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,18 +15,19 @@ from torch import Tensor, nn
 
 from stg_hooks.answers import Answers
 from stg_hooks.errors import CallError
-from stg_hooks.guidance.guide import Guided, Predictions
+from stg_hooks.guidance.guide import Guided, Noisy, Predictions
 from stg_hooks.guidance.samples import takes_samples
 from stg_hooks.guidance.schedule import Settings
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.hooks.compiled import is_compiled, untraced
 from stg_hooks.hooks.forward import Patch, Undo, patched, shared
 from stg_hooks.hosts import Role, check_rows_apart
-from stg_hooks.model.source import parameter_names
+from stg_hooks.model.source import bound_arguments, parameter_names
+from stg_hooks.model.tensors import leaves_of
 from stg_hooks.parts import cond_rows, sides
 from stg_hooks.passes.guided_call import GuidedCall, in_weak_pass, layout_of
 from stg_hooks.passes.inputs import Inputs, Written
-from stg_hooks.passes.outputs import own_predictions, replace_predictions
+from stg_hooks.passes.outputs import own_predictions, places_of_predictions, replace_predictions
 from stg_hooks.passes.predict import Predictor
 from stg_hooks.passes.rows import Rows, first_batch, take_rows
 from stg_hooks.ranks.link import check_alone
@@ -53,6 +54,8 @@ class _Call:
     share: Share | None = None
     inputs: Inputs | None = None
     """The arguments as they were made, where more passes are to be made with them."""
+    places: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Where its predictions are in what it returned."""
     is_guess: bool = False
     """Whether its predictions are samples is not known before they are there."""
 
@@ -178,9 +181,24 @@ class GuidedDenoiser:
             call.guided = GuidedCall(model, Inputs(args, kwargs, self._written), call.rows)
             call.guided.layout = layout_of(args, kwargs, call.rows)
             call.inputs = call.guided.inputs
+        self._look_at_own(role, settings)
         call.branches = self._guidance.wanted(step, settings)
         if call.inputs is None and (call.branches or self._session.ranks is not None):
             call.inputs = Inputs(args, kwargs, self._written)
+
+    def _look_at_own(self, role: Role, settings: Settings) -> None:
+        """Look at the weak predictions that the caller makes itself, as it does unless it is told not to.
+
+        Raises:
+            CallError: ours are to come to the final prediction; or `strict`.
+        """
+        if role.own and settings.replaces:
+            off = ", ".join(own.how_to_switch_off for own in role.own)
+            raise CallError(
+                f"{role.own[0].by} adds a guidance of its own in this step, so {settings.why_replaces} cannot give the "
+                f"final prediction. Call it with {off}; branches=[stg.Branch(...), ...] have the same guidance here."
+            )
+        self._session.tell_of(role, settings)
 
     def _around(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call that is going to be guided, so that its weak passes can share work with it."""
@@ -222,7 +240,7 @@ class GuidedDenoiser:
         if call.is_cond and not call.settings.changes:
             self._local.last = self._local.guided = Guided(call.step, call.settings, (), [], [])
             return unchanged
-        now = own_predictions(output)
+        now, call.places = own_predictions(output), places_of_predictions(output)
         if call.is_guess:
             self._find_samples(call, output, now)
         before = self._of_model.unguided
@@ -293,8 +311,11 @@ class GuidedDenoiser:
         role = call.role
         conds, unconds = sides(role, unguided)
         predictions = self._weaks(call, unguided, conds, unconds) if call.branches else Predictions(conds, unconds)
+        predictions.places = call.places
         guided = self._guidance.guided(call.step, call.settings, predictions, role.channels, bool(role.samples))
         self._local.last = guided
+        if guided.settings.replaces and role.is_clean:
+            guided.noisy = self._noisy(call, unguided)
         answer = self._answers.to_cond(role, guided, unguided, unconds, output)
         if role.uncond_follows:
             if self._local.guided is not None and guided.settings.replaces:
@@ -325,3 +346,23 @@ class GuidedDenoiser:
         weaks = execution.weak_predictions(call.guided, unguided, self._model, call.inputs)
         found.weaks = [sides(call.role, of_branch)[0] for of_branch in weaks]
         return found
+
+    def _noisy(self, call: _Call, predictions: Sequence[Tensor]) -> Noisy:
+        """Find what the predictions of a call were made for: its caller combines clean samples.
+
+        Raises:
+            CallError: the call does not tell.
+        """
+        args, kwargs = (call.args, call.kwargs) if call.inputs is None else call.inputs.again()
+        given = [x for x in leaves_of((), bound_arguments(self._model, args, kwargs)) if isinstance(x, Tensor)]
+        latents: list[Tensor] = []
+        for prediction in predictions:
+            fits = [x for x in given if x.shape == prediction.shape and not any(x is other for other in latents)]
+            latents += fits[:1]
+        level = call.step.sigma
+        if len(latents) < len(predictions) or level is None or call.step.kind not in (None, "flow"):
+            raise CallError(
+                f"{self._session.host.name} combines clean samples, and this call does not tell of what noise: so "
+                f"{call.settings.why_replaces} cannot give the final prediction. Use rescale=0.0 and rule='cfg'."
+            )
+        return Noisy(sides(call.role, latents)[0], level)

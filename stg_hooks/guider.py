@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import CallError, NotCopied, SettingError, TargetError
-from stg_hooks.guidance.combine import Scale, check_scale, is_number
+from stg_hooks.guidance.combine import Scales, check_scales, is_number
 from stg_hooks.guidance.guide import Guidance, Guided, Predictions, StepOrLater
+from stg_hooks.guidance.outputs import PerOutput, each_of
 from stg_hooks.guidance.plain import written
 from stg_hooks.guidance.rules import Rule, remembers
 from stg_hooks.guidance.schedule import Plan, Request, Schedule, Settings
@@ -27,7 +28,7 @@ from stg_hooks.modes.perturbation import Mode
 from stg_hooks.passes.guided_call import in_weak_pass
 from stg_hooks.passes.inputs import Inputs, Written
 from stg_hooks.passes.joined import halved_output, joined_call
-from stg_hooks.passes.outputs import own_predictions, predictions, replace_predictions
+from stg_hooks.passes.outputs import own_predictions, places_of_predictions, predictions, replace_predictions
 from stg_hooks.passes.predict import Predictor
 from stg_hooks.passes.rows import HALF
 from stg_hooks.ranks.link import Ranks, check_alone, check_own_copy, ranks_from
@@ -48,7 +49,7 @@ class _Step:
     step: StepOrLater
     settings: Settings
     active: tuple[Branch, ...]
-    guidance_scale: Scale
+    guidance_scale: Scales
 
 
 class Guider(NotCopied):
@@ -66,10 +67,10 @@ class Guider(NotCopied):
         self,
         denoiser: Callable[..., Any],
         layers: LayerSpec | None = None,
-        scale: Scale | Callable[[Step], Scale] | None = None,
+        scale: Scales | Callable[[Step], Scales] | None = None,
         *,
-        guidance_scale: Scale = 1.0,
-        rescale: float | None = None,
+        guidance_scale: Scales = 1.0,
+        rescale: PerOutput[float] | None = None,
         mode: str | Mode | None = None,
         kind: Kind | None = None,
         branches: Sequence[Branch] | None = None,
@@ -96,7 +97,8 @@ class Guider(NotCopied):
             layers: what the weak model skips, as for `skip`; left out, the setting published for the model is used.
             scale: weight of `cond - weak`; 1.0 unless a published setting says otherwise. 0 makes no weak prediction;
                 `rescale` and `rule` hold nevertheless. A tensor holds one value per sample, `(B,)`, or has the
-                dimensions of the prediction. A function of the `Step` changes it during the run.
+                dimensions of the prediction. A function of the `Step` changes it during the run. By name, as for
+                `apply`, where the model predicts several things.
             guidance_scale: CFG weight, used in calls that have `uncond`; 1 = off. A tensor as for `scale`.
             rescale: from 0 (off, the default) to 1 (the result has the standard deviation of cond).
             mode: what a skipped layer does instead, `"residual"` by default.
@@ -141,7 +143,7 @@ class Guider(NotCopied):
             model = denoiser
         if not isinstance(model, nn.Module):
             raise TargetError(f"model=: expected a torch.nn.Module to find layers in, not {type(model).__name__}.")
-        check_scale("guidance_scale", guidance_scale)
+        check_scales("guidance_scale", guidance_scale)
         request = Request(
             layers=layers,
             scale=scale,
@@ -158,6 +160,7 @@ class Guider(NotCopied):
             on=on,
         )
         self._guidance = Guidance("stg.Guider", model, request, every, channels, strict)
+        self._guidance.outputs.check_known([("guidance_scale", guidance_scale)])
         self.denoiser = denoiser
         self.model = model
         self._written: Written = {}
@@ -282,10 +285,13 @@ class Guider(NotCopied):
             output, found = self._alone(call, wanted)
         changes = settings.changes and not inside
         self.stats.calls += 1
-        of_rows = isinstance(g, Tensor) and g.ndim > 0
+        of_rows = any(isinstance(one, Tensor) and one.ndim > 0 for one in each_of(g))
+        found.places = places_of_predictions(output)
         samples = guidance.are_samples(output, found.conds, inputs, settings, of_rows)
         if not changes:
-            guided = Guided.of(step, settings, (), found.conds, [[] for _ in found.conds], guidance.channels, samples)
+            none: list[list[Tensor]] = [[] for _ in found.conds]
+            outputs = guidance.outputs.called(found.places)
+            guided = Guided.of(step, settings, (), found.conds, none, guidance.channels, samples, outputs)
         else:
             with self.ranks.telling() if self.ranks is not None else nullcontext():
                 guided = guidance.guided(step, settings, found, guidance.channels, samples)

@@ -9,12 +9,15 @@ import operator
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from stg_hooks.errors import CallError, TargetError
 from stg_hooks.step import Step
+
+if TYPE_CHECKING:
+    from stg_hooks.guidance.combine import Scales
 
 # Top-level package of a target's class -> module with a `host(target)` function; imported when first needed. It may
 # also have `calling_pipeline()` and `calling_host(pipeline, module)`, which tell what calls a guided module, and
@@ -30,6 +33,23 @@ _PHRASES = {"cond": "conditional", "uncond": "unconditional", "perturbed": "a we
 
 
 @dataclasses.dataclass(frozen=True)
+class OwnGuidance:
+    """A weak prediction that a caller makes by itself unless it is told not to."""
+
+    by: str
+    """What makes it, for messages."""
+    off: tuple[tuple[str, float], ...]
+    """The arguments that switch it off, with their values."""
+    isolates: bool = False
+    """Whether it isolates streams, as video and audio, instead of skipping layers."""
+
+    @property
+    def how_to_switch_off(self) -> str:
+        """What to type."""
+        return ", ".join(f"{name}={value}" for name, value in self.off)
+
+
+@dataclasses.dataclass(frozen=True)
 class Role:
     """What one call of a denoiser is for.
 
@@ -39,18 +59,24 @@ class Role:
     `"perturbed"`, a weak prediction of its own, which may be a call of its own after those that it is compared with.
     `"apart"` rows are left as they are.
 
-    `guidance_scale` is the CFG weight that the caller is going to apply, where it is known. `uncond_follows` marks a
+    `guidance_scale` is the CFG weight that the caller is going to apply, where it is known; a tuple holds one for each
+    prediction of a call. `uncond_follows` marks a
     cond call whose uncond prediction comes from a call of its own, later in the same step. `channels` says how many
     channels (dimension 1) of a prediction are guided, where the others predict something else, a variance; all, if left
     out. With `samples`, the denoiser returns its predictions as a list of single samples, without a dimension for the
     batch; then rows may be `"uncond+cond"` or `"cond+uncond"`: halves of the list. `None` lets the call tell.
+
+    `is_clean` says that what the caller combines are clean samples, `x - sigma * prediction` of a flow model, and `own`
+    which weak predictions it is going to make itself in this step because that is its default.
     """
 
     rows: str
-    guidance_scale: float | Tensor | None = None
+    guidance_scale: Scales | None = None
     uncond_follows: bool = False
     channels: int | None = None
     samples: bool | None = False
+    is_clean: bool = False
+    own: tuple[OwnGuidance, ...] = ()
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -210,7 +236,7 @@ class ModuleHost:
         self,
         module: nn.Module,
         batched_cfg: bool | None,
-        guidance_scale: float | Tensor | None,
+        guidance_scale: Scales | None,
         channels: int | None = None,
     ) -> None:
         """Describe the module's calls.

@@ -12,11 +12,13 @@ from torch import nn
 
 from stg_hooks.errors import CallError, StgWarning
 from stg_hooks.hooks import activation
+from stg_hooks.modes.modes import find_mode
 from stg_hooks.step import Step
 
 if TYPE_CHECKING:
     from stg_hooks.guidance.guide import Guidance
-    from stg_hooks.hosts import Host, Role
+    from stg_hooks.guidance.schedule import Settings
+    from stg_hooks.hosts import Host, OwnGuidance, Role
     from stg_hooks.ranks.link import Ranks
 
 
@@ -32,6 +34,8 @@ class Session:
     lost_steps: int = 0
     calls_elsewhere: int = 0
     """Calls that would have been guided, had the `with` been in force where they were made."""
+    told: set[OwnGuidance] = dataclasses.field(default_factory=set)
+    """Of which guidance of the target's own it was said that ours comes on top."""
 
     def guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Let a function that takes part in a target's run leave the target as it was, where it raises."""
@@ -45,6 +49,29 @@ class Session:
                 raise
 
         return call
+
+    def tell_of(self, role: Role, settings: Settings) -> None:
+        """Say once where the target makes such weak predictions itself as well, as it does unless it is told not to.
+
+        Raises:
+            CallError: with `strict`, instead of a warning.
+        """
+        kinds = {find_mode(branch.mode).needs == "streams" for branch in settings.active}
+        for own in role.own:
+            if own.isolates in kinds:
+                self._tell_of(own)
+
+    def _tell_of(self, own: OwnGuidance) -> None:
+        what = "isolates streams" if own.isolates else "skips layers"
+        text = (
+            f"{own.by} {what} by itself unless it is told not to, and stg.apply() adds to that guidance. To have it "
+            f"once, call it with {own.how_to_switch_off}."
+        )
+        if self.guidance.watch.strict:
+            raise CallError(text)
+        if own not in self.told:
+            self.told.add(own)
+            warnings.warn(text, StgWarning, stacklevel=3)
 
     def role(self, model: nn.Module) -> Role | None:
         """Say what a call of a model is for; `None` if it is not to be guided.

@@ -111,7 +111,7 @@ class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(m
     def __init__(
         self,
         model: nn.Module,
-        layers: LayerSpec,
+        layers: LayerSpec | None = None,
         mode: str | Mode = "residual",
         *,
         kind: Kind | None = None,
@@ -126,7 +126,7 @@ class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(m
                 regular expression (`re.compile(...)`, or text that begins with `re:`) to be found in names, module, or
                 a list of those. Where no layer is called so, globs and regular expressions mean modules inside them.
                 A dictionary gives each its mode: `{14: "attention", 19: "residual"}`. `stg.layers(model)` shows what
-                there is.
+                there is. Left out, `mode="isolated"` acts in all of them.
             mode: `"residual"` (the block hands its inputs through, and is not computed), `"attention"` (self-attention
                 with the identity as its map), another name that README lists, or a callable that takes a
                 `LayerCall` and returns what the layer should return.
@@ -216,7 +216,7 @@ class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(m
 
 
 def check(
-    model: nn.Module, layers: LayerSpec, mode: str | Mode = "residual", *, kind: Kind | None = None
+    model: nn.Module, layers: LayerSpec | None = None, mode: str | Mode = "residual", *, kind: Kind | None = None
 ) -> list[Layer]:
     """Check that layers can be skipped, without touching the model.
 

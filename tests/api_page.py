@@ -46,6 +46,7 @@ DATA = {
     "adapters.ATTENTION": "Names of classes that compute attention, where their own name does not say so.",
     "adapters.ATTENTION_FUNCTIONS": "Attention functions that torch cannot look into: the `Layout` of their arguments.",
     "adapters.KIN": "Classes of other code bases, and the class of diffusers whose published settings hold for them.",
+    "adapters.OUTPUTS": "By class of model: the names of what it predicts, where it predicts several things.",
     "adapters.PUBLISHED": "The published settings, each with its source ([recipes](recipes.md)).",
     "adapters.STREAMS": "By class of block: the arguments that stand in for the tensors that it returns.",
     "adapters.TEMPORAL": "By class of model: parts of the names of its attention across frames.",

@@ -21,6 +21,11 @@ def standing_in(name: str, **contents: Any) -> None:
     made = types.ModuleType(name)
     vars(made).update({"__path__": [], **contents})
     sys.modules[name] = made
+    parent, _, last = name.rpartition(".")
+    if parent:
+        if parent not in sys.modules:
+            standing_in(parent)
+        setattr(sys.modules[parent], last, made)
 
 
 def mochi() -> Tiny:
@@ -109,9 +114,10 @@ def lumina() -> Tiny:
         "fairscale.nn.model_parallel.layers", ColumnParallelLinear=_Linear, RowParallelLinear=_Linear,
         ParallelEmbedding=nn.Embedding,
     )  # fmt: skip
+    standing_in("lumina_next_t2i", __path__=[f"{sys.path[0]}/lumina_next_t2i"])  # without its pipelines
     standing_in("flash_attn.bert_padding", index_first_axis=None, pad_input=None, unpad_input=None)
     with mock.patch.object(Tensor, "cuda", lambda tensor: tensor):
-        model = module("models.model").NextDiT(
+        model = module("lumina_next_t2i.models.model").NextDiT(
             2, 4, 32, 3, 2, multiple_of=16, learn_sigma=False, qk_norm=True, cap_feat_dim=12
         )
     cond = {
@@ -142,7 +148,14 @@ def sky_reels() -> Tiny:
         "t": torch.full((ROWS,), 500.0),
         "context": random(ROWS, TEXT, 12),
     }
-    return Tiny(transformer, cond, {"context": random(ROWS, TEXT, 12)})
+    return Tiny(transformer, cond, {"context": random(ROWS, TEXT, 12)}, through={"WanAttentionBlock": in_half})
+
+
+def in_half(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Bypass a block that returns bfloat16 whatever it is given."""
+    if x.dtype != torch.bfloat16:
+        raise RuntimeError
+    return x
 
 
 def step_video() -> Tiny:
@@ -232,26 +245,47 @@ def allegro() -> Tiny:
 
 FURTHER = (
     Repository(
-        "Mochi", "genmo/mochi_preview/dit/joint_model/asymm_models_joint.py", mochi, "", kernel="flash-attention"
+        "Mochi",
+        "genmo/mochi_preview/dit/joint_model/asymm_models_joint.py",
+        mochi,
+        "0c86aeb",
+        kernel="flash-attention",
+        note='`"attention"` is refused in calls with several rows, whose padding is taken out before the kernel.',
     ),
     Repository(
-        "SVD",
+        "SVD (generative-models)",
         "sgm/modules/diffusionmodules/video_model.py",
         svd,
-        "",
+        "0ad7de9",
         ("omegaconf", "pytorch_lightning", "kornia", "open_clip", "torchvision"),
     ),
-    Repository("Latte", "models/latte.py", latte, "", ("torchvision",)),
-    Repository("F-Lite", "f_lite/model.py", f_lite, "", ("torchvision",)),
-    Repository("Lumina-Next", "lumina_next_t2i/models/model.py", lumina, "", ("fairscale",)),
+    Repository("Latte", "models/latte.py", latte, "b27c24a", ("torchvision",), "a softmax of its own"),
+    Repository(
+        "F-Lite",
+        "f_lite/model.py",
+        f_lite,
+        "85f0471",
+        ("torchvision",),
+        note="Residual is refused for the first block, whose values the others are given.",
+    ),
+    Repository("Lumina-Next", "lumina_next_t2i/models/model.py", lumina, "1c60696", ("fairscale",)),
     Repository(
         "SkyReels V2",
         "skyreels_v2_infer/modules/transformer.py",
         sky_reels,
-        "",
+        "abed76f",
         ("ftfy", "torchvision", "decord", "xfuser"),
+        "its own function around flash-attention",
+        "Residual is refused for the first block in float32, as it returns bfloat16.",
     ),
-    Repository("Step-Video", "stepvideo/modules/model.py", step_video, "", ("xfuser",)),
-    Repository("PixArt-alpha", "diffusion/model/nets/PixArt.py", pixart, "", ("mmcv", "xformers", "torchvision")),
-    Repository("Allegro", "allegro/models/transformers/transformer_3d_allegro.py", allegro, "", ("xformers",)),
+    Repository("Step-Video", "stepvideo/modules/model.py", step_video, "675e08c", ("xfuser",)),
+    Repository(
+        "PixArt-alpha",
+        "diffusion/model/nets/PixArt.py",
+        pixart,
+        "cac2fd3",
+        ("mmcv", "xformers", "torchvision"),
+        "xformers",
+    ),
+    Repository("Allegro", "allegro/models/transformers/transformer_3d_allegro.py", allegro, "f395a54", ("xformers",)),
 )

@@ -295,3 +295,8 @@ WHOLE = (
     "StableDiffusionDiffEditPipeline",
 )
 """Classes that tests/test_other_calls.py runs."""
+
+SLOW = {
+    name for name, found in PARTED.items() if "Combined" in name or found.call.get("strength") or "XLControl" in name
+}
+"""Those that are much like others."""

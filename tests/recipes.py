@@ -43,6 +43,27 @@ LTX_2_NOTE = """\
 LTX2Pipeline has this guidance built in and switched on by default; the code switches it off, so that it is not applied
 twice. The pipeline's own rescale (`guidance_rescale`, 0.7 by default) then measures against the guided cond prediction.
 """
+LTX_2_WHOLE = """\
+with stg.apply(
+    pipe,
+    branches=[
+        stg.Branch({layers}, {{"video": 1.0, "audio": 1.0}}, "values"),
+        stg.Branch(scale={{"video": 2.0, "audio": 2.0}}, mode="isolated"),
+    ],
+    rescale={{"video": 0.7, "audio": 0.7}},
+):
+    video, audio = pipe(
+        **inputs,
+        guidance_scale=3.0,
+        audio_guidance_scale=7.0,
+        num_inference_steps={steps},
+        stg_scale=0.0,
+        audio_stg_scale=0.0,
+        modality_scale=1.0,
+        audio_modality_scale=1.0,
+        return_dict=False,
+    )
+"""
 
 INTRODUCTION = """\
 # Recipes per model
@@ -116,7 +137,20 @@ def _section(setting: Published) -> str:
         lines.append(LTX_2_NOTE)
     if setting.schedule:
         lines += _levels(setting)
-    return "\n".join([*lines, f"```python\n{code(setting)}```", ""])
+    lines.append(f"```python\n{code(setting)}```\n")
+    if setting.model == LTX_2:
+        lines += [
+            "All that the source does, with weights for video and audio:",
+            "",
+            f"```python\n{whole(setting)}```",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def whole(setting: Published) -> str:
+    """Return the code for all guidance of LTX-2, of which a published setting has the skipped layers."""
+    return LTX_2_WHOLE.format(layers=list(setting.layers), steps=setting.steps)
 
 
 def _branch(branch: object) -> str:

@@ -48,6 +48,8 @@ class Tiny:
     """Class of a block to what it gives when it is bypassed; its first argument, if left out. `None`: it cannot be."""
     first: str = "x"
     """The argument that is denoised."""
+    isolated: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The arguments with which it keeps its streams apart itself, where it has several."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,12 +295,16 @@ def ltx_2() -> Tiny:
         )
 
     video, audio = stream(8, 8, 3, random(ROWS, TEXT, 48)), stream(4, 6, 1, random(ROWS, TEXT, 24))
-    perturbations = module("ltx_core.guidance.perturbations").BatchedPerturbationConfig.empty(ROWS, 3)
+    own = module("ltx_core.guidance.perturbations")
+    perturbations = own.BatchedPerturbationConfig.empty(ROWS, 3)
+    between = (own.PerturbationType.SKIP_A2V_CROSS_ATTN, own.PerturbationType.SKIP_V2A_CROSS_ATTN)
+    apart = own.PerturbationConfig([own.Perturbation(kind, None) for kind in between])
     other = dataclasses.replace(video, context=random(ROWS, TEXT, 48))
     through = {"BasicAVTransformerBlock": lambda video, audio, *_: (video, audio)}
     return Tiny(
-        model, {"video": video, "audio": audio, "perturbations": perturbations}, {"video": other}, {}, through, "video"
-    )
+        model, {"video": video, "audio": audio, "perturbations": perturbations}, {"video": other}, {}, through, "video",
+        {"perturbations": own.BatchedPerturbationConfig([apart] * ROWS, 3)},
+    )  # fmt: skip
 
 
 REPOSITORIES = (
@@ -439,12 +445,22 @@ def importable(root: Path, absent: tuple[str, ...]) -> Iterator[None]:
                 del sys.modules[name]
 
 
+_OTHERS = {
+    "EDM": ("training/networks_edm2.py", False),
+    "DiT": ("diffusion/gaussian_diffusion.py", True),
+}
+"""A further file that tells a repository by being there, or by being absent, where others have the same marks."""
+
+
 def found_under(path: Path) -> Iterator[tuple[Repository, Path]]:
     """Find the known repositories in the folders below a path."""
-    for repository in REPOSITORIES:
+    from tests.further_repositories import FURTHER
+
+    for repository in (*REPOSITORIES, *FURTHER):
         for mark in sorted(path.glob(f"**/{repository.mark}")):
             root = mark.parents[len(Path(repository.mark).parts) - 1]
-            if repository.name != "EDM" or not (root / "training/networks_edm2.py").exists():
+            has_another = _OTHERS.get(repository.name)
+            if has_another is None or (root / has_another[0]).exists() is has_another[1]:
                 yield repository, root
                 break
 
@@ -534,6 +550,10 @@ def attempts(tiny: Tiny) -> Iterator[tuple[str, str, str]]:
     both = {name: tiny.cond[name] for name in tiny.uncond}
     if tiny.uncond:
         uncond = run(tiny.model, {**tiny.cond, **tiny.uncond})
+    if tiny.isolated:
+        weak = run(tiny.model, {**tiny.cond, **tiny.isolated})
+        with stg.skip(tiny.model, mode="isolated"):
+            yield "isolated: skip", "", compare(run(tiny.model, tiny.cond), weak) or unchanged(weak, cond)
     first, last = {x.block: x for x in numbered[::-1]}, {x.block: x for x in numbered}
     for layer in {x.name: x for x in (*first.values(), *last.values())}.values():
         for mode in MODES:

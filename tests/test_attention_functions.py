@@ -362,10 +362,38 @@ class CrossAttention(nn.Module):
         return opaque.attend(*map(of_heads, (self.q_linear(x), k, v))).flatten(2)
 
 
+class RowsMerged(CrossAttention):
+    """Cross-attention as PixArt-alpha's: rows lie one after the other, and a mask keeps them apart."""
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        k, v = self.kv_linear(cond).view(1, -1, 2 * zoo.DIM).chunk(2, dim=-1)
+        q = self.q_linear(x).view(1, -1, zoo.DIM)
+        parts = zip(q.chunk(len(x), 1), k.chunk(len(x), 1), v.chunk(len(x), 1), strict=True)
+        whole = merged_kernel(of_heads(q), of_heads(k), of_heads(v), parts)
+        return whole.flatten(2).view(x.shape)
+
+
+def merged_kernel(q: Tensor, k: Tensor, v: Tensor, parts: Any) -> Tensor:
+    return torch.cat([opaque.attend(*map(of_heads, part)) for part in parts], 1)
+
+
 class BesideKernel(zoo.Block):
     def __init__(self) -> None:
         super().__init__()
         self.cross = CrossAttention()
+
+
+class BesideMergedRows(zoo.Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cross = RowsMerged()
+
+
+def test_cross_attention_whose_rows_are_merged_is_no_obstacle() -> None:
+    adapters.ATTENTION_FUNCTIONS["tests.test_attention_functions.merged_kernel"] = Layout("b s h d")
+    torch.manual_seed(0)
+    model = zoo.DiT(BesideMergedRows).eval()
+    torch.testing.assert_close(weak(model, 1, "values"), weak(model, "blocks.1.attn", "values"), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -208,6 +208,27 @@ def values_by_hand(name: str) -> Callable[[nn.Module], Any]:
     return weak
 
 
+@contextmanager
+def video_and_audio_apart(model: Any) -> Iterator[None]:
+    attention = [
+        a for block in model.transformer_blocks for a in (block.audio_to_video_attn, block.video_to_audio_attn)
+    ]
+    for one in attention:
+        one.forward = lambda x, *_, **__: torch.zeros_like(x)
+    try:
+        yield
+    finally:
+        for one in attention:
+            del one.forward
+
+
+def test_video_and_audio_apart() -> None:
+    patcher = build("LTX-2")
+    got = sample(node()(patcher, "", "isolated", 2.0), "LTX-2")
+    assert_close(got, by_hand(patcher, "LTX-2", video_and_audio_apart, stg_with(3.0, 2.0)), **close)
+    assert float((got - sample(patcher, "LTX-2")).abs().max()) > 0.01
+
+
 @pytest.mark.parametrize("name", ["LTXV", "Wan"])
 def test_values_are_the_published_stg_of_ltx(name: str) -> None:
     patcher = build(name)

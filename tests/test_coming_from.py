@@ -503,7 +503,7 @@ def from_row(marker: str, setting: str) -> Any:
 
 
 # By the first cell of a row: the tests that run it, here or in another file.
-GOLDEN = "test_golden.py"
+GOLDEN, AUDIO = "test_golden.py", "test_audio_and_video.py"
 TESTS: dict[str, tuple[str, ...]] = {
     "a pipeline class of its own (`MochiSTGPipeline` and the like)": (GOLDEN,),
     "`stg_applied_layers_idx=[34]`": (GOLDEN,),
@@ -615,7 +615,17 @@ TESTS: dict[str, tuple[str, ...]] = {
     "`LTX2Pipeline`: `stg_scale=1.0`, `audio_stg_scale=1.0`, `spatio_temporal_guidance_blocks=[29]`": (
         "test_the_guidance_of_ltx_2",
     ),
-    "`LTX2Pipeline`: `guidance_rescale`, `modality_scale`": ("test_what_ltx_2_goes_on_doing_itself",),
+    "`LTX2Pipeline`: `stg_scale=1.0`, `audio_stg_scale=0.5`": (AUDIO,),
+    "`LTX2Pipeline`: `modality_scale=3.0`, `audio_modality_scale=2.0`": (AUDIO,),
+    "`LTX2Pipeline`: `guidance_rescale=0.7`, `audio_guidance_rescale=0.4`": (AUDIO,),
+    "`LTX2Guidance(3.0, stg_scale=1.0, spatio_temporal_guidance_blocks=[28])` of modular pipelines": (
+        "test_skip_guidance.py",
+    ),
+    "its `modality_scale=3.0`": (AUDIO,),
+    "ltx-core: `MultiModalGuiderParams(cfg_scale=3.0, stg_scale=1.0, stg_blocks=[29])` for video and audio": (AUDIO,),
+    "ltx-core: `rescale_scale=0.7`": (AUDIO,),
+    "ltx-core: `modality_scale=3.0`": (AUDIO,),
+    "ltx-core: other `stg_blocks` for video than for audio, in one weak pass": (AUDIO,),
     '`StableDiffusionPAGPipeline(..., pag_applied_layers=["mid"])` and the other PAG pipelines: `pag_scale=3.0`': (
         "test_perturbed_attention_of_pipelines",
     ),

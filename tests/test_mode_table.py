@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import stg_hooks as stg
 from stg_hooks.modes.modes import MODES, find_mode
 from stg_hooks.modes.perturbation import LayerCall, Perturbation
 from tests import zoo
+from tests.tiny_models import MODELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,12 @@ def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
+def tiny(mode: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Build a model that can have a mode, and the arguments of a call."""
+    name = "LTX2VideoTransformer3DModel" if find_mode(mode).needs == "streams" else "WanTransformer3DModel"
+    return MODELS[name].build(name), MODELS[name].inputs()
+
+
 def test_a_mode_says_what_it_is(mode: str) -> None:
     found = find_mode(mode)
     assert (found.name, str(found)) == (mode, f"mode={mode!r}")
@@ -43,8 +51,7 @@ def test_a_mode_says_what_it_is(mode: str) -> None:
 
 @torch.no_grad()
 def test_a_mode_changes_its_layer_and_restores_the_model(mode: str) -> None:
-    case = zoo.FAMILIES["wan"]
-    model, inputs = case.build(), case.inputs()
+    model, inputs = tiny(mode)
     plain, before = model(**inputs)[0], zoo.snapshot(model)
     with stg.skip(model, 1, mode):
         weak = model(**inputs)[0]
@@ -57,8 +64,7 @@ def test_a_mode_changes_its_layer_and_restores_the_model(mode: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("execution", ["full", "sequential", "batched"])
 def test_a_guided_call_adds_the_difference(mode: str, execution: str) -> None:
-    case = zoo.FAMILIES["wan"]
-    model, inputs = case.build(), case.inputs()
+    model, inputs = tiny(mode)
     plain = model(**inputs)[0]
     with stg.skip(model, 1, mode):
         weak = model(**inputs)[0]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import stg_hooks as stg
 from tests import zoo
-from tests.parted_pipelines import PARTED, Parted
+from tests.parted_pipelines import PARTED, SLOW, Parted
 from tests.stock_pipelines import StopHereError, received, run
 from tests.test_pipelines import assert_far, assert_same
 from tests.test_stock_pipelines import tensors
@@ -73,7 +73,7 @@ def check(parted: Parted, pipe: Any, call: dict[str, Any], rows: tuple[str, ...]
     assert zoo.snapshot(denoiser) == before
 
 
-@pytest.mark.parametrize("name", PARTED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in PARTED])
 def test_pipeline_is_guided_as_by_hand(name: str) -> None:
     parted = PARTED[name]
     pipe = parted.build()

@@ -82,7 +82,7 @@ OF_THEIR_OWN = ("recipes.md", "errors.md")
 @pytest.fixture
 def _adapters() -> Iterator[None]:
     """Forget what a page states of its models."""
-    tables = (adapters.STREAMS, adapters.ATTENTION, adapters.ATTENTION_FUNCTIONS, adapters.TEMPORAL)
+    tables = (adapters.STREAMS, adapters.ATTENTION, adapters.ATTENTION_FUNCTIONS, adapters.TEMPORAL, adapters.OUTPUTS)
     before = [copy.copy(table) for table in tables]
     yield
     for table, kept in zip(tables, before, strict=True):

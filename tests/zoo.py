@@ -24,10 +24,11 @@ from stg_hooks.modes.modes import MODES
 from tests.tiny_models import MODELS, HandThrough, Tiny, expand
 
 DIM, TEXT_TOKENS, TOKENS = 8, 3, 5
-ALL_MODES = list(MODES)
+ALL_MODES = [name for name, mode in MODES.items() if mode.needs != "streams"]
+"""Those that models of one stream can have."""
 EXECUTIONS = ("auto", "sequential", "batched", "full")
 ATTENTION_MODES = [name for name, mode in MODES.items() if mode.needs == "attention"]
-OTHER_MODES = [name for name in MODES if name != "residual"]
+OTHER_MODES = [name for name in ALL_MODES if name != "residual"]
 """Those that compute the layer, changed."""
 
 

@@ -376,5 +376,7 @@ def _guided(args: dict[str, Any], settings: Settings, weaks: Sequence[Tensor]) -
         combined: Tensor = find_rule(settings.rule)(c, u, terms, g)
         return denoised - plain + combined
 
-    scales = [branch.scale for branch in settings.active]
-    return stg.combine(cond, weaks, uncond, scale=scales, guidance_scale=scale, rescale=settings.rescale, rule=rule)
+    weights: dict[str, Any] = {
+        "scale": [branch.scale for branch in settings.active], "guidance_scale": scale, "rescale": settings.rescale
+    }  # fmt: skip
+    return stg.combine(cond, weaks, uncond, **weights, rule=rule)

@@ -15,7 +15,7 @@ from stg_hooks.guidance.schedule import Request
 from stg_hooks.guidance.settings import preset_for, published_names, recommended
 from stg_hooks.integrations.comfyui.fields import layers_from, limits_from, schedule_from, with_modes
 from stg_hooks.integrations.comfyui.guidance import SkipGuidance
-from stg_hooks.modes.modes import MODES
+from stg_hooks.modes.modes import MODES, find_mode
 from stg_hooks.passes.ways import EXECUTIONS
 
 CATEGORY = "advanced/guidance"
@@ -50,7 +50,8 @@ _GUIDANCE: dict[str, tuple[Any, dict[str, Any]]] = {
         [AUTO, *MODES],
         "What a skipped layer does instead. residual: hands its input through (STG-R). values: every token attends to "
         "itself (PAG, and the STG of ComfyUI-LTXVideo). attention: likewise, text is still attended to (STG-A). "
-        "smoothed: SEG. shuffled: TPG. 'as published' is residual where layers are named.",
+        "smoothed: SEG. shuffled: TPG. isolated: video and audio do not see each other; all layers, if none are "
+        "named. 'as published' is residual where layers are named.",
     ),
     "scale": _number(1.0, 0.0, 100.0, 0.05, "How strongly (cond - weak) counts. 0 is off, 0.5 to 2 is usual."),
     "rescale": _number(
@@ -202,13 +203,16 @@ def request_from(
         return Request(preset=preset, on=on), f"{published.source}. {published.note}".strip()
     own = None if mode == AUTO else mode
     source = "layers as named"
-    if not chosen:
+    is_of_model = own is not None and find_mode(own).is_of_model
+    if not chosen and is_of_model:
+        source = "all layers, as none are named"
+    elif not chosen:
         published = recommended(module)
         chosen, own = list(published.layers), own or published.mode
         source = f"layers as published for {published.name}: {published.source}"
     listed = with_modes(chosen, own)
     return Request(
-        layers=listed,
+        layers=listed or None,
         mode=None if isinstance(listed, dict) else own,
         scale=scale if on == "cond" else None,
         rescale=rescale,

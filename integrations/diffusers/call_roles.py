@@ -56,7 +56,7 @@ def role_of(site: Site, names: Mapping[str, Any], sums: dict[int, float]) -> Rol
         raise UnreadableError(f"it guides its predictions by itself, as {ast.unparse(site.unless)} is true")
     kind = site.kind
     if kind == "both":
-        return _role_of_parts(site.ways, names, sums)
+        return _role_of_parts(site.ways, site.predictions, names, sums)
     if site.context is not None:
         kind = KINDS.get(str(evaluate(site.context, names)), "perturbed")
     if kind == "unused":
@@ -86,15 +86,21 @@ def _is_alone(site: Site, names: Mapping[str, Any]) -> bool:
     return isinstance(batches, Sized) and len(batches) == 1
 
 
-def _role_of_parts(ways: Sequence[Way], names: Mapping[str, Any], sums: dict[int, float]) -> Role | None:
+def _role_of_parts(
+    ways: Sequence[Way], predictions: Sequence[str], names: Mapping[str, Any], sums: dict[int, float]
+) -> Role | None:
     """Tell what a call is for whose rows are taken apart in one of these ways, or in none."""
     for way in ways:
         if not holds(way.guards, names):
             continue
-        weights = [_weight(combination, way.is_named, names, sums) for combination in way.combinations]
-        weight = weights[0] if len(weights) == 1 else None
+        weight = _weight_of_way(way, names, sums)
         if way.is_named or weight is not None:
-            return Role(way.rows, weight, uncond_follows=way.uncond_follows)
+            others = [other for other in ways if other.rows == way.rows and holds(other.guards, names)]
+            weights = {other.prediction: _weight_of_way(other, names, sums) for other in others}
+            each = tuple(one for name in predictions if (one := weights.get(name, weight)) is not None)
+            is_known = len(each) == len(predictions)
+            differs = is_known and any(isinstance(one, Tensor) or one != each[0] for one in each[1:])
+            return Role(way.rows, each if differs else weight, uncond_follows=way.uncond_follows)
     if not any("cond" in way.rows.split("+") for way in ways):
         return None
     # Where an `else` takes a prediction in halves, the other branch has other rows.
@@ -103,6 +109,11 @@ def _role_of_parts(ways: Sequence[Way], names: Mapping[str, Any], sums: dict[int
     if other is not None:
         raise UnreadableError(f"it adds perturbed rows of its own, as {ast.unparse(other)} is false")
     return Role("cond")
+
+
+def _weight_of_way(way: Way, names: Mapping[str, Any], sums: dict[int, float]) -> float | Tensor | None:
+    weights = [_weight(combination, way.is_named, names, sums) for combination in way.combinations]
+    return weights[0] if len(weights) == 1 else None
 
 
 def _is_else(guard: ast.expr) -> bool:
@@ -152,7 +163,25 @@ def _combined(combination: Combination, names: Mapping[str, Any], sums: dict[int
         if found is None:
             raise UnreadableError(f"the weights in {ast.unparse(expression)} do not sum to one")
         sums[id(combination)] = found
-    return g if found and not others else None  # 0: a difference, which is added to something
+    if others:
+        return None
+    return g if found else _with_cond(combination, names)  # 0: a difference, which is added to something
+
+
+def _with_cond(combination: Combination, names: Mapping[str, Any]) -> Any:
+    """Return the weight of cond in the sum of itself and a difference, whatever else is added; `None` if it is none."""
+    added, cond, uncond = combination.added, combination.cond, combination.uncond
+    if added is None:
+        return None
+    without = {node.id: 0.0 for node in ast.walk(added.sum) if isinstance(node, ast.Name) and node.id != "self"}
+    try:
+        weight, other = (
+            evaluate(added.difference, {**names, cond: 0.0, uncond: 0.0, name: 1.0}) for name in (cond, uncond)
+        )
+        own, scale = (evaluate(added.sum, {**names, **without, name: 1.0}) for name in (cond, added.name))
+    except (LookupError, TypeError):
+        return None
+    return 1.0 + weight if own == scale == 1.0 and not isinstance(other, Tensor) and other == -weight else None
 
 
 def _is_near(value: Any, wanted: float) -> bool:

@@ -38,6 +38,8 @@ _LABELS = {
     "image": re.compile(r"(^|_)(img|image)(_|$)"),
 }
 _GUIDED = re.compile(r"(^|_)(uncond|unconditional|cfg|classifier_free)(_|$)")
+# What turns a velocity into a clean sample is called.
+_TO_CLEAN = re.compile(r"velocity_to_(x0|clean|sample)$")
 _CUTS = ("chunk", "split", "tensor_split", "unbind")
 
 
@@ -54,6 +56,8 @@ class Way:
     combinations: tuple[Combination, ...]
     uncond_follows: bool = False
     is_named: bool = True
+    prediction: str = ""
+    """What is taken apart, of several predictions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +71,9 @@ class Site:
     are the conditions under which the uncond call follows; `None` if none does. While `unless` holds, the prediction is
     guided in some way that is not understood. `channels` is how many channels of the prediction are guided, where the
     others predict a variance. Unless it `is_named`, no name says what the call is for: `kind` is what it can be, which
-    the weight and the latents of the running call decide.
+    the weight and the latents of the running call decide. `predictions` are the names of what it returns, and they
+    `are_clean` where these are turned into clean samples before they are combined. `when` are the conditions under
+    which it is made, and it `isolates` where it asks for that.
     """
 
     lines: range
@@ -80,6 +86,10 @@ class Site:
     unless: ast.expr | None = None
     channels: ast.expr | None = None
     is_named: bool = True
+    predictions: tuple[str, ...] = ()
+    are_clean: bool = False
+    when: Guards = ()
+    isolates: bool = False
 
 
 def classified(calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Found]) -> Iterator[Site]:
@@ -133,6 +143,33 @@ def classified(calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Fou
             yield Site(found.lines, kind, combination=pair, is_named=is_named)
         else:
             yield Site(found.lines, kind, unless=unless, is_named=kind != "cond" or found.context is not None)
+
+
+def described(
+    sites: Sequence[Site], calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Found]
+) -> Iterator[Site]:
+    """Add to sites, one for each call, what does not depend on what the calls are for."""
+    channels = channels_of(statements)
+    for site, (found, call) in zip(sites, calls, strict=True):
+        converted = [
+            word for other in statements if _is_to_clean(other.value) and other.value for word in names_in(other.value)
+        ]
+        yield dataclasses.replace(
+            site,
+            channels=channels,
+            predictions=found.targets,
+            are_clean=found.target in converted,
+            when=found.guards,
+            isolates=any("isolat" in (word.arg or "") and _is_true(word.value) for word in call.keywords),
+        )
+
+
+def _is_to_clean(value: ast.expr | None) -> bool:
+    return isinstance(value, ast.Call) and _TO_CLEAN.search(tail(value.func)) is not None
+
+
+def _is_true(value: ast.expr) -> bool:
+    return isinstance(value, ast.Constant) and value.value is True
 
 
 def _kind(found: Found, call: ast.Call) -> str:
@@ -280,7 +317,8 @@ def _ways(
         )
         found = (combination_of((call, split.found), group, statements, is_named) for group in groups)
         combinations = tuple(one for one in found if one is not None)
-        yield Way("+".join(split.labels), split.found.guards, combinations, follows, is_named)
+        whole = next((name for name in call.targets if name in {*names_in(split.found.value or call.statement)}), "")
+        yield Way("+".join(split.labels), split.found.guards, combinations, follows, is_named, whole)
 
 
 def _made_by(split: _Split, calls: Sequence[Found]) -> Found | None:

@@ -15,6 +15,15 @@ Guards: TypeAlias = "tuple[ast.expr, ...]"
 
 
 @dataclasses.dataclass(frozen=True)
+class Added:
+    """A weighted difference of predictions that has a name, and the sum in which that is added to cond."""
+
+    difference: ast.expr
+    name: str
+    sum: ast.expr
+
+
+@dataclasses.dataclass(frozen=True)
 class Combination:
     """The expression that combines predictions, and the assignments that may change its weight before it."""
 
@@ -25,6 +34,8 @@ class Combination:
     changes: tuple[Guards, ...]
     others: tuple[str, ...] = ()
     """Further predictions that it combines."""
+    added: Added | None = None
+    """Where it is a difference, what adds it to the cond prediction."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +67,14 @@ class Found:
     @property
     def target(self) -> str:
         """The name that it assigns to, the first one of several."""
+        return next(iter(self.targets), "")
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names that it assigns to; an empty one for what is no name."""
         target = self.statement.targets[0] if isinstance(self.statement, ast.Assign) else None
-        if isinstance(target, (ast.Tuple, ast.List)):
-            target = target.elts[0]
-        return target.id if isinstance(target, ast.Name) else ""
+        found = target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]
+        return tuple(one.id if isinstance(one, ast.Name) else "" for one in found)
 
 
 def blend_of(call: Found, statements: Sequence[Found]) -> Combination | None:
@@ -96,8 +111,18 @@ def combination_of(
             and {name.lstrip("_") for target in other.statement.targets for name in names_in(target)} & weights
         )
         cond, uncond, *others = predictions
-        return Combination(expression, cond, uncond, found.guards, changes, tuple(others))
+        added = _added(found, cond, later[place + 1 :])
+        return Combination(expression, cond, uncond, found.guards, changes, tuple(others), added)
     return None
+
+
+def _added(difference: Found, cond: str, later: Sequence[Found]) -> Added | None:
+    """Find the expression that adds a difference to the cond prediction."""
+    if difference.target in ("", cond) or difference.value is None:
+        return None
+    values = (found.value for found in later if found.value is not None)
+    sums = (found for value in values if (found := _smallest(value, cond, difference.target)) is not None)
+    return next((Added(difference.value, difference.target, one) for one in sums), None)
 
 
 def _smallest(value: ast.expr, *wanted: str) -> ast.BinOp | None:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from stg_hooks.errors import CallError, TargetError
 from stg_hooks.hooks.forward import Undo, set_attribute, shared
-from stg_hooks.hosts import Processors, Role
-from stg_hooks.integrations.diffusers.call_roles import Latents, latents_of, role_of
+from stg_hooks.hosts import OwnGuidance, Processors, Role
+from stg_hooks.integrations.diffusers.call_roles import Latents, holds, latents_of, role_of
 from stg_hooks.integrations.diffusers.call_sites import Site, UnreadableError
 from stg_hooks.integrations.diffusers.expressions import evaluate
+from stg_hooks.integrations.diffusers.own_guidance import on_by_default
 from stg_hooks.integrations.diffusers.pipeline_code import call_sites_of
 from stg_hooks.step import Step
 
@@ -60,6 +61,7 @@ class PipelineHost:
         self._processors: Processors | None = None
         self._sums: dict[int, float] = {}
         self._latents = Latents()
+        self._own: dict[tuple[type, range], OwnGuidance | None] = {}
         self._read_already: dict[str, tuple[Tensor, list[float]]] = {}
 
     def _read(self) -> dict[CodeType, tuple[Site, ...]]:
@@ -120,7 +122,8 @@ class PipelineHost:
             if role is not None and not site.is_named:
                 self._check_latents(role, frame)
             channels = None if site.channels is None else evaluate(site.channels, names)
-            return role and dataclasses.replace(role, channels=channels)
+            own = self._own_guidance(frame, names) if role is not None and role.is_cond else ()
+            return role and dataclasses.replace(role, channels=channels, is_clean=site.are_clean, own=own)
         except UnreadableError as error:
             raise CallError(
                 f"{self.name} cannot be guided as it is running now: {error}. Switch that off, or use stg.Guider in a "
@@ -131,6 +134,19 @@ class PipelineHost:
                 f"{self.name} does not say, when it calls its denoiser, what for (line {frame.f_lineno} of "
                 f"{frame.f_code.co_filename}: {error}). Use stg.Guider in a loop of your own."
             ) from error
+
+    def _own_guidance(self, frame: FrameType, names: Mapping[str, Any]) -> tuple[OwnGuidance, ...]:
+        """Say which weak predictions the pipeline is going to make itself in this step, as it does by default."""
+        cls, found = type(frame.f_locals["self"]), []
+        for site in self._sites[frame.f_code]:
+            if site.kind != "perturbed" or not site.when:
+                continue
+            if (cls, site.lines) not in self._own:
+                self._own[cls, site.lines] = on_by_default(cls, site)
+            own = self._own[cls, site.lines]
+            if own is not None and holds(site.when, names):
+                found.append(own)
+        return tuple(found)
 
     def check_same(self) -> None:
         """Raise where a denoiser was replaced: the new one has no hooks, so that its calls would be plain.

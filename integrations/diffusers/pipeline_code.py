@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from types import CodeType, FunctionType
 
-from stg_hooks.integrations.diffusers.call_sites import Site, UnreadableError, channels_of, classified, takes_apart
+from stg_hooks.integrations.diffusers.call_sites import Site, UnreadableError, classified, described, takes_apart
 from stg_hooks.integrations.diffusers.combinations import Found, Guards, tail
 
 _CONTEXT = "cache_context"
@@ -99,8 +99,7 @@ def _read(function: FunctionType, denoisers: tuple[str, ...], methods: Mapping[s
     if len(everywhere) != len(calls):
         raise UnreadableError(f"{function.__name__} calls its denoiser in a condition, or in a function inside it")
     statements = list(_with_methods(statements, {found.target for found, _ in calls} - {""}, methods))
-    channels = channels_of(statements)
-    return tuple(dataclasses.replace(site, channels=channels) for site in classified(calls, statements))
+    return tuple(described([*classified(calls, statements)], calls, statements))
 
 
 def _with_methods(

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from stg_hooks.errors import CallError, ExtraError, StgWarning, TargetError
-from stg_hooks.guidance.combine import Scale, check_scale, is_number
+from stg_hooks.errors import CallError, ExtraError, SettingError, StgWarning, TargetError
+from stg_hooks.guidance.combine import Scale, Scales, check_scale, is_number
 from stg_hooks.guidance.guide import Guidance, Predictions
 from stg_hooks.guidance.plain import read, written
 from stg_hooks.guidance.rules import Rule
@@ -51,6 +51,10 @@ _ONE_FOR_ALL = (
     "video, too: pipe.update_components(guider=stg.modular.SkipGuidance(...)); with scale=0.0 it leaves the video as "
     "it is."
 )
+_ONE_FOR_EACH = (
+    "in modular pipelines each prediction has a guider of its own, which has one value: "
+    "pipe.update_components(guider=stg.modular.SkipGuidance(...), audio_guider=stg.modular.SkipGuidance(...))."
+)
 _REQUEST = [field.name for field in dataclasses.fields(Request) if field.name != "on"]
 _SETTINGS = (*_REQUEST, "guidance_scale", "every", "execution", "strict")
 
@@ -62,7 +66,7 @@ class _Now:
     step: Step
     guidance: Guidance
     settings: Settings
-    guidance_scale: Scale
+    guidance_scale: Scales
     weak: dict[str, Branch]
     """The branches whose weak predictions are to be made, by the name of their pass."""
     names: list[str]
@@ -160,7 +164,11 @@ class SkipGuidance(BaseGuidance):  # type: ignore[misc]  # diffusers has no type
         # What is published depends on the model: the rest is checked with any layer.
         self._request = request
         known = dataclasses.replace(request, layers=[0], preset=None) if self._is_published else request
-        self._guidance = Guidance(_NAME, _NO_MODEL, known, settings["every"], strict=settings["strict"])
+        guidance = Guidance(_NAME, _NO_MODEL, known, settings["every"], strict=settings["strict"])
+        for name, value in (pair for one in guidance.plan.known for pair in one.by_name):
+            if isinstance(value, Mapping):
+                raise SettingError(f"{name}={dict(value)!r}: {_ONE_FOR_EACH}")
+        self._guidance = guidance
         self._guided_model: nn.Module = _NO_MODEL
         self._predictors: dict[int, tuple[nn.Module, Predictor]] = {}
         self.register_to_config(**plain)

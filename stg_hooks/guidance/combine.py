@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from stg_hooks.errors import SettingError, TargetError
+from stg_hooks.guidance.outputs import PerOutput, check_named, each_of
 from stg_hooks.guidance.rules import Rule, find_rule
 
 Scale = float | Tensor
+Scales = PerOutput[Scale]
+"""A scale for all predictions of a call, or one for each of several, such as video and audio."""
 
 
 def combine(
@@ -132,8 +135,10 @@ def correction(cond: Tensor, weaks: Sequence[Tensor], scales: Sequence[Scale]) -
     return sum(terms(cond, weaks, scales), torch.zeros_like(cond, dtype=torch.float32))
 
 
-def is_number(scale: Scale | None, value: float) -> bool:
+def is_number(scale: Scales | None, value: float) -> bool:
     """Tell whether a scale is this very number; of a tensor that cannot be told without waiting for the GPU."""
+    if isinstance(scale, (Mapping, tuple)):
+        return all(not isinstance(one, Tensor) and one == value for one in each_of(scale))
     return not isinstance(scale, Tensor) and scale == value
 
 
@@ -208,6 +213,23 @@ def check_scale(name: str, value: object) -> None:
     if not math.isfinite(value):
         off = 1.0 if name == "guidance_scale" else 0.0
         raise SettingError(f"{name}={value!r}: expected a finite number. Use {name}={off} to switch it off.")
+
+
+def check_scales(name: str, value: object) -> None:
+    """Raise unless `value` is a scale, or scales by the names of predictions."""
+    _check_each(name, value, lambda one: check_scale(name, one))
+
+
+def check_rescales(value: object) -> None:
+    """Raise unless `value` is a rescale, or holds some by the names of predictions."""
+    _check_each("rescale", value, check_rescale)
+
+
+def _check_each(name: str, value: object, check: Callable[[object], None]) -> None:
+    if isinstance(value, Mapping):
+        check_named(name, value)
+    for one in value.values() if isinstance(value, Mapping) else [value]:
+        check(one)
 
 
 def check_rescale(value: object) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from stg_hooks.errors import SettingError, closest
 from stg_hooks.guidance.channels import VarianceWatch, check_channels, guided_part, with_rest
-from stg_hooks.guidance.combine import Scale, combine, correction, is_number, of_sample
+from stg_hooks.guidance.combine import Scale, Scales, combine, correction, is_number, of_sample
+from stg_hooks.guidance.outputs import UNNAMED, Outputs
 from stg_hooks.guidance.plain import read, written
 from stg_hooks.guidance.reuse import Differences
 from stg_hooks.guidance.rules import at_step
@@ -44,6 +45,24 @@ class Predictions:
     known. Left out, that is `conds`."""
     switches: Sequence[Switch | None] = ()
     """For each branch, its skipped layers; `None` for those that are skipped on other ranks."""
+    places: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Where they were in what the denoiser returned, by key, attribute or position, and how many are there."""
+
+
+@dataclasses.dataclass
+class Noisy:
+    """What the predictions of a flow model were made for, where clean samples are to be combined: `x - sigma * v`."""
+
+    latents: list[Tensor]
+    sigma: float
+
+    def clean(self, prediction: Tensor, i: int) -> Tensor:
+        """Return the clean sample that one of the predictions, of a step, points to."""
+        return self.latents[i].float() - self.sigma * prediction.float()
+
+    def velocity(self, clean: Tensor, i: int) -> Tensor:
+        """Return the prediction that points to a clean sample."""
+        return (self.latents[i].float() - clean.float()) / self.sigma
 
 
 @dataclasses.dataclass
@@ -63,6 +82,9 @@ class Guided:
     """For each prediction, those of all branches."""
     channels: int | None = None
     samples: bool = False
+    outputs: Outputs = UNNAMED
+    noisy: Noisy | None = None
+    """Where rescale and rule are about clean samples."""
 
     @classmethod
     def of(
@@ -74,15 +96,16 @@ class Guided:
         weaks: Sequence[Sequence[Tensor]],
         channels: int | None = None,
         samples: bool = False,
+        outputs: Outputs = UNNAMED,
     ) -> Guided:
         """Take the parts of predictions that are guided; `weaks` are those of all branches for each prediction."""
-        found = cls(step, settings, branches, [], [], channels, samples)
+        found = cls(step, settings, branches, [], [], channels, samples, outputs)
         found.conds = [found.part(c) for c in conds]
         found.weaks = [[found.part(weak) for weak in of_one] for of_one in weaks]
         return found
 
     @property
-    def scales(self) -> list[Scale]:
+    def scales(self) -> list[Scales]:
         """The weight of each branch."""
         return [branch.scale for branch in self.branches]
 
@@ -100,8 +123,10 @@ class Guided:
         part = self.part(prediction)
         return self.whole((part.float() + term).to(part.dtype), prediction)
 
-    def weight(self, name: str, value: Scale, i: int) -> Scale:
+    def weight(self, name: str, given: Scales, i: int) -> Scale:
         """Return what a weight is for one of the predictions."""
+        off: Scale = 1.0 if name == "guidance_scale" else 0.0
+        value = self.outputs.of(name, given, i, off)
         return of_sample(name, value, i, len(self.conds)) if self.samples else value
 
     def terms(self) -> list[Tensor]:
@@ -109,23 +134,25 @@ class Guided:
         pairs = zip(self.conds, self.weaks, strict=True)
         return [correction(c, weaks, self._scales_of(i)) for i, (c, weaks) in enumerate(pairs)]
 
-    def final(self, guidance_scale: Scale, unconds: Sequence[Tensor | None]) -> list[Tensor]:
+    def final(self, guidance_scale: Scales, unconds: Sequence[Tensor | None]) -> list[Tensor]:
         """Return the guided part of each guided prediction; `unconds` are whole predictions."""
         found = []
         for i, (c, weaks, u) in enumerate(zip(self.conds, self.weaks, unconds, strict=True)):
             rule = self.settings.rule
-            found.append(
-                combine(
-                    c,
-                    weaks,
-                    None if u is None else self.part(u),
-                    scale=self._scales_of(i),
-                    guidance_scale=self.weight("guidance_scale", guidance_scale, i),
-                    rescale=self.settings.rescale,
-                    rule=at_step(rule, self.step, i) if isinstance(self.step, Step) else rule,
-                )
+            final = combine(
+                self._clean(c, i),
+                [self._clean(weak, i) for weak in weaks],
+                None if u is None else self._clean(self.part(u), i),
+                scale=self._scales_of(i),
+                guidance_scale=self.weight("guidance_scale", guidance_scale, i),
+                rescale=self.outputs.of("rescale", self.settings.rescale, i, 0.0),
+                rule=at_step(rule, self.step, i) if isinstance(self.step, Step) else rule,
             )
+            found.append(final if self.noisy is None else self.noisy.velocity(final, i).to(c.dtype))
         return found
+
+    def _clean(self, prediction: Tensor, i: int) -> Tensor:
+        return prediction if self.noisy is None else self.noisy.clean(prediction, i)
 
     def _scales_of(self, i: int) -> list[Scale]:
         return [self.weight("scale", scale, i) for scale in self.scales]
@@ -164,7 +191,10 @@ class Guidance:
         check_channels(channels)
         self._request = request
         self.on = request.on
+        self.outputs = Outputs.stated(model)
         self.plan = plan_from(model, request)
+        for settings in self.plan.known:
+            self.outputs.check_known(settings.by_name)
         check_every(every)
         self.every = every
         self.channels = channels
@@ -240,7 +270,7 @@ class Guidance:
         Raises:
             CallError: it cannot be told.
         """
-        if isinstance(output, Tensor):
+        if isinstance(output, Tensor) or len(found) <= len(self.outputs.names):
             return False
         samples = are_samples(found, *call)
         if of_rows or settings.of_samples or self.channels is not None:
@@ -286,10 +316,11 @@ class Guidance:
             weaks = [[weak[i] for weak in predictions.weaks] for i in range(len(conds))]
             if self.every > 1 and isinstance(step, Step):
                 self._local.kept = Differences.of(conds, weaks, branches, step)
-        return Guided.of(step, settings, branches, conds, weaks, channels, samples)
+        outputs = self.outputs.called(predictions.places)
+        return Guided.of(step, settings, branches, conds, weaks, channels, samples, outputs)
 
     def traced(
-        self, guided: Guided, terms: Sequence[Tensor], unconds: Sequence[Tensor | None], guidance_scale: Scale | None
+        self, guided: Guided, terms: Sequence[Tensor], unconds: Sequence[Tensor | None], guidance_scale: Scales | None
     ) -> None:
         """Add a step to the trace; where CFG is off, nothing points along it."""
         if self.on == "cond":
@@ -323,9 +354,9 @@ def _check_on(on: str, scale: object) -> None:
 
 def check_uncond(settings: Settings) -> None:
     """Raise if settings hold something that has no meaning where the weak model makes the uncond prediction."""
-    if len(settings.branches) > 1:
+    if len(settings.parts) > 1:
         raise SettingError(
-            f"on='uncond' with {len(settings.branches)} branches: there is one uncond prediction. Give layers=[...]."
+            f"on='uncond' with {len(settings.parts)} branches: there is one uncond prediction. Give layers=[...]."
         )
     if any(isinstance(branch.scale, Tensor) or branch.scale not in (0, 1) for branch in settings.branches):
         _check_on("uncond", settings.branches[0].scale)

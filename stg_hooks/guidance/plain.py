@@ -70,7 +70,9 @@ def read(name: str, plain: Any) -> Any:
     if name == "schedule" and isinstance(plain, list):
         return [(pair[0], _values(pair[1])) if _is_pair(pair) else pair for pair in plain]
     if name == "layers" and isinstance(plain, Mapping):  # of a mode each; in JSON, numbers are text there
-        return {_number(key): read("mode", mode) for key, mode in plain.items()}
+        return {
+            _number(key): read("layers" if isinstance(mode, Mapping) else "mode", mode) for key, mode in plain.items()
+        }
     if name in NAMED and isinstance(plain, str) and "(" in plain:
         return named(name, plain, NAMED[name])
     if name in _OBJECTS and isinstance(plain, str) and ":" in plain:

@@ -11,11 +11,13 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from stg_hooks.errors import CallError, SettingError, closest
-from stg_hooks.guidance.combine import Scale, check_rescale, check_scale, is_number, is_real
+from stg_hooks.guidance.combine import Scales, check_rescales, check_scales, is_number, is_real
+from stg_hooks.guidance.outputs import PerOutput, each_of
 from stg_hooks.guidance.rules import Rule, find_rule
 from stg_hooks.guidance.settings import Branch, branches_from, preset_for, recommended
 from stg_hooks.model.resolve import LayerSpec
 from stg_hooks.modes.frames import Kind
+from stg_hooks.modes.modes import find_mode
 from stg_hooks.modes.perturbation import Mode
 from stg_hooks.step import Step
 
@@ -25,21 +27,26 @@ class Settings:
     """What holds in a call. `guidance_scale` is the CFG weight to use instead of the caller's own, or `None`."""
 
     branches: tuple[Branch, ...]
-    rescale: float = 0.0
-    guidance_scale: Scale | None = None
+    rescale: PerOutput[float] = 0.0
+    guidance_scale: Scales | None = None
     rule: str | Rule = "cfg"
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
-        check_rescale(self.rescale)
+        check_rescales(self.rescale)
         find_rule(self.rule)
         if self.guidance_scale is not None:
-            check_scale("guidance_scale", self.guidance_scale)
+            check_scales("guidance_scale", self.guidance_scale)
 
     @property
     def active(self) -> tuple[Branch, ...]:
         """The branches with a scale other than 0."""
-        return tuple(branch for branch in self.branches if not is_number(branch.scale, 0))
+        return tuple(branch for branch in self.parts if not is_number(branch.scale, 0))
+
+    @property
+    def parts(self) -> tuple[Branch, ...]:
+        """The branches, each with layers of its own."""
+        return tuple(part for branch in self.branches for part in branch.parts)
 
     @property
     def changes(self) -> bool:
@@ -49,12 +56,24 @@ class Settings:
     @property
     def replaces(self) -> bool:
         """Whether the final prediction is returned, instead of a term added."""
-        return self.rule != "cfg" or bool(self.rescale) or self.guidance_scale is not None
+        return self.rule != "cfg" or self.rescales or self.guidance_scale is not None
+
+    @property
+    def rescales(self) -> bool:
+        """Whether any prediction is rescaled."""
+        return not is_number(self.rescale, 0)
+
+    @property
+    def by_name(self) -> list[tuple[str, object]]:
+        """What may be given for each prediction, with its name."""
+        of_branches: list[tuple[str, object]] = [("scale", branch.scale) for branch in self.branches]
+        of_branches += [("layers", branch.layers) for branch in self.branches if branch.is_by_output]
+        return [*of_branches, ("rescale", self.rescale), ("guidance_scale", self.guidance_scale)]
 
     @property
     def of_samples(self) -> bool:
         """Whether it matters which part of a prediction is one sample."""
-        scales = [branch.scale for branch in self.branches]
+        scales = [scale for branch in self.branches for scale in each_of(branch.scale)]
         return self.replaces or any(isinstance(scale, Tensor) and scale.ndim > 0 for scale in scales)
 
     @property
@@ -62,7 +81,7 @@ class Settings:
         """What calls for that, in the words of a message."""
         if self.rule != "cfg":
             return f"rule={self.rule!r}"
-        return f"rescale={self.rescale}" if self.rescale else f"guidance_scale={self.guidance_scale}"
+        return f"rescale={self.rescale}" if self.rescales else f"guidance_scale={self.guidance_scale}"
 
     def changed(self, values: Mapping[str, Any] | None) -> Settings:
         """Return these settings with some values changed; without guidance for `None`.
@@ -277,10 +296,10 @@ class Request:
     """What a user asked for, as `apply` describes it."""
 
     layers: LayerSpec | None = None
-    scale: Scale | Callable[[Step], Scale] | None = None
+    scale: Scales | Callable[[Step], Scales] | None = None
     mode: str | Mode | None = None
     kind: Kind | None = None
-    rescale: float | None = None
+    rescale: PerOutput[float] | None = None
     branches: Sequence[Branch] | None = None
     preset: str | None = None
     start: float | None = None
@@ -312,7 +331,8 @@ def plan_from(model: nn.Module, request: Request) -> Plan:
             raise SettingError("give either scale=function or schedule=, whose values may hold a scale, not both.")
         function = scale
         scale, schedule = None, lambda step: {"scale": function(step)}
-    if request.preset is not None or (layers is None and branches is None):
+    is_of_model = layers is None and mode is not None and find_mode(mode).is_of_model
+    if request.preset is not None or (layers is None and branches is None and not is_of_model):
         if layers is not None or branches is not None:
             raise SettingError("give either preset=, or layers or branches, not both.")
         published = recommended(model) if request.preset is None else preset_for(model, request.preset)

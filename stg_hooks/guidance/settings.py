@@ -12,12 +12,13 @@ from typing import Any
 from torch import nn
 
 from stg_hooks.errors import SettingError, closest
-from stg_hooks.guidance.combine import Scale, check_rescale, check_scale
+from stg_hooks.guidance.combine import Scales, check_rescales, check_scales
+from stg_hooks.guidance.outputs import PerOutput
 from stg_hooks.model.resolve import LayerSpec, items_of, listed
 from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.modes import check_one_mode, find_mode
-from stg_hooks.modes.perturbation import Mode
-from stg_hooks.modes.sites import check_kind
+from stg_hooks.modes.perturbation import Mode, Perturbation
+from stg_hooks.modes.sites import check_kind, check_layers_given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +28,9 @@ class Branch:
     A dictionary gives each layer its mode: `stg.Branch({14: "attention", 19: "residual"})`.
     """
 
-    layers: LayerSpec
-    scale: Scale = 1.0
+    layers: LayerSpec | None = None
+    """Left out for a mode that is meant for all of them, `"isolated"`."""
+    scale: Scales = 1.0
     mode: str | Mode = "residual"
     kind: Kind | None = None
     """In factorised models: only attention within frames (`"spatial"`) or across them (`"temporal"`)."""
@@ -37,16 +39,44 @@ class Branch:
         """Check the scale and the mode; the layers can only be checked against a model."""
         if isinstance(self.layers, Iterator):  # which gives them once only
             object.__setattr__(self, "layers", listed(self.layers))
-        check_scale("scale", self.scale)
-        check_one_mode(self.layers, self.mode)
-        for mode in (self.mode, *(self.layers.values() if isinstance(self.layers, Mapping) else ())):
-            find_mode(mode)
+        check_scales("scale", self.scale)
+        if not self.is_by_output:
+            check_one_mode(self.layers, self.mode)
+            for mode in self.layers.values() if isinstance(self.layers, Mapping) else ():
+                find_mode(mode)
+        check_layers_given(self.layers, find_mode(self.mode))
         check_kind(self.kind)
 
     @property
     def key(self) -> Hashable:
         """What is equal for branches whose weak predictions are the same, whatever their scales."""
         return _key(self.layers), find_mode(self.mode), self.kind
+
+    @property
+    def is_by_output(self) -> bool:
+        """Whether its layers are given by the names of predictions, and not with a mode each."""
+        layers = self.layers
+        return isinstance(layers, Mapping) and all(map(_is_name, layers)) and not any(map(_is_mode, layers.values()))
+
+    @property
+    def parts(self) -> tuple[Branch, ...]:
+        """The branches that it stands for: one for each choice of layers, where these are given by prediction."""
+        if not self.is_by_output or not isinstance(self.layers, Mapping):
+            return (self,)
+        same: dict[Hashable, tuple[LayerSpec, dict[str, Any]]] = {}
+        for name, layers in self.layers.items():
+            scale = self.scale.get(name, 0.0) if isinstance(self.scale, Mapping) else self.scale
+            if [*items_of(layers)]:
+                same.setdefault(_key(layers), (layers, {}))[1][name] = scale
+        return tuple(dataclasses.replace(self, layers=layers, scale=scales) for layers, scales in same.values())
+
+
+def _is_name(key: object) -> bool:
+    return isinstance(key, str)
+
+
+def _is_mode(value: object) -> bool:
+    return isinstance(value, (str, Perturbation)) or (callable(value) and not isinstance(value, nn.Module))
 
 
 def _key(layers: object) -> Hashable:
@@ -216,12 +246,12 @@ def preset_for(module: nn.Module, name: str) -> Published:
 
 def branches_from(
     layers: LayerSpec | None,
-    scale: Scale | None,
+    scale: Scales | None,
     mode: str | Mode | None,
     kind: Kind | None,
-    rescale: float | None,
+    rescale: PerOutput[float] | None,
     branches: Sequence[Branch] | None,
-) -> tuple[list[Branch], float]:
+) -> tuple[list[Branch], PerOutput[float]]:
     """Turn what a user gave into branches and a rescale.
 
     Args:
@@ -239,7 +269,7 @@ def branches_from(
         SettingError: a value that cannot be used, or a contradiction.
     """
     if rescale is not None:
-        check_rescale(rescale)
+        check_rescales(rescale)
     if branches is not None:
         if any(value is not None for value in (layers, scale, mode, kind)):
             raise SettingError("give either branches=[...], or layers, scale, mode and kind for one, not both.")
@@ -247,5 +277,4 @@ def branches_from(
         if not isinstance(given, Sequence) or not given or not all(isinstance(branch, Branch) for branch in given):
             raise SettingError(f"branches={branches!r}: expected a list of stg.Branch(layers, scale, mode).")
         return list(branches), rescale or 0.0
-    assert layers is not None
     return [Branch(layers, 1.0 if scale is None else scale, mode or "residual", kind)], rescale or 0.0

@@ -10,7 +10,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from stg_hooks.guidance.combine import Scale
+from stg_hooks.guidance.combine import Scales
 from stg_hooks.step import Step
 
 
@@ -37,7 +37,7 @@ class TraceRow:
     """One guided call. What is on the device stays there until it is read."""
 
     _step: Step | Callable[[], Step]
-    scales: tuple[Scale, ...]
+    scales: tuple[Scales, ...]
     _size: Tensor
     _cosine: Tensor | None
 
@@ -81,7 +81,7 @@ class Trace(Sequence[TraceRow]):
     def add(
         self,
         step: Step | Callable[[], Step],
-        scales: Sequence[Scale],
+        scales: Sequence[Scales],
         terms: Sequence[Tensor],
         conds: Sequence[Tensor],
         unconds: Sequence[Tensor | None],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -47,48 +47,41 @@ class _UnfusedOnly(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class FeedForwards:
-    """The feed-forward networks of one layer: installed once, then silenced in single calls of the layer."""
+class Silence:
+    """Some modules of one layer: installed once, then silenced in single calls of the layer."""
 
-    def __init__(self, block: nn.Module) -> None:
-        """Prepare for one layer; touch nothing.
-
-        Args:
-            block: the layer.
-        """
-        self.modules = feed_forwards(block)
-        self._kind = type(block).__name__
-        self._may_fuse = any(isinstance(module, _FUSED) for module in block.modules())
-        self._patches: list[Patch] = []
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        """Take the modules; touch nothing."""
+        self.modules = list(modules)
+        self._patches: dict[int, Patch] = {}
         self._known: dict[Any, tuple[torch.Size, torch.dtype]] = {}
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Replace `forward` of the networks, without effect until a call asks for it."""
+        """Replace `forward` of the modules, without effect until a call asks for it."""
         with ExitStack() as stack:
-            self._patches = [stack.enter_context(patched(module)) for module in self.modules]
+            self._patches = {id(module): stack.enter_context(patched(module)) for module in self.modules}
             yield
 
     @contextmanager
-    def giving_zero(self) -> Iterator[None]:
-        """Let the networks give zero in calls from this thread within a `with`; each kind of call computes once.
+    def doing(
+        self, action: Callable[[nn.Module], Action], modules: Sequence[nn.Module] | None = None
+    ) -> Iterator[None]:
+        """Let modules do something else in calls from this thread within a `with`.
 
-        Raises:
-            BlockError: none of them was called.
+        Args:
+            action: returns what a module does instead.
+            modules: which of them; all, if left out.
         """
-        called: list[nn.Module] = []
-        unfused = _UnfusedOnly() if self._may_fuse else nullcontext()
-        with pushed(self._patches, [self._zero(module, called) for module in self.modules]), unfused:
+        chosen = self.modules if modules is None else modules
+        with pushed([self._patches[id(module)] for module in chosen], [action(module) for module in chosen]):
             yield
-        if not called:
-            raise BlockError(
-                f"{self._kind} did not call its feed-forward network, so mode='feed-forward' changed nothing in it. "
-                "Use another mode."
-            )
 
-    def _zero(self, module: nn.Module, called: list[nn.Module]) -> Action:
+    def zero(self, module: nn.Module, called: list[nn.Module]) -> Action:
+        """Return what makes a module give zero and notes that it was called; each kind of call computes once."""
+
         def action(proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            # What a network returns is told by what it returned for the same shapes before.
+            # What a module returns is told by what it returned for the same shapes before.
             called.append(module)
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             key = id(module), *((tensor.shape, tensor.dtype) for tensor in tensors)
@@ -101,3 +94,34 @@ class FeedForwards:
             return pytree.tree_map_only(Tensor, torch.zeros_like, output)
 
         return action
+
+
+class FeedForwards(Silence):
+    """The feed-forward networks of one layer: installed once, then silenced in single calls of the layer."""
+
+    def __init__(self, block: nn.Module) -> None:
+        """Prepare for one layer; touch nothing.
+
+        Args:
+            block: the layer.
+        """
+        super().__init__(feed_forwards(block))
+        self._kind = type(block).__name__
+        self._may_fuse = any(isinstance(module, _FUSED) for module in block.modules())
+
+    @contextmanager
+    def giving_zero(self) -> Iterator[None]:
+        """Let the networks give zero in calls from this thread within a `with`.
+
+        Raises:
+            BlockError: none of them was called.
+        """
+        called: list[nn.Module] = []
+        unfused = _UnfusedOnly() if self._may_fuse else nullcontext()
+        with self.doing(lambda module: self.zero(module, called)), unfused:
+            yield
+        if not called:
+            raise BlockError(
+                f"{self._kind} did not call its feed-forward network, so mode='feed-forward' changed nothing in it. "
+                "Use another mode."
+            )

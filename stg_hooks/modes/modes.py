@@ -199,6 +199,23 @@ class Shuffled(Perturbation):
 
 
 @dataclasses.dataclass(frozen=True)
+class Isolated(Perturbation):
+    """Let a block's streams not attend to each other, video not to audio nor audio to video; text they go on to see.
+
+    Source: LTX-2's modality guidance, `isolate_modalities` of diffusers.
+    """
+
+    name = "isolated"
+    needs = "streams"
+    is_of_model = True
+    verb = "isolates the streams of"
+
+    def __call__(self, call: LayerCall) -> Any:
+        """Compute the layer with the attention between its streams giving zero."""
+        return call.isolation.run(call.streams, call.forward, call.args, call.kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
 class Dropout(Perturbation):
     """Compute a layer, and drop a part of the channels of its tokens, `z -> z * m / (1 - p)` with m 0 at the part p.
 
@@ -287,7 +304,8 @@ def _token_stream(call: LayerCall) -> Tensor:
 MODES: dict[str, Perturbation] = {
     mode.name: mode
     for mode in (
-        *(Residual(), Attention(), Values(), AttentionInput(), FeedForward(), Smoothed(), Shuffled(), Dropout()),
+        *(Residual(), Attention(), Values(), AttentionInput(), FeedForward(), Smoothed(), Shuffled(), Isolated()),
+        Dropout(),
     )
 }
 

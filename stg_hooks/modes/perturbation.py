@@ -14,6 +14,7 @@ from stg_hooks.names import spelt
 if TYPE_CHECKING:
     from stg_hooks.modes.attention import AttentionSeam
     from stg_hooks.modes.feed_forward import FeedForwards
+    from stg_hooks.modes.isolation import Isolation
     from stg_hooks.modes.residual import Streams
     from stg_hooks.modes.self_attention import Change
 
@@ -29,6 +30,7 @@ class LayerCall:
     forward: Callable[..., Any]
     seam: AttentionSeam
     feed_forwards: FeedForwards
+    isolation: Isolation
     memory: dict[str, Any]
     """What a mode keeps from one call of the layer to the next."""
     name: str = ""
@@ -50,9 +52,9 @@ Mode = Callable[[LayerCall], Any]
 """What a user may pass as a mode, besides a name: takes the call and returns what the layer should return."""
 
 
-Needs = Literal["block", "attention", "feed-forward", "layer", "anything"]
-"""What a layer must be or hold: a whole block, self-attention, a block with a feed-forward network; or any layer will
-do, whose attention is not looked into (`"layer"`) or may be (`"anything"`).
+Needs = Literal["block", "attention", "feed-forward", "streams", "layer", "anything"]
+"""What a layer must be or hold: a whole block, self-attention, a block with a feed-forward network or with several
+streams; or any layer will do, whose attention is not looked into (`"layer"`) or may be (`"anything"`).
 """
 
 
@@ -67,6 +69,8 @@ class Perturbation(abc.ABC):
     """Whether the layer is not computed at all."""
     mixes_tokens: ClassVar[bool] = False
     """Whether tokens move to other places, so that it needs all of them on one device."""
+    is_of_model: ClassVar[bool] = False
+    """Whether it is meant for all layers of a model, where none are named."""
     verb: ClassVar[str] = "is for"
     """What it does with a layer, for errors: `mode='residual' bypasses whole blocks`."""
 

@@ -14,6 +14,7 @@ from stg_hooks.model.layers import Layer
 from stg_hooks.model.source import signature_text
 from stg_hooks.modes.feed_forward import feed_forwards
 from stg_hooks.modes.frames import Kind, kinds_of, temporal_lines
+from stg_hooks.modes.isolation import may_be_isolated
 
 if TYPE_CHECKING:
     from stg_hooks.modes.perturbation import Needs, Perturbation
@@ -36,6 +37,25 @@ def check_kind(kind: object) -> None:
     if kind is not None and kind not in get_args(Kind):
         names = ", ".join(map(repr, get_args(Kind)))
         raise SettingError(f"unknown kind={kind!r}; choose from {names}.{closest(str(kind), get_args(Kind))}")
+
+
+def check_layers_given(layers: object, mode: Perturbation) -> None:
+    """Raise `SettingError` where layers are left out with a mode that is not meant for a whole model."""
+    if layers is None and not mode.is_of_model:
+        raise SettingError(f"{mode} needs layers, for example layers=[-2]; stg.layers(...) lists them.")
+
+
+def all_for(model: nn.Module, mode: Perturbation, known: Sequence[Layer]) -> list[int]:
+    """Number the layers of a model that a mode can act in, where none are named.
+
+    Raises:
+        LayerError: there are none.
+    """
+    found = [layer.index for layer in known if layer.index is not None and _has(layer, mode.needs)]
+    if not found:
+        kinds = ", ".join(dict.fromkeys(layer.block for layer in known)) or "no blocks"
+        raise LayerError(f"{mode} {mode.verb} blocks, and {type(model).__name__} has none that fit it ({kinds}).")
+    return found
 
 
 def find_sites(
@@ -135,7 +155,7 @@ def _check_mode(
     model: nn.Module, layer: Layer, targets: Sequence[tuple[str, nn.Module]], mode: Perturbation, kind: Kind | None
 ) -> None:
     asked = f"layers=[{layer.name!r}]"
-    if mode.needs in ("block", "feed-forward") and not _has(layer, "block"):
+    if mode.needs in ("block", "feed-forward", "streams") and not _has(layer, "block"):
         block = layer.name.rpartition(".")[0]
         raise LayerError(
             f"{asked}: {mode} {mode.verb} whole blocks, and this is an attention module inside one. Did you mean "
@@ -144,6 +164,12 @@ def _check_mode(
     if mode.needs == "feed-forward" and not _has(layer, "feed-forward"):
         raise LayerError(
             f"{asked}: {layer.block} has no feed-forward network to silence. It can have {_possible(layer)}."
+        )
+    if mode.needs == "streams" and not _has(layer, "streams"):
+        raise LayerError(
+            f"{asked}: {layer.block} has no two streams with attention between them for {mode}. It can have "
+            f"{_possible(layer)}.\n"
+            f"  it is:    {layer.block}.forward{signature_text(layer.module)}"
         )
     if mode.needs != "attention":
         return
@@ -189,6 +215,8 @@ def _has(layer: Layer, needs: Needs) -> bool:
         return is_attention(layer.module) or bool(layer.attention)
     if needs == "feed-forward":
         return is_whole and bool(feed_forwards(layer.module))
+    if needs == "streams":
+        return is_whole and may_be_isolated(layer.module)
     return is_whole or needs in ("layer", "anything")
 
 

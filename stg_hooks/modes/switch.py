@@ -16,12 +16,13 @@ from stg_hooks.hooks.forward import Action, Patch, now, patched
 from stg_hooks.model.layers import Layer, find_layers
 from stg_hooks.model.resolve import LayerSpec, resolve
 from stg_hooks.modes.attention import AttentionSeam
-from stg_hooks.modes.feed_forward import FeedForwards
+from stg_hooks.modes.feed_forward import FeedForwards, Silence
 from stg_hooks.modes.frames import Kind
+from stg_hooks.modes.isolation import Isolation
 from stg_hooks.modes.modes import MODES, check_one_mode, find_mode
 from stg_hooks.modes.perturbation import LayerCall, Mode, Perturbation
 from stg_hooks.modes.residual import Streams
-from stg_hooks.modes.sites import Site, find_sites
+from stg_hooks.modes.sites import Site, all_for, check_layers_given, find_sites
 from stg_hooks.modes.text_tokens import TextTokens
 from stg_hooks.modes.token_probe import Looks
 
@@ -32,7 +33,7 @@ class Switch:
     def __init__(
         self,
         model: nn.Module,
-        layers: LayerSpec,
+        layers: LayerSpec | None,
         mode: str | Mode,
         kind: Kind | None = None,
         known: list[Layer] | None = None,
@@ -60,9 +61,10 @@ class Switch:
         self._looks = Looks(model) if self._changes_attention else None
         self._seams = [self._seam(site) for site in self._sites]
         self._feed_forwards = [FeedForwards(module) for module in self.modules]
+        self._isolations = [Isolation(module) for module in self.modules]
         self._reached = {id(module): _Reached() for module in self.modules}
-        parts = zip(self._sites, self._seams, self._feed_forwards, strict=True)
-        self.actions = {id(site.module): self._action(site, seam, networks) for site, seam, networks in parts}
+        parts = zip(self._sites, self._seams, self._feed_forwards, self._isolations, strict=True)
+        self.actions = {id(of_site[0].module): self._action(*of_site) for of_site in parts}
         """What the modules do instead, by `id`."""
         self._patches: list[Patch] = []
 
@@ -86,14 +88,15 @@ class Switch:
         text = TextTokens(self._looks) if self._looks is not None and site.mode.sees_text else None
         return AttentionSeam(site.module, site.targets, text, named)
 
-    def _action(self, site: Site, seam: AttentionSeam, feed_forwards: FeedForwards) -> Action:
+    def _action(self, site: Site, seam: AttentionSeam, feed_forwards: FeedForwards, isolation: Isolation) -> Action:
         module, mode, name = site.module, site.mode, site.layers[0].name
         streams, reached = Streams(module), self._reached[id(module)]
         memory: dict[str, Any] = {}
 
         def action(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             reached.yet = reached.now = True
-            return mode(LayerCall(module, args, kwargs, streams, forward, seam, feed_forwards, memory, name))
+            call = LayerCall(module, args, kwargs, streams, forward, seam, feed_forwards, isolation, memory, name)
+            return mode(call)
 
         return action
 
@@ -121,9 +124,10 @@ class Switch:
         self.check_same()
         with ExitStack() as stack:
             self._patches = [stack.enter_context(patched(module)) for module in self.modules]
-            for mode, seam, networks in zip(self._modes, self._seams, self._feed_forwards, strict=True):
-                if mode.needs == "feed-forward":
-                    stack.enter_context(networks.installed())
+            silenced: dict[str, Sequence[Silence]] = {"feed-forward": self._feed_forwards, "streams": self._isolations}
+            for number, (mode, seam) in enumerate(zip(self._modes, self._seams, strict=True)):
+                if mode.needs in silenced:
+                    stack.enter_context(silenced[mode.needs][number].installed())
                 if mode.needs in ("attention", "anything"):
                     stack.enter_context(seam.installed())
             if self._looks is not None:
@@ -243,8 +247,10 @@ def _chosen(
     model: nn.Module, layers: object, mode: Perturbation, known: list[Layer] | None
 ) -> list[tuple[Layer, Perturbation]]:
     """Find the layers that were asked for, in running order, each with its mode."""
+    check_layers_given(layers, mode)
     if not isinstance(layers, Mapping):
-        return [(layer, mode) for layer in resolve(model, layers, known)]
+        spec = all_for(model, mode, known or ()) if layers is None else layers
+        return [(layer, mode) for layer in resolve(model, spec, known)]
     check_one_mode(layers, mode)
     pairs = [(layer, find_mode(own)) for spec, own in layers.items() for layer in resolve(model, spec, known)]
     found: dict[str, Perturbation] = {}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from stg_hooks.errors import SettingError
+from stg_hooks.guidance.combine import is_real
 from stg_hooks.hooks.forward import pushed
 from stg_hooks.model.layers import find_layers
 from stg_hooks.modes.switch import Switch
@@ -257,7 +258,7 @@ def _check_different(switches: Sequence[Switch], branches: Sequence[Branch]) -> 
         what = switch.key
         if what in seen:
             first = branches[seen[what]].scale
-            both = "" if isinstance(first, Tensor) or isinstance(branch.scale, Tensor) else f" {first + branch.scale}"
+            both = f" {first + branch.scale}" if is_real(first) and is_real(branch.scale) else ""
             raise SettingError(
                 f"branches {seen[what]} and {i} perturb the same layers in the same way. Give one of them, with "
                 f"scale{both or ' the sum of both'}."

@@ -40,6 +40,26 @@ def predictions(output: Any) -> list[Tensor]:
     return found
 
 
+def places_of_predictions(output: Any) -> dict[str, int]:
+    """Say where in what a denoiser returned predictions may be, and how many are there.
+
+    Args:
+        output: as for `predictions`.
+
+    Returns:
+        Keys, attributes or positions, in order.
+    """
+    if isinstance(output, Mapping):
+        parts = {str(key): part for key, part in output.items()}
+    elif isinstance(output, (tuple, list)):
+        names = getattr(output, "_fields", map(str, range(len(output))))
+        parts = dict(zip(names, output, strict=True))
+    else:
+        parts = {"0": output} if isinstance(output, Tensor) else _parts(output, is_open=not _found(output))
+        parts = {name: part for name, part in parts.items() if _found(part)}
+    return {name: len(_found(part)) for name, part in parts.items()}
+
+
 def own_predictions(output: Any) -> list[Tensor]:
     """Copy the predictions: a denoiser may write its next ones into the same memory, as CUDA graphs do.
 

@@ -192,7 +192,7 @@ class Predictor:
         for settings in known:
             if settings.active:
                 self.make(settings.active)
-            for branch in settings.branches:
+            for branch in settings.parts:
                 if not any(branch is active for active in settings.active):
                     Switch(self._model, branch.layers, branch.mode, branch.kind)
         self._prepared = frozenset(self._made)
