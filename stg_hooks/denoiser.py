@@ -246,7 +246,7 @@ class GuidedDenoiser:
         before = self._of_model.unguided
         if before is None:
             self._of_model.unguided = before = now
-        new = self._guided(call, before, now) if call.is_cond else self._answers.to_other(call.role, call.before, now)
+        new = self._guided(call, before, now) if call.is_cond else self._other(call, now)
         if new is None:
             return unchanged
         stats.guided_calls += 1
@@ -322,6 +322,10 @@ class GuidedDenoiser:
                 self._session.lost_steps += 1
             self._local.guided = guided
         return answer
+
+    def _other(self, call: _Call, output: Sequence[Tensor]) -> list[Tensor] | None:
+        """Return what goes with the guided cond prediction, for an uncond call or a perturbed one of the caller's."""
+        return self._answers.to_other(call.role, call.before, output)
 
     def _weaks(
         self, call: _Call, unguided: Sequence[Tensor], conds: Sequence[Tensor], unconds: Sequence[Tensor | None]

@@ -74,3 +74,11 @@ class Context:
         self.stats.weak_passes += 1
         self.stats.blocks_saved += saved
         self.stats.blocks_run += run
+
+    def counted(self) -> Stats:
+        """Return what has been counted so far, for `count_again_from`."""
+        return dataclasses.replace(self.stats)
+
+    def count_again_from(self, before: Stats) -> None:
+        """Forget what was counted since."""
+        vars(self.stats).update(vars(before))

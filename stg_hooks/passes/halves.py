@@ -61,9 +61,9 @@ def weak_halves(
         args, kwargs = inputs.again()
     output, call = execution.cond_pass(denoiser, args, kwargs, unconds)
     own = own_predictions(output)
-    stats = dataclasses.replace(context.stats)
+    counted = context.counted()
     (weak,) = execution.weak_predictions(call, [halves(tensor)[0] for tensor in own])
-    vars(context.stats).update(vars(stats))  # a weak pass takes the place of an uncond one
+    context.count_again_from(counted)  # a weak pass takes the place of an uncond one
     if halved - context.found.cut == {layout}:
         other = dataclasses.replace(call, rows=conds, layout=layout, cond=[halves(tensor)[1] for tensor in own])
         if not execution.full.can_cut(other) and other.conclude is not None:

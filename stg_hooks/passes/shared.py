@@ -45,19 +45,19 @@ class SharedPasses:
             del found.known[call.layout]  # blocks whose calls are not looked at may draw them
             return None
         prefix.is_reused = prefix.is_reused or is_to_be_checked
-        weaks = []
+        weaks, counted = [], self._of.counted()
         try:
             for branch, switch in enumerate(self._of.switches):
                 # Without a copy of what the branch leaves: it would have the cond rows alone.
                 with switch.switched_on():
                     weaks.append(self._pass(call, prefix, branch))
+                self._of.count(branch, prefix.answered(branch))
             if is_to_be_checked:
                 self._check(call, prefix, weaks)
         except (NotSharedError, PrefixMismatchError, GapError) as error:
+            self._of.count_again_from(counted)
             self._give_up(call, prefix, error)
             return None
-        for branch in range(len(weaks)):
-            self._of.count(branch, prefix.answered(branch))
         if isinstance(prefix, Recording):
             if len(found.known) >= _LAYOUTS:
                 found.known.clear()

@@ -321,7 +321,7 @@ class Probe(GuidedDenoiser):
             self._finish(found)
         return None
 
-    def _moved_along(self, call: Any, output: Sequence[Tensor]) -> Any:
+    def _other(self, call: Any, output: Sequence[Tensor]) -> Any:
         """Complete what the cond call found with the uncond prediction."""
         waiting = self._thread.waiting
         if call.role.rows == "uncond" and waiting is not None:
