@@ -420,12 +420,17 @@ def main() -> int:
     if options.final:
         results[phase]["settings"] = chosen[0].settings()
         results[phase]["guided"] = chosen[0].name
-        rows = results[phase]["rows"]
+        rows = [row for row in results[phase]["rows"] if row["role"] != "real"]
         guided = next(row for row in rows if row["name"] == chosen[0].name)
         guided["role"] = "guided"
-        same = [row for row in rows if row.get("mode") == "" and row["guidance_scale"] == guided["guidance_scale"]]
+        same = [row for row in rows if not row["mode"] and row["guidance_scale"] == guided["guidance_scale"]]
         dearer = [row for row in same if row["compute"] >= guided["compute"]]
         min(dearer, key=lambda row: row["compute"])["role"] = "more"  # steps for at least as much compute
+        for row in rows:
+            if (row["steps"], row["mode"]) == (guided["steps"], "") and row["guidance_scale"] > guided[
+                "guidance_scale"
+            ]:
+                row["role"] = "cfg"
         write(options.evaluation, json.dumps(results[phase], indent=1) + "\n")
     else:
         results[phase]["best"] = [dataclasses.asdict(cell) for cell in ranked(results[phase]["rows"])]

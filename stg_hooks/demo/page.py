@@ -86,15 +86,17 @@ def summary(clips: Sequence[Clip], settings: Settings, report: dict[str, Any] | 
     Returns:
         Rows of cells, the header first.
     """
-    rows = [["clips with", *(f"{way}, this run" for way in settings.ways)]]
+    rows = [["clips with", *settings.ways]]
     counts = [[_grade(clip, seen) for clip, seen in _sides(clips, guided)] for guided in (False, True)]
-    for measure, title in judge.MEASURES.items():
-        rows.append([title, *(f"{sum(one[measure] for one in way)} of {len(clips)}" for way in counts)])
     plain, guided = _row(report, "plain"), _row(report, "guided")
-    if report is not None and plain and guided:
-        rows[0] += [f"{way}, evaluation" for way in settings.ways]
-        for cells, measure in zip(rows[1:], judge.MEASURES, strict=True):
-            cells += [f"{row[measure][0]:.1%}" for row in (plain, guided)]
+    for measure, title in judge.MEASURES.items():
+        cells = [f"{sum(one[measure] for one in way)} of {len(clips)}" for way in counts]
+        if report is not None and plain and guided:
+            number = f"of {report['clips']:,}"
+            cells = [
+                f"{cell}; {row[measure][0]:.1%} {number}" for cell, row in zip(cells, (plain, guided), strict=True)
+            ]
+        rows.append([title, *cells])
     return rows
 
 
@@ -107,7 +109,7 @@ def headline(report: dict[str, Any] | None) -> tuple[str, str]:
     Returns:
         The numbers, and what they mean.
     """
-    plain, guided, more = (_row(report, role) for role in ("plain", "guided", "more"))
+    plain, guided, more, cfg = (_row(report, role) for role in ("plain", "guided", "more", "cfg"))
     if report is None or plain is None or guided is None:
         return (
             "Not measured",
@@ -120,6 +122,11 @@ def headline(report: dict[str, Any] | None) -> tuple[str, str]:
     )
     if more:
         said += f" More steps for {more['compute']:.2f} times the compute instead: {more[HEADLINE][0]:.1%}."
+    if cfg:
+        said += (
+            f" {cfg['name']}, for {cfg['compute']:.2f} times the compute: {cfg[HEADLINE][0]:.1%}, but a Fréchet "
+            f"distance to real clips of {cfg['frechet_distance']:.1f}; STG: {guided['frechet_distance']:.1f}."
+        )
     return f"{plain[HEADLINE][0]:.1%} → {guided[HEADLINE][0]:.1%}", said
 
 
@@ -318,8 +325,9 @@ _PAGE = """\
 <style>
 $base
 :root { --frames: running }
-.wide th:first-child { min-width: 9rem }
+.wide th:first-child { min-width: 7rem }
 .number { font-size: 1.9rem; font-weight: 650; line-height: 1.2; margin: .6rem 0 0 }
+td { white-space: normal }
 .wide th, .wide td { padding: .35rem .55rem }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1rem }
 article { background: var(--card); border: 1px solid var(--line); border-radius: .7rem; padding: .7rem .8rem .8rem }
