@@ -254,7 +254,7 @@ class GuidedDenoiser:
         return replace_predictions(output, new)
 
     def _find_samples(self, call: _Call, output: Any, now: Sequence[Tensor]) -> None:
-        """Tell whether predictions are samples, by how they came out, too; put right what was guessed."""
+        """Tell from the output, too, whether each prediction is one sample, and correct the earlier guess."""
         role = call.role
         arguments = (call.args, call.kwargs) if call.inputs is None else call.inputs.again()
         of_rows = role.rows == "uncond+cond" or role.channels is not None

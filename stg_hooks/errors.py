@@ -63,17 +63,16 @@ class StgWarning(UserWarning):
     """Guidance did not do what its user most likely expects."""
 
 
-def closest(asked: str, existing: Iterable[str], count: int = 3) -> str:
+def closest(asked: str, existing: Iterable[str]) -> str:
     """Phrase the names nearest to a misspelt one, as the end of an error message.
 
     Args:
         asked: what the user typed.
         existing: the names that would have been accepted.
-        count: how many to suggest at most.
 
     Returns:
         `" Did you mean 'a', 'b'?"`, or an empty string where nothing is near.
     """
     names = list(dict.fromkeys(existing))
-    near = difflib.get_close_matches(asked, names, n=count, cutoff=0.5)
+    near = difflib.get_close_matches(asked, names, n=3, cutoff=0.5)
     return f" Did you mean {', '.join(map(repr, near))}?" if near else ""

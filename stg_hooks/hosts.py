@@ -202,7 +202,7 @@ class Host(Protocol):
         """Raise a CallError where the target does not use the denoisers any more that it had."""
 
     def watched(self) -> AbstractContextManager[None]:
-        """Do so within a `with`, in the next call of the target."""
+        """Check, within a `with`, for replaced denoisers when the target runs next."""
 
     def put_back(self) -> None:
         """Undo what the target's run has changed of its denoisers, as an exception of ours is going to end it."""

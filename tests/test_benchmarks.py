@@ -32,7 +32,7 @@ def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(model["bound"]) == {"flops", "blocks", "formula"}
     for name, entry in model["contestants"].items():
         assert entry["notes"] == []
-        assert len(entry["seconds"]) == results["settings"]["rounds"] == 2
+        assert len(entry["seconds"]) == model["rounds"]["kept"] == 2
         assert entry["quartiles"][0] <= entry["median"] <= entry["quartiles"][1]
         assert entry["peak_bytes"] > 0
         if name in cost.GUIDED:

@@ -271,7 +271,7 @@ def test_a_setting_without_an_option_of_its_own() -> None:
         (["--layers", "2,,3"], ["--layers '2,,3'"]),
         (["--layers", "2", "--mode", "residuals"], ["'residuals'", "residual"]),
         (["--layers", "2", "--rescale", "7"], ["rescale"]),
-        ([], ["no layers given", "stg.layers"]),
+        ([], ["no layers given", "stg-hooks layers MODEL"]),
     ],
 )
 def test_bad_settings_fail_before_anything_is_loaded(

@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 import stg_hooks as stg
 from stg_hooks.errors import CallError, SettingError
 from stg_hooks.guidance.guide import check_uncond
-from stg_hooks.guidance.rules import find_rule
+from stg_hooks.guidance.rules import cfg, find_rule
 from stg_hooks.guidance.schedule import Request, Settings, plan_from
 from stg_hooks.integrations.comfyui.attention import visible_attention
 from stg_hooks.integrations.comfyui.fields import SLACK
@@ -372,7 +372,7 @@ def _guided(args: dict[str, Any], settings: Settings, weaks: Sequence[Tensor]) -
     def rule(c: Tensor, u: Tensor | None, terms: Sequence[Tensor], g: Any) -> Tensor:
         if settings.rule == "cfg" and settings.guidance_scale is None:
             return reduce(torch.add, terms, denoised)
-        plain = c if uncond is None else uncond.float() + own * (c - uncond.float())
+        plain = cfg(c, None if uncond is None else uncond.float(), (), own)
         combined: Tensor = find_rule(settings.rule)(c, u, terms, g)
         return denoised - plain + combined
 

@@ -148,12 +148,11 @@ class Watch:
             )
             warnings.warn(text, StgWarning, stacklevel=5)
 
-    def report(self, wait: bool, stacklevel: int = 3) -> None:
+    def report(self, wait: bool) -> None:
         """Report branches that did nothing, each once.
 
         Args:
             wait: for what is still being computed on a GPU; otherwise that is left for the next time.
-            stacklevel: where a warning is to point.
 
         Raises:
             LayerError: with `strict`, instead of a warning.
@@ -171,7 +170,7 @@ class Watch:
         text = f"{self._name}: {'; '.join(found)}. Choose other layers: stg.layers({self.target})."
         if self.strict:
             raise LayerError(text)
-        warnings.warn(text, StgWarning, stacklevel=stacklevel)
+        warnings.warn(text, StgWarning, stacklevel=3)
 
 
 def _all(flags: Sequence[Tensor]) -> Tensor:

@@ -152,7 +152,7 @@ class Streams:
         stated = None if self._stated is None else self._stand_ins(self._stated, [(i, owners[i]) for i in free], output)
         count = sum(isinstance(leaf, Tensor) for leaf in leaves)
         sources = [None if isinstance(leaf, _PLAIN) else numbers.get(id(leaf)) for leaf in handed_on]
-        sources = _by_attribute(output, sources, given, inputs, leaves)
+        sources = _by_attribute(output, sources, given, inputs)
         for position, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor):
                 if sources[position] is None and not isinstance(leaf, _PLAIN):
@@ -257,9 +257,7 @@ def _structure(given: dict[str, Any]) -> tuple[list[Any], tuple[pytree.TreeSpec,
     return leaves, (spec, tuple(leaf is None or leaf is True for leaf in leaves))
 
 
-def _by_attribute(
-    output: Any, sources: list[int | None], given: dict[str, Any], inputs: list[Any], leaves: list[Any]
-) -> list[int | None]:
+def _by_attribute(output: Any, sources: list[int | None], given: dict[str, Any], inputs: list[Any]) -> list[int | None]:
     """Complete the sources of what an object that a block returned holds, from the object that came in.
 
     That is the one whose other attributes were handed on, or else the only one of its class.

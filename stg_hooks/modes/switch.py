@@ -135,14 +135,11 @@ class Switch:
             yield
 
     @contextmanager
-    def switched_on(
-        self, since: int | None = None, instead: Callable[[Action], Action] = lambda action: action
-    ) -> Iterator[None]:
+    def switched_on(self, since: int | None = None) -> Iterator[None]:
         """Bypass the layers in calls from this thread within a `with`.
 
         Args:
             since: when this was asked for; where a layer is skipped twice, the later wish counts. Now, if left out.
-            instead: makes what a layer does out of what it would do.
 
         Raises:
             CallError: a layer's `forward` was set by other code since, and it was not skipped.
@@ -153,7 +150,6 @@ class Switch:
         modules = {id(module): module for module in self.modules}
         try:
             for patch, (key, action) in zip(self._patches, self.actions.items(), strict=True):
-                action = instead(action)
                 before.append(
                     patch.replace(action if outer is None else _checkpointed(action, modules[key], outer), since)
                 )

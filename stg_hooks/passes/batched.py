@@ -169,8 +169,8 @@ class BatchedPasses:
     """Makes calls together with their weak passes, and finds out whether that gives what two passes do."""
 
     def __init__(self, context: Context) -> None:
-        """Take what all passes of the denoiser work with."""
-        self._of = context
+        """Take the state that all passes of the denoiser share."""
+        self._context = context
 
     def cond_pass(self, call: GuidedCall, batch: int, cond: Indices) -> Any:
         """Make a call with the rows of all branches; leave the weak predictions in it.
@@ -188,13 +188,13 @@ class BatchedPasses:
         """
         output, not_run = self._pass(call, batch, cond)
         for branch, units in enumerate(not_run):
-            self._of.count(branch, units)
+            self._context.count(branch, units)
         return output
 
     def _pass(self, call: GuidedCall, batch: int, cond: Indices) -> tuple[Any, list[list[int]]]:
-        units = self._of.units
-        once = BatchedPass([switch.actions for switch in self._of.switches], batch, cond, units.batched)
-        args, kwargs = once.arguments(*call.inputs.again(), self._of.names)
+        units = self._context.units
+        once = BatchedPass([switch.actions for switch in self._context.switches], batch, cond, units.batched)
+        args, kwargs = once.arguments(*call.inputs.again(), self._context.names)
         with once.running(units.patches(units.batched)):
             output = call.denoiser(*args, **kwargs)
         own, call.weaks = once.split(predictions(output))
@@ -205,10 +205,10 @@ class BatchedPasses:
     ) -> None:
         """Make a call once more in one pass: some models let rows influence each other."""
         try:
-            with self._of.transactions.transaction(call), weak_pass():
+            with self._context.transactions.transaction(call), weak_pass():
                 again = predictions(self._pass(call, batch, cond)[0])
-            if not self._of.agree([*again, *chain(*(call.weaks or []))], [*own, *chain(*weaks)]):
+            if not self._context.agree([*again, *chain(*(call.weaks or []))], [*own, *chain(*weaks)]):
                 raise RowsError("rows influence each other, or were cut wrongly")
-            self._of.found.known[call.layout].in_one_pass = True
+            self._context.found.known[call.layout].in_one_pass = True
         except Exception as error:
-            self._of.ways.stop_batching(error)
+            self._context.ways.stop_batching(error)

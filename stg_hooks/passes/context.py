@@ -1,4 +1,4 @@
-"""What all passes of one denoiser work with."""
+"""State that all passes of one denoiser share."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def may_come_of_cutting(error: BaseException) -> bool:
 
 @dataclasses.dataclass(eq=False)
 class Context:
-    """What all passes of one denoiser work with."""
+    """State that all passes of one denoiser share."""
 
     model: nn.Module
     switches: Sequence[Switch]

@@ -22,16 +22,16 @@ class FullPasses:
     """Makes weak passes that share nothing with the cond pass: on the cond rows, or else on all rows."""
 
     def __init__(self, context: Context) -> None:
-        """Take what all passes of the denoiser work with."""
-        self._of = context
+        """Take the state that all passes of the denoiser share."""
+        self._context = context
 
     def plain(self, branch: int, denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call with the layers of one branch bypassed, and return what the denoiser returns."""
-        switch = self._of.switches[branch]
-        apart = self._of.caches.apart(id(switch), switch.modules, switch.is_bypass)
+        switch = self._context.switches[branch]
+        apart = self._context.caches.apart(id(switch), switch.modules, switch.is_bypass)
         with weak_pass(), apart, switch.switched_on():
             output = denoiser(*args, **kwargs)
-        self._of.count(branch, ())
+        self._context.count(branch, ())
         return output
 
     def weak_predictions(self, call: GuidedCall) -> list[list[Tensor]]:
@@ -40,7 +40,7 @@ class FullPasses:
         Raises:
             CallError: the model keeps something that cannot be put back.
         """
-        context = self._of
+        context = self._context
         if call.rows is not None:
             call.alone.clear()
         is_cut = context.ways.now == "full" and call.rows is not None and not context.transactions.keeps_state
@@ -54,8 +54,8 @@ class FullPasses:
         return weaks
 
     def _weak(self, call: GuidedCall, branch: int, is_cut: bool) -> list[Tensor]:
-        args, kwargs = self._of.cond_arguments(call) if is_cut else call.inputs.again()
-        with self._of.transactions.full_pass(call, branch):
+        args, kwargs = self._context.cond_arguments(call) if is_cut else call.inputs.again()
+        with self._context.transactions.full_pass(call, branch):
             # The model may keep its predictions itself, in memory that is put back.
             weak = own_predictions(self.plain(branch, call.denoiser, args, kwargs))
         if call.rows is not None and not is_cut:
@@ -74,7 +74,7 @@ class FullPasses:
         Raises:
             CallError: what comes out is another prediction than the cond pass has made.
         """
-        context = self._of
+        context = self._context
         count = context.found.again[call.layout] = context.found.again.get(call.layout, 0) + 1
         if count > _CALLS_MADE_AGAIN or not call.is_comparable or context.caches.found is not None:
             return
@@ -98,7 +98,7 @@ class FullPasses:
 
     def is_to_be_checked(self, call: GuidedCall) -> bool:
         """Tell whether it is open if calls of this layout can be cut down to their cond rows."""
-        return call.rows is not None and call.layout not in self._of.found.cut
+        return call.rows is not None and call.layout not in self._context.found.cut
 
     def can_cut(self, call: GuidedCall) -> bool:
         """Make a pass on the cond rows with nothing skipped, once: it has to give what the cond pass gave.
@@ -107,7 +107,7 @@ class FullPasses:
             Whether it does; if not, `call.conclude` says so.
         """
         assert call.rows is not None
-        context = self._of
+        context = self._context
         try:
             args, kwargs = context.cond_arguments(call)
             no_caches = context.caches.apart(self, [context.model], bypassed=False)

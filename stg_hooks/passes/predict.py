@@ -169,7 +169,7 @@ class Predictor:
 
         Raises:
             LayerError: a layer that does not exist or cannot be skipped in its mode.
-            SettingError: an unknown way.
+            SettingError: an unknown execution.
         """
         return self._made_as(_key(branches), branches)
 
@@ -187,7 +187,7 @@ class Predictor:
 
         Raises:
             LayerError: a layer that does not exist or cannot be skipped in its mode.
-            SettingError: an unknown way.
+            SettingError: an unknown execution.
         """
         for settings in known:
             if settings.active:

@@ -29,12 +29,12 @@ class SharedPasses:
     """Makes weak passes on top of the cond pass, and finds out whether they give what full ones do."""
 
     def __init__(self, context: Context) -> None:
-        """Take what all passes of the denoiser work with."""
-        self._of = context
+        """Take the state that all passes of the denoiser share."""
+        self._context = context
 
     def weak_predictions(self, call: GuidedCall) -> list[list[Tensor]] | None:
         """Make the weak predictions of a call; `None` where full passes are needed."""
-        prefix, found = call.prefix, self._of.found
+        prefix, found = call.prefix, self._context.found
         if prefix is None or not self._is_possible(call, prefix):
             return None
         is_to_be_checked = isinstance(prefix, Recording) and (call.rows is not None or call.is_comparable)
@@ -45,17 +45,17 @@ class SharedPasses:
             del found.known[call.layout]  # blocks whose calls are not looked at may draw them
             return None
         prefix.is_reused = prefix.is_reused or is_to_be_checked
-        weaks, counted = [], self._of.counted()
+        weaks, counted = [], self._context.counted()
         try:
-            for branch, switch in enumerate(self._of.switches):
+            for branch, switch in enumerate(self._context.switches):
                 # Without a copy of what the branch leaves: it would have the cond rows alone.
                 with switch.switched_on():
                     weaks.append(self._pass(call, prefix, branch))
-                self._of.count(branch, prefix.answered(branch))
+                self._context.count(branch, prefix.answered(branch))
             if is_to_be_checked:
                 self._check(call, prefix, weaks)
         except (NotSharedError, PrefixMismatchError, GapError) as error:
-            self._of.count_again_from(counted)
+            self._context.count_again_from(counted)
             self._give_up(call, prefix, error)
             return None
         if isinstance(prefix, Recording):
@@ -66,7 +66,7 @@ class SharedPasses:
 
     def _is_possible(self, call: GuidedCall, prefix: Prefix) -> bool:
         """Tell whether what was recorded may serve; from the second time on, an obstacle ends sharing."""
-        ways, times = self._of.ways, self._of.recorded[call.layout]
+        ways, times = self._context.ways, self._context.recorded[call.layout]
         if not ways.shares or None in prefix.ends:
             return False
         if prefix.batch != (call.count if call.rows is None else call.rows.batch_of(call.count)):
@@ -85,7 +85,7 @@ class SharedPasses:
 
     def _give_up(self, call: GuidedCall, prefix: Prefix, error: Exception) -> None:
         """Conclude what a failure says of later calls; this one's weak passes are made in full."""
-        ways, found = self._of.ways, self._of.found
+        ways, found = self._context.ways, self._context.found
         found.known.pop(call.layout, None)
         if isinstance(prefix, Repetition):
             return  # this call goes another way than the one that was recorded: the next one is recorded anew
@@ -102,7 +102,7 @@ class SharedPasses:
         What it has set after them may come from them, and be reused in a later call.
         """
         started = prefix.started
-        kept = self._of.transactions.kept
+        kept = self._context.transactions.kept
         return started is not None and not (started.changes() or started.written() or kept.replaced())
 
     def _pass(self, call: GuidedCall, prefix: Prefix, branch: int) -> list[Tensor]:
@@ -131,14 +131,14 @@ class SharedPasses:
         return found
 
     def _replayed(self, call: GuidedCall, prefix: Prefix, branch: int) -> list[Tensor]:
-        units = self._of.units
+        units = self._context.units
         patches = units.patches(units.prefix)
         for _ in range(2):
-            args, kwargs = self._of.cond_arguments(call)
+            args, kwargs = self._context.cond_arguments(call)
             try:
                 # The replay comes last, so that it is asked first: up to its end no layer is skipped.
                 replay = prefix.replayed(branch, patches, units.prefix)
-                with self._of.transactions.transaction(call), weak_pass(), replay:
+                with self._context.transactions.transaction(call), weak_pass(), replay:
                     return own_predictions(call.denoiser(*args, **kwargs))
             except RuntimeError as error:
                 if prefix.is_dense or "single memory location" not in str(error):
@@ -163,7 +163,7 @@ class SharedPasses:
                     call.alone[branch] = again
             if prefix.has_gaps and not all(are_as_finite(found, call.cond) for found in (again, *weaks)):
                 raise GapError
-            if not self._of.agree(again, call.cond):
+            if not self._context.agree(again, call.cond):
                 if prefix.has_gaps:
                     raise GapError
                 raise NotSharedError("with nothing skipped, the cond rows alone do not give the cond prediction again")

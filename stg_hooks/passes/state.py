@@ -38,7 +38,7 @@ class Snapshot:
         self.copies = {id(tensor): copies(tensor) for tensor in walk.tensors}
 
     def mark(self) -> Hashable:
-        """Return what is another thing where the model is built, or set, in another way.
+        """Return a fingerprint that changes when the model's structure or settings do.
 
         Of tensors it is told whether they were written into, and no values.
         """

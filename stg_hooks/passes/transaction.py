@@ -50,7 +50,7 @@ class Transactions:
 
     @contextmanager
     def cond_pass(self, call: GuidedCall, before: Snapshot) -> Iterator[Randomness]:
-        """Find out, around the cond pass of a call, what it changes; gives where torch's random numbers stood."""
+        """Track what the cond pass of a call changes; yields where torch's random numbers stood before it."""
         args, kwargs = call.inputs.given
         call.before, is_counted = before, call.layout in self._runs
         randomness = Randomness.for_call(args, kwargs)

@@ -95,9 +95,10 @@ class Ways:
     def stop_sharing(self, reason: str, way: str = "full") -> None:
         """Make weak passes in full from now on."""
         self.now, self._uncompiled = way, []
+        rows = " and with all rows" if way == "whole" else ""
         self._warn(
-            f"{type(self._model).__name__} does not let the weak pass share work with the cond pass ({reason}). "
-            "Weak passes are made in full from now on. execution='full' asks for that, without this warning."
+            f"{type(self._model).__name__} does not let the weak pass share work with the cond pass ({reason}). Weak "
+            f"passes are made in full{rows} from now on. execution='full' begins so, without this warning."
         )
 
     def stop_cutting(self, reason: str) -> None:

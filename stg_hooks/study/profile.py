@@ -110,7 +110,7 @@ def profile(
             levels.begin_run()
             make(text, generator_of(seed))
             levels.end_run()
-    return _profile(target, model, pairs, texts, found)
+    return _profile(model, pairs, texts, found)
 
 
 def _called(target: Any, sample: Sample | None) -> Any:
@@ -233,7 +233,6 @@ def _measured(observation: Observation, model: nn.Module, layout: str | None) ->
 
 
 def _profile(
-    target: Any,
     model: nn.Module,
     pairs: list[tuple[Layer, str]],
     prompts: tuple[str, ...],
