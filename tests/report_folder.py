@@ -113,8 +113,9 @@ def _cell(name: str, place: results.Place, error: str | None, samples: Sequence[
 
 
 def _video(prompt: int, seed: int, layers: Sequence[int], scale: float) -> torch.Tensor:
-    """Draw a moving square, the brighter the larger the scale, (F, H, W, 3), uint8."""
-    video = torch.full((6, 24, 24, 3), 20)
+    """Draw a moving square over grain, the brighter the larger the scale, (F, H, W, 3), uint8."""
+    grain = torch.Generator().manual_seed(100 * prompt + seed)
+    video = torch.randint(12, 28, (6, 24, 24, 3), generator=grain)
     colour = torch.tensor([[200, 40, 40], [60, 60, 220]])[prompt % 2] * (0.6 + 0.2 * scale) / 1.4
     top = (5 * sum(layers) + seed) % 16
     for frame in range(len(video)):

@@ -256,7 +256,7 @@ def test_failed_cells_are_recorded_and_tried_again(tmp_path: Path) -> None:
     assert [cell.id for cell in found.failed] == [IDS[1], IDS[3]]
     failed = found.failed[0]
     assert (failed.error, failed.samples, failed.metrics) == ("RuntimeError: out of memory", (), {})
-    assert [file.name for file in (tmp_path / "cells" / failed.id).iterdir()] == ["cell.json"]
+    assert {file.name for file in (tmp_path / "cells" / failed.id).iterdir()} == {"cell.json", "settings.json"}
     assert len(found.cells) == 5
     assert f"{IDS[1]}: failed, RuntimeError: out of memory" in repr(found)
     toy = Toy()
