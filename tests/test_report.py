@@ -74,8 +74,8 @@ def test_the_page_has_every_picture_and_every_text_once(tmp_path: Path) -> None:
 def test_of_a_large_sweep_the_page_shows_the_same_samples_of_every_cell(tmp_path: Path) -> None:
     report_folder.write_sweep(tmp_path, **{**ONE, "seeds": [7, 8, 9]}, failed=("residual-L3-s1.0",))
     every = stg.report(tmp_path).read_text(encoding="utf-8")
-    strips = list(tmp_path.glob("cells/*/p0-s[01].strip.webp")) + list(tmp_path.glob("cells/*/p1-s0.strip.webp"))
-    megabytes = sum(path.stat().st_size * 4 / 3 for path in strips) / 1e6  # room for two seeds of the first prompt
+    strips = tmp_path.glob("cells/*/p0-s[01].strip.webp")
+    megabytes = 1.2 * sum(path.stat().st_size * 4 / 3 for path in strips) / 1e6  # room for two seeds of a prompt
     some = stg.report(tmp_path, max_megabytes=megabytes).read_text(encoding="utf-8")
     least = stg.report(tmp_path, max_megabytes=0).read_text(encoding="utf-8")
     assert len(every) > len(some) > len(least)
