@@ -29,7 +29,7 @@ def filled(page: str) -> str:
         AssertionError: a snippet has a message and should have none, or the other way round.
     """
     names: dict[str, Any] = {}
-    modules = dict(sys.modules)
+    modules = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "matplotlib"}
 
     def fill(found: re.Match[str]) -> str:
         message = run(found["code"], names)
@@ -37,10 +37,13 @@ def filled(page: str) -> str:
         return f"{found[1]}\n```text\n{message}\n```\n" if message else found[0]
 
     try:
+        for name in modules:  # the page does as if it were not installed
+            del sys.modules[name]
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             return SNIPPET.sub(fill, page)
     finally:
-        sys.modules.update({name: module for name, module in modules.items() if name in sys.modules})
+        sys.modules.pop("matplotlib", None)
+        sys.modules.update(modules)
 
 
 def run(code: str, names: dict[str, Any]) -> str:
