@@ -237,7 +237,8 @@ class Dropout(Perturbation):
 
     def __call__(self, call: LayerCall) -> Any:
         """Compute the layer and drop a part of its output."""
-        seed = (torch.initial_seed() + zlib.crc32(call.name.encode())) % 2**63
+        name = call.name.replace("_orig_mod.", "").removeprefix("module.")  # what torch's wrappers put before it
+        seed = (torch.initial_seed() + zlib.crc32(name.encode())) % 2**63
         return objects.map_tensors(lambda leaf: self._dropped(leaf, seed), call.compute())
 
     def _dropped(self, output: Tensor, seed: int) -> Tensor:
