@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import CallError
-from stg_hooks.model.tensors import is_prediction as is_prediction
-from stg_hooks.model.tensors import leaves_of as leaves_of
+from stg_hooks.model.tensors import is_prediction
 
 
 def predictions(output: Any) -> list[Tensor]:

@@ -13,7 +13,6 @@ from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import CallError
 from stg_hooks.model.source import is_positional
-from stg_hooks.model.tensors import is_prediction as is_prediction
 from stg_hooks.model.tensors import leaves_of as leaves_of
 
 Indices: TypeAlias = slice | tuple[int, ...]

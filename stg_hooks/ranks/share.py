@@ -10,12 +10,12 @@ from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import CallError
 from stg_hooks.guidance.settings import Branch
+from stg_hooks.model.tensors import is_prediction
 from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.execution import Execution
 from stg_hooks.passes.guided_call import GuidedCall, weak_pass
 from stg_hooks.passes.outputs import own_predictions
 from stg_hooks.passes.predict import Predictor
-from stg_hooks.passes.rows import is_prediction
 from stg_hooks.ranks.link import Ranks
 from stg_hooks.ranks.messages import samples_of
 
