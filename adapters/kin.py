@@ -4,7 +4,7 @@ By class name; the nearest base class counts. `where` says in which attribute of
 configuration is found: of a list of blocks its length counts, of another module its class.
 """
 
-from stg_hooks.guidance.settings import Kin
+from stg_hooks.guidance.published import Kin
 
 _LTX = {"num_layers": "transformer_blocks"}
 _LTX_2 = {"num_layers": "transformer_blocks", "cross_attn_mod": "cross_attention_adaln"}

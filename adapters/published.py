@@ -6,7 +6,8 @@ tell the published model from others of its class.
 
 import math
 
-from stg_hooks.guidance.settings import Branch, Published
+from stg_hooks.guidance.published import Published
+from stg_hooks.guidance.settings import Branch
 
 _REFERENCE = "STGuidance reference code, commit df04da0, and diffusers community pipelines; arXiv 2411.18664"
 _REFERENCE_9CDD383 = "STGuidance reference code, commit 9cdd383; arXiv 2411.18664"

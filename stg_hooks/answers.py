@@ -19,15 +19,15 @@ from stg_hooks.step import Step
 
 if TYPE_CHECKING:
     from stg_hooks.guidance.guide import Guidance, Guided
-    from stg_hooks.guidance.schedule import Settings
-    from stg_hooks.hosts import Role
+    from stg_hooks.guidance.settings import Settings
+    from stg_hooks.roles import Role
 
 
 class Answers:
     """What the guided calls of one denoiser return."""
 
     def __init__(self, guidance: Guidance, caller: str, denoiser: str) -> None:
-        """Touch nothing.
+        """Change nothing yet.
 
         Args:
             guidance: what was asked for.
@@ -67,7 +67,7 @@ class Answers:
         if not role.uncond_follows:
             self._guidance.traced(guided, terms, unconds, g)
         new = guided.final(_or_one(g), unconds) if replaces else terms
-        return put_back(role, new, output, guided.whole if replaces else guided.added)
+        return put_back(role, new, output, guided.with_rest if replaces else guided.added)
 
     def _check_replaceable(self, guided: Guided, role: Role, is_first: bool) -> None:
         settings, what, name = guided.settings, guided.settings.why_replaces, self._caller
@@ -144,7 +144,7 @@ class Answers:
         for i, (final, c) in enumerate(zip(guided.final(_or_one(g), own), guided.conds, strict=True)):
             applied = fitted("guidance_scale", guided.weight("guidance_scale", role.guidance_scale, i), c)
             moved.append(((final.float() - applied * c.float()) / (1.0 - applied)).to(c.dtype))
-        return put_back(role, moved, output, guided.whole)
+        return put_back(role, moved, output, guided.with_rest)
 
 
 def _scale_of(settings: Settings, role: Role) -> Scales | None:

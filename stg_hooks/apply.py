@@ -8,26 +8,27 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from stg_hooks.denoiser import GuidedDenoiser
-from stg_hooks.errors import CallError, LayerError, NotCopied, SettingError, StgWarning
+from stg_hooks.errors import CallError, LayerError, NotCopied, SettingError, StgWarning, users_frame, warn
 from stg_hooks.guidance.channels import VarianceWatch
 from stg_hooks.guidance.combine import Scales, check_scales
 from stg_hooks.guidance.guide import Guidance
-from stg_hooks.guidance.outputs import PerOutput
+from stg_hooks.guidance.per_output import PerOutput
 from stg_hooks.guidance.rules import Rule
 from stg_hooks.guidance.schedule import Asked, Plan, Request, Schedule
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.guidance.trace import Stats, Trace
 from stg_hooks.hooks import activation
-from stg_hooks.hosts import Host, ModuleHost, pipeline_host
+from stg_hooks.hosts import Host, pipeline_host
 from stg_hooks.model.resolve import LayerSpec
 from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.perturbation import Mode
+from stg_hooks.module_host import ModuleHost
 from stg_hooks.ranks.link import check_own_copy, ranks_from
 from stg_hooks.session import Session
 from stg_hooks.step import Step
@@ -153,7 +154,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         )
         with _shown_as_pipeline(is_pipeline):
             guidance = Guidance("stg.apply", next(iter(denoisers.values())), request, every, channels, strict)
-        guidance.outputs.check_known([("guidance_scale", guidance_scale)])
+        guidance.outputs.check_names([("guidance_scale", guidance_scale)])
         if is_pipeline:
             guidance.variance = VarianceWatch(is_told=True)
             guidance.watch.target = "pipe"
@@ -166,7 +167,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
                     "Leave channels out and use the variance of the cond rows, or use stg.Guider."
                 )
         replacing = [
-            settings.why_replaces for settings in self.plan.known if settings.rescales or settings.rule != "cfg"
+            settings.why_replaces for settings in self.plan.possible if settings.rescales or settings.rule != "cfg"
         ]
         if replacing and not host.knows_guidance_scale:
             raise SettingError(
@@ -236,7 +237,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         self._session.step = step
 
     def _check_uncond(self, batched_cfg: bool | None) -> None:
-        for settings in self.plan.known:
+        for settings in self.plan.possible:
             if settings.replaces:
                 raise SettingError(f"{settings.why_replaces} cannot be combined with on='uncond' here: use stg.Guider.")
         if isinstance(self._session.host, ModuleHost) and not batched_cfg:
@@ -349,14 +350,12 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
     def _complain(self, text: str) -> None:
         if self._session.guidance.watch.strict:
             raise CallError(text)
-        warnings.warn(text, StgWarning, stacklevel=3)
+        warn(text)
 
 
 def _place_of_caller() -> tuple[str, int]:
     """Return the file and line that called into this package."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "stg_hooks":
-        frame = frame.f_back
+    frame = users_frame(sys._getframe(1))
     return ("", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
 
 

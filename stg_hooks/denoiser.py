@@ -17,20 +17,19 @@ from stg_hooks.answers import Answers
 from stg_hooks.errors import CallError
 from stg_hooks.guidance.guide import Guided, Noisy, Predictions
 from stg_hooks.guidance.samples import takes_samples
-from stg_hooks.guidance.schedule import Settings
-from stg_hooks.guidance.settings import Branch
+from stg_hooks.guidance.settings import Branch, Settings
 from stg_hooks.hooks.compiled import is_compiled, untraced
 from stg_hooks.hooks.forward import Patch, Undo, patched, shared
-from stg_hooks.hosts import Role, check_rows_apart
 from stg_hooks.model.source import bound_arguments, parameter_names
 from stg_hooks.model.tensors import leaves_of
 from stg_hooks.parts import cond_rows, sides
 from stg_hooks.passes.guided_call import GuidedCall, in_weak_pass, layout_of
 from stg_hooks.passes.inputs import Inputs, Written
-from stg_hooks.passes.outputs import own_predictions, places_of_predictions, replace_predictions
 from stg_hooks.passes.predict import Predictor
+from stg_hooks.passes.returned import own_predictions, places_of_predictions, replace_predictions
 from stg_hooks.passes.rows import Rows, first_batch, take_rows
 from stg_hooks.ranks.link import check_alone
+from stg_hooks.roles import Role, check_rows_apart
 from stg_hooks.session import Session
 from stg_hooks.step import Step, check_step
 
@@ -87,7 +86,7 @@ class GuidedDenoiser:
     """Guides the calls of one denoiser."""
 
     def __init__(self, session: Session, model: nn.Module, execution: str) -> None:
-        """Resolve all layers that are known to be skipped; touch nothing.
+        """Resolve all layers that are known to be skipped; change nothing yet.
 
         Args:
             session: what it shares with the guides of the same pipeline's other denoisers.
@@ -99,7 +98,7 @@ class GuidedDenoiser:
         self._guidance = session.guidance.for_another()
         self._answers = Answers(self._guidance, session.host.name, type(model).__name__)
         self._predictor = Predictor(model, (), execution, session.guidance.stats)
-        self._predictor.prepare(session.guidance.plan.known)
+        self._predictor.prepare(session.guidance.plan.possible)
         self._names = parameter_names(model)
         self._written: Written = {}
         self._local = _OfThread()
@@ -344,7 +343,7 @@ class GuidedDenoiser:
         found.switches = execution.switches if call.share is None else call.share.switches
         if not call.role.is_whole:
             found.weaks = execution.weak_predictions(call.guided, conds, self._model, call.inputs)
-            found.alone = [call.guided.alone.get(branch) for branch in range(len(found.weaks))]
+            found.unskipped = [call.guided.unskipped.get(branch) for branch in range(len(found.weaks))]
             return found
         # Rows that are not predicted apart are not cut: the weak pass predicts all of them.
         weaks = execution.weak_predictions(call.guided, unguided, self._model, call.inputs)

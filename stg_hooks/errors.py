@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
+from types import FrameType
 from typing import NoReturn
 
 
@@ -61,6 +64,32 @@ class NotCopied:
 
 class StgWarning(UserWarning):
     """Guidance did not do what its user most likely expects."""
+
+
+# Libraries whose code may stand between ours and its user's.
+LIBRARIES = ("stg_hooks", "torch", "contextlib", "diffusers", "accelerate", "peft")
+
+
+def is_of_library(frame: FrameType) -> bool:
+    """Tell whether a frame runs code of ours, or of a library that calls us."""
+    return str(frame.f_globals.get("__name__")).partition(".")[0] in LIBRARIES
+
+
+def users_frame(frame: FrameType | None) -> FrameType | None:
+    """Return the innermost frame, from this one outwards, that runs neither our code nor a library's."""
+    while frame is not None and is_of_library(frame):
+        frame = frame.f_back
+    return frame
+
+
+def warn(text: str) -> None:
+    """Warn at the line of the user's code that led here."""
+    frame = users_frame(sys._getframe(1))
+    if frame is None:
+        warnings.warn(text, StgWarning, stacklevel=2)
+    else:
+        told = frame.f_globals.setdefault("__warningregistry__", {})
+        warnings.warn_explicit(text, StgWarning, frame.f_code.co_filename, frame.f_lineno, registry=told)
 
 
 def closest(asked: str, existing: Iterable[str]) -> str:

@@ -15,11 +15,11 @@ from torch.utils import _pytree as pytree
 from stg_hooks.errors import CallError, NotCopied, SettingError, TargetError
 from stg_hooks.guidance.combine import Scales, check_scales, is_number
 from stg_hooks.guidance.guide import Guidance, Guided, Predictions, StepOrLater
-from stg_hooks.guidance.outputs import PerOutput, each_of
+from stg_hooks.guidance.per_output import PerOutput, each_of
 from stg_hooks.guidance.plain import written
 from stg_hooks.guidance.rules import Rule, remembers
-from stg_hooks.guidance.schedule import Plan, Request, Schedule, Settings
-from stg_hooks.guidance.settings import Branch
+from stg_hooks.guidance.schedule import Plan, Request, Schedule
+from stg_hooks.guidance.settings import Branch, Settings
 from stg_hooks.guidance.trace import Stats, Trace
 from stg_hooks.hooks import activation
 from stg_hooks.model.resolve import LayerSpec
@@ -28,18 +28,19 @@ from stg_hooks.modes.perturbation import Mode
 from stg_hooks.passes.guided_call import in_weak_pass
 from stg_hooks.passes.inputs import Inputs, Written
 from stg_hooks.passes.joined import halved_output, joined_call
-from stg_hooks.passes.outputs import own_predictions, places_of_predictions, predictions, replace_predictions
 from stg_hooks.passes.predict import Predictor
+from stg_hooks.passes.returned import own_predictions, places_of_predictions, predictions, replace_predictions
 from stg_hooks.passes.rows import HALF
 from stg_hooks.ranks.link import Ranks, check_alone, check_own_copy, ranks_from
-from stg_hooks.step import SamplerSteps, Step, check_step
+from stg_hooks.sampler_steps import SamplerSteps
+from stg_hooks.step import Step, check_step
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
 @dataclasses.dataclass
-class _Step:
+class _Call:
     """One call of a Guider: what it was given, and what holds in it."""
 
     args: tuple[Any, ...]
@@ -160,7 +161,7 @@ class Guider(NotCopied):
             on=on,
         )
         self._guidance = Guidance("stg.Guider", model, request, every, channels, strict)
-        self._guidance.outputs.check_known([("guidance_scale", guidance_scale)])
+        self._guidance.outputs.check_names([("guidance_scale", guidance_scale)])
         self.denoiser = denoiser
         self.model = model
         self._written: Written = {}
@@ -171,7 +172,7 @@ class Guider(NotCopied):
         self._takes_sigma = _second_parameter(denoiser) == "sigma"
         self._needs_step = not self.plan.is_constant or every > 1 or remembers(rule)
         self._predictor = Predictor(model, (), execution, self.stats)
-        self._predictor.prepare(self.plan.known)
+        self._predictor.prepare(self.plan.possible)
         self._open: list[ExitStack] = []
         self.models = [model]
         self.ranks = ranks_from(group, timeout, on)
@@ -277,7 +278,7 @@ class Guider(NotCopied):
                 self._predictor.caches.look()
             self._predictor.caches.begin_pass()
         inputs = _in_lists_of_their_own(args, positive)
-        call = _Step(args, positive, negative if cfg else None, step, settings, active, g)
+        call = _Call(args, positive, negative if cfg else None, step, settings, active, g)
         wanted = () if inside else guidance.wanted(step, settings)
         if self.ranks is not None and not inside:
             output, found = self._shared(self.ranks, call, wanted)
@@ -301,9 +302,9 @@ class Guider(NotCopied):
         final = guided.final(g, found.unconds)
         if changes:
             guidance.traced(guided, guided.terms(), found.unconds, g)
-        return replace_predictions(output, [guided.whole(*pair) for pair in zip(final, found.conds, strict=True)])
+        return replace_predictions(output, [guided.with_rest(*pair) for pair in zip(final, found.conds, strict=True)])
 
-    def _alone(self, call: _Step, wanted: tuple[Branch, ...]) -> tuple[Any, Predictions]:
+    def _alone(self, call: _Call, wanted: tuple[Branch, ...]) -> tuple[Any, Predictions]:
         """Make the predictions of a step in this process; return what the denoiser returned for cond, too."""
         args, positive, negative = call.args, call.positive, call.negative
         joined = None
@@ -324,7 +325,12 @@ class Guider(NotCopied):
                     HALF if is_joined else None,
                     is_comparable=not activation.others(self),
                 )
-            output, found.weaks, found.alone, found.switches = made.output, made.weaks, made.alone, made.switches
+            output, found.weaks, found.unskipped, found.switches = (
+                made.output,
+                made.weaks,
+                made.unskipped,
+                made.switches,
+            )
         else:
             output = self.denoiser(*args_of_cond, **kwargs_of_cond)
             output = replace_predictions(output, own_predictions(output))
@@ -338,7 +344,7 @@ class Guider(NotCopied):
             self._add_uncond(found, call.active, *inputs.again())
         return output, found
 
-    def _shared(self, ranks: Ranks, call: _Step, wanted: tuple[Branch, ...]) -> tuple[Any, Predictions]:
+    def _shared(self, ranks: Ranks, call: _Call, wanted: tuple[Branch, ...]) -> tuple[Any, Predictions]:
         """Make the predictions of a step together with the other ranks."""
         if not self._has_met:
             ranks.enter(self.model)

@@ -1,23 +1,23 @@
-"""What `apply` needs to know about the target that it guides, and which integration describes which kind of target."""
+"""What `apply` asks the caller of a denoiser, and which integration answers for which kind of target."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import itertools
 import operator
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
-from stg_hooks.errors import CallError, TargetError
+from stg_hooks.errors import TargetError
+from stg_hooks.roles import Role
 from stg_hooks.step import Step
 
 if TYPE_CHECKING:
-    from stg_hooks.guidance.combine import Scales
+    pass
 
 # Top-level package of a target's class -> module with a `host(target)` function; imported when first needed. It may
 # also have `calling_pipeline()` and `calling_host(pipeline, module)`, which tell what calls a guided module, and
@@ -27,148 +27,6 @@ _INTEGRATIONS = {"diffusers": "stg_hooks.integrations.diffusers.host"}
 _ATTENTION = {**_INTEGRATIONS, "comfy": "stg_hooks.integrations.comfyui.attention"}
 # What a host leaves on modules -> module with a `step_caches(modules)` function.
 _MARKS = {"_diffusers_hook": "stg_hooks.integrations.diffusers.caches"}
-
-
-_PHRASES = {"cond": "conditional", "uncond": "unconditional", "perturbed": "a weak prediction of its own"}
-
-
-@dataclasses.dataclass(frozen=True)
-class OwnGuidance:
-    """A weak prediction that a caller makes by itself unless it is told not to."""
-
-    by: str
-    """What makes it, for messages."""
-    off: tuple[tuple[str, float], ...]
-    """The arguments that switch it off, with their values."""
-    isolates: bool = False
-    """Whether it isolates streams, as video and audio, instead of skipping layers."""
-
-    @property
-    def how_to_switch_off(self) -> str:
-        """What to type."""
-        return ", ".join(f"{name}={value}" for name, value in self.off)
-
-
-@dataclasses.dataclass(frozen=True)
-class Role:
-    """What one call of a denoiser is for.
-
-    `rows` says what its rows are: one label, or several joined by `+` for as many parts of equal size. `"cond"` rows
-    are those that weak passes predict; `"uncond"` rows belong to them, the first part to the first. The caller combines
-    them, with weights that sum to one, and may do so with further parts: `"image"`, another condition left out; and
-    `"perturbed"`, a weak prediction of its own, which may be a call of its own after those that it is compared with.
-    `"apart"` rows are left as they are.
-
-    `guidance_scale` is the CFG weight that the caller is going to apply, where it is known; a tuple holds one for each
-    prediction of a call. `uncond_follows` marks a
-    cond call whose uncond prediction comes from a call of its own, later in the same step. `channels` says how many
-    channels (dimension 1) of a prediction are guided, where the others predict something else, a variance; all, if left
-    out. With `samples`, the denoiser returns its predictions as a list of single samples, without a dimension for the
-    batch; then rows may be `"uncond+cond"` or `"cond+uncond"`: halves of the list. `None` lets the call tell.
-
-    `is_clean` says that what the caller combines are clean samples, `x - sigma * prediction` of a flow model, and `own`
-    which weak predictions it is going to make itself in this step because that is its default.
-    """
-
-    rows: str
-    guidance_scale: Scales | None = None
-    uncond_follows: bool = False
-    channels: int | None = None
-    samples: bool | None = False
-    is_clean: bool = False
-    own: tuple[OwnGuidance, ...] = ()
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The labels of its rows."""
-        return tuple(self.rows.split("+"))
-
-    @property
-    def is_cond(self) -> bool:
-        """Whether it has cond rows."""
-        return "cond" in self.parts
-
-    @property
-    def is_uncond(self) -> bool:
-        """Whether it is the uncond call that follows a cond call."""
-        return "uncond" in self.parts and not self.is_cond
-
-    @property
-    def is_halved(self) -> bool:
-        """Whether dimension 0 of the tensors holds `[uncond, cond]`."""
-        return self.rows == "uncond+cond" and not self.samples
-
-    @property
-    def is_list_of_both(self) -> bool:
-        """Whether a list of samples holds cond and uncond ones."""
-        return bool(self.samples) and len(self.parts) == 2
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether rows are not predicted apart: lists of samples, and parts that the denoiser itself tells apart."""
-        return bool(self.samples) or ("perturbed" in self.parts and self.is_cond)
-
-    @property
-    def has_more(self) -> bool:
-        """Whether the caller combines more than one cond and one uncond prediction."""
-        return bool({"image", "perturbed"} & {*self.parts}) or self.parts.count("cond") > 1
-
-
-def check_rows_apart(role: Role, what: str) -> None:
-    """Raise where `what` would need cond and uncond rows apart, and a call holds them in another way than in halves.
-
-    Raises:
-        CallError: so it is.
-    """
-    if role.is_list_of_both:
-        raise CallError(
-            f"{what} cannot be used where cond and uncond are predicted in one list of samples. Leave it out, or use "
-            "stg.Guider in a loop of your own."
-        )
-    if len(role.parts) > 1 and not role.is_halved:
-        raise CallError(
-            f"{what} cannot be used where the rows of a call are {phrase(role.rows)}, as it needs [uncond, cond]. "
-            "Leave it out, or use stg.Guider in a loop of your own."
-        )
-
-
-def phrase(rows: str) -> str:
-    """Say in words what rows are."""
-    parts = rows.split("+")
-    return f"[{', '.join(parts)}]" if len(parts) > 1 else _PHRASES[rows]
-
-
-_PROCESSOR = "processor"
-
-
-class Processors:
-    """Keeps what computes attention in some models, and puts it back.
-
-    A pipeline may install processors of its own for a run (PAG does), and puts the former ones back at the end of the
-    run, which an exception skips.
-    """
-
-    def __init__(self, models: Sequence[nn.Module]) -> None:
-        """Look at the models; touch nothing.
-
-        Args:
-            models: all their modules are looked at.
-        """
-        self._models = models
-        self._found: list[tuple[nn.Module, Any]] = []
-        self.note()
-
-    def note(self) -> None:
-        """Keep those that are installed now."""
-        modules = (module for model in self._models for module in model.modules())
-        self._found = [(module, getattr(module, _PROCESSOR)) for module in modules if hasattr(module, _PROCESSOR)]
-
-    def put_back(self) -> None:
-        """Install those again that were noted."""
-        for module, processor in self._found:
-            if getattr(module, _PROCESSOR, None) is not processor:
-                module._modules.pop(_PROCESSOR, None)  # torch assigns only modules over a module
-                setattr(module, _PROCESSOR, processor)
 
 
 class Host(Protocol):
@@ -226,106 +84,6 @@ class StepCaches(Protocol):
         """Keep calls of the model that go with `key` away from what the other passes keep."""
 
 
-class ModuleHost:
-    """A denoiser on its own: its rows are what the user says, or else a pipeline that calls it; else all are cond."""
-
-    name = "the module"
-    tells_when_it_runs = False
-
-    def __init__(
-        self,
-        module: nn.Module,
-        batched_cfg: bool | None,
-        guidance_scale: Scales | None,
-        channels: int | None = None,
-    ) -> None:
-        """Describe the module's calls.
-
-        Args:
-            module: the denoiser.
-            batched_cfg: whether its rows are `[uncond, cond]`, or every row is conditional; `None` if nothing was said.
-            guidance_scale: the CFG weight that its caller applies, if known.
-            channels: number of channels that are guided; all, if left out.
-        """
-        self._module = module
-        self._said = batched_cfg
-        self._caller: tuple[object, Host | None] = None, None
-        self._processors: Processors | None = None
-        self._role = Role("uncond+cond" if batched_cfg else "cond", guidance_scale, channels=channels, samples=None)
-        self.knows_guidance_scale = not batched_cfg or guidance_scale is not None
-
-    def denoisers(self) -> dict[str, nn.Module]:
-        """Return the module under an empty name."""
-        return {"": self._module}
-
-    def is_calling(self) -> None:
-        """Leave it open: other threads may use the plain module."""
-
-    def role(self) -> Role | None:
-        """Return what was said, or what a pipeline says that makes the call.
-
-        Raises:
-            CallError: it says something else.
-        """
-        caller = self._calling_host()
-        try:
-            found = None if caller is None else caller.role()
-        except CallError:  # the pipeline's code does not tell, which is why its user has said it
-            if self._said is None:
-                raise
-            return self._role
-        if caller is None or (found is None and self._said is not None):
-            return self._role
-        if found is None or self._said is None:
-            said = {"guidance_scale": self._role.guidance_scale, "channels": self._role.channels}
-            changes: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
-            return found if found is None else dataclasses.replace(found, **changes)
-        if found.rows != self._role.rows:
-            raise CallError(
-                f"batched_cfg={self._said} says that the rows of this call are {phrase(self._role.rows)}, but "
-                f"{caller.name}, which makes it, predicts {phrase(found.rows)} in it. Pass the pipeline: "
-                "stg.apply(pipe, ...), or leave batched_cfg= out."
-            )
-        return self._role
-
-    def step(self) -> Step:
-        """Return what a pipeline says that makes the call; otherwise nothing is known."""
-        caller = self._calling_host()
-        return Step() if caller is None else caller.step()
-
-    def check_same(self) -> None:
-        """Do nothing: which module is called is up to the caller."""
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Note the attention processors."""
-        self._processors = Processors([self._module])
-        yield
-
-    def put_back(self) -> None:
-        """Put the attention processors back if a pipeline makes the call; what others set is theirs."""
-        if self._processors is not None and any(self._calling()):
-            self._processors.put_back()
-
-    def _calling_host(self) -> Host | None:
-        for integration, pipeline in self._calling():
-            if self._caller[0] is not pipeline:
-                self._caller = pipeline, integration.calling_host(pipeline, self._module)
-            return self._caller[1]
-        return None
-
-    def _calling(self) -> Iterator[tuple[Any, object]]:
-        """Find the pipeline that makes a call, and the integration that knows it."""
-        for library, name in _INTEGRATIONS.items():
-            if library not in sys.modules:
-                continue
-            integration = sys.modules.get(name) or importlib.import_module(name)  # the latter takes its time
-            calling = getattr(integration, "calling_pipeline", None)
-            pipeline = None if calling is None else calling()
-            if pipeline is not None:
-                yield integration, pipeline
-
-
 def pipeline_host(target: object) -> Host:
     """Find the host of a pipeline.
 
@@ -379,3 +137,15 @@ def step_caches(modules: Sequence[nn.Module]) -> StepCaches | None:
 def denoisers_of(target: object) -> dict[str, nn.Module]:
     """Return the denoisers of a module (itself, under an empty name) or of a pipeline."""
     return {"": target} if isinstance(target, nn.Module) else pipeline_host(target).denoisers()
+
+
+def calling_pipelines() -> Iterator[tuple[Any, object]]:
+    """Find the pipeline that makes the present call, and the integration that knows it."""
+    for library, name in _INTEGRATIONS.items():
+        if library not in sys.modules:
+            continue
+        integration = sys.modules.get(name) or importlib.import_module(name)  # the latter takes its time
+        calling = getattr(integration, "calling_pipeline", None)
+        pipeline = None if calling is None else calling()
+        if pipeline is not None:
+            yield integration, pipeline

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from stg_hooks.errors import CallError
-from stg_hooks.hosts import Role, phrase
 from stg_hooks.passes.rows import HALF, Rows, first_batch, halves
+from stg_hooks.roles import Role, phrase
 
 
 def cond_rows(role: Role, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from stg_hooks.errors import CallError, StgWarning
+from stg_hooks.errors import CallError, warn
 from stg_hooks.hooks import activation
 from stg_hooks.modes.modes import find_mode
 from stg_hooks.step import Step
 
 if TYPE_CHECKING:
     from stg_hooks.guidance.guide import Guidance
-    from stg_hooks.guidance.schedule import Settings
-    from stg_hooks.hosts import Host, OwnGuidance, Role
+    from stg_hooks.guidance.settings import Settings
+    from stg_hooks.hosts import Host
     from stg_hooks.ranks.link import Ranks
+    from stg_hooks.roles import OwnGuidance, Role
 
 
 @dataclasses.dataclass(eq=False)
@@ -71,7 +71,7 @@ class Session:
             raise CallError(text)
         if own not in self.told:
             self.told.add(own)
-            warnings.warn(text, StgWarning, stacklevel=3)
+            warn(text)
 
     def role(self, model: nn.Module) -> Role | None:
         """Say what a call of a model is for; `None` if it is not to be guided.
@@ -92,5 +92,5 @@ class Session:
             )
             if self.guidance.watch.strict:
                 raise CallError(text)
-            warnings.warn(text, StgWarning, stacklevel=3)
+            warn(text)
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -11,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from stg_hooks.errors import CallError, NotCopied, StgWarning
+from stg_hooks.errors import CallError, NotCopied, warn
 from stg_hooks.hooks import activation
 from stg_hooks.hooks.compiled import is_compiled
 from stg_hooks.hooks.forward import Patch, now, patched
@@ -190,7 +189,7 @@ class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(m
         if complaint and self._strict:
             raise CallError(complaint)
         if complaint:
-            warnings.warn(complaint, StgWarning, stacklevel=2)
+            warn(complaint)
 
     def _complaint(self, entry: _Entry, is_left_here: bool) -> str | None:
         model = type(self._model).__name__

@@ -9,15 +9,15 @@ from typing import Any
 from torch import nn
 
 from stg_hooks.errors import SettingError
-from stg_hooks.guidance.schedule import Settings
+from stg_hooks.guidance.settings import Settings
 from stg_hooks.hooks.compiled import is_compiled
 from stg_hooks.hooks.forward import patched
-from stg_hooks.hosts import check_rows_apart
 from stg_hooks.passes.guided_call import in_weak_pass
 from stg_hooks.passes.halves import weak_halves
-from stg_hooks.passes.outputs import predictions
 from stg_hooks.passes.predict import Predictor
+from stg_hooks.passes.returned import predictions
 from stg_hooks.passes.rows import halves
+from stg_hooks.roles import check_rows_apart
 from stg_hooks.session import Session
 from stg_hooks.step import check_step
 
@@ -29,7 +29,7 @@ class UncondDenoiser:
     """
 
     def __init__(self, session: Session, model: nn.Module) -> None:
-        """Resolve all layers that are known to be skipped; touch nothing.
+        """Resolve all layers that are known to be skipped; change nothing yet.
 
         Args:
             session: what it shares with the guides of the same pipeline's other denoisers.
@@ -38,7 +38,7 @@ class UncondDenoiser:
         self._session = session
         self._model = model
         self._predictor = Predictor(model, (), "full", session.guidance.stats)
-        self._predictor.prepare(session.guidance.plan.known)
+        self._predictor.prepare(session.guidance.plan.possible)
         self._check_caches()
 
     def _check_caches(self) -> None:

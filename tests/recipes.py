@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stg_hooks.adapters import PUBLISHED
-from stg_hooks.guidance.settings import Published
+from stg_hooks.guidance.published import Published
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "recipes.md"
 

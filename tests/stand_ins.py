@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import torch
 
-from stg_hooks.guidance.settings import Published
+from stg_hooks.guidance.published import Published
 from tests import pipelines, stock_pipelines, zoo
 
 _GOLDEN = {

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
+from stg_hooks.guidance.schedule import Request
 from stg_hooks.integrations.comfyui import __main__ as entry
 from stg_hooks.integrations.comfyui import fields, nodes
+from stg_hooks.integrations.comfyui.guidance import SkipGuidance
 from tests import comfy_stand_in, zoo
 from tests.comfy_stand_in import Guider, Model, Patcher, comfy, prompt
 
@@ -235,6 +237,20 @@ def test_rules(patcher: Patcher, rule: str) -> None:
     assert_close(Guider(guided, 3.0, positive, negative)(X, 1.0), expected, **close)
     with pytest.raises(stg.CallError, match="and so does another node of this model"):
         Guider(guided, 3.0, positive, negative, sampler_cfg_function=lambda args: args["cond"])(X, 1.0)
+
+
+def test_a_rule_that_remembers_the_steps(patcher: Patcher) -> None:
+    positive, negative, module = [prompt(1)], [prompt(3)], patcher.model.diffusion_model
+    rule, same = (stg.rules.AveragedApg(momentum=-0.5) for _ in range(2))
+    guided = SkipGuidance(module, Request(layers=[2], rule=rule)).patch(patcher)
+    sigmas = torch.tensor([1.0, 0.7, 0.0])
+    for i, sigma in enumerate((1.0, 0.7)):
+        c, w = predicted(patcher, positive, sigma), predicted(patcher, positive, sigma, layers=("blocks.2",))
+        u = predicted(patcher, negative, sigma, which=1)
+        expected = stg.combine(c, w, u, guidance_scale=3.0, rule=same.at(stg.Step(i, 2), 0))
+        got = Guider(guided, 3.0, positive, negative, sample_sigmas=sigmas)(X, sigma)
+        assert_close(got, expected, **close)
+    assert not torch.allclose(got, stg.combine(c, w, u, guidance_scale=3.0, rule="apg(eta=1)"), atol=1e-3)
 
 
 @pytest.mark.parametrize("in_weak_pass", [False, True])

@@ -9,7 +9,7 @@ from torch import nn
 
 import stg_hooks as stg
 from stg_hooks.adapters import KIN, PUBLISHED
-from stg_hooks.guidance.settings import preset_for, published_settings, recommended
+from stg_hooks.guidance.published import preset_for, published_settings, recommended
 
 
 class RMSNorm(nn.Module):

@@ -16,8 +16,8 @@ from torch.testing import assert_close
 
 import stg_hooks as stg
 from stg_hooks.adapters import PUBLISHED
+from stg_hooks.guidance.published import Published
 from stg_hooks.guidance.schedule import Request, plan_from
-from stg_hooks.guidance.settings import Published
 from tests import stock_pipelines
 from tests.pipelines import build, build_pipeline, load_case, run, scheduler_inputs
 
@@ -47,7 +47,7 @@ def row_of(timestep: float) -> int:
 
 def test_it_is_recommended_for_its_model() -> None:
     pipe, _ = ltx_13b()
-    assert len(stg.apply(pipe).plan.known) == len(LEVELS)
+    assert len(stg.apply(pipe).plan.possible) == len(LEVELS)
 
 
 @pytest.mark.slow
@@ -256,7 +256,7 @@ def test_a_rule_of_ones_own_replaces_the_published_one() -> None:
     pipe, _ = ltx_13b()
     for rule, expected in ((None, "zero_star"), ("apg", "apg"), ("cfg", "cfg")):
         given = {} if rule is None else {"rule": rule}
-        assert {now.rule for now in stg.apply(pipe, preset=LTX_13B, **given).plan.known} == {expected}
+        assert {now.rule for now in stg.apply(pipe, preset=LTX_13B, **given).plan.possible} == {expected}
 
 
 @pytest.mark.parametrize("setting", PUBLISHED, ids=lambda setting: setting.name)

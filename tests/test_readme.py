@@ -18,7 +18,7 @@ import torch
 import stg_hooks as stg
 from stg_hooks import adapters, errors
 from stg_hooks.adapters import PUBLISHED
-from stg_hooks.guidance.settings import Published
+from stg_hooks.guidance.published import Published
 from tests import api_page, errors_page, included, modular, recipes, stand_ins, stock_pipelines, test_replaced
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -252,7 +252,7 @@ def test_saving(tmp_path: Path) -> None:
     for other in (again, one.new(), copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
         assert other.config == one.config
         assert other.branches == settings["branches"]
-        assert other._guidance.plan.known == one._guidance.plan.known
+        assert other._guidance.plan.possible == one._guidance.plan.possible
     assert one.new(guidance_scale=1.0, rule="cfg").config.rule == "cfg"
     assert one.config.rule == "apg"
     assert '"rule": "apg"' in repr(one)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from stg_hooks.errors import SettingError
-from stg_hooks.guidance.schedule import known
+from stg_hooks.guidance.schedule import required
 from stg_hooks.model.resolve import REGEX
 from stg_hooks.step import Step
 
@@ -157,7 +157,7 @@ def schedule_from(
     entries: list[Mapping[str, Any]] = [{name: lists[name][i] for name in lists} for i in range(len(levels))]
 
     def schedule(step: Step) -> Mapping[str, Any]:
-        sigma = known(step.sigma, "lists by sigma are about the noise level", "sigma") * (1 - SLACK)
+        sigma = required(step.sigma, "lists by sigma are about the noise level", "sigma") * (1 - SLACK)
         above = [i for i, level in enumerate(levels) if level >= sigma]
         return entries[min(above, key=levels.__getitem__) if above else -1]
 

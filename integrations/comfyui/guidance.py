@@ -31,8 +31,9 @@ from torch.utils import _pytree as pytree
 import stg_hooks as stg
 from stg_hooks.errors import CallError, SettingError
 from stg_hooks.guidance.guide import check_uncond
-from stg_hooks.guidance.rules import cfg, find_rule
-from stg_hooks.guidance.schedule import Request, Settings, plan_from
+from stg_hooks.guidance.rules import at_step, cfg, find_rule
+from stg_hooks.guidance.schedule import Request, plan_from
+from stg_hooks.guidance.settings import Settings
 from stg_hooks.integrations.comfyui.attention import visible_attention
 from stg_hooks.integrations.comfyui.fields import SLACK
 from stg_hooks.step import Step
@@ -66,7 +67,7 @@ class _Step:
             return Step(sigma=self.sigma)
         count = len(self.sigmas) - 1
         index = int((self.sigmas.double() > self.sigma * (1 + 1e-5)).sum())
-        return Step(min(index, count - 1), count, self.sigma)
+        return Step(min(index, count - 1), count, self.sigma, of_sampler=True)
 
 
 class _Run(ExitStack):
@@ -104,7 +105,7 @@ class SkipGuidance:
         zero_above: float = math.inf,
         execution: str = "auto",
     ) -> None:
-        """Check what was asked for; touch nothing.
+        """Check what was asked for; change nothing yet.
 
         Args:
             module: ComfyUI's `diffusion_model`.
@@ -128,8 +129,8 @@ class SkipGuidance:
         self._zero_above = zero_above
         self._execution = execution
         self._made: tuple[nn.Module, dict[object, stg.Predictor]] = module, {}
-        self._known = [*self._plan.known, *map(self._plan.base.changed, values)]
-        for settings in self._known:
+        self._possible = [*self._plan.possible, *map(self._plan.base.changed, values)]
+        for settings in self._possible:
             self._check(module, settings)
 
     def __deepcopy__(self, memo: object) -> SkipGuidance:
@@ -157,7 +158,7 @@ class SkipGuidance:
         found.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, self._key, self.sampler_sample)
         found.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, self._key, self.predict_noise)
         found.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, self._key, self.calc_cond_batch)
-        has_cfg = any(one.guidance_scale is not None for one in self._known)
+        has_cfg = any(one.guidance_scale is not None for one in self._possible)
         found.set_model_sampler_post_cfg_function(self.post_cfg, disable_cfg1_optimization=has_cfg)
         return found
 
@@ -208,7 +209,7 @@ class SkipGuidance:
                 "(RescaleCFG and others). Remove one of them."
             )
         weaks = [self._weak(args, step, branch) for branch in range(len(settings.active))]
-        return _guided(args, settings, weaks)
+        return _guided(args, settings, weaks, step.place)
 
     # --- weak predictions
 
@@ -362,7 +363,7 @@ def _has(leaf: object, x: Tensor) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == x.shape[0]
 
 
-def _guided(args: dict[str, Any], settings: Settings, weaks: Sequence[Tensor]) -> Tensor:
+def _guided(args: dict[str, Any], settings: Settings, weaks: Sequence[Tensor], step: Step) -> Tensor:
     """Combine predictions, on top of what the sampler and other nodes have made of them."""
     cond, own = args["cond_denoised"], float(args["cond_scale"])
     denoised: Tensor = args["denoised"].float()
@@ -373,7 +374,7 @@ def _guided(args: dict[str, Any], settings: Settings, weaks: Sequence[Tensor]) -
         if settings.rule == "cfg" and settings.guidance_scale is None:
             return reduce(torch.add, terms, denoised)
         plain = cfg(c, None if uncond is None else uncond.float(), (), own)
-        combined: Tensor = find_rule(settings.rule)(c, u, terms, g)
+        combined: Tensor = find_rule(at_step(settings.rule, step, 0))(c, u, terms, g)
         return denoised - plain + combined
 
     weights: dict[str, Any] = {

@@ -33,7 +33,7 @@ class StepCaches:
     """
 
     def __init__(self, name: str, found: Sequence[tuple[nn.Module, Any]]) -> None:
-        """Look at the hooks; touch nothing.
+        """Look at the hooks; change nothing yet.
 
         Args:
             name: what to call the caches in messages.

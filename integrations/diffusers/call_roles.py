@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stg_hooks.hosts import Role
-from stg_hooks.integrations.diffusers.call_sites import KINDS, Site, UnreadableError, Way
+from stg_hooks.integrations.diffusers.call_sites import KINDS, CallSite, RowSplit, UnreadableError
 from stg_hooks.integrations.diffusers.combinations import Combination, Guards
 from stg_hooks.integrations.diffusers.expressions import evaluate
 from stg_hooks.model.source import parameter_names
+from stg_hooks.roles import Role
 from stg_hooks.step import Step
 
 _IN_ONE = (
@@ -36,7 +36,7 @@ def holds(guards: Guards, names: Mapping[str, Any]) -> bool:
     return all(bool(evaluate(guard, names)) for guard in guards)
 
 
-def role_of(site: Site, names: Mapping[str, Any], sums: dict[int, float]) -> Role | None:
+def role_of(site: CallSite, names: Mapping[str, Any], sums: dict[int, float]) -> Role | None:
     """Tell what a call is for.
 
     Args:
@@ -56,7 +56,7 @@ def role_of(site: Site, names: Mapping[str, Any], sums: dict[int, float]) -> Rol
         raise UnreadableError(f"it guides its predictions by itself, as {ast.unparse(site.unless)} is true")
     kind = site.kind
     if kind == "both":
-        return _role_of_parts(site.ways, site.predictions, names, sums)
+        return _role_of_parts(site.splits, site.predictions, names, sums)
     if site.context is not None:
         kind = KINDS.get(str(evaluate(site.context, names)), "perturbed")
     if kind == "unused":
@@ -77,7 +77,7 @@ def role_of(site: Site, names: Mapping[str, Any], sums: dict[int, float]) -> Rol
     return Role("cond", weight, uncond_follows=kind == "cond" and is_guided)
 
 
-def _is_alone(site: Site, names: Mapping[str, Any]) -> bool:
+def _is_alone(site: CallSite, names: Mapping[str, Any]) -> bool:
     """Tell whether a guider has asked for one call only, so that nothing is combined with its prediction."""
     try:
         batches = None if site.batches is None else evaluate(site.batches, names)
@@ -87,32 +87,32 @@ def _is_alone(site: Site, names: Mapping[str, Any]) -> bool:
 
 
 def _role_of_parts(
-    ways: Sequence[Way], predictions: Sequence[str], names: Mapping[str, Any], sums: dict[int, float]
+    splits: Sequence[RowSplit], predictions: Sequence[str], names: Mapping[str, Any], sums: dict[int, float]
 ) -> Role | None:
     """Tell what a call is for whose rows are taken apart in one of these ways, or in none."""
-    for way in ways:
-        if not holds(way.guards, names):
+    for split in splits:
+        if not holds(split.guards, names):
             continue
-        weight = _weight_of_way(way, names, sums)
-        if way.is_named or weight is not None:
-            others = [other for other in ways if other.rows == way.rows and holds(other.guards, names)]
-            weights = {other.prediction: _weight_of_way(other, names, sums) for other in others}
+        weight = _weight_of_split(split, names, sums)
+        if split.is_named or weight is not None:
+            others = [other for other in splits if other.rows == split.rows and holds(other.guards, names)]
+            weights = {other.prediction: _weight_of_split(other, names, sums) for other in others}
             each = tuple(one for name in predictions if (one := weights.get(name, weight)) is not None)
             is_known = len(each) == len(predictions)
             differs = is_known and any(isinstance(one, Tensor) or one != each[0] for one in each[1:])
-            return Role(way.rows, each if differs else weight, uncond_follows=way.uncond_follows)
-    if not any("cond" in way.rows.split("+") for way in ways):
+            return Role(split.rows, each if differs else weight, uncond_follows=split.uncond_follows)
+    if not any("cond" in split.rows.split("+") for split in splits):
         return None
     # Where an `else` takes a prediction in halves, the other branch has other rows.
-    guards = (guard for way in ways for guard in way.guards)
+    guards = (guard for split in splits for guard in split.guards)
     other = next((guard for guard in guards if _is_else(guard) and not evaluate(guard, names)), None)
     if other is not None:
         raise UnreadableError(f"it adds perturbed rows of its own, as {ast.unparse(other)} is false")
     return Role("cond")
 
 
-def _weight_of_way(way: Way, names: Mapping[str, Any], sums: dict[int, float]) -> float | Tensor | None:
-    weights = [_weight(combination, way.is_named, names, sums) for combination in way.combinations]
+def _weight_of_split(split: RowSplit, names: Mapping[str, Any], sums: dict[int, float]) -> float | Tensor | None:
+    weights = [_weight(combination, split.is_named, names, sums) for combination in split.combinations]
     return weights[0] if len(weights) == 1 else None
 
 

@@ -48,7 +48,7 @@ class UnreadableError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
+class RowSplit:
     """One way in which the rows of a call are taken apart, while `guards` hold; `rows` are as those of a role."""
 
     rows: str
@@ -61,10 +61,10 @@ class Way:
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class CallSite:
     """A call of a denoiser in a function's code.
 
-    `kind` says what it is for: `"cond"`, `"uncond"`, `"both"` (rows of several kinds, in one of the `ways`, or cond),
+    `kind` says what it is for: `"cond"`, `"uncond"`, `"both"` (rows of several kinds, in one of the `splits`, or cond),
     `"samples"` (a list of samples, the first half of them cond and the second half uncond, while `guards` hold),
     `"perturbed"` (a weak prediction of the pipeline's own), or `"unused"`. Where the code names it at run time,
     `context` is that name, and `batches` what the loop around it goes through, one call each. For a cond call, `guards`
@@ -82,7 +82,7 @@ class Site:
     batches: ast.expr | None = None
     guards: Guards | None = None
     combination: Combination | None = None
-    ways: tuple[Way, ...] = ()
+    splits: tuple[RowSplit, ...] = ()
     unless: ast.expr | None = None
     channels: ast.expr | None = None
     is_named: bool = True
@@ -92,7 +92,7 @@ class Site:
     isolates: bool = False
 
 
-def classified(calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Found]) -> Iterator[Site]:
+def classified(calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Found]) -> Iterator[CallSite]:
     """Tell what each call in a function is for.
 
     Raises:
@@ -126,28 +126,28 @@ def classified(calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Fou
         pair = combination_of((cond, uncond), [cond.target, uncond.target], statements, is_named)
     for kind, found in zip(kinds, founds, strict=True):
         if kind == "named":
-            yield Site(found.lines, "perturbed", found.context, found.batches)
+            yield CallSite(found.lines, "perturbed", found.context, found.batches)
         elif kind == "both":
             own = [split for split in splits if _made_by(split, boths) is found]
             is_last = all(split.found.statement.lineno < found.statement.lineno for split in splits)
             blend = blend_of(found, statements) if is_last and not own else None
             if blend is not None:
-                yield Site(found.lines, "perturbed", combination=blend)
+                yield CallSite(found.lines, "perturbed", combination=blend)
             else:
-                ways = tuple(_ways(found, boths, splits, statements, is_named))
-                yield Site(found.lines, "both", ways=ways, is_named=is_named)
+                row_splits = tuple(_row_splits(found, boths, splits, statements, is_named))
+                yield CallSite(found.lines, "both", splits=row_splits, is_named=is_named)
         elif kind == "cond" and uncond is not None:
             guards = tuple(guard for guard in uncond.guards if guard not in found.guards)
-            yield Site(found.lines, kind, guards=guards, combination=pair, is_named=is_named)
+            yield CallSite(found.lines, kind, guards=guards, combination=pair, is_named=is_named)
         elif kind == "uncond":
-            yield Site(found.lines, kind, combination=pair, is_named=is_named)
+            yield CallSite(found.lines, kind, combination=pair, is_named=is_named)
         else:
-            yield Site(found.lines, kind, unless=unless, is_named=kind != "cond" or found.context is not None)
+            yield CallSite(found.lines, kind, unless=unless, is_named=kind != "cond" or found.context is not None)
 
 
 def described(
-    sites: Sequence[Site], calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Found]
-) -> Iterator[Site]:
+    sites: Sequence[CallSite], calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Found]
+) -> Iterator[CallSite]:
     """Add to sites, one for each call, what does not depend on what the calls are for."""
     channels = channels_of(statements)
     for site, (found, call) in zip(sites, calls, strict=True):
@@ -292,13 +292,13 @@ def _is_else_of(call: Found, calls: Sequence[Found]) -> bool:
     return any(ast.unparse(guard) in negated for other in calls for guard in other.guards)
 
 
-def _ways(
+def _row_splits(
     call: Found, calls: Sequence[Found], splits: Sequence[_Split], statements: Sequence[Found], is_named: bool
-) -> Iterator[Way]:
+) -> Iterator[RowSplit]:
     """Find where the prediction of a call is taken apart: after it, and before the next one of that name is made."""
     own = [split for split in splits if _made_by(split, calls) is call]
     if not own and _is_else_of(call, calls):
-        yield Way("cond", (), ())
+        yield RowSplit("cond", (), ())
     elif not own:
         raise UnreadableError("it makes a call for cond and uncond, and does not say which half is which")
     for split in own:
@@ -318,7 +318,7 @@ def _ways(
         found = (combination_of((call, split.found), group, statements, is_named) for group in groups)
         combinations = tuple(one for one in found if one is not None)
         whole = next((name for name in call.targets if name in {*names_in(split.found.value or call.statement)}), "")
-        yield Way("+".join(split.labels), split.found.guards, combinations, follows, is_named, whole)
+        yield RowSplit("+".join(split.labels), split.found.guards, combinations, follows, is_named, whole)
 
 
 def _made_by(split: _Split, calls: Sequence[Found]) -> Found | None:
@@ -328,7 +328,7 @@ def _made_by(split: _Split, calls: Sequence[Found]) -> Found | None:
     return next(reversed([call for call in before if call.target in names] or before), None)
 
 
-def _sliced(call: Found, statements: Sequence[Found]) -> Site | None:
+def _sliced(call: Found, statements: Sequence[Found]) -> CallSite | None:
     """Understand `cond = outputs[:n]` and `uncond = outputs[n:]`, combined sample by sample; `None` if it is not so."""
     parts, whole = {}, call.target
     for found in statements:
@@ -346,7 +346,7 @@ def _sliced(call: Found, statements: Sequence[Found]) -> Site | None:
     made_of = [(found.target, set(names_in(found.statement))) for found in statements]
     one, other = (next((x for x, names in made_of if x not in ("", name) and name in names), "") for name in parts)
     combination = combination_of((call,), [one, other], statements)
-    return None if combination is None else Site(call.lines, "samples", guards=guards, combination=combination)
+    return None if combination is None else CallSite(call.lines, "samples", guards=guards, combination=combination)
 
 
 def channels_of(statements: Sequence[Found]) -> ast.expr | None:

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import sys
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
 from types import CodeType, FrameType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from stg_hooks.errors import CallError, TargetError
+from stg_hooks.errors import CallError, TargetError, is_of_library
 from stg_hooks.hooks.forward import Undo, set_attribute, shared
-from stg_hooks.hosts import OwnGuidance, Processors, Role
+from stg_hooks.hooks.processors import Processors
 from stg_hooks.integrations.diffusers.call_roles import Latents, holds, latents_of, role_of
-from stg_hooks.integrations.diffusers.call_sites import Site, UnreadableError
+from stg_hooks.integrations.diffusers.call_sites import CallSite, UnreadableError
 from stg_hooks.integrations.diffusers.expressions import evaluate
 from stg_hooks.integrations.diffusers.own_guidance import on_by_default
 from stg_hooks.integrations.diffusers.pipeline_code import call_sites_of
+from stg_hooks.integrations.diffusers.running import calling_pipeline as calling_pipeline
+from stg_hooks.integrations.diffusers.running import is_modular
+from stg_hooks.integrations.diffusers.scheduler_steps import SchedulerSteps
+from stg_hooks.integrations.diffusers.watching import runs_watched
+from stg_hooks.roles import OwnGuidance, Role
 from stg_hooks.step import Step
 
 DENOISERS = ("transformer", "transformer_2", "unet")
-_LIBRARIES = ("torch", "diffusers", "accelerate", "peft", "stg_hooks")
-# Code that has been seen on the stack, by `id`, and which of its arguments is a running pipeline: empty if none is.
-_OWNERS: dict[int, tuple[CodeType, str]] = {}
 
 
 class PipelineHost:
@@ -62,9 +62,9 @@ class PipelineHost:
         self._sums: dict[int, float] = {}
         self._latents = Latents()
         self._own: dict[tuple[type, range], OwnGuidance | None] = {}
-        self._read_already: dict[str, tuple[Tensor, list[float]]] = {}
+        self._steps = SchedulerSteps()
 
-    def _read(self) -> dict[CodeType, tuple[Site, ...]]:
+    def _read(self) -> dict[CodeType, tuple[CallSite, ...]]:
         from diffusers import DiffusionPipeline
 
         names = tuple(self._denoisers)
@@ -180,8 +180,7 @@ class PipelineHost:
         self._processors = Processors(list(self._denoisers.values()))
         with ExitStack() as stack:
             for caller in self._callers:
-                stack.enter_context(_called_at(caller, "check_inputs", _Method, self._processors.note))
-                stack.enter_context(_called_at(caller, "progress_bar", _Bar, self._check_in_run))
+                stack.enter_context(runs_watched(caller, self._processors.note, self._check_in_run))
             yield
 
     def _check_in_run(self) -> None:
@@ -200,7 +199,7 @@ class PipelineHost:
         """Say what calls the denoiser where the pipeline itself does not: a callback, most likely."""
         caller, inner = None, sys._getframe(1)
         while inner is not frame and inner.f_back is not None:
-            if _module_of(inner).partition(".")[0] not in _LIBRARIES:
+            if not is_of_library(inner):
                 caller = inner
             inner = inner.f_back
         if caller is None:
@@ -228,36 +227,8 @@ class PipelineHost:
         names = {} if frame is None else frame.f_locals
         scheduler = getattr(names.get("self", self.pipeline), "scheduler", None)
         timesteps = names.get("timesteps", getattr(scheduler, "timesteps", None))
-        index, count = names.get("i"), None if timesteps is None else len(timesteps)
-        if not isinstance(index, int) or count is None:
-            return Step()
-        timestep = self._values("timesteps", timesteps)[index] if isinstance(timesteps, Tensor) else None
-        return Step(index, count, *self._noise_level(scheduler, index, names), timestep)
-
-    def _noise_level(self, scheduler: Any, index: int, names: Mapping[str, Any]) -> tuple[float | None, str | None]:
-        """Return the noise level of a step, and in which units: see `Step`."""
-        config = getattr(scheduler, "config", {})
-        sigmas = getattr(scheduler, "sigmas", None)
-        index += getattr(scheduler, "begin_index", None) or 0
-        flow = "FlowMatch" in type(scheduler).__name__ or config.get("prediction_type") == "flow_prediction"
-        if isinstance(sigmas, Tensor) and index < len(sigmas):
-            sigma = self._values("sigmas", sigmas)[index]
-            return (1.0 - sigma if flow and config.get("invert_sigmas") else sigma), "flow" if flow else "karras"
-        alphas, timestep = getattr(scheduler, "alphas_cumprod", None), names.get("t")
-        if flow or alphas is None or timestep is None:
-            return None, None
-        timesteps = names.get("timesteps")
-        if isinstance(timesteps, Tensor):
-            timestep = self._values("timesteps", timesteps)[names["i"]]
-        alpha = self._values("alphas_cumprod", alphas)[int(timestep)]
-        return math.sqrt((1.0 - alpha) / alpha) if alpha > 0 else math.inf, "ddpm"
-
-    def _values(self, name: str, values: Tensor) -> list[float]:
-        """Read a tensor of the scheduler, once in a run: it may lie on the GPU, for which each reading waits."""
-        known = self._read_already.get(name)
-        if known is None or known[0] is not values:
-            self._read_already[name] = known = values, values.tolist()
-        return known[1]
+        count = None if timesteps is None else len(timesteps)
+        return self._steps.at(scheduler, timesteps, names.get("i"), count, names.get("t"))
 
     def _frame(self) -> FrameType | None:
         """Find the innermost method that is calling a denoiser, if it belongs to our pipeline."""
@@ -266,62 +237,6 @@ class PipelineHost:
             frame = frame.f_back
         caller = None if frame is None else frame.f_locals.get("self")
         return frame if any(caller is one for one in self._callers) else None
-
-
-class _Method:
-    """A method of a pipeline that its runs call, in place of which stands this, to look at them."""
-
-    def __init__(self, pipeline: Any, name: str) -> None:
-        self.callbacks: tuple[Callable[[], None], ...] = ()
-        self._pipeline = pipeline
-        self._name = name
-        self._method = getattr(pipeline, name, lambda *_, **__: nullcontext())
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._call_back()
-        return self._method(*args, **kwargs)
-
-    def _call_back(self) -> None:
-        for callback in self.callbacks:
-            callback()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Let copies and pickles of the pipeline have a plain one."""
-        is_plain = getattr(self._method, "__self__", None) is self._pipeline
-        plain = (getattr(type(self._pipeline), self._name), self._pipeline) if is_plain else (self._method,)
-        return partial, plain
-
-
-class _Bar(_Method):
-    """A pipeline's `progress_bar`, which all runs make, and which they update after each step."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        bar = super().__call__(*args, **kwargs)
-        update = getattr(bar, "update", None)
-        if callable(update) and hasattr(bar, "__dict__"):
-
-            def checked(*args: Any, **kwargs: Any) -> Any:
-                self._call_back()
-                return update(*args, **kwargs)
-
-            bar.update = checked
-        return bar
-
-
-@contextmanager
-def _called_at(pipeline: Any, name: str, kind: type[_Method], callback: Callable[[], None]) -> Iterator[None]:
-    """Call back whenever a pipeline calls a method of its own, within a `with`."""
-
-    def install() -> tuple[_Method, Undo]:
-        method = kind(pipeline, name)
-        return method, set_attribute(pipeline, name, method)
-
-    with shared(pipeline, name, install) as method:
-        method.callbacks = (*method.callbacks, callback)
-        try:
-            yield
-        finally:
-            method.callbacks = tuple(other for other in method.callbacks if other != callback)
 
 
 def host(target: Any) -> PipelineHost:
@@ -335,37 +250,6 @@ def host(target: Any) -> PipelineHost:
     return found
 
 
-def _is_modular(target: object) -> bool:
-    return any(cls.__name__ == "ModularPipeline" for cls in type(target).__mro__)
-
-
-def calling_pipeline() -> object | None:
-    """Find the innermost pipeline that is running in this thread."""
-    from diffusers import DiffusionPipeline
-
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        known = _OWNERS.get(id(code))
-        if known is None:
-            names = code.co_varnames[: code.co_argcount][:2]
-            owner = next((name for name in ("components", "self") if name in names), "")
-            # Looking at the locals of a frame keeps them alive until it ends: not where no pipeline can be.
-            may_be = owner and (code.co_name == "__call__" or _module_of(frame).startswith("diffusers."))
-            found = frame.f_locals.get(owner) if may_be else None
-            known = code, owner if isinstance(found, DiffusionPipeline) or _is_modular(found) else ""
-            _OWNERS[id(code)] = known
-        if known[1]:
-            pipeline: object = frame.f_locals[known[1]]
-            return pipeline
-        frame = frame.f_back
-    return None
-
-
-def _module_of(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__"))
-
-
 def calling_host(pipeline: Any, denoiser: nn.Module) -> PipelineHost | None:
     """Return the host of a running pipeline, if its code tells what it calls a denoiser for."""
     try:
@@ -377,7 +261,7 @@ def calling_host(pipeline: Any, denoiser: nn.Module) -> PipelineHost | None:
 
 def host_of_running(pipeline: Any) -> PipelineHost:
     """Return the host of a pipeline, whatever guider it has."""
-    if _is_modular(pipeline):
+    if is_modular(pipeline):
         from stg_hooks.integrations.diffusers.modular import ModularHost
 
         return ModularHost(pipeline)

@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any
 
-from torch import Tensor
-
 from stg_hooks.errors import CallError, TargetError
-from stg_hooks.hosts import Processors, Role
-from stg_hooks.integrations.diffusers.call_sites import Site
+from stg_hooks.hooks.processors import Processors
+from stg_hooks.integrations.diffusers.call_sites import CallSite
 from stg_hooks.integrations.diffusers.host import PipelineHost
+from stg_hooks.roles import Role
 from stg_hooks.step import Step
 
 _NAME = "__guidance_identifier__"  # what a guider writes on the inputs of each call
@@ -23,7 +22,7 @@ _PASTE = "pipe.update_components(guider=diffusers.ClassifierFreeGuidance(guidanc
 class ModularHost(PipelineHost):
     """A modular pipeline: its blocks ask a guider which calls to make, and each call's inputs carry a name."""
 
-    def _read(self) -> dict[CodeType, tuple[Site, ...]]:
+    def _read(self) -> dict[CodeType, tuple[CallSite, ...]]:
         return {}  # no code is read
 
     def check(self) -> None:
@@ -102,13 +101,8 @@ class ModularHost(PipelineHost):
         return self._step_at(*(getattr(guider, name, None) for name in names))
 
     def _step_at(self, index: Any, count: Any, timestep: Any) -> Step:
-        if not isinstance(index, int) or count is None:
-            return Step()
         scheduler = getattr(self.pipeline, "scheduler", None)
-        timesteps = getattr(scheduler, "timesteps", None)
-        names = {"i": index, "t": timestep, "timesteps": timesteps}
-        at = self._values("timesteps", timesteps)[index] if isinstance(timesteps, Tensor) else None
-        return Step(index, int(count), *self._noise_level(scheduler, index, names), at)
+        return self._steps.at(scheduler, getattr(scheduler, "timesteps", None), index, count, timestep)
 
     def _guider(self, names: Any) -> Any:
         chosen = getattr(names.get("block_state"), "guider", None)  # where there is one for each denoiser

@@ -9,14 +9,14 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from stg_hooks.hosts import OwnGuidance
-from stg_hooks.integrations.diffusers.call_sites import Site
+from stg_hooks.integrations.diffusers.call_sites import CallSite
 from stg_hooks.integrations.diffusers.combinations import tail
+from stg_hooks.roles import OwnGuidance
 
 _IS_ON: dict[type[ast.AST], Callable[[Any, Any], bool]] = {ast.Gt: operator.gt, ast.NotEq: operator.ne}
 
 
-def on_by_default(cls: type, site: Site) -> OwnGuidance | None:
+def on_by_default(cls: type, site: CallSite) -> OwnGuidance | None:
     """Read what a pipeline makes a perturbed call for; `None` where that is off unless it is asked for.
 
     Args:

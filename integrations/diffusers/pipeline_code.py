@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from types import CodeType, FunctionType
 
-from stg_hooks.integrations.diffusers.call_sites import Site, UnreadableError, classified, described, takes_apart
+from stg_hooks.integrations.diffusers.call_sites import CallSite, UnreadableError, classified, described, takes_apart
 from stg_hooks.integrations.diffusers.combinations import Found, Guards, tail
 
 _CONTEXT = "cache_context"
@@ -22,7 +22,7 @@ _APART = (
 )
 
 
-def call_sites_of(cls: type, base: type, denoisers: tuple[str, ...]) -> dict[CodeType, tuple[Site, ...]]:
+def call_sites_of(cls: type, base: type, denoisers: tuple[str, ...]) -> dict[CodeType, tuple[CallSite, ...]]:
     """Find the calls of its denoisers in all methods of a pipeline class, in what it overrides as well.
 
     Args:
@@ -53,7 +53,7 @@ def _functions(owners: Sequence[type]) -> Iterator[FunctionType]:
 @functools.lru_cache(maxsize=64)
 def _read_together(
     functions: tuple[FunctionType, ...], mixed_in: tuple[FunctionType, ...], denoisers: tuple[str, ...]
-) -> dict[CodeType, tuple[Site, ...]]:
+) -> dict[CodeType, tuple[CallSite, ...]]:
     methods = {function.__name__: function for function in reversed((*functions, *mixed_in))}
     alone = read = {function: _read(function, denoisers, methods) for function in functions}
     wrappers: set[str] = set()
@@ -69,11 +69,11 @@ def _read_together(
     return {function.__code__: sites for function, sites in read.items() if sites}
 
 
-def _is_plain(site: Site) -> bool:
+def _is_plain(site: CallSite) -> bool:
     return site.kind in ("cond", "unused") and site.guards is None
 
 
-def _hands_on(function: FunctionType, sites: Sequence[Site]) -> bool:
+def _hands_on(function: FunctionType, sites: Sequence[CallSite]) -> bool:
     """Return whether a method may do nothing but call a denoiser for its callers."""
     if function.__name__ == "__call__" or len(sites) != 1 or not _is_plain(sites[0]):
         return False
@@ -82,7 +82,9 @@ def _hands_on(function: FunctionType, sites: Sequence[Site]) -> bool:
     return not loops and any(isinstance(node, ast.Return) and node.value is not None for node in nodes)
 
 
-def _read(function: FunctionType, denoisers: tuple[str, ...], methods: Mapping[str, FunctionType]) -> tuple[Site, ...]:
+def _read(
+    function: FunctionType, denoisers: tuple[str, ...], methods: Mapping[str, FunctionType]
+) -> tuple[CallSite, ...]:
     """Find a function's calls of a denoiser, and what they are for; `methods` may take predictions apart for it.
 
     Raises:

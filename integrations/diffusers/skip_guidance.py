@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,23 +13,23 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from stg_hooks.errors import CallError, ExtraError, SettingError, StgWarning, TargetError
+from stg_hooks.errors import CallError, ExtraError, SettingError, TargetError, warn
 from stg_hooks.guidance.combine import Scale, Scales, check_scale, is_number
 from stg_hooks.guidance.guide import Guidance, Predictions
 from stg_hooks.guidance.plain import read, written
 from stg_hooks.guidance.rules import Rule
-from stg_hooks.guidance.schedule import Asked, Plan, Request, Schedule, Settings
-from stg_hooks.guidance.settings import Branch
+from stg_hooks.guidance.schedule import Asked, Plan, Request, Schedule
+from stg_hooks.guidance.settings import Branch, Settings
 from stg_hooks.guidance.trace import Stats, Trace
 from stg_hooks.hooks import activation
 from stg_hooks.hooks.forward import Action, patched
-from stg_hooks.integrations.diffusers.host import calling_pipeline
 from stg_hooks.integrations.diffusers.modular import ModularHost
+from stg_hooks.integrations.diffusers.running import calling_pipeline
 from stg_hooks.model.resolve import LayerSpec
 from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.perturbation import Mode
-from stg_hooks.passes.outputs import own_predictions, replace_predictions
 from stg_hooks.passes.predict import Predicted, Predictor
+from stg_hooks.passes.returned import own_predictions, replace_predictions
 from stg_hooks.passes.ways import check_execution
 from stg_hooks.step import Step
 
@@ -165,7 +164,7 @@ class SkipGuidance(BaseGuidance):  # type: ignore[misc]  # diffusers has no type
         self._request = request
         known = dataclasses.replace(request, layers=[0], preset=None) if self._is_published else request
         guidance = Guidance(_NAME, _NO_MODEL, known, settings["every"], strict=settings["strict"])
-        for name, value in (pair for one in guidance.plan.known for pair in one.by_name):
+        for name, value in (pair for one in guidance.plan.possible for pair in one.by_name):
             if isinstance(value, Mapping):
                 raise SettingError(f"{name}={dict(value)!r}: {_ONE_FOR_EACH}")
         self._guidance = guidance
@@ -256,7 +255,7 @@ class SkipGuidance(BaseGuidance):  # type: ignore[misc]  # diffusers has no type
         """How many passes a step has; before a run, whether uncond inputs are needed is what pipelines ask it for."""
         if self._now is not None:
             return len(self._now.names)
-        known = [settings.guidance_scale for settings in self._guidance.plan.known]
+        known = [settings.guidance_scale for settings in self._guidance.plan.possible]
         scales = [self.config.guidance_scale, *(scale for scale in known if scale is not None)]
         may_change = isinstance(self.config.schedule, str)  # a function
         return 1 + (self._enabled and (may_change or not all(is_number(scale, 1) for scale in scales)))
@@ -383,7 +382,7 @@ class SkipGuidance(BaseGuidance):  # type: ignore[misc]  # diffusers has no type
         found = self._predictors.pop(id(denoiser), None)
         if found is None:
             found = denoiser, Predictor(denoiser, (), self.config.execution, self.stats)
-            found[1].prepare(plan.known)
+            found[1].prepare(plan.possible)
         self._predictors = {**dict(list(self._predictors.items())[-1:]), id(denoiser): found}
         return found[1]
 
@@ -417,7 +416,7 @@ class SkipGuidance(BaseGuidance):  # type: ignore[misc]  # diffusers has no type
         found = Predictions([pred_cond], [pred_uncond], [[weaks[name]] for name in now.weak] if now.weak else None)
         for made in now.made:  # as the denoiser returned them: the pipeline's own arithmetic may round
             conds = own_predictions(made.output)
-            guidance.watch.look(step, conds, found.unconds, made.switches, made.weaks, made.alone)
+            guidance.watch.look(step, conds, found.unconds, made.switches, made.weaks, made.unskipped)
         self.stats.calls += 1
         guided = guidance.guided(step, settings, found)
         (final,) = guided.final(now.guidance_scale, found.unconds)
@@ -426,7 +425,7 @@ class SkipGuidance(BaseGuidance):  # type: ignore[misc]  # diffusers has no type
             guidance.traced(guided, guided.terms(), found.unconds, now.guidance_scale)
         self._end()
         self._report(guidance, is_over=step.index is not None and step.index + 1 == step.count)
-        return GuiderOutput(pred=guided.whole(final, pred_cond), pred_cond=pred_cond, pred_uncond=pred_uncond)
+        return GuiderOutput(pred=guided.with_rest(final, pred_cond), pred_cond=pred_cond, pred_uncond=pred_uncond)
 
     def _report(self, guidance: Guidance, is_over: bool) -> None:
         guidance.watch.report(wait=is_over)
@@ -441,4 +440,4 @@ class SkipGuidance(BaseGuidance):  # type: ignore[misc]  # diffusers has no type
                 f"{_NAME} guided nothing: no step of the run was to be guided, by what start=, stop=, sigma_range=, "
                 f"scale= or schedule= says.{levels}"
             )
-            warnings.warn(text, StgWarning, stacklevel=3)
+            warn(text)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stg_hooks.checks import is_real
 from stg_hooks.errors import CallError, SettingError
 from stg_hooks.guidance.vectors import dot, projected, total
 from stg_hooks.step import Step, check_once
@@ -89,7 +90,7 @@ class AveragedApg:
 
         Source: APG, arXiv 2410.02416, Alg. 1.
         """
-        if type(momentum) not in (int, float) or not -1 < momentum < 1:
+        if not is_real(momentum) or not -1 < momentum < 1:
             raise SettingError(f"momentum={momentum!r}: expected a number between -1 and 1.")
         self.momentum, self.eta, self.norm, self.norm_dim = momentum, eta, norm, norm_dim
         self._local = _OfThread()

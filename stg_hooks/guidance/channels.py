@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stg_hooks.errors import SettingError, StgWarning
+from stg_hooks.checks import is_count
+from stg_hooks.errors import SettingError, warn
 from stg_hooks.model.tensors import leaves_of
 
 
 def check_channels(channels: object) -> None:
     """Raise unless `channels` is a number of channels, or left out."""
-    if channels is not None and (not isinstance(channels, int) or isinstance(channels, bool) or channels < 1):
+    if channels is not None and not is_count(channels):
         raise SettingError(f"channels={channels!r}: expected how many channels of a prediction are guided, 1 or more.")
 
 
@@ -72,10 +72,8 @@ class VarianceWatch:
         doubled = (*latents.shape[:dim], 2 * channels, *latents.shape[dim + 1 :])
         if doubled in [tuple(prediction.shape) for prediction in predictions]:
             self._is_done = True
-            warnings.warn(
+            warn(
                 f"the predictions of {name} have {2 * channels} channels, and its input {channels}. If the other "
                 f"{channels} are a learned variance, they are not to be guided: pass channels={channels}. "
-                f"channels={2 * channels} guides all of them, without this warning.",
-                StgWarning,
-                stacklevel=2,
+                f"channels={2 * channels} guides all of them, without this warning."
             )

@@ -1,17 +1,16 @@
-"""The guidance rule: tensors in, tensor out; no modules, no state."""
+"""The guidance formula: tensors in, tensor out; it holds no modules and no state."""
 
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
+from stg_hooks.checks import is_real
 from stg_hooks.errors import SettingError, TargetError
-from stg_hooks.guidance.outputs import PerOutput, check_named, each_of
+from stg_hooks.guidance.per_output import PerOutput, check_named, each_of
 from stg_hooks.guidance.rules import Rule, find_rule
 
 Scale = float | Tensor
@@ -140,11 +139,6 @@ def is_number(scale: Scales | None, value: float) -> bool:
     if isinstance(scale, (Mapping, tuple)):
         return all(not isinstance(one, Tensor) and one == value for one in each_of(scale))
     return not isinstance(scale, Tensor) and scale == value
-
-
-def is_real(value: object) -> TypeGuard[float]:
-    """Tell whether something is a real number, NumPy's included; a bool is none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def fitted(name: str, scale: Scale, cond: Tensor) -> Scale:

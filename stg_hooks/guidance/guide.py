@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from stg_hooks.errors import SettingError, closest
 from stg_hooks.guidance.channels import VarianceWatch, check_channels, guided_part, with_rest
 from stg_hooks.guidance.combine import Scale, Scales, combine, correction, is_number, of_sample
-from stg_hooks.guidance.outputs import UNNAMED, Outputs
+from stg_hooks.guidance.per_output import UNNAMED, Outputs
 from stg_hooks.guidance.plain import read, written
 from stg_hooks.guidance.reuse import Differences
 from stg_hooks.guidance.rules import at_step
 from stg_hooks.guidance.samples import are_samples, check_told
-from stg_hooks.guidance.schedule import Request, Settings, check_every, known, plan_from
-from stg_hooks.guidance.settings import Branch
+from stg_hooks.guidance.schedule import Request, check_every, plan_from, required
+from stg_hooks.guidance.settings import Branch, Settings
 from stg_hooks.guidance.trace import Stats, Trace
 from stg_hooks.guidance.watch import Watch
 from stg_hooks.modes.switch import Switch
@@ -40,7 +40,7 @@ class Predictions:
     """One for each of `conds`."""
     weaks: Sequence[Sequence[Tensor]] | None = None
     """For each branch, one for each of `conds`; `None` where no weak pass was made, so that an older one serves."""
-    alone: Sequence[Sequence[Tensor] | None] | None = None
+    unskipped: Sequence[Sequence[Tensor] | None] | None = None
     """For each branch, what its weak pass would give, bit for bit, if it skipped nothing; `None` where that is not
     known. Left out, that is `conds`."""
     switches: Sequence[Switch | None] = ()
@@ -70,7 +70,7 @@ class Guided:
     """The predictions of a step, and what they come to.
 
     Where each prediction is one sample, it gets a dimension for the batch in here; channels that are not guided are
-    left out, until `whole` puts them back.
+    left out, until `with_rest` puts them back.
     """
 
     step: StepOrLater
@@ -113,7 +113,7 @@ class Guided:
         """Return the part of a prediction that is guided."""
         return guided_part(prediction[None] if self.samples else prediction, self.channels)
 
-    def whole(self, guided: Tensor, prediction: Tensor) -> Tensor:
+    def with_rest(self, guided: Tensor, prediction: Tensor) -> Tensor:
         """Put the rest of a prediction back behind its guided part."""
         found = with_rest(guided, prediction[None] if self.samples else prediction, self.channels)
         return found[0] if self.samples else found
@@ -121,7 +121,7 @@ class Guided:
     def added(self, term: Tensor, prediction: Tensor) -> Tensor:
         """Add a term to the guided part of a prediction."""
         part = self.part(prediction)
-        return self.whole((part.float() + term).to(part.dtype), prediction)
+        return self.with_rest((part.float() + term).to(part.dtype), prediction)
 
     def weight(self, name: str, given: Scales, i: int) -> Scale:
         """Return what a weight is for one of the predictions."""
@@ -193,8 +193,8 @@ class Guidance:
         self.on = request.on
         self.outputs = Outputs.stated(model)
         self.plan = plan_from(model, request)
-        for settings in self.plan.known:
-            self.outputs.check_known(settings.by_name)
+        for settings in self.plan.possible:
+            self.outputs.check_names(settings.by_name)
         check_every(every)
         self.every = every
         self.channels = channels
@@ -206,7 +206,7 @@ class Guidance:
         if self.on == "uncond":
             if every > 1:
                 raise SettingError(f"every={every}: on='uncond' makes no extra pass that could be left out.")
-            for settings in self.plan.known:
+            for settings in self.plan.possible:
                 check_uncond(settings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -244,7 +244,7 @@ class Guidance:
             return ()
         if self.every > 1 and isinstance(step, Step):
             if settings.active:
-                known(step.index, f"every={self.every} counts steps", "index")
+                required(step.index, f"every={self.every} counts steps", "index")
             kept = self._local.kept
             if kept is not None and kept.serves(step, settings.active, self.every):
                 return ()
@@ -305,7 +305,7 @@ class Guidance:
             predictions.unconds,
             predictions.switches,
             predictions.weaks or (),
-            predictions.alone,
+            predictions.unskipped,
         )
         if not branches:
             weaks: list[list[Tensor]] = [[] for _ in conds]

@@ -8,6 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from stg_hooks.checks import is_real
 from stg_hooks.errors import SettingError
 from stg_hooks.guidance.apg import apg
 from stg_hooks.guidance.frequencies import bands_of, joined, saliency
@@ -203,7 +204,7 @@ def frequency_decoupled(
     if uncond is None:
         return total(cond, terms)
     weights: object = scales
-    if not isinstance(weights, (tuple, list)) or not weights or any(type(w) not in (int, float) for w in weights):
+    if not isinstance(weights, (tuple, list)) or not weights or not all(map(is_real, weights)):
         raise SettingError(f"frequency_decoupled: scales={scales!r}: expected a CFG weight for each band: (10.0, 5.0).")
     bands = zip(bands_of(cond - uncond, len(weights)), bands_of(cond, len(weights)), strict=True)
     kept = [d - (1 - parallel) * projected(d, c) if parallel != 1 else d for d, c in bands]

@@ -8,122 +8,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 
-from stg_hooks.errors import CallError, SettingError, closest
-from stg_hooks.guidance.combine import Scales, check_rescales, check_scales, is_number, is_real
-from stg_hooks.guidance.outputs import PerOutput, each_of
-from stg_hooks.guidance.rules import Rule, find_rule
-from stg_hooks.guidance.settings import Branch, branches_from, preset_for, recommended
+from stg_hooks.checks import is_count, is_real
+from stg_hooks.errors import CallError, SettingError
+from stg_hooks.guidance.combine import Scales, is_number
+from stg_hooks.guidance.per_output import PerOutput
+from stg_hooks.guidance.published import preset_for, recommended
+from stg_hooks.guidance.rules import Rule
+from stg_hooks.guidance.settings import Branch, Settings, branches_from
 from stg_hooks.model.resolve import LayerSpec
 from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.modes import find_mode
 from stg_hooks.modes.perturbation import Mode
 from stg_hooks.step import Step
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What holds in a call. `guidance_scale` is the CFG weight to use instead of the caller's own, or `None`."""
-
-    branches: tuple[Branch, ...]
-    rescale: PerOutput[float] = 0.0
-    guidance_scale: Scales | None = None
-    rule: str | Rule = "cfg"
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without a model."""
-        check_rescales(self.rescale)
-        find_rule(self.rule)
-        if self.guidance_scale is not None:
-            check_scales("guidance_scale", self.guidance_scale)
-
-    @property
-    def active(self) -> tuple[Branch, ...]:
-        """The branches with a scale other than 0."""
-        return tuple(branch for branch in self.parts if not is_number(branch.scale, 0))
-
-    @property
-    def parts(self) -> tuple[Branch, ...]:
-        """The branches, each with layers of its own."""
-        return tuple(part for branch in self.branches for part in branch.parts)
-
-    @property
-    def changes(self) -> bool:
-        """Whether a call with these settings differs from a plain one."""
-        return bool(self.active) or self.replaces
-
-    @property
-    def replaces(self) -> bool:
-        """Whether the final prediction is returned, instead of a term added."""
-        return self.rule != "cfg" or self.rescales or self.guidance_scale is not None
-
-    @property
-    def rescales(self) -> bool:
-        """Whether any prediction is rescaled."""
-        return not is_number(self.rescale, 0)
-
-    @property
-    def by_name(self) -> list[tuple[str, object]]:
-        """What may be given for each prediction, with its name."""
-        of_branches: list[tuple[str, object]] = [("scale", branch.scale) for branch in self.branches]
-        of_branches += [("layers", branch.layers) for branch in self.branches if branch.is_by_output]
-        return [*of_branches, ("rescale", self.rescale), ("guidance_scale", self.guidance_scale)]
-
-    @property
-    def of_samples(self) -> bool:
-        """Whether it matters which part of a prediction is one sample."""
-        scales = [scale for branch in self.branches for scale in each_of(branch.scale)]
-        return self.replaces or any(isinstance(scale, Tensor) and scale.ndim > 0 for scale in scales)
-
-    @property
-    def why_replaces(self) -> str:
-        """What calls for that, in the words of a message."""
-        if self.rule != "cfg":
-            return f"rule={self.rule!r}"
-        return f"rescale={self.rescale}" if self.rescales else f"guidance_scale={self.guidance_scale}"
-
-    def changed(self, values: Mapping[str, Any] | None) -> Settings:
-        """Return these settings with some values changed; without guidance for `None`.
-
-        Args:
-            values: new values by name: `layers`, `scale`, `mode` and `kind` of a single branch, or `branches`;
-                `rescale`; `guidance_scale`; `rule`. No layers, `[]`, mean no skip guidance.
-
-        Returns:
-            The new settings, checked.
-
-        Raises:
-            SettingError: an unknown name, a value that cannot be used, or one of a single branch where there are
-                several branches.
-        """
-        if values is None:
-            return Settings(())
-        if not isinstance(values, Mapping):
-            raise SettingError(
-                f"a schedule gave {values!r}: expected a dict such as {{'scale': 0.5}}, or None for no guidance."
-            )
-        names = ("layers", "scale", "mode", "kind", "branches", "rescale", "guidance_scale", "rule")
-        for name in values:
-            if name not in names:
-                raise SettingError(f"a schedule gave {name!r}: there is {', '.join(names)}.{closest(str(name), names)}")
-        whole = {name: values[name] for name in ("rescale", "guidance_scale", "rule") if name in values}
-        one = {name: values[name] for name in ("layers", "scale", "mode", "kind") if name in values}
-        given = values.get("branches", self.branches)
-        if not isinstance(given, (list, tuple)) or not all(isinstance(branch, Branch) for branch in given):
-            raise SettingError(
-                f"a schedule gave branches={given!r}: expected a list of stg.Branch(layers, scale, mode)."
-            )
-        branches = tuple(given)
-        if one and ("branches" in values or len(branches) != 1):
-            raise SettingError(
-                f"a schedule gave {', '.join(one)} for {len(branches)} branches: give branches=[stg.Branch(...), ...]."
-            )
-        if one:
-            none = isinstance(one.get("layers"), (list, tuple)) and not one["layers"]
-            branches = () if none else (dataclasses.replace(branches[0], **one),)
-        return dataclasses.replace(self, branches=branches, **whole)
-
 
 _HOW_TO_TELL = (
     "In a loop of your own, set it before each step: guider.step = stg.Step(index=i, count=n, sigma=...), or, within "
@@ -202,14 +100,14 @@ class Plan:
         return (self._start, self._stop) == (0.0, 1.0) and not (self._range or self._function or self._levels)
 
     @property
-    def known(self) -> list[Settings]:
-        """All settings that are known before the run."""
+    def possible(self) -> list[Settings]:
+        """All settings that may hold in the run, as far as that can be told before it."""
         return [settings for _, settings in self._levels] or [self.base]
 
     @property
     def is_off(self) -> bool:
         """Whether it was said that no step is to be guided."""
-        return self._start == self._stop or not any(settings.changes for settings in self.known)
+        return self._start == self._stop or not any(settings.changes for settings in self.possible)
 
     def at(self, step: Step) -> Settings:
         """Return what holds in a step.
@@ -224,24 +122,24 @@ class Plan:
 
     def _at(self, step: Step) -> Settings:
         if (self._start, self._stop) != (0.0, 1.0):
-            fraction = known(step.fraction, "start= and stop= are parts of the run", "index and count")
+            fraction = required(step.fraction, "start= and stop= are parts of the run", "index and count")
             if not self._start <= fraction < self._stop:
                 return Settings(())
         if self._range is not None:
-            sigma = known(step.sigma, "sigma_range= is about the noise level", "sigma")
+            sigma = required(step.sigma, "sigma_range= is about the noise level", "sigma")
             if not self._range[0] <= sigma <= self._range[1]:
                 return Settings(())
         if self._function is not None:
             return self.base.changed(_called(self._function, step))
         if self._levels:
-            sigma = known(step.sigma, "the schedule is a list of noise levels", "sigma")
+            sigma = required(step.sigma, "the schedule is a list of noise levels", "sigma")
             return next((found for level, found in self._levels if level <= sigma), self._levels[-1][1])
         return self.base
 
 
 def check_every(every: object) -> None:
     """Raise unless `every` is a number of steps."""
-    if type(every) is not int or every < 1:
+    if not is_count(every):
         raise SettingError(f"every={every!r}: expected a number of steps, 1 or more.")
 
 
@@ -284,7 +182,7 @@ def _called(function: Callable[[Step], Mapping[str, Any] | None], step: Step) ->
         ) from error
 
 
-def known(value: float | None, what: str, missing: str) -> float:
+def required(value: float | None, what: str, missing: str) -> float:
     """Return something about the step, or raise where it is not known."""
     if value is None:
         raise CallError(f"{what}, but the step's {missing} is not known here. {_HOW_TO_TELL}")

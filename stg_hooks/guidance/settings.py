@@ -1,19 +1,18 @@
-"""Settings: one perturbed branch, and what has been published for known models."""
+"""What a user sets: the perturbed branches, and what holds in a call."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import operator
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from stg_hooks.errors import SettingError, closest
-from stg_hooks.guidance.combine import Scales, check_rescales, check_scales
-from stg_hooks.guidance.outputs import PerOutput
+from stg_hooks.guidance.combine import Scales, check_rescales, check_scales, is_number
+from stg_hooks.guidance.per_output import PerOutput, each_of
+from stg_hooks.guidance.rules import Rule, find_rule
 from stg_hooks.model.resolve import LayerSpec, items_of, listed
 from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.modes import check_one_mode, find_mode
@@ -86,164 +85,6 @@ def _key(layers: object) -> Hashable:
     return tuple(item if isinstance(item, (str, int, range, re.Pattern)) else id(item) for item in items_of(layers))
 
 
-@dataclasses.dataclass(frozen=True)
-class Kin:
-    """A class of another code base for a model that is published under the name of another class."""
-
-    model: str
-    where: Mapping[str, str]
-    """By name of a value of the configuration there: the attribute of the module here that tells it."""
-    has: tuple[str, ...] = ()
-    """Attributes without which it is a module of another family, of a class of the same name."""
-    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """What class names of modules are called in the configuration there."""
-
-    def found_in(self, module: nn.Module, key: str) -> object:
-        """Return what a module says about a value of the configuration; `None` where it does not."""
-        if any(getattr(module, name, None) is None for name in self.has):
-            return None
-        try:
-            value = operator.attrgetter(self.where[key])(module)
-        except (AttributeError, KeyError):
-            return None
-        if isinstance(value, nn.ModuleList):
-            return len(value)
-        kind = type(value).__name__
-        return self.names.get(kind, kind) if isinstance(value, nn.Module) else value
-
-
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """A setting that was published for a model, with its source.
-
-    `model` is a class name, and `where` what the model's configuration must say for the setting to be meant for it.
-    """
-
-    name: str
-    model: str
-    where: Mapping[str, object]
-    layers: tuple[int, ...]
-    mode: str
-    scale: float
-    source: str
-    kind: Kind | None = None
-    also: tuple[Branch, ...] = ()
-    """Further branches, where more than one prediction is perturbed."""
-    rescale: float = 0.0
-    guidance_scale: float | None = None
-    steps: str | None = None
-    note: str = ""
-    schedule: tuple[tuple[float, Mapping[str, Any] | None], ...] = ()
-    """Where it changes with the noise level: as for `apply`."""
-    start: float = 0.0
-    """Part of the run from which on there is guidance, and `stop`, from which on there is none."""
-    stop: float = 1.0
-    rule: str = "cfg"
-    """How the predictions become one, as for `apply`."""
-
-    def fits(self, module: nn.Module) -> bool:
-        """Tell whether a module is of this class and configuration."""
-        return _is_a(module, self.model) and self.found_in(module) == dict(self.where)
-
-    def found_in(self, module: nn.Module) -> dict[str, object]:
-        """Return what a module says about itself where `where` asks."""
-        kin = _kin(module)
-        if kin is not None:
-            return {key: kin.found_in(module, key) for key in self.where}
-        config = getattr(module, "config", {})
-        values = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
-        return {key: values.get(key) for key in self.where}
-
-    @property
-    def branches(self) -> list[Branch]:
-        """The perturbed predictions."""
-        return [Branch(list(self.layers), self.scale, self.mode, self.kind), *self.also]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the setting as plain lists, strings and numbers."""
-        return {**dataclasses.asdict(self), "where": dict(self.where), "layers": list(self.layers)}
-
-
-def _kin(module: nn.Module) -> Kin | None:
-    """Return what is known of the module's class where it is one of another code base."""
-    adapters = importlib.import_module("stg_hooks.adapters")
-    models = {setting.model for setting in adapters.PUBLISHED}
-    names = (cls.__name__ for cls in type(module).__mro__)
-    nearest = next((name for name in names if name in adapters.KIN or name in models), None)
-    kin: Kin | None = adapters.KIN.get(nearest)
-    return kin
-
-
-def _is_a(module: nn.Module, model: str) -> bool:
-    """Tell whether a module is of a class, or of one of another code base for the same."""
-    kin = _kin(module)
-    return model == kin.model if kin is not None else model in {cls.__name__ for cls in type(module).__mro__}
-
-
-def _table() -> Sequence[Published]:
-    table: Sequence[Published] = importlib.import_module("stg_hooks.adapters").PUBLISHED
-    return table
-
-
-def published_names() -> list[str]:
-    """Return the names of all published settings, as `preset` takes them."""
-    return [setting.name for setting in _table()]
-
-
-def published_settings(module: nn.Module) -> list[Published]:
-    """Return the published settings for a module, the recommended one first."""
-    return [setting for setting in _table() if setting.fits(module)]
-
-
-def recommended(module: nn.Module) -> Published:
-    """Return the published setting to use for a module when its user names no layers.
-
-    Raises:
-        SettingError: nothing is published for it, saying what to do instead.
-    """
-    found = published_settings(module)
-    if found:
-        return found[0]
-    table = _table()
-    others = "; ".join(
-        f"layers={list(entry.layers)} for {entry.name} with {dict(entry.where)}"
-        for entry in table
-        if _is_a(module, entry.model)
-    )
-    # No rule of thumb about depth: in what we measured none held, and some layers do damage at every scale.
-    raise SettingError(
-        f"no layers given, and no setting is published for this {type(module).__name__}. "
-        + (f"For others of its class there is {others}: start from these. " if others else "")
-        + "stg.layers(model) lists what can be skipped, and stg.profile measures which layers do damage."
-    )
-
-
-def preset_for(module: nn.Module, name: str) -> Published:
-    """Return a published setting by its name.
-
-    Raises:
-        SettingError: there is none of this name, or it is for another model.
-    """
-    table = _table()
-    found = [setting for setting in table if setting.name.lower() == str(name).lower()]
-    if not found:
-        fitting = [setting.name for setting in published_settings(module)]
-        names = published_names()
-        raise SettingError(
-            f"preset={name!r} does not exist."
-            + (closest(str(name), names) or f" There is {', '.join(map(repr, names))}.")
-            + (f" For this model: {', '.join(map(repr, fitting))}." if fitting else "")
-        )
-    if not found[0].fits(module):
-        here = type(module).__name__
-        if _is_a(module, found[0].model):
-            here += f" with {found[0].found_in(module)}"
-        raise SettingError(
-            f"preset={name!r} is for a {found[0].model} with {dict(found[0].where)}, but this is a {here}."
-        )
-    return found[0]
-
-
 def branches_from(
     layers: LayerSpec | None,
     scale: Scales | None,
@@ -278,3 +119,106 @@ def branches_from(
             raise SettingError(f"branches={branches!r}: expected a list of stg.Branch(layers, scale, mode).")
         return list(branches), rescale or 0.0
     return [Branch(layers, 1.0 if scale is None else scale, mode or "residual", kind)], rescale or 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What holds in a call. `guidance_scale` is the CFG weight to use instead of the caller's own, or `None`."""
+
+    branches: tuple[Branch, ...]
+    rescale: PerOutput[float] = 0.0
+    guidance_scale: Scales | None = None
+    rule: str | Rule = "cfg"
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model."""
+        check_rescales(self.rescale)
+        find_rule(self.rule)
+        if self.guidance_scale is not None:
+            check_scales("guidance_scale", self.guidance_scale)
+
+    @property
+    def active(self) -> tuple[Branch, ...]:
+        """The branches with a scale other than 0."""
+        return tuple(branch for branch in self.parts if not is_number(branch.scale, 0))
+
+    @property
+    def parts(self) -> tuple[Branch, ...]:
+        """The branches, each with layers of its own."""
+        return tuple(part for branch in self.branches for part in branch.parts)
+
+    @property
+    def changes(self) -> bool:
+        """Whether a call with these settings differs from a plain one."""
+        return bool(self.active) or self.replaces
+
+    @property
+    def replaces(self) -> bool:
+        """Whether the final prediction is returned, instead of a term added."""
+        return self.rule != "cfg" or self.rescales or self.guidance_scale is not None
+
+    @property
+    def rescales(self) -> bool:
+        """Whether any prediction is rescaled."""
+        return not is_number(self.rescale, 0)
+
+    @property
+    def by_name(self) -> list[tuple[str, object]]:
+        """What may be given for each prediction, with its name."""
+        of_branches: list[tuple[str, object]] = [("scale", branch.scale) for branch in self.branches]
+        of_branches += [("layers", branch.layers) for branch in self.branches if branch.is_by_output]
+        return [*of_branches, ("rescale", self.rescale), ("guidance_scale", self.guidance_scale)]
+
+    @property
+    def of_samples(self) -> bool:
+        """Whether it matters which part of a prediction is one sample."""
+        scales = [scale for branch in self.branches for scale in each_of(branch.scale)]
+        return self.replaces or any(isinstance(scale, Tensor) and scale.ndim > 0 for scale in scales)
+
+    @property
+    def why_replaces(self) -> str:
+        """What calls for that, in the words of a message."""
+        if self.rule != "cfg":
+            return f"rule={self.rule!r}"
+        return f"rescale={self.rescale}" if self.rescales else f"guidance_scale={self.guidance_scale}"
+
+    def changed(self, values: Mapping[str, Any] | None) -> Settings:
+        """Return these settings with some values changed; without guidance for `None`.
+
+        Args:
+            values: new values by name: `layers`, `scale`, `mode` and `kind` of a single branch, or `branches`;
+                `rescale`; `guidance_scale`; `rule`. No layers, `[]`, mean no skip guidance.
+
+        Returns:
+            The new settings, checked.
+
+        Raises:
+            SettingError: an unknown name, a value that cannot be used, or one of a single branch where there are
+                several branches.
+        """
+        if values is None:
+            return Settings(())
+        if not isinstance(values, Mapping):
+            raise SettingError(
+                f"a schedule gave {values!r}: expected a dict such as {{'scale': 0.5}}, or None for no guidance."
+            )
+        names = ("layers", "scale", "mode", "kind", "branches", "rescale", "guidance_scale", "rule")
+        for name in values:
+            if name not in names:
+                raise SettingError(f"a schedule gave {name!r}: there is {', '.join(names)}.{closest(str(name), names)}")
+        whole = {name: values[name] for name in ("rescale", "guidance_scale", "rule") if name in values}
+        one = {name: values[name] for name in ("layers", "scale", "mode", "kind") if name in values}
+        given = values.get("branches", self.branches)
+        if not isinstance(given, (list, tuple)) or not all(isinstance(branch, Branch) for branch in given):
+            raise SettingError(
+                f"a schedule gave branches={given!r}: expected a list of stg.Branch(layers, scale, mode)."
+            )
+        branches = tuple(given)
+        if one and ("branches" in values or len(branches) != 1):
+            raise SettingError(
+                f"a schedule gave {', '.join(one)} for {len(branches)} branches: give branches=[stg.Branch(...), ...]."
+            )
+        if one:
+            none = isinstance(one.get("layers"), (list, tuple)) and not one["layers"]
+            branches = () if none else (dataclasses.replace(branches[0], **one),)
+        return dataclasses.replace(self, branches=branches, **whole)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import warnings
 from collections import deque
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stg_hooks.errors import LayerError, StgWarning
+from stg_hooks.errors import LayerError, warn
 from stg_hooks.modes.switch import Switch
 from stg_hooks.step import Step
 
@@ -82,7 +81,7 @@ class Watch:
         unconds: Sequence[Tensor | None] = (),
         switches: Sequence[Switch | None] = (),
         weaks: Sequence[Sequence[Tensor]] = (),
-        alone: Sequence[Sequence[Tensor] | None] | None = None,
+        unskipped: Sequence[Sequence[Tensor] | None] | None = None,
     ) -> None:
         """Look at what was predicted in a guided call; report, once, what turns out not to be finite.
 
@@ -92,14 +91,14 @@ class Watch:
             unconds: those without it, where there are any.
             switches: the branches; `None` for those that are computed, and reported, on another rank.
             weaks: for each branch, the weak predictions; none where they replace the uncond ones.
-            alone: for each branch, what weak predictions that skip nothing are, bit for bit; `None` where that is not
-                known, because the call's own ones were made with more rows. Left out, these are the cond ones.
+            unskipped: for each branch, what weak predictions that skip nothing are, bit for bit; `None` where that is
+                not known, because the call's own ones were made with more rows. Left out, these are the cond ones.
 
         Raises:
             LayerError: with `strict`, a skip changed nothing in this call or one before.
         """
         own = [switch for switch in switches if switch is not None]
-        plain = [conds] * len(weaks) if alone is None else alone
+        plain = [conds] * len(weaks) if unskipped is None else unskipped
         made = list(zip(weaks, plain, switches, strict=False))
         weaks = [weak for weak, _, switch in made if switch is not None]
         compared = [(weak, c, switch) for weak, c, switch in made if switch is not None and c is not None]
@@ -146,7 +145,7 @@ class Watch:
                 f"{self._name}: {report} is not finite (NaN or infinity). It is passed on as it is, and this is said "
                 "once. If the plain model gives none, try a lower scale or another precision."
             )
-            warnings.warn(text, StgWarning, stacklevel=5)
+            warn(text)
 
     def report(self, wait: bool) -> None:
         """Report branches that did nothing, each once.
@@ -170,7 +169,7 @@ class Watch:
         text = f"{self._name}: {'; '.join(found)}. Choose other layers: stg.layers({self.target})."
         if self.strict:
             raise LayerError(text)
-        warnings.warn(text, StgWarning, stacklevel=3)
+        warn(text)
 
 
 def _all(flags: Sequence[Tensor]) -> Tensor:

@@ -39,7 +39,7 @@ class AttentionSeam:
         text: TextTokens | None = None,
         named: Collection[str] = (),
     ) -> None:
-        """Prepare for one layer; touch nothing.
+        """Prepare for one layer; change nothing yet.
 
         Args:
             layer: a block, or an attention module.

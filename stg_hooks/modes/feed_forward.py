@@ -64,7 +64,7 @@ class Silence:
     """Some modules of one layer: installed once, then silenced in single calls of the layer."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        """Take the modules; touch nothing."""
+        """Take the modules; change nothing yet."""
         self.modules = list(modules)
         self._patches: dict[int, Patch] = {}
         self._known: dict[Any, tuple[torch.Size, torch.dtype]] = {}
@@ -113,7 +113,7 @@ class FeedForwards(Silence):
     """The feed-forward networks of one layer: installed once, then silenced in single calls of the layer."""
 
     def __init__(self, block: nn.Module) -> None:
-        """Prepare for one layer; touch nothing.
+        """Prepare for one layer; change nothing yet.
 
         Args:
             block: the layer.

@@ -36,7 +36,7 @@ class Isolation(Silence):
     """The attention between the streams of one block: installed once, then silenced in single calls of the block."""
 
     def __init__(self, block: nn.Module) -> None:
-        """Prepare for one block; touch nothing."""
+        """Prepare for one block; change nothing yet."""
         self._block = block
         self._names = {block.get_submodule(name): name for name in attention_modules(block)}
         self._between: list[nn.Module] | None = None

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from stg_hooks.checks import is_count, is_real
 from stg_hooks.errors import BlockError, SettingError
 from stg_hooks.model import objects
 from stg_hooks.model.source import bound_arguments
 from stg_hooks.modes.attention_calls import AttentionCall
 from stg_hooks.modes.blur import gaussian_blur
-from stg_hooks.modes.branches import bypassed
 from stg_hooks.modes.perturbation import LayerCall, Mode, Perturbation
 from stg_hooks.modes.residual import copied
+from stg_hooks.modes.side_branch import passed_or_zeros
 from stg_hooks.names import named
 
 
@@ -47,7 +48,7 @@ class Residual(Perturbation):
         through = call.streams.handed_through(call.forward, call.args, call.kwargs)
         if not call.streams.may_be_branch:
             return through
-        return bypassed(call.layer, call.args, call.kwargs, through, call.memory)
+        return passed_or_zeros(call.layer, call.args, call.kwargs, through, call.memory)
 
 
 class _OfAttention(Perturbation):
@@ -141,10 +142,10 @@ class Smoothed(_OfAttention):
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.sigma is not None and not (_is_number(self.sigma) and 0 < self.sigma < math.inf):
+        if self.sigma is not None and not (is_real(self.sigma) and 0 < self.sigma < math.inf):
             raise SettingError(f"{self}: expected sigma above 0, in tokens; leave it out for the mean of all.")
         sides = self.height, self.width
-        if any(side is not None for side in sides) and not (self.sigma and all(map(_counts, sides))):
+        if any(side is not None for side in sides) and not (self.sigma and all(map(is_count, sides))):
             raise SettingError(f"{self}: height and width, in tokens, come together, and with a sigma.")
 
     def change(self, attention: AttentionCall) -> Any:
@@ -232,7 +233,7 @@ class Dropout(Perturbation):
 
     def __post_init__(self) -> None:
         """Check the value."""
-        if not (_is_number(self.p) and 0 < self.p < 1):
+        if not (is_real(self.p) and 0 < self.p < 1):
             raise SettingError(f"{self}: expected a part p between 0 and 1. mode='residual' leaves out whole blocks.")
 
     def __call__(self, call: LayerCall) -> Any:
@@ -265,14 +266,6 @@ class Custom(Perturbation):
     def __str__(self) -> str:
         """Write what was passed."""
         return "the function passed as mode"
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _counts(value: object) -> bool:
-    return type(value) is int and value > 0
 
 
 def _computed_apart(call: LayerCall) -> Any:

@@ -38,7 +38,7 @@ class Switch:
         kind: Kind | None = None,
         known: list[Layer] | None = None,
     ) -> None:
-        """Resolve and check everything; touch nothing.
+        """Resolve and check everything; change nothing yet.
 
         Args:
             model: the module that holds the layers.

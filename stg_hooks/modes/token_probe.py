@@ -58,7 +58,7 @@ class Looks:
     """Probes of one model, within its calls."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Prepare for one model; touch nothing.
+        """Prepare for one model; change nothing yet.
 
         Args:
             model: the module that is called.

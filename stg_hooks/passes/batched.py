@@ -23,7 +23,7 @@ from stg_hooks.hooks.forward import Action, Patch, pushed
 from stg_hooks.model.source import is_positional
 from stg_hooks.passes.context import Context
 from stg_hooks.passes.guided_call import GuidedCall, weak_pass
-from stg_hooks.passes.outputs import predictions, replace_predictions
+from stg_hooks.passes.returned import predictions, replace_predictions
 from stg_hooks.passes.rows import Indices, count_of, cut, map_arguments, row_factor
 
 
@@ -209,6 +209,6 @@ class BatchedPasses:
                 again = predictions(self._pass(call, batch, cond)[0])
             if not self._context.agree([*again, *chain(*(call.weaks or []))], [*own, *chain(*weaks)]):
                 raise RowsError("rows influence each other, or were cut wrongly")
-            self._context.found.known[call.layout].in_one_pass = True
+            self._context.found.layouts[call.layout].in_one_pass = True
         except Exception as error:
             self._context.ways.stop_batching(error)

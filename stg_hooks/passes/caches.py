@@ -15,7 +15,7 @@ class Caches:
     """The step caches of one denoiser, whether there are any or not."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Look for them; touch nothing.
+        """Look for them; change nothing yet.
 
         Args:
             model: the denoiser.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stg_hooks.model.source import parameter_names
 from stg_hooks.model.tensors import computes_in_half
 from stg_hooks.passes.findings import Findings
-from stg_hooks.passes.outputs import agree
+from stg_hooks.passes.returned import agree
 from stg_hooks.passes.rows import take_rows
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ class Context:
         args, kwargs = call.inputs.again()
         if call.rows is None:
             return args, kwargs
-        if call.cut is not None:
-            return call.cut(args, kwargs)
+        if call.weak_call is not None:
+            return call.weak_call(args, kwargs)
         batch = call.rows.batch_of(call.count)
         return take_rows(args, kwargs, self.names, batch, call.rows.of(batch))
 

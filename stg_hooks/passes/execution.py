@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from stg_hooks.checks import is_real
 from stg_hooks.errors import SettingError
-from stg_hooks.guidance.combine import is_real
 from stg_hooks.hooks.forward import pushed
 from stg_hooks.model.layers import find_layers
 from stg_hooks.modes.switch import Switch
@@ -21,12 +21,12 @@ from stg_hooks.passes.context import Context
 from stg_hooks.passes.effects import Randomness
 from stg_hooks.passes.findings import forget, recall
 from stg_hooks.passes.full import FullPasses
-from stg_hooks.passes.guided_call import CutArguments, GuidedCall, layout_of
+from stg_hooks.passes.guided_call import GuidedCall, WeakCall, layout_of
 from stg_hooks.passes.inputs import Inputs, Written
-from stg_hooks.passes.outputs import predictions
 from stg_hooks.passes.prefix import Prefix
 from stg_hooks.passes.recording import Recording
 from stg_hooks.passes.repetition import Repetition
+from stg_hooks.passes.returned import predictions
 from stg_hooks.passes.rows import Indices, Rows, first_batch
 from stg_hooks.passes.shared import SharedPasses
 from stg_hooks.passes.state import Snapshot
@@ -56,13 +56,13 @@ class Execution:
     first call of each layout (its shapes, types and switches): there the weak pass is made once more with nothing
     skipped, and has to give cond again. Where a model turns out not to allow a way, the next one is taken from then on,
     and a warning says so: batched, sequential, full, and in the end a full pass on all rows, of which nothing is
-    assumed (`"whole"`). A model that is compiled as a whole, or has step caches, allows `"full"` only.
+    assumed (`"all rows"`). A model that is compiled as a whole, or has step caches, allows `"full"` only.
     """
 
     def __init__(
         self, model: nn.Module, branches: Sequence[Branch], execution: str, stats: Stats, caches: Caches
     ) -> None:
-        """Resolve the layers of every branch; touch nothing.
+        """Resolve the layers of every branch; change nothing yet.
 
         Args:
             model: the module that holds the layers.
@@ -129,7 +129,7 @@ class Execution:
         kwargs: dict[str, Any],
         rows: Rows | None = None,
         inputs: Inputs | None = None,
-        cut: CutArguments | None = None,
+        weak_call: WeakCall | None = None,
     ) -> tuple[Any, GuidedCall]:
         """Make a call that is going to be guided, and find out on the way what helps its weak passes.
 
@@ -139,14 +139,14 @@ class Execution:
             kwargs: keyword arguments of the call.
             rows: its cond rows; all, if left out.
             inputs: the same arguments, where they have been looked at already.
-            cut: as in `GuidedCall`.
+            weak_call: as in `GuidedCall`.
 
         Returns:
             What the denoiser returns for this call, and what to pass to `weak_predictions`.
         """
         if inputs is None or not inputs.are(args, kwargs):
             inputs = self.inputs(args, kwargs)
-        call = GuidedCall(denoiser, inputs, rows, cut=cut)
+        call = GuidedCall(denoiser, inputs, rows, weak_call=weak_call)
         call.layout = layout_of(args, kwargs, rows)
         before, kept_before = self.look(), self._transactions.keeps_state
         with self._transactions.cond_pass(call, before) as randomness:
@@ -165,7 +165,7 @@ class Execution:
     def _cond_pass(
         self, call: GuidedCall, args: tuple[Any, ...], kwargs: dict[str, Any], randomness: Randomness
     ) -> Any:
-        ways, known = self._ways, self.context.found.known
+        ways, known = self._ways, self.context.found.layouts
         ways.notice_compiling()
         if ways.now == "full" and self.full.is_to_be_checked(call) and not ways.streams_weights:
             output = call.denoiser(*args, **kwargs)
@@ -177,7 +177,7 @@ class Execution:
         cond = slice(None) if call.rows is None else call.rows.of(batch)
         if call.layout in known and known[call.layout].prefix.has_new_hooks():
             del known[call.layout]
-        is_batched = ways.now == "batched" and call.cut is None  # hosts say how to cut, not how to add rows
+        is_batched = ways.now == "batched" and call.weak_call is None  # hosts say how to cut, not how to add rows
         if is_batched and call.layout in known and known[call.layout].in_one_pass:
             try:
                 return self._batched.cond_pass(call, batch, cond)
@@ -194,7 +194,7 @@ class Execution:
     ) -> Any:
         """Make a call, and record its prefix."""
         context, transactions = self.context, self._transactions
-        known = context.found.known.get(call.layout)
+        known = context.found.layouts.get(call.layout)
         look = partial(transactions.kept.look, call.before) if known is None or transactions.keeps_state else None
         starts, units = self._units.starts, self._units.prefix
         if known is None:
@@ -208,7 +208,7 @@ class Execution:
             output = call.denoiser(*args, **kwargs)
         prefix.finish()
         if isinstance(prefix, Repetition) and prefix.differs:
-            context.found.known.pop(call.layout, None)
+            context.found.layouts.pop(call.layout, None)
         else:
             call.prefix = prefix
         return output
@@ -237,7 +237,7 @@ class Execution:
         if inputs is not None:
             call.inputs = inputs
         if call.rows is None:
-            call.alone = dict.fromkeys(range(len(self.switches)), cond)
+            call.unskipped = dict.fromkeys(range(len(self.switches)), cond)
         if call.weaks is not None:
             return call.weaks
         weaks = None if call.reuses else self._shared.weak_predictions(call)

@@ -31,11 +31,11 @@ class KnownLayout:
 class Findings:
     """What checks have found out about the calls of one model, by their layouts; no values and no modules."""
 
-    known: dict[Hashable, KnownLayout] = dataclasses.field(default_factory=dict)
-    """Layouts whose weak passes can share the prefix."""
+    layouts: dict[Hashable, KnownLayout] = dataclasses.field(default_factory=dict)
+    """Those whose weak passes can share the prefix."""
     keeps_all: set[Hashable] = dataclasses.field(default_factory=set)
     """Layouts of which nothing is let go."""
-    cut: set[Hashable] = dataclasses.field(default_factory=set)
+    can_be_cut: set[Hashable] = dataclasses.field(default_factory=set)
     """Layouts whose cond rows are known to be found."""
     again: dict[Hashable, int] = dataclasses.field(default_factory=dict)
     """How many calls of a layout have been, or could have been, made once more."""

@@ -13,7 +13,7 @@ from stg_hooks.errors import CallError
 from stg_hooks.hooks.compiled import eagerly
 from stg_hooks.passes.context import Context, may_come_of_cutting
 from stg_hooks.passes.guided_call import GuidedCall, checking, weak_pass
-from stg_hooks.passes.outputs import own_predictions, predictions
+from stg_hooks.passes.returned import own_predictions, predictions
 
 _CALLS_MADE_AGAIN = 2  # of a layout
 
@@ -42,7 +42,7 @@ class FullPasses:
         """
         context = self._context
         if call.rows is not None:
-            call.alone.clear()
+            call.unskipped.clear()
         is_cut = context.ways.now == "full" and call.rows is not None and not context.transactions.keeps_state
         if is_cut and self.is_to_be_checked(call):
             is_cut = self.can_cut(call)
@@ -61,7 +61,7 @@ class FullPasses:
         if call.rows is not None and not is_cut:
             weak = [call.rows.take(tensor) for tensor in weak]
         if call.rows is None or not is_cut:
-            call.alone[branch] = call.cond
+            call.unskipped[branch] = call.cond
         return weak
 
     def make_again(self, call: GuidedCall, is_checked: bool) -> None:
@@ -98,7 +98,7 @@ class FullPasses:
 
     def is_to_be_checked(self, call: GuidedCall) -> bool:
         """Tell whether it is open if calls of this layout can be cut down to their cond rows."""
-        return call.rows is not None and call.layout not in self._context.found.cut
+        return call.rows is not None and call.layout not in self._context.found.can_be_cut
 
     def can_cut(self, call: GuidedCall) -> bool:
         """Make a pass on the cond rows with nothing skipped, once: it has to give what the cond pass gave.
@@ -118,9 +118,9 @@ class FullPasses:
                     args, kwargs = call.inputs.again()
                     cond = [call.rows.take(t) for t in predictions(call.denoiser(*args, **kwargs))]
             if context.agree(again, cond):
-                context.found.cut.add(call.layout)
+                context.found.can_be_cut.add(call.layout)
                 if context.caches.found is None:
-                    call.alone = dict.fromkeys(range(len(context.switches)), again)
+                    call.unskipped = dict.fromkeys(range(len(context.switches)), again)
                 return True
             reason = "the cond rows alone do not give the cond prediction again"
         except Exception as error:

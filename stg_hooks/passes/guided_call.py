@@ -58,7 +58,7 @@ def checking() -> Iterator[None]:
         _LOCAL.is_checking = before
 
 
-CutArguments: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+WeakCall: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 @dataclasses.dataclass
@@ -70,7 +70,7 @@ class GuidedCall:
     rows: Rows | None
     """Its cond rows; `None` where all are."""
     layout: Hashable = None
-    cut: CutArguments | None = None
+    weak_call: WeakCall | None = None
     """Takes the arguments of the call, and returns those of its cond rows; where the host knows that better."""
     prefix: Prefix | None = None
     cond: Sequence[Tensor] = ()
@@ -88,7 +88,7 @@ class GuidedCall:
     """What it kept after it, which weak passes leave as it is."""
     reuses: bool = False
     """It ran fewer modules than a call of its layout before: what they compute comes out of a cache."""
-    alone: dict[int, Sequence[Tensor]] = dataclasses.field(default_factory=dict)
+    unskipped: dict[int, Sequence[Tensor]] = dataclasses.field(default_factory=dict)
     """For a branch, what its weak pass would give, bit for bit, if it skipped nothing; where that is known."""
     weaks: list[list[Tensor]] | None = None
     """The weak predictions, where they came with the cond pass."""

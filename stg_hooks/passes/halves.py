@@ -15,7 +15,7 @@ from stg_hooks.guidance.samples import are_samples, check_told, takes_samples
 from stg_hooks.modes.residual import copied
 from stg_hooks.passes.execution import Execution
 from stg_hooks.passes.guided_call import layout_of
-from stg_hooks.passes.outputs import own_predictions, replace_predictions
+from stg_hooks.passes.returned import own_predictions, replace_predictions
 from stg_hooks.passes.rows import Rows, first_batch, halves, take_rows
 
 
@@ -47,7 +47,7 @@ def weak_halves(
     unconds, conds = (Rows.chosen(half, batch) for half in (slice(batch // 2), slice(batch // 2, None)))
     layout, before = layout_of(args, kwargs, conds), execution.look()
     halved = {layout, layout_of(args, kwargs, unconds)}
-    if halved <= context.found.cut and not context.transactions.keeps_state:
+    if halved <= context.found.can_be_cut and not context.transactions.keeps_state:
         inputs, found = execution.inputs(args, kwargs), []
         for rows in (unconds, conds):
             assert rows is not None
@@ -64,7 +64,7 @@ def weak_halves(
     counted = context.counted()
     (weak,) = execution.weak_predictions(call, [halves(tensor)[0] for tensor in own])
     context.count_again_from(counted)  # a weak pass takes the place of an uncond one
-    if halved - context.found.cut == {layout}:
+    if halved - context.found.can_be_cut == {layout}:
         other = dataclasses.replace(call, rows=conds, layout=layout, cond=[halves(tensor)[1] for tensor in own])
         if not execution.full.can_cut(other) and other.conclude is not None:
             other.conclude()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from stg_hooks.guidance.samples import takes_samples
-from stg_hooks.passes.outputs import predictions
+from stg_hooks.passes.returned import predictions
 from stg_hooks.passes.rows import halves
 
 

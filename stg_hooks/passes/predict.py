@@ -12,16 +12,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from stg_hooks.errors import CallError
-from stg_hooks.guidance.schedule import Settings
-from stg_hooks.guidance.settings import Branch
+from stg_hooks.guidance.settings import Branch, Settings
 from stg_hooks.guidance.trace import Stats
 from stg_hooks.hooks import activation
 from stg_hooks.modes.modes import find_mode
 from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.caches import Caches
 from stg_hooks.passes.execution import Execution
-from stg_hooks.passes.guided_call import CutArguments, in_weak_pass
-from stg_hooks.passes.outputs import own_predictions, replace_predictions
+from stg_hooks.passes.guided_call import WeakCall, in_weak_pass
+from stg_hooks.passes.returned import own_predictions, replace_predictions
 from stg_hooks.passes.rows import Rows, first_batch
 
 _SPARE = 8
@@ -35,7 +34,7 @@ class Predicted:
     """In memory of its own."""
     weaks: list[list[Tensor]]
     """For each branch, one for each prediction of the denoiser."""
-    alone: list[Sequence[Tensor] | None]
+    unskipped: list[Sequence[Tensor] | None]
     """For each branch, what its weak pass would give, bit for bit, if it skipped nothing; `None` where not known."""
     switches: Sequence[Switch]
     """The skipped layers of each branch."""
@@ -60,7 +59,7 @@ class Predictor:
         execution: str = "auto",
         stats: Stats | None = None,
     ) -> None:
-        """Resolve the layers of the branches; touch nothing.
+        """Resolve the layers of the branches; change nothing yet.
 
         Args:
             module: holds the layers.
@@ -95,7 +94,7 @@ class Predictor:
         kwargs: Mapping[str, Any] | None = None,
         *,
         rows: slice | Sequence[int] | Sequence[bool] | Tensor | None = None,
-        weak_call: CutArguments | None = None,
+        weak_call: WeakCall | None = None,
     ) -> tuple[Any, list[list[Tensor]]]:
         """Make a call of the denoiser, and the weak predictions of its cond rows; inside `installed`.
 
@@ -123,8 +122,8 @@ class Predictor:
         self.caches.check_same()
         self.caches.begin_pass()
         chosen = Rows.chosen(rows, first_batch(args, kwargs))
-        cut = weak_call if chosen is not None else None
-        found = self.predict(self.branches, denoiser, args, kwargs, chosen, cut, not activation.others(self))
+        cutting = weak_call if chosen is not None else None
+        found = self.predict(self.branches, denoiser, args, kwargs, chosen, cutting, not activation.others(self))
         return found.output, found.weaks
 
     @staticmethod
@@ -139,7 +138,7 @@ class Predictor:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         rows: Rows | None = None,
-        cut: CutArguments | None = None,
+        weak_call: WeakCall | None = None,
         is_comparable: bool = True,
     ) -> Predicted:
         """Make a call, and the weak predictions of some branches.
@@ -150,19 +149,19 @@ class Predictor:
             args: its positional arguments.
             kwargs: its keyword arguments.
             rows: its cond rows; all, if left out.
-            cut: returns the arguments of the cond rows, where the host knows them better.
+            weak_call: returns the arguments of the cond rows, where the host knows them better.
             is_comparable: another pass that skips nothing has to give the same; not where others guide it, too.
         """
         execution = self.of(branches)
-        output, call = execution.cond_pass(denoiser, args, kwargs, rows, cut=cut)
+        output, call = execution.cond_pass(denoiser, args, kwargs, rows, weak_call=weak_call)
         own = own_predictions(output)
         conds = own if rows is None else [rows.take(tensor) for tensor in own]
         start = time.perf_counter()
         call.is_comparable = is_comparable
         weaks = execution.weak_predictions(call, conds)
         self.stats.seconds += time.perf_counter() - start
-        alone = [call.alone.get(branch) for branch in range(len(weaks))]
-        return Predicted(replace_predictions(output, own), weaks, alone, execution.switches)
+        unskipped = [call.unskipped.get(branch) for branch in range(len(weaks))]
+        return Predicted(replace_predictions(output, own), weaks, unskipped, execution.switches)
 
     def make(self, branches: Sequence[Branch]) -> Execution:
         """Make an execution, or return the one that was made before for the same branches.
@@ -179,17 +178,17 @@ class Predictor:
             self._made[key] = Execution(self._model, found, self._way, self.stats, self.caches)
         return self._made[key]
 
-    def prepare(self, known: Iterable[Settings]) -> None:
+    def prepare(self, possible: Iterable[Settings]) -> None:
         """Make what is known to be asked for, and check the layers of branches that are off as well.
 
         Args:
-            known: settings that may hold in a step.
+            possible: settings that may hold in a step.
 
         Raises:
             LayerError: a layer that does not exist or cannot be skipped in its mode.
             SettingError: an unknown execution.
         """
-        for settings in known:
+        for settings in possible:
             if settings.active:
                 self.make(settings.active)
             for branch in settings.parts:

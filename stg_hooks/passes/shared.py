@@ -12,10 +12,10 @@ from stg_hooks.passes.context import Context, may_come_of_cutting
 from stg_hooks.passes.findings import KnownLayout
 from stg_hooks.passes.gaps import GapError
 from stg_hooks.passes.guided_call import GuidedCall, checking, weak_pass
-from stg_hooks.passes.outputs import are_as_finite, own_predictions
 from stg_hooks.passes.prefix import DRAWS_RANDOM_NUMBERS, Prefix, PrefixMismatchError
 from stg_hooks.passes.recording import Recording
 from stg_hooks.passes.repetition import Outline, Repetition
+from stg_hooks.passes.returned import are_as_finite, own_predictions
 
 _LAYOUTS = 64
 _PATIENCE = 2  # calls of a layout
@@ -41,8 +41,8 @@ class SharedPasses:
         if isinstance(prefix, Recording) and not is_to_be_checked and prefix.has_gaps:
             found.keeps_all.add(call.layout)  # without a check nothing would tell that NaN has come through
             return None
-        if isinstance(prefix, Repetition) and call.random_before is not None and not found.known[call.layout].draws:
-            del found.known[call.layout]  # blocks whose calls are not looked at may draw them
+        if isinstance(prefix, Repetition) and call.random_before is not None and not found.layouts[call.layout].draws:
+            del found.layouts[call.layout]  # blocks whose calls are not looked at may draw them
             return None
         prefix.is_reused = prefix.is_reused or is_to_be_checked
         weaks, counted = [], self._context.counted()
@@ -59,9 +59,9 @@ class SharedPasses:
             self._give_up(call, prefix, error)
             return None
         if isinstance(prefix, Recording):
-            if len(found.known) >= _LAYOUTS:
-                found.known.clear()
-            found.known[call.layout] = KnownLayout(Outline(prefix), call.random_before is not None)
+            if len(found.layouts) >= _LAYOUTS:
+                found.layouts.clear()
+            found.layouts[call.layout] = KnownLayout(Outline(prefix), call.random_before is not None)
         return weaks
 
     def _is_possible(self, call: GuidedCall, prefix: Prefix) -> bool:
@@ -74,19 +74,19 @@ class SharedPasses:
         if prefix.obstacle == DRAWS_RANDOM_NUMBERS and times <= _PATIENCE:
             return False  # it may have been another thread
         if prefix.obstacle:
-            ways.stop_sharing(prefix.obstacle, "whole" if prefix.obstacle == DRAWS_RANDOM_NUMBERS else "full")
+            ways.stop_sharing(prefix.obstacle, "all rows" if prefix.obstacle == DRAWS_RANDOM_NUMBERS else "full")
             return False
         if prefix.has_new_state or (call.changes_state and not self._sets_again(prefix)):
             # The first time that may be a cache.
             if times > 1:
-                ways.stop_sharing("it keeps something from one call to the next", "whole")
+                ways.stop_sharing("it keeps something from one call to the next", "all rows")
             return False
         return True
 
     def _give_up(self, call: GuidedCall, prefix: Prefix, error: Exception) -> None:
         """Conclude what a failure says of later calls; this one's weak passes are made in full."""
         ways, found = self._context.ways, self._context.found
-        found.known.pop(call.layout, None)
+        found.layouts.pop(call.layout, None)
         if isinstance(prefix, Repetition):
             return  # this call goes another way than the one that was recorded: the next one is recorded anew
         if prefix.is_broken:
@@ -160,7 +160,7 @@ class SharedPasses:
             with torch.no_grad(), checking():
                 again = self._pass(call, prefix, branch)
                 if call.rows is not None:
-                    call.alone[branch] = again
+                    call.unskipped[branch] = again
             if prefix.has_gaps and not all(are_as_finite(found, call.cond) for found in (again, *weaks)):
                 raise GapError
             if not self._context.agree(again, call.cond):

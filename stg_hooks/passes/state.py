@@ -129,7 +129,7 @@ class Kept:
     """What one model keeps; looked at around every call that is guided."""
 
     def __init__(self, model: nn.Module, with_buffers: bool = True) -> None:
-        """Touch nothing.
+        """Change nothing yet.
 
         Args:
             model: the denoiser.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from stg_hooks.errors import CallError, StgWarning
+from stg_hooks.errors import CallError, warn
 from stg_hooks.hooks.compiled import is_compiled
 from stg_hooks.hooks.forward import Action, patched, pushed
 from stg_hooks.model.attention import is_attention
@@ -29,7 +28,7 @@ class Transactions:
     """
 
     def __init__(self, model: nn.Module, switches: Sequence[Switch], with_buffers: bool) -> None:
-        """Touch nothing.
+        """Change nothing yet.
 
         Args:
             model: the denoiser.
@@ -73,12 +72,10 @@ class Transactions:
         skipped = [module for switch in self._switches for module in switch.modules]
         inside = {id(inner) for module in skipped for inner in module.modules()}
         if any(id(self._parts[name]) not in inside for name in run - known):
-            warnings.warn(
+            warn(
                 f"{type(self._model).__name__} computes more in this call than in those before, which were guided. "
                 "If they reused what earlier calls had left, so did their weak passes, and guidance was not exact. "
-                "Let guidance begin in a step in which everything is computed.",
-                StgWarning,
-                stacklevel=2,
+                "Let guidance begin in a step in which everything is computed."
             )
         known |= run
 

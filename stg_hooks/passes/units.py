@@ -21,7 +21,7 @@ class Units:
     """The modules whose outputs passes of a model share, and the blocks that are counted in them."""
 
     def __init__(self, model: nn.Module, switches: Sequence[Switch], layers: Sequence[Layer]) -> None:
-        """Look at the model; touch nothing.
+        """Look at the model; change nothing yet.
 
         Args:
             model: the denoiser.

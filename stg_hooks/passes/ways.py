@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from stg_hooks.errors import SettingError, StgWarning, closest
+from stg_hooks.errors import SettingError, closest, warn
 from stg_hooks.hooks.compiled import compiled_among, is_compiled, surrounding
 from stg_hooks.passes.streaming import weights_are_streamed
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 EXECUTIONS = ("auto", "sequential", "batched", "full")
 
 # In the order in which one follows where the one before is not possible.
-_WAYS = ("batched", "sequential", "full", "whole")
+_WAYS = ("batched", "sequential", "full", "all rows")
 
 
 def check_execution(execution: object) -> None:
@@ -32,7 +31,7 @@ class Ways:
     """The way that is taken with one model: the one that was asked for, or the next that the model allows."""
 
     def __init__(self, model: nn.Module, execution: str, units: Units, caches: Caches) -> None:
-        """Take the way that was asked for; touch nothing.
+        """Take the way that was asked for; change nothing yet.
 
         Args:
             model: the denoiser.
@@ -48,7 +47,7 @@ class Ways:
         self._is_chosen = execution != "auto"
         auto = "batched" if self.streams_weights else "sequential"
         self.now = execution if self._is_chosen else auto
-        """One of batched, sequential, full (on the cond rows) and whole (on all rows)."""
+        """One of batched, sequential, full (on the cond rows) and all rows."""
         self._surrounding = {way: surrounding(model, units.of(way)) for way in _WAYS}
         self._uncompiled: list[nn.Module] = []
 
@@ -73,7 +72,7 @@ class Ways:
         self.now = way
         self._uncompiled = [m for m in (*self._units.of(way), *self._surrounding[way]) if not is_compiled(m)]
         if way != asked and self._is_chosen:
-            self._warn(
+            warn(
                 f"execution={asked!r}: {obstacle}. Going on with execution={way!r}, which gives the same results; "
                 f"execution='auto' asks for that without this warning.{advice}"
             )
@@ -87,7 +86,7 @@ class Ways:
         """Make weak passes of their own from now on."""
         self.now = "sequential"
         reason = f"{type(error).__name__}: {error}"
-        self._warn(
+        warn(
             f"the calls of {type(self._model).__name__} cannot be made with more rows ({reason}). Going on "
             "with execution='sequential' instead of 'batched', which gives the same results."
         )
@@ -95,19 +94,16 @@ class Ways:
     def stop_sharing(self, reason: str, way: str = "full") -> None:
         """Make weak passes in full from now on."""
         self.now, self._uncompiled = way, []
-        rows = " and with all rows" if way == "whole" else ""
-        self._warn(
+        rows = " and with all rows" if way == "all rows" else ""
+        warn(
             f"{type(self._model).__name__} does not let the weak pass share work with the cond pass ({reason}). Weak "
             f"passes are made in full{rows} from now on. execution='full' begins so, without this warning."
         )
 
     def stop_cutting(self, reason: str) -> None:
         """Make weak passes on all rows of a call from now on."""
-        self.now = "whole"
-        self._warn(
+        self.now = "all rows"
+        warn(
             f"the calls of {type(self._model).__name__} cannot be cut down to their cond rows ({reason}). Weak "
             "passes are made with all rows from now on."
         )
-
-    def _warn(self, message: str) -> None:
-        warnings.warn(message, StgWarning, stacklevel=2)

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from stg_hooks.checks import is_real
 from stg_hooks.errors import CallError, RankError, SettingError, TargetError
 from stg_hooks.hooks import activation
 from stg_hooks.ranks.messages import _samples, is_same, shortened
@@ -64,7 +65,7 @@ class Ranks:
         """
         import torch.distributed as dist
 
-        if not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or not 0 < timeout < math.inf:
+        if not is_real(timeout) or not 0 < timeout < math.inf:
             raise SettingError(f"timeout={timeout!r}: expected seconds to wait for the other ranks, above 0.")
         if not dist.is_available() or not dist.is_initialized():
             raise TargetError(

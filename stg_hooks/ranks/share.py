@@ -14,8 +14,8 @@ from stg_hooks.model.tensors import is_prediction
 from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.execution import Execution
 from stg_hooks.passes.guided_call import GuidedCall, weak_pass
-from stg_hooks.passes.outputs import own_predictions
 from stg_hooks.passes.predict import Predictor
+from stg_hooks.passes.returned import own_predictions
 from stg_hooks.ranks.link import Ranks
 from stg_hooks.ranks.messages import samples_of
 

@@ -61,7 +61,7 @@ class CallCounter:
     CALLS = 4
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        """Touch nothing.
+        """Change nothing yet.
 
         Args:
             modules: the denoisers of one run.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from stg_hooks.denoiser import GuidedDenoiser
-from stg_hooks.errors import CallError, SettingError, StgWarning
+from stg_hooks.errors import CallError, SettingError, warn
 from stg_hooks.guidance.channels import VarianceWatch
 from stg_hooks.guidance.guide import Guidance, Guided, Predictions, StepOrLater
-from stg_hooks.guidance.schedule import Request, Settings
-from stg_hooks.guidance.settings import Branch
+from stg_hooks.guidance.schedule import Request
+from stg_hooks.guidance.settings import Branch, Settings
 from stg_hooks.guidance.trace import Stats
 from stg_hooks.guidance.watch import Watch
-from stg_hooks.hosts import check_rows_apart
 from stg_hooks.passes.guided_call import in_weak_pass, is_checking, weak_pass
 from stg_hooks.passes.rows import halves, take_rows
+from stg_hooks.roles import check_rows_apart
 from stg_hooks.session import Session
 from stg_hooks.step import Step
 from stg_hooks.study.cost import Flops, is_compiled_anywhere
@@ -120,11 +119,7 @@ class NoiseLevels:
                 + ", and none of them was to be looked at."
             )
         if self._left:
-            warnings.warn(
-                f"stg.profile: the run ends at the noise level {self._lowest:.4g}, above {self._left}.",
-                StgWarning,
-                stacklevel=3,
-            )
+            warn(f"stg.profile: the run ends at the noise level {self._lowest:.4g}, above {self._left}.")
 
 
 class Meter:
@@ -274,7 +269,7 @@ class Probe(GuidedDenoiser):
         guidance: Observing,
         observed: Callable[[Observation], None],
     ) -> None:
-        """Resolve all layers; touch nothing.
+        """Resolve all layers; change nothing yet.
 
         Args:
             session: what probes of the same pipeline share.
@@ -337,7 +332,7 @@ class Probe(GuidedDenoiser):
         guided = call.guided
         call.inputs.compare()
         weaks = self._predictor.of(call.settings.active).weak_predictions(guided, conds, self._model, call.inputs)
-        for branch, alone in guided.alone.items():
+        for branch, alone in guided.unskipped.items():
             # A skip that changes nothing measures zero: in calls of another size, cond rounds otherwise.
             if all(map(torch.equal, weaks[branch], alone)):
                 weaks[branch] = list(conds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -10,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stg_hooks.errors import LayerError, SettingError, StgWarning, TargetError
+from stg_hooks.errors import LayerError, SettingError, TargetError, warn
 from stg_hooks.guidance.guide import Guided
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.guider import Guider
 from stg_hooks.hooks import activation
-from stg_hooks.hosts import Host, ModuleHost, pipeline_host
+from stg_hooks.hosts import Host, pipeline_host
 from stg_hooks.model.layers import Layer, find_layers
 from stg_hooks.model.resolve import LayerSpec, resolve
 from stg_hooks.modes.switch import Switch
+from stg_hooks.module_host import ModuleHost
 from stg_hooks.passes.predict import Predictor
 from stg_hooks.session import Session
 from stg_hooks.step import Step
@@ -162,7 +162,7 @@ def _possible(model: nn.Module, layers: list[Layer], modes: Sequence[str], all_l
         raise refused[0][2]
     if refused:
         left_out = ", ".join(f"{layer.index} ({mode})" for layer, mode, _ in refused)
-        warnings.warn(f"stg.profile leaves out layers {left_out}: {refused[0][2]}", StgWarning, stacklevel=3)
+        warn(f"stg.profile leaves out layers {left_out}: {refused[0][2]}")
     return pairs
 
 
@@ -205,7 +205,7 @@ def _watched_guider(
 
     guidance = Observing(guider.model, branches, levels, found)
     predictor = Predictor(guider.model, (), "sequential", guidance.stats)
-    predictor.prepare(guidance.plan.known)
+    predictor.prepare(guidance.plan.possible)
     own = guider.denoiser, guider._guidance, guider._predictor
     try:
         guider.denoiser, guider._guidance, guider._predictor = called, guidance, predictor

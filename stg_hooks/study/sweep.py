@@ -8,7 +8,6 @@ import os
 import shutil
 import time
 import uuid
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from stg_hooks.apply import apply
-from stg_hooks.errors import SettingError, StgWarning
+from stg_hooks.errors import SettingError, warn
 from stg_hooks.hosts import denoisers_of
 from stg_hooks.model.resolve import LayerSpec
 from stg_hooks.study import claims, media
@@ -286,9 +285,7 @@ def _own_number(name: str, metric: measures.Metric, video: Any, prompt: str) -> 
     try:
         return float(metric(video, prompt))
     except Exception as error:
-        warnings.warn(
-            f"stg.sweep: the metric {name!r} failed: {type(error).__name__}: {error}", StgWarning, stacklevel=2
-        )
+        warn(f"stg.sweep: the metric {name!r} failed: {type(error).__name__}: {error}")
         return None
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from stg_hooks.errors import TargetError
-from stg_hooks.guidance.settings import Branch, Published, published_settings
+from stg_hooks.guidance.published import Published, published_settings
+from stg_hooks.guidance.settings import Branch
 from stg_hooks.hosts import denoisers_of
 from stg_hooks.model.attention import is_attention
 from stg_hooks.model.layers import Layer, find_layers

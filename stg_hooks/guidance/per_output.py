@@ -78,7 +78,7 @@ class Outputs:
                     f"{name}={dict(setting)!r}: {self.model} predicts {names}.{closest(key, self.names)}"
                 )
 
-    def check_known(self, settings: Iterable[tuple[str, object]]) -> None:
+    def check_names(self, settings: Iterable[tuple[str, object]]) -> None:
         """Check settings with their names as far as that can be done before a call."""
         for name, setting in settings:
             if self.names:

@@ -24,10 +24,10 @@ _LOUDNESS = 16.0
 _IN = 0.5  # least cosine with the noise, and least part of it, of an output that contains its input
 _OUT = 0.35  # most of both where it does not
 
-_Kind = Literal["contains its input", "does not", "unclear"]
+_Relation = Literal["contains its input", "does not", "unclear"]
 
 
-def bypassed(
+def passed_or_zeros(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], through: Any, memory: dict[str, Any]
 ) -> Any:
     """Return what a layer that may be a branch gives when it is bypassed.
@@ -46,13 +46,13 @@ def bypassed(
         BlockError: it is attention, and its output neither contains its input nor clearly does not; or the model does
             something else with a branch than add it.
     """
-    if "kind" not in memory:
+    if "relation" not in memory:
         streams = [leaf for leaf in pytree.tree_leaves(through) if isinstance(leaf, Tensor)]
         if not torch.compiler.is_compiling() and not all(bool(leaf.isfinite().all()) for leaf in streams):
             return through  # a trial would tell nothing; what was let go of a shared prefix is NaN, too
         find = torch.compiler.disable(_find) if torch.compiler.is_compiling() else _find
         find(module, args, kwargs, through, memory)
-    if memory["kind"] == "contains its input":
+    if memory["relation"] == "contains its input":
         return through
     if memory.get("is added") or torch.compiler.is_compiling():
         return pytree.tree_map_only(Tensor, torch.zeros_like, through)
@@ -62,19 +62,19 @@ def bypassed(
 def _find(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], through: Any, memory: dict[str, Any]
 ) -> None:
-    kind = _kind_of(module, args, kwargs, through)
-    if kind == "unclear":
+    relation = _relation(module, args, kwargs, through)
+    if relation == "unclear":
         if is_attention(module):
             raise BlockError(
                 f"{type(module).__name__} computes attention, and one trial does not tell whether its output contains "
                 "its input or the model adds that to it, so what bypassing it means is not known. Skip another layer, "
                 f"or say what it gives.\n{_lines(through)}"
             )
-        kind = "contains its input"  # as blocks do
-    memory["kind"] = kind
+        relation = "contains its input"  # as blocks do
+    memory["relation"] = relation
 
 
-def _kind_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], through: Any) -> _Kind:
+def _relation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], through: Any) -> _Relation:
     streams = [leaf for leaf in pytree.tree_leaves(through) if isinstance(leaf, Tensor)]
     noise = {id(stream): _noise(stream) for stream in streams}
     leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -89,8 +89,8 @@ def _kind_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], t
     given = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
     if not streams or [leaf.shape for leaf in given] != [stream.shape for stream in streams]:
         return "unclear"
-    kinds = {_compared(leaf, noise[id(stream)]) for leaf, stream in zip(given, streams, strict=True)}
-    return kinds.pop() if len(kinds) == 1 else "unclear"
+    relations = {_compared(leaf, noise[id(stream)]) for leaf, stream in zip(given, streams, strict=True)}
+    return relations.pop() if len(relations) == 1 else "unclear"
 
 
 def _noise(stream: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def _noise(stream: Tensor) -> Tensor:
     return (noise * _LOUDNESS * torch.where(size > 0, size, 1.0)).to(stream.dtype)
 
 
-def _compared(output: Tensor, noise: Tensor) -> _Kind:
+def _compared(output: Tensor, noise: Tensor) -> _Relation:
     a, b = output.detach().flatten().float(), noise.flatten().float()
     along, size, loudness = float(a @ b), float(a.norm()), float(b.norm())
     cosine = along / (size * loudness) if size else 0.0

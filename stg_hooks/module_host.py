@@ -1,0 +1,108 @@
+"""The host of a denoiser on its own: what its user says of its rows, or what a pipeline says that calls it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from stg_hooks.errors import CallError
+from stg_hooks.hooks.processors import Processors
+from stg_hooks.roles import Role, phrase
+from stg_hooks.step import Step
+
+if TYPE_CHECKING:
+    from stg_hooks.guidance.combine import Scales
+from stg_hooks.hosts import Host, calling_pipelines
+
+
+class ModuleHost:
+    """A denoiser on its own: its rows are what the user says, or else a pipeline that calls it; else all are cond."""
+
+    name = "the module"
+    tells_when_it_runs = False
+
+    def __init__(
+        self,
+        module: nn.Module,
+        batched_cfg: bool | None,
+        guidance_scale: Scales | None,
+        channels: int | None = None,
+    ) -> None:
+        """Describe the module's calls.
+
+        Args:
+            module: the denoiser.
+            batched_cfg: whether its rows are `[uncond, cond]`, or every row is conditional; `None` if nothing was said.
+            guidance_scale: the CFG weight that its caller applies, if known.
+            channels: number of channels that are guided; all, if left out.
+        """
+        self._module = module
+        self._said = batched_cfg
+        self._caller: tuple[object, Host | None] = None, None
+        self._processors: Processors | None = None
+        self._role = Role("uncond+cond" if batched_cfg else "cond", guidance_scale, channels=channels, samples=None)
+        self.knows_guidance_scale = not batched_cfg or guidance_scale is not None
+
+    def denoisers(self) -> dict[str, nn.Module]:
+        """Return the module under an empty name."""
+        return {"": self._module}
+
+    def is_calling(self) -> None:
+        """Leave it open: other threads may use the plain module."""
+
+    def role(self) -> Role | None:
+        """Return what was said, or what a pipeline says that makes the call.
+
+        Raises:
+            CallError: it says something else.
+        """
+        caller = self._calling_host()
+        try:
+            found = None if caller is None else caller.role()
+        except CallError:  # the pipeline's code does not tell, which is why its user has said it
+            if self._said is None:
+                raise
+            return self._role
+        if caller is None or (found is None and self._said is not None):
+            return self._role
+        if found is None or self._said is None:
+            said = {"guidance_scale": self._role.guidance_scale, "channels": self._role.channels}
+            changes: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+            return found if found is None else dataclasses.replace(found, **changes)
+        if found.rows != self._role.rows:
+            raise CallError(
+                f"batched_cfg={self._said} says that the rows of this call are {phrase(self._role.rows)}, but "
+                f"{caller.name}, which makes it, predicts {phrase(found.rows)} in it. Pass the pipeline: "
+                "stg.apply(pipe, ...), or leave batched_cfg= out."
+            )
+        return self._role
+
+    def step(self) -> Step:
+        """Return what a pipeline says that makes the call; otherwise nothing is known."""
+        caller = self._calling_host()
+        return Step() if caller is None else caller.step()
+
+    def check_same(self) -> None:
+        """Do nothing: which module is called is up to the caller."""
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Note the attention processors."""
+        self._processors = Processors([self._module])
+        yield
+
+    def put_back(self) -> None:
+        """Put the attention processors back if a pipeline makes the call; what others set is theirs."""
+        if self._processors is not None and any(calling_pipelines()):
+            self._processors.put_back()
+
+    def _calling_host(self) -> Host | None:
+        for integration, pipeline in calling_pipelines():
+            if self._caller[0] is not pipeline:
+                self._caller = pipeline, integration.calling_host(pipeline, self._module)
+            return self._caller[1]
+        return None
