@@ -28,7 +28,6 @@ class Contestant:
 
 TITLES = {
     "plain": "plain call",
-    "idle": "ours, scale 0",
     "three": "one row more (published pipelines)",
     "full": "full extra pass (guiders)",
     "sequential": "ours, sequential",
@@ -37,8 +36,8 @@ TITLES = {
     "slg": "SkipLayerGuidance of diffusers",
     "modular": "ours, stg.modular.SkipGuidance",
 }
-USUAL = ("plain", "idle", "three", "full", "sequential", "batched")
-GUIDED = tuple(name for name in TITLES if name not in ("plain", "idle"))
+USUAL = ("plain", "three", "full", "sequential", "batched")
+GUIDED = tuple(name for name in TITLES if name != "plain")
 OURS = ("sequential", "batched", "modular")
 _EXECUTIONS = ("full", "sequential", "batched")
 
@@ -80,7 +79,7 @@ def build(name: str, shape: Shape, model: nn.Module, inputs: Inputs, skipped: in
     guide = stg.apply(
         model,
         layers=[skipped],
-        scale=0.0 if name == "idle" else SCALE,
+        scale=SCALE,
         mode=shape.mode,
         batched_cfg=shape.cfg,
         execution=execution,

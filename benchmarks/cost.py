@@ -1,12 +1,13 @@
 """What a guided step costs: time, FLOPs and peak memory of the ways to compute it, on the shapes of eight models.
 
-    python -m benchmarks.cost                               all models at reduced width, on one core, 20 minutes
+    python -m benchmarks.cost                               all models at reduced width, on one core, 40 minutes
     python -m benchmarks.cost --quick --models mochi        does it run?
     python -m benchmarks.cost --device cuda --full-size     real widths, random bfloat16 weights made on the device
 
 The models have their real classes, depths and block structure. On a CPU the process keeps to one core, and what is
-counted is its time on that core. All contestants take turns, in rounds; the quarter of the rounds that is noisiest as a
-whole is left out (`measure.quiet`), and rounds are made until each ratio is known to +-0.03 (95 %), or the time is up.
+counted is its time on that core. Each contestant's step stands between two plain ones (`measure.in_turns`). The quarter
+of these turns in which the machine was least steady is left out (`measure.steady`). Turns are made until the ratio to
+the plain step is known to +-0.03 (95 %), or the time is up.
 A complete run writes JSON, a Markdown table and a chart to benchmarks/results/; other runs write where --out says.
 """
 
@@ -37,7 +38,7 @@ CHART = RESULTS.parents[1] / "docs" / "images" / "cost.png"
 """Where the chart of a complete run on a CPU goes: pages show it."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GUIDED = contestants.GUIDED
-LEAST_ROUNDS = 8
+LEAST_TURNS = 12
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             "full_size": options.full_size,
             "offload": options.offload,
             "within": options.within,
-            "rule": (measure.quiet.__doc__ or "").splitlines()[0],
+            "rule": (measure.steady.__doc__ or "").splitlines()[0],
             "clock": options.clock,
             "guidance_scale": contestants.GUIDANCE_SCALE,
             "scale": contestants.SCALE,
@@ -65,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     started = time.perf_counter()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        clock, rounds = measure.CLOCKS[options.clock], 10 if options.quick else 400
-        results["hooks"] = overhead.hooks(device, rounds, clock, until(started + 60 * options.minutes / 10))
+        clock, turns = measure.CLOCKS[options.clock], 10 if options.quick else 200
+        results["hooks"] = overhead.hooks(device, clock, lambda made: len(made) >= turns)
         report.show(*report.hooks_table(results["hooks"]), report.HOOKS)
         for i, name in enumerate(options.models):
             left = started + 60 * options.minutes - time.perf_counter()
@@ -92,9 +93,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--contestants", nargs="+", choices=list(contestants.TITLES), metavar="NAME", help=", ".join(contestants.TITLES)
     )
-    add("--repeats", type=int, help="so many rounds, each with every contestant, however well the ratios are known")
+    add("--repeats", type=int, help="so many turns of each contestant, however well the ratios are known")
     add("--within", type=float, default=0.03, help="how well each ratio is to be known (0.03, with 95 %%)")
-    add("--minutes", type=float, default=20.0, help="when to stop, however well they are known (20)")
+    add("--minutes", type=float, default=40.0, help="when to stop, however well they are known (40)")
     add("--tokens", type=int, help="give all models about this many tokens")
     add("--threads", type=int, default=1, help="CPU threads (1)")
     add(
@@ -118,27 +119,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.clock == "cpu" and options.device != "cpu":
         parser.error("--clock cpu says nothing about another device")
     options.models = options.models or (["mochi"] if options.quick else list(SHAPES))
-    options.contestants = options.contestants or list(contestants.TITLES)
+    options.contestants = ["plain", *(options.contestants or contestants.TITLES)]
     options.repeats = options.repeats or (2 if options.quick else None)
     options.dtype = options.dtype or ("bfloat16" if options.full_size else "float32")
     options.size = "tiny" if options.quick else "full" if options.full_size else "small"
     return options
 
 
-def until(deadline: float, within: float | None = None, ratio: str = "plain") -> Callable[[measure.Times], bool]:
-    """Make what tells that there are rounds enough: each ratio is known well enough, or the time is up."""
+def until(deadline: float, within: float) -> Callable[[list[measure.Turn]], bool]:
+    """Make what tells that there are turns enough: the ratio is known well enough, or the time is up."""
 
-    def enough(times: measure.Times) -> bool:
-        rounds = len(times[next(iter(times))])
-        if rounds < LEAST_ROUNDS:
+    def enough(turns: list[measure.Turn]) -> bool:
+        if len(turns) < LEAST_TURNS:
             return False
         if time.perf_counter() > deadline:
             return True
-        if within is None or rounds % 4:
+        if len(turns) % 4:
             return False
-        kept = measure.quiet(times)
-        found = (measure.bootstrap(kept, lambda t, n=name: t[n] / t[ratio], 500) for name in times if name != ratio)
-        return all(estimate["high"] - estimate["low"] <= 2 * within for estimate in found)
+        found = measure.estimate(measure.ratio, measure.steady(turns), draws=500)
+        return found["high"] - found["low"] <= 2 * within
 
     return enough
 
@@ -180,9 +179,9 @@ def model_results(shape: Shape, size: Size, options: argparse.Namespace) -> dict
     model = build(shape, size, options)
     inputs = shape.inputs(model, size, options.device)
     layers = [layer.module for layer in stg.layers(model) if layer.index is not None]
-    names = [name for name in options.contestants if name in contestants.of(shape)]
+    names = [name for name in dict.fromkeys(options.contestants) if name in contestants.of(shape)]
     field = {name: contestants.build(name, shape, model, inputs, shape.skipped) for name in names}
-    plain = contestants.build("plain", shape, model, inputs, shape.skipped)
+    plain = field["plain"]
     total, own, after = measure.flops_of(layers, plain.step)
     computed = own[shape.skipped] if shape.mode != "residual" else 0
     rows = 1 if shape.guiders else shape.rows  # of the call in which the layers were seen last
@@ -217,14 +216,12 @@ def model_results(shape: Shape, size: Size, options: argparse.Namespace) -> dict
             difference = (predictions[name].float() - reference).abs().max() / reference.std()
             result["contestants"][name]["difference"] = float(difference)
     predictions.clear()
-    calls = {n: (c.step, c.session) for n, c in field.items()}
-    enough = until(options.deadline, options.within)
-    if options.repeats or "plain" not in field:
-        times = measure.interleaved(calls, options.repeats or LEAST_ROUNDS, device, clock)
-    else:
-        times = measure.interleaved(calls, 1000, device, clock, enough)
-    evaluate(result, times if options.repeats else measure.quiet(times))
-    result["rounds"] = {"made": len(times[names[0]]), "kept": len(result["contestants"][names[0]]["seconds"])}
+    calls = {n: (c.step, c.session) for n, c in field.items() if n != "plain"}
+    repeats, enough = options.repeats, until(options.deadline, options.within)
+    turns = measure.in_turns(
+        calls, (plain.step, plain.session), device, clock, (lambda made: len(made) >= repeats) if repeats else enough
+    )
+    evaluate(result, turns)
     return result
 
 
@@ -240,32 +237,39 @@ def look_at(contestant: contestants.Contestant, entry: dict[str, Any], device: t
     return prediction
 
 
-def evaluate(result: dict[str, Any], times: measure.Times) -> None:
-    bound = result["bound"]["flops"]
-    for name, seconds in times.items():
-        entry = result["contestants"][name]
-        entry |= {"seconds": seconds, "median": statistics.median(seconds), "quartiles": measure.spread(seconds)}
-        if "plain" in times:
-            entry["time_ratio"] = measure.bootstrap(times, lambda t, n=name: t[n] / t["plain"])
-        if "plain" in result["contestants"]:
-            extra = entry["peak_bytes"] - result["contestants"]["plain"]["peak_bytes"]
-            entry["extra_peak_in_hidden_states"] = extra / result["hidden_state_bytes"]
-            entry["peak_ratio"] = entry["peak_bytes"] / result["contestants"]["plain"]["peak_bytes"]
+def evaluate(result: dict[str, Any], turns: dict[str, list[measure.Turn]]) -> None:
+    field, bound = result["contestants"], result["bound"]["flops"]
+    steady = {name: measure.steady(own) for name, own in turns.items()}
+    seconds = {name: [turn.own for turn in own] for name, own in turns.items()}
+    seconds["plain"] = [turn.before for own in turns.values() for turn in own]
+    plain = field["plain"]
+    for name, entry in field.items():
+        entry |= {"median": statistics.median(seconds[name]), "quartiles": measure.spread(seconds[name])}
+        entry["extra_peak_in_hidden_states"] = (entry["peak_bytes"] - plain["peak_bytes"]) / result[
+            "hidden_state_bytes"
+        ]
+        entry["peak_ratio"] = entry["peak_bytes"] / plain["peak_bytes"]
+        if name == "plain":
+            continue
+        entry["turns"] = {"made": turns[name], "steady": len(steady[name])}
+        entry["time_ratio"] = measure.estimate(measure.ratio, steady[name])
         if name in contestants.OURS:
             entry["flops_over_bound"] = entry["flops_ratio"] / bound - 1
-            if "plain" in times:
-                entry["time_over_bound"] = entry["time_ratio"]["value"] / bound - 1
-    if "plain" in times and "full" in times:
-        full = result["contestants"]["full"]["flops_ratio"]
+            entry["time_over_bound"] = entry["time_ratio"]["value"] / bound - 1
+    if "full" in turns:
         result["extra_of_full"] = {
-            "bound": (bound - 1) / (full - 1),
-            **{name: extra_of_full(times, name) for name in ("three", "sequential", "batched") if name in times},
+            "bound": (bound - 1) / (field["full"]["flops_ratio"] - 1),
+            **{
+                name: measure.estimate(extra_of_full, steady[name], steady["full"])
+                for name in ("three", "sequential", "batched")
+                if name in turns
+            },
         }
 
 
-def extra_of_full(times: measure.Times, name: str) -> dict[str, float]:
+def extra_of_full(turns: Sequence[measure.Turn], full: Sequence[measure.Turn]) -> float:
     """Compare the time that guidance adds with the time that a full extra pass adds."""
-    return measure.bootstrap(times, lambda t: (t[name] - t["plain"]) / (t["full"] - t["plain"]))
+    return (measure.ratio(turns) - 1) / (measure.ratio(full) - 1)
 
 
 def write(results: dict[str, Any], options: argparse.Namespace) -> None:

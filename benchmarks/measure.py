@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import platform
 import random
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -22,8 +23,17 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-Times = dict[str, list[float]]
+Way = tuple[Callable[[], Any], Callable[[], AbstractContextManager[Any]]]
+"""What to time, and what to enter around it, untimed."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+class Turn(NamedTuple):
+    """Seconds of a call, and of the reference before and after it."""
+
+    before: float
+    own: float
+    after: float
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
@@ -134,61 +144,76 @@ def hidden_state_bytes(layer: nn.Module, call: Any) -> int:
     return sizes[0]
 
 
-def interleaved(
-    calls: Mapping[str, tuple[Callable[[], Any], Callable[[], AbstractContextManager[Any]]]],
-    rounds: int,
+def in_turns(
+    calls: Mapping[str, Way],
+    reference: Way,
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
-    enough: Callable[[Times], bool] = lambda _: False,
-) -> Times:
-    """Time calls, all of them once per round, in an order that is drawn anew for each round.
+    enough: Callable[[list[Turn]], bool] = lambda turns: len(turns) >= 10,
+) -> dict[str, list[Turn]]:
+    """Time calls, each between two of a reference: `r a r b r c r`, in an order that is drawn anew for each round.
+
+    A machine that others use as well changes its speed by tens of per cent, but mostly within seconds, not within one
+    step: what is compared has to be run side by side.
 
     Args:
         calls: by name, what to time, and what to enter around it, untimed.
-        rounds: how often at most.
+        reference: what they are compared with.
         device: where it runs.
         clock: tells seconds.
-        enough: told of the times after each round; ends it where it says so.
+        enough: told of the turns of one contestant after each; ends them where it says so.
 
     Returns:
-        Seconds, by name and round.
+        The turns of each.
     """
-    seconds: Times = {name: [] for name in calls}
-    order, shuffle = list(calls), random.Random(0).shuffle
+    turns: dict[str, list[Turn]] = {name: [] for name in calls}
+
+    def seconds(way: Way) -> float:
+        call, session = way
+        gc.collect()
+        with session():
+            synchronize(device)
+            start = clock()
+            call()
+            synchronize(device)
+            return clock() - start
+
+    shuffle = random.Random(0).shuffle
     gc.collect()
     gc.freeze()  # what is here to stay is not looked through again and again
     gc.disable()
     try:
-        for _ in range(rounds):
-            shuffle(order)
-            for name in order:
-                call, session = calls[name]
-                gc.collect()
-                with session():
-                    synchronize(device)
-                    start = clock()
-                    call()
-                    synchronize(device)
-                    seconds[name].append(clock() - start)
-            if enough(seconds):
-                break
+        before, open_ones = seconds(reference), list(calls)
+        while open_ones:
+            shuffle(open_ones)
+            for name in open_ones:
+                own, after = seconds(calls[name]), seconds(reference)
+                turns[name].append(Turn(before, own, after))
+                before = after
+            open_ones = [name for name in open_ones if not enough(turns[name])]
     finally:
         gc.enable()
         gc.unfreeze()
-    return seconds
+    return turns
 
 
-def quiet(times: Times, share: float = 0.25) -> Times:
-    """Leave out the noisiest rounds: the quarter that took longest, over all contestants together.
+def steady(turns: Sequence[Turn], share: float = 0.25) -> list[Turn]:
+    """Leave out the quarter of the turns in which the machine changed its speed most between the reference calls.
 
-    The rule looks at a round as a whole, each contestant's time relative to its median. So it cannot favour one of
-    them, as dropping times one by one would.
+    The rule does not look at what is compared with them, so it cannot favour any contestant.
     """
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    rounds = range(len(next(iter(times.values()))))
-    loud = [sum(times[name][i] / medians[name] for name in times) for i in rounds]
-    kept = sorted(sorted(rounds, key=loud.__getitem__)[: max(2, round(len(rounds) * (1 - share)))])
-    return {name: [seconds[i] for i in kept] for name, seconds in times.items()}
+    kept = sorted(turns, key=lambda turn: abs(math.log(turn.after / turn.before)))
+    return kept[: max(2, round(len(kept) * (1 - share)))]
+
+
+def ratio(turns: Sequence[Turn]) -> float:
+    """Return how much longer than the reference something takes: the geometric mean of its turns."""
+    return math.exp(statistics.fmean(math.log(t.own) - math.log(t.before * t.after) / 2 for t in turns))
+
+
+def added(turns: Sequence[Turn]) -> float:
+    """Return the seconds that something takes more than the reference: the median of its turns."""
+    return statistics.median(t.own - (t.before + t.after) / 2 for t in turns)
 
 
 def pin() -> bool:
@@ -220,22 +245,14 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
     return first, third
 
 
-def bootstrap(times: Times, statistic: Callable[[Mapping[str, float]], float], draws: int = 2000) -> dict[str, float]:
-    """Estimate a statistic of the contestants' medians, with the interval that holds 95 % of the resampled ones.
-
-    Whole rounds are resampled, so that what disturbed a round disturbs all contestants in it.
-    """
-    rounds = len(next(iter(times.values())))
+def estimate(statistic: Callable[..., float], *turns: Sequence[Turn], draws: int = 2000) -> dict[str, float]:
+    """Estimate a statistic of turns, of one contestant or more, with the interval that holds 95 % of resampled ones."""
     generator = random.Random(0)
-
-    def of(chosen: Sequence[int]) -> float:
-        return statistic({name: statistics.median(values[i] for i in chosen) for name, values in times.items()})
-
-    estimates = sorted(of([generator.randrange(rounds) for _ in range(rounds)]) for _ in range(draws))
+    found = sorted(statistic(*(generator.choices(own, k=len(own)) for own in turns)) for _ in range(draws))
     return {
-        "value": of(range(rounds)),
-        "low": estimates[int(0.025 * draws)],
-        "high": estimates[min(draws - 1, int(0.975 * draws))],
+        "value": statistic(*turns),
+        "low": found[int(0.025 * draws)],
+        "high": found[min(draws - 1, int(0.975 * draws))],
     }
 
 

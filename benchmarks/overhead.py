@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -26,7 +25,6 @@ TITLES = {
     "modular": "stg.modular.SkipGuidance",
     "slg": "diffusers' SkipLayerGuidance",
 }
-Way = tuple[Callable[[], Any], Callable[[], AbstractContextManager[Any]]]
 
 
 class Nothing(nn.Module):
@@ -58,25 +56,34 @@ TransformerBlockRegistry.register(Nothing, TransformerBlockMetadata(return_hidde
 
 
 def hooks(
-    device: torch.device, rounds: int, clock: Callable[[], float] = time.perf_counter, enough: Any = lambda _: False
+    device: torch.device, clock: Callable[[], float], enough: Callable[[list[measure.Turn]], bool]
 ) -> list[dict[str, Any]]:
     """Measure what hooks take per step, in models of several depths that compute nothing."""
-    return [_of(depth, skipped, device, rounds, clock, enough) for depth, skipped in DEPTHS.items()]
+    return [_of(depth, skipped, device, clock, enough) for depth, skipped in DEPTHS.items()]
 
 
 def _of(
-    depth: int, skipped: int, device: torch.device, rounds: int, clock: Callable[[], float], enough: Any
+    depth: int,
+    skipped: int,
+    device: torch.device,
+    clock: Callable[[], float],
+    enough: Callable[[list[measure.Turn]], bool],
 ) -> dict[str, Any]:
     model = Nothings(depth).to(device)
-    ways, plain = _ways(model, skipped, device)
-    for step, session in ways.values():
+    fields = _fields(model, skipped, device)
+    for step, session in (way for _, ways in fields.values() for way in ways.values()):
         with session():
             for _ in range(2):  # the first call of a session may contain checks
                 step()
-    times = measure.quiet(measure.interleaved(ways, rounds, device, clock, enough))
+    turns: dict[str, list[measure.Turn]] = {}
+    plain = {}
+    for name, (reference, ways) in fields.items():
+        found = measure.in_turns(ways, reference, device, clock, enough)
+        plain[name] = statistics.median(turn.before for own in found.values() for turn in own)
+        turns |= {name: measure.steady(own) for name, own in found.items()}
     guide = stg.apply(model, layers=[skipped], scale=1.0, batched_cfg=True)
     entering = []
-    for _ in range(min(rounds, 100)):
+    for _ in range(20):
         start = clock()
         guide.__enter__()
         middle = clock()
@@ -85,13 +92,9 @@ def _of(
     return {
         "blocks": depth,
         "skipped": skipped,
-        "rounds": len(times["rows"]),
-        "plain_us": {name: 1e6 * statistics.median(times[name]) for name in ("rows", "calls")},
+        "plain_us": {name: 1e6 * seconds for name, seconds in plain.items()},
         "added_us": {
-            name: {
-                key: 1e6 * value
-                for key, value in measure.bootstrap(times, lambda t, n=name: t[n] - t[plain[n]], 500).items()
-            }
+            name: {key: 1e6 * value for key, value in measure.estimate(measure.added, turns[name], draws=500).items()}
             for name in TITLES
         },
         "enter_us": 1e6 * statistics.median(enter for enter, _ in entering),
@@ -99,8 +102,10 @@ def _of(
     }
 
 
-def _ways(model: nn.Module, skipped: int, device: torch.device) -> tuple[dict[str, Way], dict[str, str]]:
-    """Return what to time, and for each of it the plain step that it is compared with."""
+def _fields(
+    model: nn.Module, skipped: int, device: torch.device
+) -> dict[str, tuple[measure.Way, dict[str, measure.Way]]]:
+    """Return plain steps by their kind, each with what is compared with it."""
     x = torch.randn(2, 4, 8, device=device)
     t = torch.tensor([500.0, 500.0], device=device)
     one, t1, text = x[:1], t[:1], torch.zeros(1, 1, device=device)
@@ -125,19 +130,18 @@ def _ways(model: nn.Module, skipped: int, device: torch.device) -> tuple[dict[st
         found = contestants.guider_of(name, skipped)
         return lambda: contestants.with_guider(found, model, inputs, inputs)
 
-    ways: dict[str, Way] = {
-        "rows": (rows, nullcontext),
-        "calls": (calls, nullcontext),
+    of_rows: dict[str, measure.Way] = {
         "guided": (rows, applied(scale=1.0)),
         "batched": (rows, applied(scale=1.0, execution="batched")),
         "idle": (rows, applied(scale=0.0)),
         "outside": (rows, applied(scale=1.0, start=0.8)),
+    }
+    of_calls: dict[str, measure.Way] = {
         "guider": (lambda: guider(one, t1, cond={"text": text}, uncond={"text": text})[0], lambda: _inside(guider)),
         "modular": (with_guider("modular"), nullcontext),
         "slg": (with_guider("slg"), nullcontext),
     }
-    of_rows = ("guided", "batched", "idle", "outside")
-    return ways, {name: "rows" if name in of_rows else "calls" for name in TITLES}
+    return {"rows": ((rows, nullcontext), of_rows), "calls": ((calls, nullcontext), of_calls)}
 
 
 @contextmanager

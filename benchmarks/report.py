@@ -47,8 +47,9 @@ def _of_95(ratio: dict[str, float]) -> str:
 
 def remarks(result: dict[str, Any]) -> list[str]:
     lines = []
-    if "rounds" in result:
-        lines.append(f"{result['rounds']['made']} rounds, of which the {result['rounds']['kept']} quietest count.")
+    made = [len(entry["turns"]["made"]) for entry in result["contestants"].values() if "turns" in entry]
+    if made:
+        lines.append(f"{min(made)} to {max(made)} turns of each.")
     if "extra_of_full" in result:
         lines.append(f"Bound of the extra time: {result['extra_of_full']['bound']:.2f} of a full extra pass's.")
     for name in contestants.OURS:
@@ -90,8 +91,8 @@ def markdown(results: dict[str, Any]) -> str:
     where = machine.get("gpu") or f"{machine['cpu']}, {cores}"
     made = (
         f"{where}; torch {machine['torch']}, diffusers {machine['diffusers']}, Python {machine['python']}, "
-        f"{settings['dtype']}. Medians of interleaved rounds ({settings['clock']} time), made until each ratio was "
-        f"known to +-{settings['within']} with 95 % or the time was up. {settings['rule']} "
+        f"{settings['dtype']}. Each step is timed between two plain ones ({settings['clock']} time), until its ratio "
+        f"to them is known to +-{settings['within']} with 95 % or the time is up. {settings['rule']} "
         + ("Weights are brought to the device in each pass. " if settings["offload"] else "")
         + "Made by `python -m benchmarks.cost`."
     )

@@ -32,7 +32,7 @@ def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(model["bound"]) == {"flops", "blocks", "formula"}
     for name, entry in model["contestants"].items():
         assert entry["notes"] == []
-        assert len(entry["seconds"]) == model["rounds"]["kept"] == 2
+        assert name == "plain" or len(entry["turns"]["made"]) == entry["turns"]["steady"] == 2
         assert entry["quartiles"][0] <= entry["median"] <= entry["quartiles"][1]
         assert entry["peak_bytes"] > 0
         if name in cost.GUIDED:
@@ -60,7 +60,7 @@ def test_what_others_build_in_predicts_what_ours_does(name: str) -> None:
             with contestant.session():
                 made[kind] = contestant.step()
     of_others = "own" if name == "ltx-2" else "slg"
-    for kind in set(made) - {"plain", "idle", of_others}:
+    for kind in set(made) - {"plain", of_others}:
         torch.testing.assert_close(made[kind], made[of_others], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(made["plain"], made[of_others], atol=1e-3)
 
@@ -74,17 +74,27 @@ def test_plot(tmp_path: Path) -> None:
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_noisiest_rounds_are_left_out_for_all_contestants() -> None:
-    times = {"a": [1.0, 1.0, 5.0, 1.1], "b": [2.0, 2.1, 2.0, 2.0]}
-    assert measure.quiet(times) == {"a": [1.0, 1.0, 1.1], "b": [2.0, 2.1, 2.0]}
+def turns(*seconds: tuple[float, float, float]) -> list[measure.Turn]:
+    return [measure.Turn(*one) for one in seconds]
 
 
-def test_rounds_end_when_the_ratios_are_known() -> None:
+def test_turns_count_in_which_the_machine_kept_its_speed() -> None:
+    quiet = turns((1.0, 9.0, 1.0), (2.0, 1.0, 2.1), (1.1, 1.0, 1.0))
+    assert sorted(measure.steady([*quiet, *turns((1.0, 1.0, 2.0))])) == sorted(quiet), "whatever was compared with it"
+
+
+def test_the_ratio_does_not_depend_on_the_speed_of_the_machine() -> None:
+    assert measure.ratio(turns((1.0, 1.5, 1.0), (3.0, 4.5, 3.0), (1.0, 3.0, 4.0))) == pytest.approx(1.5)
+    found = measure.estimate(measure.ratio, turns((1.0, 1.0, 1.0), (1.0, 2.0, 1.0)))
+    assert found == {"value": pytest.approx(2**0.5), "low": pytest.approx(1), "high": pytest.approx(2)}
+
+
+def test_turns_end_when_the_ratio_is_known() -> None:
     enough = cost.until(time.perf_counter() + 100, 0.03)
-    assert not enough({"plain": [1.0] * 4, "full": [1.5] * 4}), "too few to tell"
-    assert enough({"plain": [1.0] * 8, "full": [1.5] * 8})
-    assert not enough({"plain": [1.0] * 8, "full": [1.5, 2.5] * 4})
-    assert cost.until(time.perf_counter() - 1, 0.03)({"plain": [1.0] * 9, "full": [1.5, 2.5, 2.0] * 3}), "time is up"
+    assert not enough(turns((1.0, 1.5, 1.0)) * 8), "too few to tell"
+    assert enough(turns((1.0, 1.5, 1.0)) * 12)
+    assert not enough(turns((1.0, 1.5, 1.0), (1.0, 2.5, 1.0)) * 6)
+    assert cost.until(time.perf_counter() - 1, 0.03)(turns((1.0, 1.5, 1.0), (1.0, 2.5, 1.0)) * 7), "time is up"
 
 
 def test_peak_memory_counts_what_is_in_use_at_once() -> None:
@@ -98,14 +108,35 @@ def test_peak_memory_counts_what_is_in_use_at_once() -> None:
     assert peak == pytest.approx(4 * 6000, abs=256)
 
 
-def test_interleaved_times_every_contestant_in_every_round() -> None:
+def test_each_call_stands_between_two_of_the_reference() -> None:
     from contextlib import nullcontext
 
-    calls = {"slow": (lambda: time.sleep(0.02), nullcontext), "fast": (lambda: None, nullcontext)}
-    times = measure.interleaved(calls, 4, torch.device("cpu"))
-    assert {name: len(seconds) for name, seconds in times.items()} == {"slow": 4, "fast": 4}
-    estimate = measure.bootstrap(times, lambda t: t["slow"] - t["fast"])
-    assert 0.015 < estimate["low"] <= estimate["value"] <= estimate["high"]
+    log: list[str] = []
+
+    def way(name: str) -> measure.Way:
+        return (lambda: log.append(name)), nullcontext
+
+    calls = {"a": way("a"), "b": way("b")}
+    made = measure.in_turns(calls, way("r"), torch.device("cpu"), enough=lambda own: len(own) >= 3)
+    assert {name: len(own) for name, own in made.items()} == {"a": 3, "b": 3}
+    assert log[::2] == ["r"] * 7
+    assert sorted(log[1::2]) == ["a"] * 3 + ["b"] * 3
+
+
+def test_what_is_known_is_not_timed_any_more() -> None:
+    from contextlib import nullcontext
+
+    ticks = iter(range(10_000))
+    calls = {"a": (lambda: None, nullcontext), "b": (lambda: next(ticks), nullcontext)}
+    made = measure.in_turns(
+        calls,
+        (lambda: None, nullcontext),
+        torch.device("cpu"),
+        clock=lambda: float(next(ticks)),
+        enough=lambda own: len(own) >= (4 if own[0].own > 1 else 2),
+    )
+    assert {name: len(own) for name, own in made.items()} == {"a": 2, "b": 4}
+    assert measure.added(made["b"]) == 1.0
 
 
 def test_the_error_of_differences_that_are_used_again(tmp_path: Path) -> None:
