@@ -616,7 +616,10 @@ REFUSED: dict[str, tuple[Settings, str]] = {
     ),
 }
 REFUSED_IN_A_RUN: dict[str, tuple[Settings, str]] = {
-    "schedule that gives a slip": ({"schedule": lambda step: {"scales": 1.0}}, "unknown setting 'scales' in a schedule; choose from 'layers', "),
+    "schedule that gives a slip": (
+        {"schedule": lambda step: {"scales": 1.0}},
+        "unknown setting 'scales' in a schedule; choose from 'layers', ",
+    ),
     "schedule that gives a number": ({"schedule": lambda step: 3.0}, r"gave 3\.0: expected a dict"),
     "scale on uncond, by a function": (
         {"on": "uncond", "schedule": lambda step: {"scale": 2.0}},
