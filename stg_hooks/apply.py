@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, layers=[34], scale=1.0):`
     """Guide every call that a stock pipeline, or a module, makes inside a `with`.
 
-    One forward hook on the denoiser adds `a = sum_i scale_i * (cond - weak_i)` to the cond *and* the uncond
+    What is hooked is the denoiser. It adds `a = sum_i scale_i * (cond - weak_i)` to the cond *and* the uncond
     prediction, so that the pipeline's own `u + g * (c - u)` becomes `u + g * (c - u) + a` for whatever `g` it uses.
     With `rescale` or another `rule`, both become the final prediction instead, which the pipeline's combination then
     leaves alone.
@@ -101,8 +101,8 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
                 pass is made, and `scale` has no meaning. For modules with `batched_cfg`, and pipelines that do CFG.
             every: compute weak predictions in every so many steps only and use `cond - weak` again in between. An
                 approximation; 1, the default, is exact. A step makes one call with the prompt then: windows that are
-                predicted apart need an `apply` or `Guider` each. For the demo's model in 24 steps, 2 is off by 15 % of
-                what guidance changes, and 4 by 32 % (benchmarks/results/every.md).
+                predicted apart need an `apply` or `Guider` each. For the demo's model in 24 steps, 2 is off by 9 % of
+                what guidance changes, and 4 by 30 % (benchmarks/results/every.md).
             batched_cfg: for a module: its rows are `[uncond, cond]`, or the samples in the lists that it takes and
                 returns. Left out, every row counts as conditional.
             guidance_scale: for a module with `batched_cfg` and `rescale`: the CFG weight that its caller applies.

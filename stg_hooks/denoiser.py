@@ -197,7 +197,7 @@ class GuidedDenoiser:
                 f"{role.own[0].by} adds a guidance of its own in this step, so {settings.why_replaces} cannot give the "
                 f"final prediction. Call it with {off}; branches=[stg.Branch(...), ...] have the same guidance here."
             )
-        self._session.tell_of(role, settings)
+        self._session.warn_of_own(role, settings)
 
     def _around(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call that is going to be guided, so that its weak passes can share work with it."""

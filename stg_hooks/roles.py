@@ -117,4 +117,4 @@ def check_rows_apart(role: Role, what: str) -> None:
 def phrase(rows: str) -> str:
     """Say in words what rows are."""
     parts = rows.split("+")
-    return f"[{', '.join(parts)}]" if len(parts) > 1 else _PHRASES[rows]
+    return f"[{', '.join(parts)}]" if len(parts) > 1 else _PHRASES.get(rows, rows)

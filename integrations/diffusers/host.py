@@ -32,7 +32,10 @@ DENOISERS = ("transformer", "transformer_2", "unet")
 
 
 class PipelineHost:
-    """A stock pipeline: its code and its running frame say what a call is for; the pipeline itself stays untouched."""
+    """A stock pipeline: its code and its running frame say what a call is for.
+
+    Within a `with`, two of its methods are wrapped, to look at its denoisers when a run begins and after each step.
+    """
 
     knows_guidance_scale = True
     tells_when_it_runs = True
@@ -147,7 +150,7 @@ class PipelineHost:
             try:
                 if own is not None and holds(site.when, names):
                     found.append(own)
-            except LookupError:  # it hangs on what the step computes later, and so on more than defaults
+            except LookupError:  # it depends on values that the step computes later
                 continue
         return tuple(found)
 
@@ -169,7 +172,7 @@ class PipelineHost:
                 )
 
     def check(self) -> None:
-        """Raise a TargetError where this pipeline cannot be guided as it is."""
+        """Do nothing: reading its code has checked all. A modular pipeline's guider is checked here."""
 
     def watched(self) -> AbstractContextManager[None]:
         """Look at the start of each run, and after each of its steps, whether a denoiser was replaced."""

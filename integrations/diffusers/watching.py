@@ -11,7 +11,7 @@ from stg_hooks.hooks.forward import Undo, set_attribute, shared
 
 
 class _Method:
-    """A method of a pipeline that its runs call, in place of which stands this, to look at them."""
+    """Takes the place of a method that every run of a pipeline calls, and calls back first."""
 
     def __init__(self, pipeline: Any, name: str) -> None:
         self.callbacks: tuple[Callable[[], None], ...] = ()

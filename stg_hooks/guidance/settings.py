@@ -177,7 +177,7 @@ class Settings:
 
     @property
     def why_replaces(self) -> str:
-        """What calls for that, in the words of a message."""
+        """The setting that makes `replaces` true, for messages."""
         if self.rule != "cfg":
             return f"rule={self.rule!r}"
         return f"rescale={self.rescale}" if self.rescales else f"guidance_scale={self.guidance_scale}"

@@ -147,8 +147,8 @@ class SharedPasses:
             except RuntimeError as error:
                 if prefix.is_dense or "single memory location" not in str(error):
                     raise
-                prefix.is_dense = True
-        raise AssertionError
+                prefix.is_dense = True  # torch does not write into an expanded NaN: each answer gets memory of its own
+        raise AssertionError("the second attempt has returned or raised")
 
     def _check(self, call: GuidedCall, prefix: Prefix, weaks: Sequence[Sequence[Tensor]]) -> None:
         """Make a pass once more with nothing skipped: it has to give what the cond pass gave.
