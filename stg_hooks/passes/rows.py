@@ -17,6 +17,8 @@ from stg_hooks.model.tensors import leaves_of as leaves_of
 
 Indices: TypeAlias = slice | tuple[int, ...]
 """Some rows of a call; a slice has step 1."""
+SomeRows: TypeAlias = slice | Sequence[int] | Sequence[bool] | Tensor
+"""Rows as a user lists them: a slice, numbers in any order, or a mask with one bool per row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Rows:
     """Number of rows of a call, where they are listed."""
 
     @classmethod
-    def chosen(cls, rows: slice | Sequence[int] | Sequence[bool] | Tensor | None, batch: int | None) -> Rows | None:
+    def chosen(cls, rows: SomeRows | None, batch: int | None) -> Rows | None:
         """Read what a host says; `None` for all rows.
 
         Args:
