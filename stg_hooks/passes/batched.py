@@ -23,8 +23,9 @@ from stg_hooks.hooks.forward import Action, Patch, pushed
 from stg_hooks.model.source import is_positional
 from stg_hooks.passes.context import Context
 from stg_hooks.passes.guided_call import GuidedCall, weak_pass
+from stg_hooks.passes.packed import NOT_PACKED, packed_in, packed_rows
 from stg_hooks.passes.returned import predictions, replace_predictions
-from stg_hooks.passes.rows import Indices, count_of, cut, map_arguments, row_factor
+from stg_hooks.passes.rows import Indices, cut, leaves_of, listed, map_arguments, row_factor
 
 
 class RowsError(Exception):
@@ -53,7 +54,7 @@ class BatchedPass:
             cond: which of them are conditional.
             units: blocks, none inside another, the skipped layers among them.
         """
-        self._size = count_of(cond, batch)
+        self._size = len(listed(cond, batch))
         self._batch = batch
         self._cond = cond
         self._skipped = skipped
@@ -70,8 +71,12 @@ class BatchedPass:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Append the cond rows to the arguments of a call, once per branch."""
+        packed = packed_in(leaves_of(args, kwargs), self._batch)
+        more = [*range(self._batch), *[*listed(self._cond, self._batch)] * len(self._skipped)]
 
         def extend(name: str, leaf: Any) -> Any:
+            if packed and (part := packed_rows(packed, leaf, more)) is not NOT_PACKED:
+                return part
             folded = row_factor(leaf, self._batch) if isinstance(leaf, Tensor) else 0
             if not folded or (folded > 1 and (self._batch == 1 or is_positional(name))):
                 return leaf
@@ -110,11 +115,10 @@ class BatchedPass:
                 return proceed(*args, **kwargs)
             self._inside = True
             try:
-                output = proceed(*self._take(computed, args), **self._take(computed, kwargs))
+                own_args, own_kwargs = self._take(computed, args, kwargs)
+                output = proceed(*own_args, **own_kwargs)
                 instead = {
-                    i: self._skipped[i][id(unit)](
-                        proceed, self._take([self._groups[i + 1]], args), self._take([self._groups[i + 1]], kwargs)
-                    )
+                    i: self._skipped[i][id(unit)](proceed, *self._take([self._groups[i + 1]], args, kwargs))
                     for i, skip in enumerate(skips)
                     if skip
                 }
@@ -124,10 +128,21 @@ class BatchedPass:
 
         return run
 
-    def _take(self, groups: list[_Group], arguments: Any) -> Any:
-        if isinstance(arguments, dict):
-            return {name: self._rows_of(groups, value) for name, value in arguments.items()}
-        return tuple(self._rows_of(groups, value) for value in arguments)
+    def _take(
+        self, groups: list[_Group], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        packed = packed_in(leaves_of(args, kwargs), self._total)
+        if packed:
+            rows = [row for group in groups for row in range(self._total)[group.rows]]
+
+            def take(leaf: Any) -> Any:
+                part = packed_rows(packed, leaf, rows)
+                return self._rows_of(groups, leaf) if part is NOT_PACKED else part
+
+            found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(take, (args, kwargs))
+            return found
+        named = {name: self._rows_of(groups, value) for name, value in kwargs.items()}
+        return tuple(self._rows_of(groups, value) for value in args), named
 
     def _rows_of(self, groups: list[_Group], value: Any) -> Any:
         if not isinstance(value, Tensor):

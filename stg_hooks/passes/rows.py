@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from stg_hooks.errors import CallError
 from stg_hooks.model.source import is_positional
 from stg_hooks.model.tensors import leaves_of as leaves_of
+from stg_hooks.passes.packed import NOT_PACKED, packed_in, packed_rows
 
 Indices: TypeAlias = slice | tuple[int, ...]
 """Some rows of a call; a slice has step 1."""
@@ -93,7 +94,8 @@ def take_rows(
 
     A tensor takes part if its dimension 0 is the batch, or a whole multiple of it (frames folded into the batch);
     two-dimensional multiples, and arguments named like positions, hold one row per token and stay whole. Where the rows
-    are the frames of all samples, a `(samples, frames)` tensor takes part too (SVD's own `image_only_indicator`).
+    are the frames of all samples, a `(samples, frames)` tensor takes part too (SVD's own `image_only_indicator`). So do
+    arguments about tokens of all rows that lie one after the other (Mochi's own `packed_indices`).
 
     Args:
         args: positional arguments of the call.
@@ -105,8 +107,11 @@ def take_rows(
     Returns:
         The arguments of the smaller call.
     """
+    packed = packed_in(leaves_of(args, kwargs), batch)
 
     def take(name: str, leaf: Any) -> Any:
+        if packed and (part := packed_rows(packed, leaf, listed(rows, batch))) is not NOT_PACKED:
+            return part
         folded = row_factor(leaf, batch) if isinstance(leaf, Tensor) else 0
         if folded == 0 and isinstance(leaf, Tensor) and isinstance(rows, slice) and not is_positional(name):
             return _cut_unfolded(leaf, rows, batch)
@@ -184,9 +189,9 @@ def cut(tensor: Tensor, rows: Indices, batch: int, folded: int) -> Tensor:
     return chosen.flatten(0, 1)
 
 
-def count_of(rows: Indices, batch: int) -> int:
-    """Count the rows that are chosen of a batch."""
-    return len(range(batch)[rows]) if isinstance(rows, slice) else len(rows)
+def listed(rows: Indices, batch: int) -> Sequence[int]:
+    """List the rows that are chosen of a batch."""
+    return range(batch)[rows] if isinstance(rows, slice) else rows
 
 
 def first_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
