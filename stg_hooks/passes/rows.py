@@ -113,19 +113,23 @@ def take_rows(
         if packed and (part := packed_rows(packed, leaf, listed(rows, batch))) is not NOT_PACKED:
             return part
         folded = row_factor(leaf, batch) if isinstance(leaf, Tensor) else 0
-        if folded == 0 and isinstance(leaf, Tensor) and isinstance(rows, slice) and not is_positional(name):
-            return _cut_unfolded(leaf, rows, batch)
+        if is_unfolded(leaf, batch) and not is_positional(name):
+            return cut_unfolded(leaf, listed(rows, batch))
         return leaf if not folded or (folded > 1 and is_positional(name)) else cut(leaf, rows, batch, folded)
 
     return map_arguments(take, args, kwargs, names)
 
 
-def _cut_unfolded(tensor: Tensor, rows: slice, batch: int) -> Tensor:
-    """Cut a tensor of `(samples, frames)` down to some rows, where the rows of the call are frames of samples."""
-    if tensor.ndim != 2 or tensor.numel() != batch or tensor.shape[0] in (1, batch):
-        return tensor
-    kept = tensor.flatten()[rows]
-    return kept.unflatten(0, (-1, tensor.shape[1])) if len(kept) % tensor.shape[1] == 0 else tensor
+def is_unfolded(value: Any, batch: int) -> bool:
+    """Tell whether this is a tensor of `(samples, frames)`, where the rows of the call are frames of samples."""
+    is_flat = isinstance(value, Tensor) and value.ndim == 2
+    return is_flat and value.numel() == batch and value.shape[0] not in (1, batch)
+
+
+def cut_unfolded(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """Cut a tensor of `(samples, frames)` down to some rows, which may be more than it has; frames stay together."""
+    frames = tensor.shape[1]
+    return tensor if len(rows) % frames else tensor.flatten()[list(rows)].unflatten(0, (-1, frames))
 
 
 def map_arguments(
