@@ -41,8 +41,8 @@ REFUSED = {
 NOTES = {
     "OmniGen with input images": "weak passes are made in full, with all rows: images are named by the row that they "
     "belong to, which a call with fewer rows would not have.",
-    "Flux2KleinKV with a reference image": "weak passes are made in full: in the first step its blocks write keys and "
-    "values into a cache that they are given.",
+    "Flux2KleinKV with a reference image": "the weak pass of the first step is made in full: there its blocks write "
+    "keys and values into a cache that they are given.",
     "AceStep": "its CFG is APG, which projects on the cond prediction: that is the guided one. The prediction that "
     "`audio_cover_strength` mixes in gets the same term.",
     "DiffEdit": "`generate_mask()` of this diffusers gives the prompt to the rows that it calls uncond, and the "
