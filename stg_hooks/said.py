@@ -76,7 +76,7 @@ class Said:
         """Return what it says of each call."""
         named = self.rows if isinstance(self.rows, str) else None
         return Role(
-            named or ("uncond+cond" if self.has_uncond else "cond"),
+            named or ("cond" if not self.has_uncond else "uncond+cond" if self.batched_cfg else "cond+uncond"),
             self.guidance_scale,
             channels=self.channels,
             samples=None,
