@@ -63,18 +63,19 @@ class ModuleHost:
             return self._role
         if caller is None or (found is None and self._said.of_rows is not None):
             return self._role
-        if found is None or self._said.of_rows is None:
-            said = {"guidance_scale": self._role.guidance_scale, "channels": self._role.channels}
-            changes: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
-            return found if found is None else dataclasses.replace(found, **changes)
-        if found.rows != self._role.rows or self._role.listed is not None:
+        if found is None:
+            return None
+        if self._said.of_rows is not None and (found.rows, found.listed) != (self._role.rows, self._role.listed):
             name, value = self._said.of_rows
-            are = "are these" if self._role.listed is not None else f"are {phrase(self._role.rows)}"
+            own = f"that the rows of this call are {phrase(self._role.rows)}"
+            says = own if self._role.listed is None else "which rows of this call are cond"
             raise CallError(
-                f"{name}={value!r} says that the rows of this call {are}, but {caller.name}, which makes it, "
+                f"{name}={value!r} says {says}, but {caller.name}, which makes it, "
                 f"predicts {phrase(found.rows)} in it. Pass the pipeline: stg.apply(pipe, ...), or leave {name}= out."
             )
-        return self._role
+        said = {name: getattr(self._role, name) for name in ("guidance_scale", "channels", "weak_call")}
+        changes: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+        return dataclasses.replace(found, **changes)
 
     def step(self) -> Step:
         """Return what a pipeline says that makes the call; otherwise nothing is known."""

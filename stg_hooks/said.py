@@ -72,6 +72,11 @@ class Said:
         said = (("batched_cfg", self.batched_cfg), ("rows", self.rows))
         return next(((name, value) for name, value in said if value is not None), None)
 
+    @property
+    def _listed(self) -> SomeRows | None:
+        rows = None if isinstance(self.rows, str) else self.rows
+        return rows.tolist() if isinstance(rows, Tensor) else rows
+
     def role(self) -> Role:
         """Return what it says of each call."""
         named = self.rows if isinstance(self.rows, str) else None
@@ -80,6 +85,6 @@ class Said:
             self.guidance_scale,
             channels=self.channels,
             samples=None,
-            listed=None if isinstance(self.rows, str) else self.rows,
+            listed=self._listed,
             weak_call=self.weak_call,
         )
