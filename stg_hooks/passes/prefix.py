@@ -50,6 +50,8 @@ class Output:
     is_kept: bool = True
     is_overwritten: bool = False
     """A later unit writes into the same memory."""
+    gap: Gap | None = None
+    """What weak passes are given in its place where it was let go."""
 
     def let_go(self, is_overwritten: bool = False) -> None:
         """Forget the values: the model holds them no more."""
@@ -281,9 +283,13 @@ class Prefix:
         return values[0] if call.spec is None else pytree.tree_unflatten(values, call.spec)
 
     def _copy(self, number: int, value: Any) -> Any:
-        rows = self._rows_of(value)
-        is_gap = isinstance(value, Output) and not value.is_kept and not value.is_overwritten
-        return Gap.of(rows, frozenset([number])) if is_gap else rows
+        if not isinstance(value, Output) or value.is_kept or value.is_overwritten:
+            return self._rows_of(value)
+        if self.is_dense:
+            return Gap.of(self._rows_of(value), frozenset([number]))
+        if value.gap is None:
+            value.gap = Gap.of(value.rows, frozenset([number]))
+        return value.gap
 
     def _rows_of(self, value: Any) -> Any:
         # Later code may write into what it is given, and another pass may need it again.
