@@ -16,7 +16,7 @@ from torch import nn
 from stg_hooks.denoiser import GuidedDenoiser
 from stg_hooks.errors import CallError, LayerError, NotCopied, SettingError, StgWarning, users_frame, warn
 from stg_hooks.guidance.channels import VarianceWatch
-from stg_hooks.guidance.combine import Scales, check_scales
+from stg_hooks.guidance.combine import Scales
 from stg_hooks.guidance.guide import Guidance
 from stg_hooks.guidance.per_output import PerOutput
 from stg_hooks.guidance.rules import Rule
@@ -30,12 +30,16 @@ from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.perturbation import Mode
 from stg_hooks.module_host import ModuleHost
 from stg_hooks.ranks.link import check_own_copy, ranks_from
+from stg_hooks.said import Said
 from stg_hooks.session import Session
 from stg_hooks.step import Step
 from stg_hooks.uncond import UncondDenoiser
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from stg_hooks.passes.guided_call import WeakCall
+    from stg_hooks.passes.rows import SomeRows
 
 
 class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, layers=[34], scale=1.0):`
@@ -66,6 +70,8 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         on: str = "cond",
         every: int = 1,
         batched_cfg: bool | None = None,
+        rows: str | SomeRows | None = None,
+        weak_call: WeakCall | None = None,
         guidance_scale: Scales | None = None,
         channels: int | None = None,
         execution: str = "auto",
@@ -105,7 +111,14 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
                 what guidance changes, and 4 by 30 % (benchmarks/results/every.md).
             batched_cfg: for a module: its rows are `[uncond, cond]`, or the samples in the lists that it takes and
                 returns. Left out, every row counts as conditional.
-            guidance_scale: for a module with `batched_cfg` and `rescale`: the CFG weight that its caller applies.
+            rows: for a module whose rows are in another order: their parts of equal size by name, `"cond+uncond"`, or
+                which rows are cond: a slice, such as `slice(1, None, 2)` for `[u, c, u, c]`, a list of row numbers, or
+                a mask with one bool per row. The others belong to them in their order, the first to the first.
+            weak_call: for a module whose arguments cannot be cut down to the cond rows by looking at them: a function
+                that takes `(args, kwargs)` of a call and returns those of its cond rows, in their order in the call.
+                The first call of each layout finds out whether it does.
+            guidance_scale: for a module with `batched_cfg` or `rows`, and `rescale`: the CFG weight that its caller
+                applies.
             channels: for a module: how many channels (dimension 1) of a prediction are guided, where the others are a
                 learned variance. Left out, all are. Pipelines are asked themselves.
             execution: how the weak prediction is computed: `"sequential"` (a second pass that starts at the first
@@ -134,7 +147,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         Source: STG, arXiv 2411.18664, Eq. 13 and 20, Alg. 4.
         """
         self._scope = activation.check_scope(scope)
-        host = _find_host(target, batched_cfg, guidance_scale, channels)
+        host = _find_host(target, Said(batched_cfg, rows, weak_call, guidance_scale, channels))
         is_pipeline = not isinstance(host, ModuleHost)
         denoisers = host.denoisers()
         request = Request(
@@ -158,6 +171,8 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         if is_pipeline:
             guidance.variance = VarianceWatch(is_told=True)
             guidance.watch.target = "pipe"
+        if group is not None and weak_call is not None:
+            raise SettingError("weak_call= says how to cut cond rows only, and group= predicts uncond rows apart, too.")
         self._session = Session(host, guidance, ranks_from(group, timeout, on))
         if on == "uncond":
             self._check_uncond(batched_cfg)
@@ -376,15 +391,14 @@ def _shown_as_pipeline(is_pipeline: bool) -> Iterator[None]:
         raise
 
 
-def _find_host(target: object, batched_cfg: bool | None, guidance_scale: Scales | None, channels: int | None) -> Host:
-    if guidance_scale is not None:
-        check_scales("guidance_scale", guidance_scale)
+def _find_host(target: object, said: Said) -> Host:
     if isinstance(target, nn.Module):
-        return ModuleHost(target, batched_cfg, guidance_scale, channels)
+        return ModuleHost(target, said)
+    said.check()
     host = pipeline_host(target)
-    if batched_cfg is not None or guidance_scale is not None or channels is not None:
+    if any(value is not None for value in vars(said).values()):
         raise SettingError(
-            "batched_cfg=, guidance_scale= and channels= describe the calls of a module. A pipeline is asked itself: "
-            "leave them out, or pass its denoiser."
+            "batched_cfg=, rows=, weak_call=, guidance_scale= and channels= describe the calls of a module. A pipeline "
+            "is asked itself: leave them out, or pass its denoiser."
         )
     return host

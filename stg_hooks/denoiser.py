@@ -22,7 +22,7 @@ from stg_hooks.hooks.compiled import is_compiled, untraced
 from stg_hooks.hooks.forward import Patch, Undo, patched, shared
 from stg_hooks.model.source import bound_arguments, parameter_names
 from stg_hooks.model.tensors import leaves_of
-from stg_hooks.parts import cond_rows, sides
+from stg_hooks.parts import cond_rows, of_call, sides
 from stg_hooks.passes.guided_call import GuidedCall, in_weak_pass, layout_of
 from stg_hooks.passes.inputs import Inputs, Written
 from stg_hooks.passes.predict import Predictor
@@ -155,6 +155,7 @@ class GuidedDenoiser:
         is_guess = role.samples is None
         if is_guess:
             role = dataclasses.replace(role, samples=takes_samples(args, kwargs))
+        role = of_call(role, args, kwargs)
         check_alone(self._session, self._session.ranks, self._model)
         caches = self._predictor.caches
         if not role.is_cond:
@@ -214,7 +215,9 @@ class GuidedDenoiser:
         if not call.branches:
             return proceed(*args, **kwargs)
         execution = self._predictor.of(call.branches)
-        output, call.guided = execution.cond_pass(proceed, args, kwargs, call.rows, call.inputs)
+        rows = call.rows
+        weak_call = None if rows is None else call.role.weak_call
+        output, call.guided = execution.cond_pass(proceed, args, kwargs, rows, call.inputs, weak_call)
         return output
 
     def _around_compiled(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -256,10 +259,10 @@ class GuidedDenoiser:
         """Tell from the output, too, whether each prediction is one sample, and correct the earlier guess."""
         role = call.role
         arguments = (call.args, call.kwargs) if call.inputs is None else call.inputs.again()
-        of_rows = role.rows == "uncond+cond" or role.channels is not None
+        of_rows = len(role.parts) > 1 or role.channels is not None
         samples = self._guidance.are_samples(output, now, arguments, call.settings, of_rows)
         if samples != role.samples:
-            call.role = dataclasses.replace(role, samples=samples)
+            call.role = of_call(dataclasses.replace(role, samples=samples), *arguments)
             if call.share is not None:
                 check_rows_apart(call.role, "group=")
             if call.guided is not None and call.share is None:  # nothing that was recorded has the right rows

@@ -9,6 +9,8 @@ from stg_hooks.errors import CallError
 
 if TYPE_CHECKING:
     from stg_hooks.guidance.combine import Scales
+    from stg_hooks.passes.guided_call import WeakCall
+    from stg_hooks.passes.rows import SomeRows
 
 
 _PHRASES = {"cond": "conditional", "uncond": "unconditional", "perturbed": "a weak prediction of its own"}
@@ -48,6 +50,10 @@ class Role:
     out. With `samples`, the denoiser returns its predictions as a list of single samples, without a dimension for the
     batch; then rows may be `"uncond+cond"` or `"cond+uncond"`: halves of the list. `None` lets the call tell.
 
+    `listed` are the cond rows where its user has listed them; then a call tells what parts it has (`parts.of_call`),
+    and `order` has the numbers of their rows, part after part, where the parts do not follow each other. `weak_call`
+    returns the arguments of the cond rows, where the user knows them better.
+
     `is_clean` says that what the caller combines are clean samples, `x - sigma * prediction` of a flow model, and `own`
     which weak predictions it is going to make itself in this step because that is its default.
     """
@@ -59,6 +65,9 @@ class Role:
     samples: bool | None = False
     is_clean: bool = False
     own: tuple[OwnGuidance, ...] = ()
+    listed: SomeRows | None = None
+    order: tuple[int, ...] | None = None
+    weak_call: WeakCall | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -78,7 +87,7 @@ class Role:
     @property
     def is_halved(self) -> bool:
         """Whether dimension 0 of the tensors holds `[uncond, cond]`."""
-        return self.rows == "uncond+cond" and not self.samples
+        return self.rows == "uncond+cond" and self.order is None and not self.samples
 
     @property
     def is_list_of_both(self) -> bool:

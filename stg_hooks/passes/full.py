@@ -43,7 +43,7 @@ class FullPasses:
         context = self._context
         if call.rows is not None:
             call.unskipped.clear()
-        is_cut = context.ways.now == "full" and call.rows is not None and not context.transactions.keeps_state
+        is_cut = self.is_taken(call) and call.rows is not None and not context.transactions.keeps_state
         if is_cut and self.is_to_be_checked(call):
             is_cut = self.can_cut(call)
         # Where a check is only put off to the next call, nothing is known about cutting rows.
@@ -95,6 +95,11 @@ class FullPasses:
                     "it keeps something from one call to the next that cannot be put back after a weak pass"
                     f"{f' ({found})' if found else ''}. Keep it in an attribute of the model, or switch it off."
                 )
+
+    def is_taken(self, call: GuidedCall) -> bool:
+        """Tell whether the weak passes of a call are made in full, on its cond rows."""
+        now, in_full = self._context.ways.now, self._context.found.in_full
+        return now == "full" or (now != "all rows" and call.layout in in_full)
 
     def is_to_be_checked(self, call: GuidedCall) -> bool:
         """Tell whether it is open if calls of this layout can be cut down to their cond rows."""

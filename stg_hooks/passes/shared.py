@@ -66,7 +66,7 @@ class SharedPasses:
         return weaks
 
     def _is_possible(self, call: GuidedCall, prefix: Prefix) -> bool:
-        """Tell whether what was recorded may serve; from the second time on, an obstacle ends sharing."""
+        """Tell whether what was recorded may serve; if not, say what that means for later calls."""
         ways, times = self._context.ways, self._context.recorded[call.layout]
         if not ways.shares or None in prefix.ends:
             return False
@@ -74,8 +74,11 @@ class SharedPasses:
             return False
         if prefix.obstacle == DRAWS_RANDOM_NUMBERS and times <= _PATIENCE:
             return False  # it may have been another thread
+        if prefix.obstacle == DRAWS_RANDOM_NUMBERS:
+            ways.stop_sharing(prefix.obstacle, "all rows")
+            return False
         if prefix.obstacle:
-            ways.stop_sharing(prefix.obstacle, "all rows" if prefix.obstacle == DRAWS_RANDOM_NUMBERS else "full")
+            self._context.found.in_full[call.layout] = prefix.obstacle
             return False
         if prefix.has_new_state or (call.changes_state and not self._sets_again(prefix)):
             # The first time that may be a cache.

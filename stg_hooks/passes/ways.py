@@ -51,6 +51,7 @@ class Ways:
         """Where `choose` begins: a step cache or compiling may be gone in the next `with`."""
         self._surrounding = {way: surrounding(model, units.of(way)) for way in _WAYS}
         self._uncompiled: list[nn.Module] = []
+        self._has_told = False
 
     @property
     def shares(self) -> bool:
@@ -101,6 +102,15 @@ class Ways:
             f"{type(self._model).__name__} does not let the weak pass share work with the cond pass ({reason}). Weak "
             f"passes are made in full{rows} from now on. execution='full' begins so, without this warning."
         )
+
+    def tell_of_full_passes(self, reason: str) -> None:
+        """Say once that there are calls whose weak passes are made in full."""
+        if not self._has_told:
+            self._has_told = True
+            warn(
+                f"{type(self._model).__name__} does not let the weak pass share work with the cond pass in some calls "
+                f"({reason}). Their weak passes are made in full. execution='full' makes all so, without this warning."
+            )
 
     def stop_cutting(self, reason: str) -> None:
         """Make weak passes on all rows of a call from now on."""
