@@ -28,9 +28,9 @@ from stg_hooks.hosts import Host, pipeline_host
 from stg_hooks.model.resolve import LayerSpec
 from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.perturbation import Mode
+from stg_hooks.module_calls import ModuleCalls
 from stg_hooks.module_host import ModuleHost
 from stg_hooks.ranks.link import check_own_copy, ranks_from
-from stg_hooks.said import Said
 from stg_hooks.session import Session
 from stg_hooks.step import Step
 from stg_hooks.uncond import UncondDenoiser
@@ -147,7 +147,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         Source: STG, arXiv 2411.18664, Eq. 13 and 20, Alg. 4.
         """
         self._scope = activation.check_scope(scope)
-        host = _find_host(target, Said(batched_cfg, rows, weak_call, guidance_scale, channels))
+        host = _find_host(target, ModuleCalls(batched_cfg, rows, weak_call, guidance_scale, channels))
         is_pipeline = not isinstance(host, ModuleHost)
         denoisers = host.denoisers()
         request = Request(
@@ -391,7 +391,7 @@ def _shown_as_pipeline(is_pipeline: bool) -> Iterator[None]:
         raise
 
 
-def _find_host(target: object, said: Said) -> Host:
+def _find_host(target: object, said: ModuleCalls) -> Host:
     if isinstance(target, nn.Module):
         return ModuleHost(target, said)
     said.check()

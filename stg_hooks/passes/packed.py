@@ -78,7 +78,8 @@ def packed_in(leaves: Iterable[Any], batch: int) -> list[Packed]:
     return [
         Packed(leaf, bounds)
         for leaf, bounds in values
-        if bounds[0] == 0 and all(start < end for start, end in itertools.pairwise(bounds))
+        # One token a row would be positions rather, 0, 1, 2.
+        if bounds[0] == 0 and bounds[-1] > batch and all(start < end for start, end in itertools.pairwise(bounds))
     ]
 
 
