@@ -107,7 +107,7 @@ ROWS: dict[str, tuple[dict[str, Any], list[int]]] = {
 
 @pytest.mark.parametrize("execution", zoo.EXECUTIONS)
 @pytest.mark.parametrize("lengths", [[3, 1, 2, 1], [0, 3, 3, 3], [3, 3, 1, 2]], ids=str)
-@pytest.mark.parametrize("module_calls", ROWS)
+@pytest.mark.parametrize("said", ROWS)
 def test_packed_tokens_are_cut(model: nn.Module, said: str, lengths: list[int], execution: str) -> None:
     settings, conds = ROWS[said]
     inputs = packed_inputs(lengths)

@@ -35,7 +35,7 @@ SAID: dict[str, tuple[Any, list[int], list[int]]] = {
 
 
 @pytest.mark.parametrize("execution", zoo.EXECUTIONS)
-@pytest.mark.parametrize("module_calls", SAID)
+@pytest.mark.parametrize("said", SAID)
 @pytest.mark.parametrize("name", ["plain", "image_text", "unet"])
 def test_each_row_gets_the_term_of_its_cond_row(name: str, said: str, execution: str) -> None:
     rows, conds, owners = SAID[said]
@@ -157,7 +157,7 @@ class Hosted(nn.Module):
 
 
 @pytest.mark.parametrize("execution", zoo.EXECUTIONS)
-@pytest.mark.parametrize("module_calls", [{"rows": [0, 2]}, {"rows": "cond+uncond"}, {"batched_cfg": True}], ids=str)
+@pytest.mark.parametrize("said", [{"rows": [0, 2]}, {"rows": "cond+uncond"}, {"batched_cfg": True}], ids=str)
 def test_a_function_returns_the_arguments_of_the_cond_rows(said: dict[str, Any], execution: str) -> None:
     conds = {"[0, 2]": [0, 2], "cond+uncond": [0, 1], "None": [2, 3]}[str(said.get("rows"))]
     unconds = [row for row in range(4) if row not in conds]
