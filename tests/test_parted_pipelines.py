@@ -141,7 +141,7 @@ def test_a_pipeline_that_only_calls_another_is_guided() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module_calls", "is_right"),
+    ("said", "is_right"),
     [
         ({"rows": "cond+uncond"}, True),
         ({"rows": "uncond+cond"}, False),

@@ -116,7 +116,7 @@ def test_rows_that_a_call_does_not_have(model: nn.Module, rows: Any, message: st
 
 
 @pytest.mark.parametrize(
-    ("module_calls", "message"),
+    ("said", "message"),
     [
         ({"rows": "cond+other"}, "expected the parts"),
         ({"rows": "uncond"}, "expected the parts"),
