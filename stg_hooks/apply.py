@@ -19,8 +19,9 @@ from stg_hooks.guidance.channels import VarianceWatch
 from stg_hooks.guidance.combine import Scales
 from stg_hooks.guidance.guide import Guidance
 from stg_hooks.guidance.per_output import PerOutput
+from stg_hooks.guidance.request import Request
 from stg_hooks.guidance.rules import Rule
-from stg_hooks.guidance.schedule import Asked, Plan, Request, Schedule
+from stg_hooks.guidance.schedule import Asked, Plan, Schedule
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.guidance.trace import Stats, Trace
 from stg_hooks.hooks import activation
