@@ -142,7 +142,7 @@ class PipelineHost:
         """Say which weak predictions the pipeline is going to make itself in this step, as it does by default."""
         cls, found = type(frame.f_locals["self"]), []
         for site in self._sites[frame.f_code]:
-            if site.kind != "perturbed" or not site.when:
+            if site.kind not in ("perturbed", "named") or not site.when:
                 continue
             if (cls, site.lines) not in self._own:
                 self._own[cls, site.lines] = on_by_default(cls, site)
