@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from stg_hooks.errors import CallError, TargetError, is_of_library
-from stg_hooks.hooks.forward import Undo, set_attribute, shared
+from stg_hooks.hooks.forward import Undo, installed_once, set_attribute
 from stg_hooks.hooks.processors import Processors
 from stg_hooks.integrations.diffusers.call_roles import Latents, holds, latents_of, role_of
 from stg_hooks.integrations.diffusers.call_sites import CallSite, UnreadableError
@@ -280,4 +280,4 @@ def plain_attention(attention: nn.Module) -> AbstractContextManager[object]:
     def install() -> tuple[None, Undo]:
         return None, set_attribute(processor, "_attention_backend", "native")
 
-    return shared(processor, "_attention_backend", install)
+    return installed_once(processor, "_attention_backend", install)

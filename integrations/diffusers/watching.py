@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-from stg_hooks.hooks.forward import Undo, set_attribute, shared
+from stg_hooks.hooks.forward import Undo, installed_once, set_attribute
 
 
 class _Method:
@@ -58,7 +58,7 @@ def _called_at(pipeline: Any, name: str, kind: type[_Method], callback: Callable
         method = kind(pipeline, name)
         return method, set_attribute(pipeline, name, method)
 
-    with shared(pipeline, name, install) as method:
+    with installed_once(pipeline, name, install) as method:
         method.callbacks = (*method.callbacks, callback)
         try:
             yield

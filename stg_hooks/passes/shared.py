@@ -46,7 +46,7 @@ class SharedPasses:
             del found.layouts[call.layout]  # blocks whose calls are not looked at may draw them
             return None
         prefix.is_reused = prefix.is_reused or is_to_be_checked
-        weaks, counted = [], self._context.counted()
+        weaks, counted = [], self._context.stats_so_far()
         try:
             for branch, switch in enumerate(self._context.switches):
                 # Without a copy of what the branch leaves: it would have the cond rows alone.
@@ -56,7 +56,7 @@ class SharedPasses:
             if is_to_be_checked:
                 self._check(call, prefix, weaks)
         except (NotSharedError, PrefixMismatchError, GapError) as error:
-            self._context.count_again_from(counted)
+            self._context.restore_stats(counted)
             self._give_up(call, prefix, error)
             return None
         if isinstance(prefix, Recording):
@@ -148,9 +148,11 @@ class SharedPasses:
                 with self._context.transactions.transaction(call), weak_pass(), replay:
                     return own_predictions(call.denoiser(*args, **kwargs))
             except RuntimeError as error:
-                if prefix.is_dense or "single memory location" not in str(error):
+                if prefix.needs_own_memory or "single memory location" not in str(error):
                     raise
-                prefix.is_dense = True  # torch does not write into an expanded NaN: each answer gets memory of its own
+                prefix.needs_own_memory = (
+                    True  # torch does not write into an expanded NaN: each answer gets memory of its own
+                )
         raise AssertionError("the second attempt has returned or raised")
 
     def _check(self, call: GuidedCall, prefix: Prefix, weaks: Sequence[Sequence[Tensor]]) -> None:
