@@ -127,7 +127,7 @@ class SharedPasses:
                 raise
             if prefix.has_gaps:
                 raise GapError from error
-            # Before rows have been cut successfully they are under suspicion; if innocent, a full pass fails as well.
+            # Rows may have been cut wrongly. If that is not the cause, a full pass raises the same error.
             if call.rows is None or not isinstance(prefix, Recording):
                 raise
             raise NotSharedError(f"{type(error).__name__}: {error}") from error
