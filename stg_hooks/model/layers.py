@@ -61,6 +61,11 @@ def remember(model: nn.Module, run: Run) -> None:
         note_attention(model.get_submodule(name))
 
 
+def was_recorded(model: nn.Module) -> bool:
+    """Tell whether calls of a model have told of its layers."""
+    return model in _RUNS
+
+
 def find_layers(model: nn.Module) -> list[Layer]:
     """List the skippable layers of a model, the numbered ones first and in running order.
 
