@@ -448,6 +448,8 @@ def importable(root: Path, absent: tuple[str, ...]) -> Iterator[None]:
 _OTHERS = {
     "EDM": ("training/networks_edm2.py", False),
     "DiT": ("diffusion/gaussian_diffusion.py", True),
+    "SiT": ("transport/transport.py", True),
+    "Lumina-Image 2": ("transport/transport.py", True),
 }
 """A further file that tells a repository by being there, or by being absent, where others have the same marks."""
 
@@ -455,8 +457,9 @@ _OTHERS = {
 def found_under(path: Path) -> Iterator[tuple[Repository, Path]]:
     """Find the known repositories in the folders below a path."""
     from tests.further_repositories import FURTHER
+    from tests.more_repositories import MORE
 
-    for repository in (*REPOSITORIES, *FURTHER):
+    for repository in (*REPOSITORIES, *FURTHER, *MORE):
         for mark in sorted(path.glob(f"**/{repository.mark}")):
             root = mark.parents[len(Path(repository.mark).parts) - 1]
             has_another = _OTHERS.get(repository.name)
@@ -512,12 +515,16 @@ def in_place_of_attention(change: Any) -> Iterator[None]:
         return change(query, key, value, attn_mask)
 
     def softmax(logits: Tensor, dim: int | None = None, **_: Any) -> Tensor:
+        if logits.ndim < 3 or logits.shape[-1] != logits.shape[-2]:  # that of a gate between experts
+            return logits.exp() / logits.exp().sum(-1, keepdim=True)
         return torch.eye(logits.shape[-1]).expand(logits.shape).to(logits.dtype)
 
     KERNEL.change = change
-    with mock.patch.object(F, "scaled_dot_product_attention", sdpa), mock.patch.object(Tensor, "softmax", softmax):
-        yield
-    KERNEL.change = plain
+    try:
+        with mock.patch.object(F, "scaled_dot_product_attention", sdpa), mock.patch.object(Tensor, "softmax", softmax):
+            yield
+    finally:
+        KERNEL.change = plain
 
 
 def tensors(output: Any) -> list[Tensor]:

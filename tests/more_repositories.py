@@ -1,0 +1,180 @@
+"""Tiny models of still more repositories, for tests.repositories: these had not been looked at when the code was made."""
+
+from __future__ import annotations
+
+import sys
+import types
+from contextlib import nullcontext
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from tests.further_repositories import memory_efficient_attention, standing_in
+from tests.repositories import ROWS, TEXT, Repository, Tiny, module, random
+
+
+def sit() -> Tiny:
+    model = module("models").SiT(8, 2, 4, 32, 3, 2, 2.0, num_classes=7, learn_sigma=False)
+    cond = {"x": random(ROWS, 4, 8, 8), "t": torch.full((ROWS,), 0.5), "y": torch.tensor([1, 2])}
+    return Tiny(model, cond, {"y": torch.tensor([7, 7])})
+
+
+def lumina_2() -> Tiny:
+    standing_in("flash_attn.bert_padding", index_first_axis=_rows_of, pad_input=_padded, unpad_input=None)
+    standing_in("apex.normalization", FusedRMSNorm=torch.nn.RMSNorm)
+    model = module("models.model").NextDiT(
+        2, 4, 32, 3, 1, 2, multiple_of=16, qk_norm=True, cap_feat_dim=12, axes_dims=[4, 6, 6], axes_lens=[16, 16, 16]
+    )
+    cond = {
+        "x": random(ROWS, 4, 8, 8),
+        "t": torch.full((ROWS,), 0.5),
+        "cap_feats": random(ROWS, TEXT, 12),
+        "cap_mask": torch.ones(ROWS, TEXT, dtype=torch.int32),
+    }
+    text = {"JointTransformerBlock": slice(0, TEXT)}
+    return Tiny(model, cond, {"cap_feats": random(ROWS, TEXT, 12)}, text)
+
+
+def _rows_of(x: Tensor, indices: Tensor) -> Tensor:
+    return x[indices]
+
+
+def _padded(x: Tensor, indices: Tensor, batch: int, length: int) -> Tensor:
+    found = x.new_zeros(batch * length, *x.shape[1:])
+    found[indices] = x
+    return found.unflatten(0, (batch, length))
+
+
+def hunyuan_dit() -> Tiny:
+    args = types.SimpleNamespace(
+        learn_sigma=False, text_states_dim=12, text_states_dim_t5=16, text_len=TEXT, text_len_t5=4, norm="layer",
+        is_ipa=False, infer_mode="torch", use_flash_attn=False, qk_norm=True, size_cond=None, use_style_cond=False,
+        use_fp16=False,
+    )  # fmt: skip
+    model = module("hydit.modules.models").HunYuanDiT(args, (8, 8), 2, 4, 32, 4, 2, 2.0, log_fn=lambda *_: None)
+    cond = {
+        "x": random(ROWS, 4, 8, 8),
+        "t": torch.full((ROWS,), 500.0),
+        "encoder_hidden_states": random(ROWS, TEXT, 12),
+        "text_embedding_mask": torch.ones(ROWS, TEXT),
+        "encoder_hidden_states_t5": random(ROWS, 4, 16),
+        "text_embedding_mask_t5": torch.ones(ROWS, 4),
+        "cos_cis_img": random(16, 16).cos(),
+        "sin_cis_img": random(16, 16).sin(),
+        "return_dict": False,
+    }
+    return Tiny(model, cond, {"encoder_hidden_states": random(ROWS, TEXT, 12)})
+
+
+def stable_audio() -> Tiny:
+    with_models = f"{sys.path[0]}/stable_audio_tools"
+    standing_in("stable_audio_tools", __path__=[with_models])
+    standing_in("stable_audio_tools.models", __path__=[f"{with_models}/models"])
+    with mock.patch.dict("os.environ", {"ENABLE_TORCH_COMPILE": "0"}):
+        model = module("stable_audio_tools.models.dit").DiffusionTransformer(
+            4, 1, 64, cond_token_dim=12, global_cond_dim=6, depth=3, num_heads=2
+        )
+    cond = {
+        "x": random(ROWS, 4, 10),
+        "t": torch.full((ROWS,), 0.5),
+        "cross_attn_cond": random(ROWS, TEXT, 12),
+        "global_embed": random(ROWS, 6),
+    }
+    return Tiny(model, cond, {"cross_attn_cond": random(ROWS, TEXT, 12)})
+
+
+def hidream() -> Tiny:
+    standing_in("hi_diffusers", __path__=[f"{sys.path[0]}/hi_diffusers"])  # without its pipelines
+    model = module("hi_diffusers.models.transformers.transformer_hidream_image").HiDreamImageTransformer2DModel(
+        2, 4, 4, 2, 2, 16, 2, [12, 16], 6, 2, 1, (4, 6, 6), (8, 8), [0, 1, 1, 0]
+    )
+    tokens = 16
+
+    def encoded() -> list[Tensor]:
+        return [random(ROWS, TEXT, 12), random(2, ROWS, 4, 16)]
+
+    cond = {
+        "hidden_states": random(ROWS, 4, 8, 8),
+        "timesteps": torch.full((ROWS,), 500.0),
+        "encoder_hidden_states": encoded(),
+        "pooled_embeds": random(ROWS, 6),
+        "return_dict": False,
+    }
+    through = {"HiDreamImageBlock": one_or_two}
+    text = {"HiDreamImageBlock": slice(tokens, None)}
+    return Tiny(model, cond, {"encoder_hidden_states": encoded()}, text, through, "hidden_states")
+
+
+def one_or_two(image_tokens: Tensor, text_tokens: Tensor | None = None, **_: Any) -> Any:
+    return image_tokens if text_tokens is None else (image_tokens, text_tokens)
+
+
+def open_sora_plan() -> Tiny:
+    standing_in("opensora", __path__=[f"{sys.path[0]}/opensora"])
+    standing_in("opensora.utils", __path__=[f"{sys.path[0]}/opensora/utils"])
+    standing_in("opensora.utils.utils", to_2tuple=None)
+    standing_in("opensora.models", __path__=[f"{sys.path[0]}/opensora/models"])
+    standing_in("opensora.models.diffusion", __path__=[f"{sys.path[0]}/opensora/models/diffusion"])
+    standing_in("opensora.models.diffusion.opensora_v1_3", __path__=[f"{sys.path[0]}/opensora/models/diffusion/opensora_v1_3"])
+    torch.backends.cuda.sdp_kernel = lambda **_: nullcontext()  # it asks for one that needs a GPU
+    model = module("opensora.models.diffusion.opensora_v1_3.modeling_opensora").OpenSoraT2V_v1_3(
+        2, 24, 4, 4, 4, cross_attention_dim=48, sample_size_h=4, sample_size_w=4, sample_size_t=4, patch_size=2,
+        patch_size_t=1, activation_fn="gelu-approximate", caption_channels=12, sparse1d=True, sparse_n=4,
+    )  # fmt: skip
+    cond = {
+        "hidden_states": random(ROWS, 4, 4, 4, 8),
+        "timestep": torch.full((ROWS,), 500.0),
+        "encoder_hidden_states": random(ROWS, 1, TEXT, 12),
+        "attention_mask": torch.ones(ROWS, 4, 4, 8),
+        "encoder_attention_mask": torch.ones(ROWS, 1, TEXT),
+        "return_dict": False,
+    }
+    return Tiny(model, cond, {"encoder_hidden_states": random(ROWS, 1, TEXT, 12)}, first="hidden_states")
+
+
+def k_diffusion() -> Tiny:
+    standing_in("k_diffusion", __path__=[f"{sys.path[0]}/k_diffusion"])
+    with mock.patch.dict("os.environ", {"K_DIFFUSION_USE_COMPILE": "0", "K_DIFFUSION_USE_FLASH_2": "0"}):
+        model = module("k_diffusion.models.image_transformer_v2")
+        attention = model.GlobalAttentionSpec(16)
+        levels = [model.LevelSpec(2, 32, 64, attention, 0.0), model.LevelSpec(2, 48, 96, attention, 0.0)]
+        found = model.ImageTransformerDenoiserModelV2(levels, model.MappingSpec(1, 32, 64, 0.0), 3, 3, (2, 2), 3)
+    cond = {"x": random(ROWS, 3, 8, 8), "sigma": torch.full((ROWS,), 2.0), "class_cond": torch.tensor([0, 1])}
+    return Tiny(found, cond, {"class_cond": torch.tensor([2, 2])})
+
+
+def dynami_crafter() -> Tiny:
+    standing_in("xformers.ops", memory_efficient_attention=memory_efficient_attention)
+    standing_in("xformers", ops=sys.modules["xformers.ops"])
+    model = module("lvdm.modules.networks.openaimodel3d").UNetModel(
+        4, 32, 4, 1, [1, 2], channel_mult=[1, 2], num_head_channels=16, context_dim=12, use_linear=True,
+        temporal_conv=True, temporal_attention=True, use_relative_position=False, temporal_length=3,
+        addition_attention=True, image_cross_attention=False,
+    )  # fmt: skip
+    cond = {
+        "x": random(ROWS, 4, 3, 8, 8),
+        "timesteps": torch.full((ROWS,), 500.0),
+        "context": random(ROWS, TEXT, 12),
+    }
+    return Tiny(model, cond, {"context": random(ROWS, TEXT, 12)})
+
+
+MORE = (
+    Repository("SiT", "models.py", sit, "947f95b", ("torchvision",)),
+    Repository("Lumina-Image 2", "models/model.py", lumina_2, "4a4d6f8", (), "flash-attention"),
+    Repository("HunyuanDiT", "hydit/modules/models.py", hunyuan_dit, "d2cb9cd", ("flash_attn",)),
+    Repository("stable-audio-tools", "stable_audio_tools/models/dit.py", stable_audio, "50049e3", kernel="flash-attention"),
+    Repository(
+        "HiDream-I1", "hi_diffusers/models/transformers/transformer_hidream_image.py", hidream, "9b42dd6",
+        kernel="flash-attention",
+    ),
+    Repository(
+        "Open-Sora Plan 1.3", "opensora/models/diffusion/opensora_v1_3/modeling_opensora.py", open_sora_plan, "f7fa604f"
+    ),
+    Repository("k-diffusion", "k_diffusion/models/image_transformer_v2.py", k_diffusion, "4601bf0", ("natten", "torchvision")),
+    Repository(
+        "DynamiCrafter", "lvdm/modules/networks/openaimodel3d.py", dynami_crafter, "c453369", ("cv2", "torchvision", "pytorch_lightning", "omegaconf", "decord"), "xformers"
+    ),
+)
