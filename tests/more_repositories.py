@@ -117,7 +117,9 @@ def open_sora_plan() -> Tiny:
     standing_in("opensora.utils.utils", to_2tuple=None)
     standing_in("opensora.models", __path__=[f"{sys.path[0]}/opensora/models"])
     standing_in("opensora.models.diffusion", __path__=[f"{sys.path[0]}/opensora/models/diffusion"])
-    standing_in("opensora.models.diffusion.opensora_v1_3", __path__=[f"{sys.path[0]}/opensora/models/diffusion/opensora_v1_3"])
+    standing_in(
+        "opensora.models.diffusion.opensora_v1_3", __path__=[f"{sys.path[0]}/opensora/models/diffusion/opensora_v1_3"]
+    )
     torch.backends.cuda.sdp_kernel = lambda **_: nullcontext()  # it asks for one that needs a GPU
     model = module("opensora.models.diffusion.opensora_v1_3.modeling_opensora").OpenSoraT2V_v1_3(
         2, 24, 4, 4, 4, cross_attention_dim=48, sample_size_h=4, sample_size_w=4, sample_size_t=4, patch_size=2,
@@ -165,16 +167,28 @@ MORE = (
     Repository("SiT", "models.py", sit, "947f95b", ("torchvision",)),
     Repository("Lumina-Image 2", "models/model.py", lumina_2, "4a4d6f8", (), "flash-attention"),
     Repository("HunyuanDiT", "hydit/modules/models.py", hunyuan_dit, "d2cb9cd", ("flash_attn",)),
-    Repository("stable-audio-tools", "stable_audio_tools/models/dit.py", stable_audio, "50049e3", kernel="flash-attention"),
     Repository(
-        "HiDream-I1", "hi_diffusers/models/transformers/transformer_hidream_image.py", hidream, "9b42dd6",
+        "stable-audio-tools", "stable_audio_tools/models/dit.py", stable_audio, "50049e3", kernel="flash-attention"
+    ),
+    Repository(
+        "HiDream-I1",
+        "hi_diffusers/models/transformers/transformer_hidream_image.py",
+        hidream,
+        "9b42dd6",
         kernel="flash-attention",
     ),
     Repository(
         "Open-Sora Plan 1.3", "opensora/models/diffusion/opensora_v1_3/modeling_opensora.py", open_sora_plan, "f7fa604f"
     ),
-    Repository("k-diffusion", "k_diffusion/models/image_transformer_v2.py", k_diffusion, "4601bf0", ("natten", "torchvision")),
     Repository(
-        "DynamiCrafter", "lvdm/modules/networks/openaimodel3d.py", dynami_crafter, "c453369", ("cv2", "torchvision", "pytorch_lightning", "omegaconf", "decord"), "xformers"
+        "k-diffusion", "k_diffusion/models/image_transformer_v2.py", k_diffusion, "4601bf0", ("natten", "torchvision")
+    ),
+    Repository(
+        "DynamiCrafter",
+        "lvdm/modules/networks/openaimodel3d.py",
+        dynami_crafter,
+        "c453369",
+        ("cv2", "torchvision", "pytorch_lightning", "omegaconf", "decord"),
+        "xformers",
     ),
 )
