@@ -1,4 +1,4 @@
-"""Tiny models of still more repositories, for tests.repositories: these had not been looked at when the code was made."""
+"""Tiny models of still more repositories, for tests.repositories: none was looked at when the code was made."""
 
 from __future__ import annotations
 
@@ -112,14 +112,9 @@ def one_or_two(image_tokens: Tensor, text_tokens: Tensor | None = None, **_: Any
 
 
 def open_sora_plan() -> Tiny:
-    standing_in("opensora", __path__=[f"{sys.path[0]}/opensora"])
-    standing_in("opensora.utils", __path__=[f"{sys.path[0]}/opensora/utils"])
+    for package in ("opensora", "opensora.utils", "opensora.models", "opensora.models.diffusion"):
+        standing_in(package, __path__=[f"{sys.path[0]}/{package.replace('.', '/')}"])
     standing_in("opensora.utils.utils", to_2tuple=None)
-    standing_in("opensora.models", __path__=[f"{sys.path[0]}/opensora/models"])
-    standing_in("opensora.models.diffusion", __path__=[f"{sys.path[0]}/opensora/models/diffusion"])
-    standing_in(
-        "opensora.models.diffusion.opensora_v1_3", __path__=[f"{sys.path[0]}/opensora/models/diffusion/opensora_v1_3"]
-    )
     torch.backends.cuda.sdp_kernel = lambda **_: nullcontext()  # it asks for one that needs a GPU
     model = module("opensora.models.diffusion.opensora_v1_3.modeling_opensora").OpenSoraT2V_v1_3(
         2, 24, 4, 4, 4, cross_attention_dim=48, sample_size_h=4, sample_size_w=4, sample_size_t=4, patch_size=2,
@@ -168,7 +163,11 @@ MORE = (
     Repository("Lumina-Image 2", "models/model.py", lumina_2, "4a4d6f8", (), "flash-attention"),
     Repository("HunyuanDiT", "hydit/modules/models.py", hunyuan_dit, "d2cb9cd", ("flash_attn",)),
     Repository(
-        "stable-audio-tools", "stable_audio_tools/models/dit.py", stable_audio, "50049e3", kernel="flash-attention"
+        "stable-audio-tools",
+        "stable_audio_tools/models/dit.py",
+        stable_audio,
+        "50049e3",
+        kernel="flash-attention",
     ),
     Repository(
         "HiDream-I1",
@@ -178,10 +177,17 @@ MORE = (
         kernel="flash-attention",
     ),
     Repository(
-        "Open-Sora Plan 1.3", "opensora/models/diffusion/opensora_v1_3/modeling_opensora.py", open_sora_plan, "f7fa604f"
+        "Open-Sora Plan 1.3",
+        "opensora/models/diffusion/opensora_v1_3/modeling_opensora.py",
+        open_sora_plan,
+        "f7fa604",
     ),
     Repository(
-        "k-diffusion", "k_diffusion/models/image_transformer_v2.py", k_diffusion, "4601bf0", ("natten", "torchvision")
+        "k-diffusion",
+        "k_diffusion/models/image_transformer_v2.py",
+        k_diffusion,
+        "4601bf0",
+        ("natten", "torchvision"),
     ),
     Repository(
         "DynamiCrafter",

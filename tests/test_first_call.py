@@ -190,7 +190,7 @@ def test_what_looking_can_tell_is_wrong_is_an_error_at_once() -> None:
             with pytest.raises(stg.StgError):
                 make(built(Hidden), layers=layers)
     branches = [stg.Branch([0]), stg.Branch(["late.7"])]
-    with pytest.raises(stg.LayerError, match="late.7"):
+    with pytest.raises(stg.LayerError, match=r"late\.7"):
         stg.Predictor(built(Hidden), branches)
     with pytest.raises(stg.LayerError, match=r"stg\.layers\(model, example=dict"):
         stg.check(built(Hidden), layers=[0])

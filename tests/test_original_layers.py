@@ -250,3 +250,42 @@ def test_a_fused_block_without_a_module_for_it_is_refused() -> None:
     model = nn.Sequential(originals.Single(), originals.Single())
     with pytest.raises(stg.StgError, match="has no feed-forward network to silence"):
         stg.skip(model, ["1"], "feed-forward")
+
+
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mha, self.ln = nn.MultiheadAttention(DIM, 2, batch_first=True), nn.LayerNorm(DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.ln(x)
+        return x + self.mha(normed, normed, normed)[0]
+
+
+class Attributes(nn.Module):
+    """Attention in attributes of a U-Net and in no list, as in the lessons that many write theirs after."""
+
+    block: type[nn.Module] = SelfAttention
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inc, self.outc = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+        self.sa3, self.sa2, self.sa1 = (self.block() for _ in range(3))
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x = self.sa1(self.inc(x))
+        x = self.sa2(x + text.mean(1, keepdim=True))
+        return self.outc(self.sa3(x))
+
+
+class HiddenAttributes(Attributes):
+    block = originals.Unseen
+
+
+@pytest.mark.parametrize("cls", [Attributes, HiddenAttributes])
+def test_blocks_in_attributes_are_numbered_where_there_are_several_of_a_class(cls: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = cls().eval()
+    torch.testing.assert_close(weak(model, 1), without(model, "sa2", lambda x: x), rtol=0, atol=0)
+    numbered = [layer.name for layer in stg.layers(model) if layer.index is not None]
+    assert numbered == ["sa1", "sa2", "sa3"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
 from torch import nn
@@ -70,9 +70,10 @@ def find_layers(model: nn.Module) -> list[Layer]:
     """List the skippable layers of a model, the numbered ones first and in running order.
 
     A layer is an entry of a `ModuleList` (or `Sequential`, `ModuleDict`) that holds attention, or a module of the same
-    class beside such lists; the stages of a U-Net, recognised by their attention-free lists beside the attention, are
-    looked into instead. Children are visited in the order in which `forward` mentions them, so that `mid_block` comes
-    between `down_blocks` and `up_blocks`. Main blocks are those that `forward` gives what is denoised.
+    class beside such lists; where no list holds any, and a call has told of the model, a module of a class of which
+    there are several. The stages of a U-Net, recognised by their attention-free lists beside the attention, are looked
+    into instead. Children are visited in the order in which `forward` mentions them, so that `mid_block` comes between
+    `down_blocks` and `up_blocks`. Main blocks are those that `forward` gives what is denoised.
 
     Args:
         model: any module.
@@ -81,11 +82,14 @@ def find_layers(model: nn.Module) -> list[Layer]:
         Numbered layers in running order, then the blocks of side stacks (refiners of text or noise, hints).
     """
     found = list(_walk(model, ""))
+    run = _RUNS.get(model) if _RUNS else None
     in_lists = {type(entry.module) for entry in found if not entry.is_alone}
-    found = [entry for entry in found if not entry.is_alone or type(entry.module) in in_lists]
+    if run is not None and not in_lists:
+        found = _repeated(found)
+    else:
+        found = [entry for entry in found if not entry.is_alone or type(entry.module) in in_lists]
     named_so = [entry for entry in found if not is_side(entry.name)] or found
     main = [entry for entry in named_so if not entry.is_aside] or named_so
-    run = _RUNS.get(model) if _RUNS else None
     if run is not None and run.order:
         ran = [entry for entry in main if entry.name in run.order]
         main = [entry for entry in ran if entry.name not in run.aside] or ran or main
@@ -104,6 +108,13 @@ class _Found:
     """Whether nothing that is denoised goes through it."""
     is_alone: bool
     """Whether it is in no list: a layer only if lists hold modules of its class."""
+
+
+def _repeated(found: Sequence[_Found]) -> list[_Found]:
+    """List the outermost modules of classes of which there are several: `self.block1`, `self.block2`."""
+    classes = [type(entry.module) for entry in found]
+    several = [entry for entry in found if classes.count(type(entry.module)) > 1]
+    return [one for one in several if not any(one.name.startswith(f"{other.name}.") for other in several)]
 
 
 def _walk(module: nn.Module, path: str, is_aside: bool = False) -> Iterator[_Found]:
