@@ -67,7 +67,7 @@ class _Recorder(TorchFunctionMode):
                 if name:
                     stack.callback(module.register_forward_pre_hook(self._enters, with_kwargs=True).remove)
                     stack.callback(module.register_forward_hook(self._leaves, always_call=True).remove)
-            stack.enter_context(seeing(self._kernel))
+            stack.enter_context(seeing(self._kernel, self._model))
             stack.enter_context(self)
             yield
 
