@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 class OfAttribute(Block):
-    """`self.attn_func = flash_attn_func`: owl-wms, PoPE, TransNormer."""
+    """`self.attn_func = flash_attn_func`, as PoPEAttention has it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ BACKENDS: dict[str, Compute] = {"other": torch.add, "flash": kernel}
 
 
 class OfDictionary(Block):
-    """`ATTN_TYPES = {"flash": flash_attn_func, ...}`: hepattn, and code that chooses by a name in its settings."""
+    """`ATTN_TYPES = {"flash": flash_attn_func, ...}`: hepattn."""
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return BACKENDS["flash"](q, k, v)
@@ -88,7 +88,7 @@ class OfList(Block):
 
 
 class OfPartial(Block):
-    """`self.flash = partial(flash_attn_qkvpacked_func, softmax_scale=...)`: Microsoft's climate models, GPT-likes."""
+    """`self.flash_attn_varlen_func = partial(flash_attn_varlen_func, fa_version=...)`: vLLM; MPT's `attn_fn`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,14 +102,14 @@ flash_kernel = functools.partial(kernel, causal=False)
 
 
 class OfNamedPartial(Block):
-    """A `partial` among the globals of a module: sglang's and vLLM's backends."""
+    """`flash_attn_varlen_func = partial(flash_attn_varlen_func, ver=4)` among the globals of a module: sglang."""
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return flash_kernel(q, k, v)
 
 
 class OfClass(Block):
-    """`MultiHeadAttention.flash_attn_func = staticmethod(flash_attn_func)`: set once, for all: OLMo-likes."""
+    """`MultiHeadAttention.flash_attn_func = flash_attn_func`: set once, for all modules of a class."""
 
     function = staticmethod(kernel)
 
@@ -147,14 +147,14 @@ closed = closing_over(kernel)
 
 
 class OfClosure(Block):
-    """A decorated function: `@torch.compiler.disable`-likes, and wrappers that gather heads from other devices."""
+    """A decorated function: wrappers that gather heads from other devices."""
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return closed(q, k, v)
 
 
 class Processor:
-    """An object, not a module, as the processors of diffusers are: Krea's runs flash-attention so."""
+    """An object, not a module, as the processors of diffusers are, that is handed the function."""
 
     def __init__(self, function: Compute) -> None:
         self.flash_attn_func = function
@@ -175,7 +175,7 @@ class OfProcessor(Block):
 
 
 class Packed(Block):
-    """`flash_attn_qkvpacked_func(qkv)`: k-diffusion, HunyuanDiT, Latte."""
+    """`flash_attn_qkvpacked_func(qkv)`: k-diffusion."""
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return packed(torch.stack([q, k, v], dim=2))

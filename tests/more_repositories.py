@@ -10,9 +10,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tests.further_repositories import memory_efficient_attention, standing_in
-from tests.repositories import ROWS, TEXT, Repository, Tiny, module, random
+from tests.opaque import attend_varlen
+from tests.repositories import ROWS, TEXT, Repository, Tiny, first_two, module, random
 
 
 def sit() -> Tiny:
@@ -158,7 +160,104 @@ def dynami_crafter() -> Tiny:
     return Tiny(model, cond, {"context": random(ROWS, TEXT, 12)})
 
 
+def hunyuan_video_15() -> Tiny:
+    standing_in("flash_attn.bert_padding", pad_input=_padded, unpad_input=_unpadded)
+    sys.modules["flash_attn"].flash_attn_varlen_qkvpacked_func = flash_attn_varlen_qkvpacked_func
+    interface = sys.modules["flash_attn.flash_attn_interface"]
+    interface.flash_attn_varlen_qkvpacked_func = flash_attn_varlen_qkvpacked_func
+    standing_in("hyvideo.models", __path__=[f"{sys.path[0]}/hyvideo/models"])
+    standing_in("hyvideo.models.text_encoders.byT5", ByT5Mapper=None)
+    states = types.SimpleNamespace(sp_enabled=False, sp=1)
+    standing_in("hyvideo.commons.parallel_states", get_parallel_state=lambda: states)
+    standing_in("hyvideo.models.transformers", __path__=[f"{sys.path[0]}/hyvideo/models/transformers"])
+    model = module("hyvideo.models.transformers.hunyuanvideo_1_5_transformer").HunyuanVideo_1_5_DiffusionTransformer(
+        [1, 2, 2], 4, False, 4, 32, 2, 2.0, "gelu_tanh", 2, 2, [4, 6, 6], text_states_dim=12, attn_mode="flash2"
+    )
+    tokens = 8
+    cond = {
+        "hidden_states": random(ROWS, 4, 2, 4, 4),
+        "timestep": torch.full((ROWS,), 500.0),
+        "text_states": random(ROWS, TEXT, 12),
+        "text_states_2": None,
+        "encoder_attention_mask": torch.ones(ROWS, TEXT, dtype=torch.int64),
+    }
+    text = dict.fromkeys(("MMDoubleStreamBlock", "MMSingleStreamBlock"), slice(tokens, tokens + TEXT))
+    through = {"MMDoubleStreamBlock": first_two, "MMSingleStreamBlock": lambda x, **_: x}
+    return Tiny(model, cond, {"text_states": random(ROWS, TEXT, 12)}, text, through, "hidden_states")
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float = 0.0, softmax_scale: float | None = None,
+    causal: bool = False, deterministic: bool = False,
+) -> Tensor:  # fmt: skip
+    return attend_varlen(*qkv.unbind(1), cu_seqlens, cu_seqlens)
+
+
+def _unpadded(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
+    lengths = mask.sum(-1, dtype=torch.int32)
+    indices = mask.flatten().nonzero().flatten()
+    return x.flatten(0, 1)[indices], indices, F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)), int(lengths.max()), lengths
+
+
+def frame_pack() -> Tiny:
+    model = module("diffusers_helper.models.hunyuan_video_packed").HunyuanVideoTransformer3DModelPacked(
+        16, 16, 2, 16, 2, 2, 1, 2.0, 2, 1, text_embed_dim=12, pooled_projection_dim=6, rope_axes_dim=(4, 6, 6),
+        has_image_proj=True, image_proj_dim=10, has_clean_x_embedder=True,
+    )  # fmt: skip
+    tokens, images = 8, 3
+    cond = {
+        "hidden_states": random(1, 16, 2, 4, 4),
+        "timestep": torch.full((1,), 500.0),
+        "encoder_hidden_states": random(1, TEXT, 12),
+        "encoder_attention_mask": torch.ones(1, TEXT, dtype=torch.int64),
+        "pooled_projections": random(1, 6),
+        "guidance": torch.full((1,), 6000.0),
+        "latent_indices": torch.arange(2)[None],
+        "clean_latents": random(1, 16, 1, 4, 4),
+        "clean_latent_indices": torch.tensor([[7]]),
+        "image_embeddings": random(1, images, 10),
+        "return_dict": False,
+    }
+    everything = tokens + 4
+    blocks = ("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock")
+    text = dict.fromkeys(blocks, slice(everything, everything + images + TEXT))
+    through = dict.fromkeys(blocks, first_two)
+    return Tiny(model, cond, {"encoder_hidden_states": random(1, TEXT, 12)}, text, through, "hidden_states")
+
+
+def vchitect() -> Tiny:
+    model = module("models.VchitectXL").VchitectXLTransformerModel(8, 2, 4, 3, 16, 2, 12, 32, 6, 4, 8)
+    frames = 3
+    cond = {
+        "hidden_states": random(1, frames, 4, 8, 8),
+        "encoder_hidden_states": random(1, TEXT, 12).expand(frames, -1, -1),
+        "pooled_projections": random(1, 6),
+        "timestep": torch.full((1,), 500.0),
+        "return_dict": False,
+    }
+    through = {"JointTransformerBlock": lambda hidden_states, encoder_hidden_states, **_: (encoder_hidden_states, hidden_states)}
+    uncond = {"encoder_hidden_states": random(1, TEXT, 12).expand(frames, -1, -1)}
+    return Tiny(model, cond, uncond, {"JointTransformerBlock": slice(16, 16 + TEXT)}, through, "hidden_states")
+
+
 MORE = (
+    Repository(
+        "HunyuanVideo 1.5",
+        "hyvideo/models/transformers/hunyuanvideo_1_5_transformer.py",
+        hunyuan_video_15,
+        "60783e7",
+        ("loguru",),
+        "flash-attention, packed",
+    ),
+    Repository(
+        "FramePack",
+        "diffusers_helper/models/hunyuan_video_packed.py",
+        frame_pack,
+        "97fe5db",
+        ("torchvision", "safetensors", "cv2"),
+        "flash-attention",
+    ),
+    Repository("Vchitect 2", "models/VchitectXL.py", vchitect, "299618f"),
     Repository("SiT", "models.py", sit, "947f95b", ("torchvision",)),
     Repository("Lumina-Image 2", "models/model.py", lumina_2, "4a4d6f8", (), "flash-attention"),
     Repository("HunyuanDiT", "hydit/modules/models.py", hunyuan_dit, "d2cb9cd", ("flash_attn",)),
