@@ -196,7 +196,13 @@ def flash_attn_varlen_qkvpacked_func(
 def _unpadded(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
     lengths = mask.sum(-1, dtype=torch.int32)
     indices = mask.flatten().nonzero().flatten()
-    return x.flatten(0, 1)[indices], indices, F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)), int(lengths.max()), lengths
+    return (
+        x.flatten(0, 1)[indices],
+        indices,
+        F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)),
+        int(lengths.max()),
+        lengths,
+    )
 
 
 def frame_pack() -> Tiny:
@@ -235,7 +241,12 @@ def vchitect() -> Tiny:
         "timestep": torch.full((1,), 500.0),
         "return_dict": False,
     }
-    through = {"JointTransformerBlock": lambda hidden_states, encoder_hidden_states, **_: (encoder_hidden_states, hidden_states)}
+    through = {
+        "JointTransformerBlock": lambda hidden_states, encoder_hidden_states, **_: (
+            encoder_hidden_states,
+            hidden_states,
+        )
+    }
     uncond = {"encoder_hidden_states": random(1, TEXT, 12).expand(frames, -1, -1)}
     return Tiny(model, cond, uncond, {"JointTransformerBlock": slice(16, 16 + TEXT)}, through, "hidden_states")
 
@@ -295,5 +306,6 @@ MORE = (
         "c453369",
         ("cv2", "torchvision", "pytorch_lightning", "omegaconf", "decord"),
         "xformers",
+        "Its first attention, `init_attn`, is numbered after its input blocks.",
     ),
 )
