@@ -92,7 +92,8 @@ def markdown(results: dict[str, Any]) -> str:
     made = (
         f"{where}; torch {machine['torch']}, diffusers {machine['diffusers']}, Python {machine['python']}, "
         f"{settings['dtype']}. Each step is timed between two plain ones ({settings['clock']} time), until its ratio "
-        f"to them is known to +-{settings['within']} with 95 % or the time is up. {settings['rule']} "
+        f"to them is known to +-{settings['within']} with 95 % or the time is up. The quarter of these turns in which "
+        "the machine changed its speed most, from one plain step to the next, is left out. "
         + ("Weights are brought to the device in each pass. " if settings["offload"] else "")
         + "Made by `python -m benchmarks.cost`."
     )

@@ -78,7 +78,7 @@ def _with(asked: str, name: str, found: Any, values: dict[str, Any]) -> Any:
         names = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     for key in values:
         if key not in names:
-            there = f"there is {', '.join(names)}" if names else "it has none"
+            there = f"choose from {', '.join(names)}" if names else "it has none"
             raise SettingError(f"{asked}: {name!r} has no value {key!r}; {there}.{closest(key, names)}")
     if dataclasses.is_dataclass(found):
         return dataclasses.replace(cast(Any, found), **values)

@@ -38,7 +38,7 @@ class SamplerSteps:
             sigmas: all noise levels of the run, from high to low, `(N + 1,)`, if they are known.
 
         Raises:
-            SettingError: they are none.
+            SettingError: they do not go from high to low.
         """
         self._sigmas = None if sigmas is None else noise_levels(sigmas)
         self._reported: dict[str, Any] | None = None

@@ -297,6 +297,57 @@ class ListDiT(DiT):
         return self.out(x) + sum(found)
 
 
+class NumberingBlock(Block):
+    """Says in a dictionary that it is given which block ran, and on what, as `SpatialTransformer` in ComfyUI does."""
+
+    def forward(self, x: Tensor, text: Tensor, options: dict[str, Any]) -> Tensor:
+        options["ran"], options["shape"] = options["place"], list(x.shape)
+        x = self.mix(x, text)
+        return x  # noqa: RET504
+
+
+class MeasuringBlock(NumberingBlock):
+    """What it says is another thing in each call, and for other rows."""
+
+    def forward(self, x: Tensor, text: Tensor, options: dict[str, Any]) -> Tensor:
+        options["level"] = float(x.mean())
+        x = super().forward(x, text, options)
+        return x  # noqa: RET504
+
+
+class Parts(nn.Sequential):
+    """Is never called, as `TimestepEmbedSequential` of latent diffusion: the model calls what is in it."""
+
+    def forward(self, x: Tensor, text: Tensor, options: dict[str, Any]) -> Tensor:
+        return through(self, x, text, options)
+
+
+def through(parts: Parts, x: Tensor, text: Tensor, options: dict[str, Any]) -> Tensor:
+    for part in parts:
+        x = part(x, text, options) if isinstance(part, NumberingBlock) else part(x)
+    return x
+
+
+class LatentDiffusion(DiT):
+    """A U-Net whose later code reads what its blocks have set."""
+
+    def __init__(self, block: type[Block] = NumberingBlock) -> None:
+        super().__init__(block)
+        widths = (zoo.DIM, zoo.DIM, 2 * zoo.DIM, 2 * zoo.DIM)
+        parts = zip(widths, self.blocks, strict=True)
+        self.blocks = nn.ModuleList(Parts(nn.Linear(width, zoo.DIM), block) for width, block in parts)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        options: dict[str, Any] = {}
+        x, kept = self.embed(x), []
+        for i, parts in enumerate(self.blocks):
+            options["place"] = i
+            x = through(parts, x if i < 2 else torch.cat([x, kept.pop()], -1), text, options)
+            if i < 2:
+                kept.append(x)
+        return self.out(x) * (1 + options["ran"] + options.get("level", 0)) / options["shape"][-1]
+
+
 class NoisyBlock(Block):
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         x = F.dropout(self.mix(x, text), 0.3)
@@ -502,6 +553,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "parent_writes": ParentWrites,
     "later_writes": LaterWrites,
     "long_skips": LongSkips,
+    "latent_diffusion": LatentDiffusion,
+    "latent_diffusion_values": lambda: LatentDiffusion(MeasuringBlock),
     "derived": Derived,
     "derived_mask": DerivedMask,
     "derived_choice": DerivedChoice,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import diffusers
 
-from stg_hooks.integrations.diffusers.call_sites import Site, UnreadableError
+from stg_hooks.integrations.diffusers.call_sites import CallSite, UnreadableError
 from stg_hooks.integrations.diffusers.host import DENOISERS
 from stg_hooks.integrations.diffusers.pipeline_code import call_sites_of
 from tests.parted_pipelines import PARTED, WHOLE
@@ -112,12 +112,12 @@ def not_read() -> list[str]:
     return sorted(name for name, value in found.items() if ".dummy_" in getattr(value, "__module__", ""))
 
 
-def _words(sites: list[Site]) -> Iterator[str]:
+def _words(sites: list[CallSite]) -> Iterator[str]:
     for site in sites:
         if site.context is not None:
             yield "calls named at run time"
         elif site.kind == "both":
-            yield " or ".join(f"[{way.rows.replace('+', ', ')}]" for way in site.ways) + " in one call"
+            yield " or ".join(f"[{split.rows.replace('+', ', ')}]" for split in site.splits) + " in one call"
         elif site.kind == "samples":
             yield "cond and uncond samples in one list"
         elif site.kind == "cond":

@@ -176,9 +176,9 @@ def test_settings_from_a_file(tmp_path: Path) -> None:
     ("text", "words"),
     [
         (None, ["No such file"]),
-        ("{layers", ["no JSON"]),
+        ("{layers", ["not valid JSON"]),
         ("[34]", ["expected an object"]),
-        ('{"layer": [2]}', ["'layer' is not a setting", "Did you mean 'layers'"]),
+        ('{"layer": [2]}', ["unknown setting 'layer'; choose from", "Did you mean 'layers'"]),
         ('{"layers": [99]}', ["layers=[99]", "8 layers"]),
         ('{"layers": [2], "scale": "1"}', ["scale='1': expected a number"]),
         ('{"layers": [2], "mode": "residuals"}', ["mode 'residuals'", "Did you mean 'residual'"]),

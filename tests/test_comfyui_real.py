@@ -187,6 +187,19 @@ def test_a_weak_pass_starts_at_the_skipped_block(case: str) -> None:
     assert made.stats.blocks_saved == 2 * steps * (place + 1)
 
 
+@pytest.mark.parametrize("name", U_NETS)
+def test_a_weak_pass_of_a_u_net_starts_at_the_skipped_block(name: str) -> None:
+    """Its blocks number themselves in a dictionary, and the model calls what is in its Sequentials."""
+    patcher, steps = build(name), 4
+    layers = [layer for layer in stg.layers(patcher.model.diffusion_model) if layer.index is not None]
+    place = len(layers) // 2
+    guided = node()(patcher, str(place), "residual")
+    sample(guided, name, steps=steps)
+    (made,) = guided_state(guided)._made[1].values()
+    assert made.stats.blocks_run == steps * (len(layers) - place - 1)
+    assert made.stats.blocks_saved == steps * (place + 1)
+
+
 def guided_state(patcher: Any) -> Any:
     return patcher.model_options["sampler_post_cfg_function"][-1].__self__
 

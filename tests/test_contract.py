@@ -549,11 +549,11 @@ REFUSED: dict[str, tuple[Settings, str]] = {
     "number for a rule": ({"layers": [1], "rule": 3}, "rule=3: expected a name or a callable, not int"),
     "no such execution": (
         {"layers": [1], "execution": "fast"},
-        "execution='fast': there is 'auto', 'sequential', 'batched'",
+        "unknown execution='fast'; choose from 'auto', 'sequential', 'batched'",
     ),
     "a slip of an execution": (
         {"layers": [1], "execution": "sequental"},
-        r"execution='sequental': .* Did you mean 'sequential'",
+        r"execution='sequental'; .* Did you mean 'sequential'",
     ),
     "scale that is not finite": ({"layers": [1], "scale": math.inf}, "scale=inf"),
     "rescale too large": ({"layers": [1], "rescale": 1.5}, r"rescale=1\.5"),
@@ -570,7 +570,7 @@ REFUSED: dict[str, tuple[Settings, str]] = {
     "every 1.5": ({"every": 1.5}, "every=.*expected a number of steps, 1 or more"),
     "every in words": ({"every": "2"}, "every=.*expected a number of steps, 1 or more"),
     "every on uncond": ({"every": 2, "on": "uncond"}, "every=2: on='uncond' makes no extra pass"),
-    "on the weak": ({"on": "weak"}, "on='weak': there is 'cond' and 'uncond'"),
+    "on the weak": ({"on": "weak"}, "unknown on='weak'; choose from 'cond', 'uncond'"),
     "scale on uncond": ({"on": "uncond", "scale": 1.0}, "scale= has no meaning with on='uncond'.*Leave scale out"),
     "scale of a branch on uncond": ({"on": "uncond", "branches": [stg.Branch([1], 2.0)]}, "scale= has no meaning"),
     "scale on uncond, scheduled": (
@@ -601,7 +601,11 @@ REFUSED: dict[str, tuple[Settings, str]] = {
             ),
             ("3 for branches", [(0.9, {"branches": 3})], r"gave branches=3: expected a list of stg\.Branch"),
             ("CFG at NaN", [(0.9, {"guidance_scale": math.nan})], r"guidance_scale=1\.0 to switch it off"),
-            ("a slip", [(0.9, {"scal": 1.0})], r"gave 'scal': there is layers, scale.* Did you mean 'scale'"),
+            (
+                "a slip",
+                [(0.9, {"scal": 1.0})],
+                r"unknown setting 'scal' in a schedule; choose from 'layers', 'scale'.* Did you mean 'scale'",
+            ),
             ("scale at inf", [(0.9, {"scale": math.inf})], "scale"),
             ("rescale 2", [(0.9, {"rescale": 2})], "rescale"),
         )
@@ -612,7 +616,10 @@ REFUSED: dict[str, tuple[Settings, str]] = {
     ),
 }
 REFUSED_IN_A_RUN: dict[str, tuple[Settings, str]] = {
-    "schedule that gives a slip": ({"schedule": lambda step: {"scales": 1.0}}, "gave 'scales': there is layers, sc"),
+    "schedule that gives a slip": (
+        {"schedule": lambda step: {"scales": 1.0}},
+        "unknown setting 'scales' in a schedule; choose from 'layers', ",
+    ),
     "schedule that gives a number": ({"schedule": lambda step: 3.0}, r"gave 3\.0: expected a dict"),
     "scale on uncond, by a function": (
         {"on": "uncond", "schedule": lambda step: {"scale": 2.0}},

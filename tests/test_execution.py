@@ -164,6 +164,7 @@ def test_a_model_that_cannot_share_is_told_once(name: str) -> None:
         ("parent_writes", 0),
         ("later_writes", 0),
         ("long_skips", 1),
+        ("latent_diffusion", 0),
         ("twice", 0),
         ("caching", 1),
         ("derived", 1),
@@ -178,6 +179,11 @@ def test_a_model_that_can_share_does(name: str, late: int) -> None:
     """Some are found out in the first call, which is then computed in full."""
     _, handle = guided(awkward.build(name), [3], "sequential", batched_cfg=True)
     assert handle.stats.blocks_run == 3 * late
+
+
+def test_what_blocks_set_in_dictionaries_is_that_of_each_call() -> None:
+    _, handle = guided(awkward.build("latent_diffusion_values"), [3], "sequential", batched_cfg=False)
+    assert handle.stats.blocks_run == 0
 
 
 def test_rows_that_cannot_be_told_apart_are_not_shared() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
+from benchmarks import measure
 from tests import zoo
 
 LATE = 500.0
@@ -25,10 +26,10 @@ Join = Callable[[Tensor, Tensor], Tensor]
 class TakesEarlyOutput(nn.Module):
     """From a noise level on, what the first block returned is used again after the skipped block."""
 
-    def __init__(self, join: Join, take: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, join: Join, take: Callable[[Tensor], Tensor], skipped: int = SKIPPED) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([zoo.Block() for _ in range(6)])
-        self.join, self.take = join, take
+        self.blocks = nn.ModuleList([zoo.Block() for _ in range(skipped + 3)])
+        self.join, self.take, self.skipped = join, take, skipped
 
     def forward(self, x: Tensor, text: Tensor, t: float) -> Tensor:
         early = None
@@ -36,7 +37,7 @@ class TakesEarlyOutput(nn.Module):
             x = block(x, text)
             if i == 0 and t < LATE:
                 early = self.take(x)
-            if i == SKIPPED + 1 and early is not None:
+            if i == self.skipped + 1 and early is not None:
                 x = self.join(x, early)
         return x
 
@@ -75,6 +76,23 @@ def test_an_output_that_is_used_again_at_some_noise_levels(join: str, order: tup
             assert_close(model(x, text, t), expected, rtol=1e-4, atol=1e-5)
     if join == "its shape":  # which is known nevertheless
         assert applied.stats.blocks_run == 2 * len(order)
+
+
+def test_only_what_is_wanted_is_kept_from_then_on() -> None:
+    torch.manual_seed(0)
+    model = TakesEarlyOutput(*JOINS["pooled"], skipped=12).eval()
+    x, text = torch.randn(2, zoo.TOKENS, zoo.DIM), torch.randn(2, zoo.TEXT_TOKENS, zoo.DIM)
+    state = x.numel() * x.element_size()
+    with torch.no_grad(), stg.apply(model, [12], 1.5) as applied:
+        model(x, text, 900.0)
+        model(x, text, 900.0)
+        _, plain = measure.peak_memory(lambda: model(x, text, 900.0), torch.device("cpu"))
+        for _ in range(3):
+            model(x, text, 100.0)
+        run = applied.stats.blocks_run
+        _, peak = measure.peak_memory(lambda: model(x, text, 100.0), torch.device("cpu"))
+    assert applied.stats.blocks_run == run + 2
+    assert peak <= plain + 3 * state, "of twelve outputs one is kept more"
 
 
 class Collecting(zoo.Block):

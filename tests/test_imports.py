@@ -100,13 +100,14 @@ def imports(tree: ast.AST, *, nested: bool) -> Iterator[str]:
 
 
 # The rooms of the core, from the ground up: none may import from one that comes later.
-ROOMS = ("errors", "names", "step", "hosts", "model", "hooks", "modes", "guidance", "passes", "ranks", "faces", "study")
-FACES = ("session", "rules", "skip", "parts", "answers", "denoiser", "uncond", "apply", "guider")
+ROOMS = ("ground", "model", "hooks", "modes", "guidance", "passes", "ranks", "faces", "study")
+GROUND = ("errors", "checks", "names", "step", "sampler_steps", "roles", "hosts")
+FACES = ("session", "module_host", "rules", "skip", "parts", "answers", "denoiser", "uncond", "apply", "guider")
 
 
 def room_of(module: str) -> int | None:
     room = module.split(".")[1] if module.startswith("stg_hooks.") else ""
-    room = "faces" if room in FACES else room
+    room = "faces" if room in FACES else "ground" if room in GROUND else room
     return ROOMS.index(room) if room in ROOMS else None
 
 

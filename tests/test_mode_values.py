@@ -243,7 +243,7 @@ def test_how_much_is_dropped() -> None:
         ("smoothed(sigma='wide')", "expected sigma above 0"),
         ("smoothed(sigma=2, height=4)", "height and width, in tokens, come together"),
         ("smoothed(height=4, width=4)", "come together, and with a sigma"),
-        ("smoothed(sigm=2)", "'smoothed' has no value 'sigm'; there is sigma, height, width. Did you mean 'sigma'?"),
+        ("smoothed(sigm=2)", "'smoothed' has no value 'sigm'; choose from sigma, height, width. Did you mean 'sigma'?"),
         ("residual(p=0.5)", "'residual' has no value 'p'; it has none"),
         ("smoothed(10)", "Write values by their names, as in mode='smoothed(x=0.5, y=2)'"),
         ("smoothed(sigma=ten)", "cannot read what stands in brackets"),

@@ -197,7 +197,9 @@ def test_process_scope_of_a_module(model: nn.Module) -> None:
 
 def test_unknown_scope(model: nn.Module) -> None:
     for make in (stg.apply, stg.skip):
-        with pytest.raises(stg.SettingError, match=r"scope='proces': there is 'context' and 'process'\. Did you mean"):
+        with pytest.raises(
+            stg.SettingError, match=r"unknown scope='proces'; choose from 'context', 'process'\. Did you mean"
+        ):
             make(model, [2], scope="proces")
 
 

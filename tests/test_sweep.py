@@ -474,7 +474,7 @@ def test_work_that_was_taken_over_is_not_published(tmp_path: Path) -> None:
         ({"stale_after": 0}, stg.SettingError, r"stale_after=0"),
         ({"metrics": [3]}, stg.TargetError, r"metrics: 3 is not callable"),
         ({"metrics": [lambda video, prompt: 1.0]}, stg.SettingError, r"a function has no name"),
-        ({"metrics": {"motion": len}}, stg.SettingError, r"there is a metric 'motion' already"),
+        ({"metrics": {"motion": len}}, stg.SettingError, r"the name 'motion' is taken by another metric"),
     ],
 )
 def test_refused_before_anything_is_made(

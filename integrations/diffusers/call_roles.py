@@ -42,8 +42,8 @@ def role_of(site: CallSite, names: Mapping[str, Any], sums: dict[int, float]) ->
     Args:
         site: what has been read of it.
         names: the variables of the function that makes it.
-        sums: keeps what the weights sum to. Of tensors that is looked at once only, as it waits for the GPU; what
-            they sum to is a matter of the expression.
+        sums: keeps what the weights sum to. Tensors are looked at once only, as that synchronises with the GPU; the sum
+            is a matter of the expression.
 
     Returns:
         Its role; `None` if its prediction is not used.

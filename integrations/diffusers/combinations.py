@@ -71,7 +71,7 @@ class Found:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The names that it assigns to; an empty one for what is no name."""
+        """The names that it assigns to; an empty one for anything else."""
         target = self.statement.targets[0] if isinstance(self.statement, ast.Assign) else None
         found = target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]
         return tuple(one.id if isinstance(one, ast.Name) else "" for one in found)

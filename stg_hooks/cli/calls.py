@@ -103,7 +103,7 @@ def guidance_in(file: Path | None) -> dict[str, Any]:
     """Read a file of settings, as `to_dict` of `apply` and `Guider` and the cells of a sweep write it.
 
     Raises:
-        FailureError: it cannot be read, is no JSON object, or holds something else than settings.
+        FailureError: it cannot be read, is not a JSON object, or holds something else than settings.
     """
     if file is None:
         return {}
@@ -112,7 +112,7 @@ def guidance_in(file: Path | None) -> dict[str, Any]:
     except OSError as error:
         raise FailureError(f"--settings {file}: {error.strerror}.", USAGE) from error
     except ValueError as error:
-        raise FailureError(f"--settings {file}: this is no JSON ({error}).", USAGE) from error
+        raise FailureError(f"--settings {file}: this is not valid JSON ({error}).", USAGE) from error
     if not isinstance(found, dict):
         raise FailureError(
             f'--settings {file}: expected an object such as {{"layers": [34], "scale": 1.0}}, not a list or a number.',
@@ -121,7 +121,7 @@ def guidance_in(file: Path | None) -> dict[str, Any]:
     for name in found:
         if name not in _SAVED:
             raise FailureError(
-                f"--settings {file}: {name!r} is not a setting.{closest(name, _SAVED)} There is {', '.join(_SAVED)}.",
+                f"--settings {file}: unknown setting {name!r}; choose from {', '.join(_SAVED)}.{closest(name, _SAVED)}",
                 USAGE,
             )
     return found

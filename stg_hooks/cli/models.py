@@ -169,7 +169,7 @@ def _finding(name: str) -> Iterator[None]:
             raise FailureError(f"{name}: no pipeline that diffusers can load: {line}") from error
         if "GatedRepoError" in causes:
             raise FailureError(
-                f"{name}: the hub gives it only to those who accepted its terms and logged in."
+                f"{name}: the hub gives it only after its terms were accepted, to a logged-in user."
             ) from error
         if causes & {"RepositoryNotFoundError", "EntryNotFoundError", "RemoteEntryNotFoundError"}:
             raise FailureError(f"{name}: the hub has no such pipeline, or it is private.") from error

@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from stg_hooks.errors import SettingError, closest
+from stg_hooks.checks import check_choice
+from stg_hooks.errors import SettingError
 from stg_hooks.guidance.channels import VarianceWatch, check_channels, guided_part, with_rest
 from stg_hooks.guidance.combine import Scale, Scales, combine, correction, is_number, of_sample
 from stg_hooks.guidance.per_output import UNNAMED, Outputs
@@ -342,9 +343,7 @@ class _OfThread(threading.local):
 
 def _check_on(on: str, scale: object) -> None:
     """Raise unless `on` names a prediction, and `scale` is left out where it has no meaning."""
-    if on not in PREDICTIONS:
-        names = " and ".join(map(repr, PREDICTIONS))
-        raise SettingError(f"on={on!r}: there is {names}.{closest(str(on), PREDICTIONS)}")
+    check_choice(f"on={on!r}", on, PREDICTIONS)
     if on == "uncond" and scale is not None:
         raise SettingError(
             "scale= has no meaning with on='uncond', where nothing is added: the weak prediction takes the place of "

@@ -159,8 +159,8 @@ def preset_for(module: nn.Module, name: str) -> Published:
         fitting = [setting.name for setting in published_settings(module)]
         names = published_names()
         raise SettingError(
-            f"preset={name!r} does not exist."
-            + (closest(str(name), names) or f" There is {', '.join(map(repr, names))}.")
+            f"unknown preset {name!r}."
+            + (closest(str(name), names) or f" Choose from {', '.join(map(repr, names))}.")
             + (f" For this model: {', '.join(map(repr, fitting))}." if fitting else "")
         )
     if not found[0].fits(module):

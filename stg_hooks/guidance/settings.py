@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stg_hooks.errors import SettingError, closest
+from stg_hooks.checks import check_choice
+from stg_hooks.errors import SettingError
 from stg_hooks.guidance.combine import Scales, check_rescales, check_scales, is_number
 from stg_hooks.guidance.per_output import PerOutput, each_of
 from stg_hooks.guidance.rules import Rule, find_rule
 from stg_hooks.model.resolve import LayerSpec, items_of, listed
-from stg_hooks.modes.frames import Kind
-from stg_hooks.modes.modes import check_one_mode, find_mode
+from stg_hooks.modes.frames import Kind, check_kind
+from stg_hooks.modes.modes import check_layers_given, check_one_mode, find_mode
 from stg_hooks.modes.perturbation import Mode, Perturbation
-from stg_hooks.modes.sites import check_kind, check_layers_given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,8 +204,7 @@ class Settings:
             )
         names = ("layers", "scale", "mode", "kind", "branches", "rescale", "guidance_scale", "rule")
         for name in values:
-            if name not in names:
-                raise SettingError(f"a schedule gave {name!r}: there is {', '.join(names)}.{closest(str(name), names)}")
+            check_choice(f"setting {name!r} in a schedule", name, names)
         whole = {name: values[name] for name in ("rescale", "guidance_scale", "rule") if name in values}
         one = {name: values[name] for name in ("layers", "scale", "mode", "kind") if name in values}
         given = values.get("branches", self.branches)

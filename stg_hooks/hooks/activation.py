@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
-from stg_hooks.errors import SettingError, closest
+from stg_hooks.checks import check_choice
 
 SCOPES = ("context", "process")
 
@@ -41,11 +41,9 @@ def check_scope(scope: str) -> str:
     """Return the name of a scope.
 
     Raises:
-        SettingError: there is none of this name.
+        SettingError: an unknown name.
     """
-    if scope not in SCOPES:
-        names = " and ".join(map(repr, SCOPES))
-        raise SettingError(f"scope={scope!r}: there is {names}.{closest(str(scope), SCOPES)}")
+    check_choice(f"scope={scope!r}", scope, SCOPES)
     return scope
 
 

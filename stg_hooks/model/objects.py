@@ -103,3 +103,12 @@ def _slots(cls: type) -> list[str]:
     slots = cls.__dict__.get("__slots__", ())
     names = [slots] if isinstance(slots, str) else list(slots)
     return [name for name in names if not name.startswith("__")]
+
+
+def copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copy the tensors among the arguments of a call, each once, for a call that may write into them."""
+    leaves, spec = flatten((args, kwargs))
+    copies = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    first = [next(i for i, other in enumerate(leaves) if other is leaf) for leaf in leaves]
+    own: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten([copies[i] for i in first], spec)
+    return own

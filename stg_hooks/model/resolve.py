@@ -90,7 +90,7 @@ def _flat(spec: object, depth: int) -> Iterator[object]:
             yield from _flat(item, depth + 1)
     elif type(spec) is int or isinstance(
         spec, (bool, str, bytes, range, Mapping, Tensor)
-    ):  # reading a tensor may wait for the GPU
+    ):  # reading a tensor may synchronise with the GPU
         yield spec
     elif isinstance(spec, SupportsIndex) and (index := _index_of(spec)) is not None:
         yield index

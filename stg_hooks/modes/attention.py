@@ -17,9 +17,9 @@ from stg_hooks.hooks.forward import Patch, patched, pushed
 from stg_hooks.hosts import plain_attention
 from stg_hooks.model import objects
 from stg_hooks.model.attention import attention_modules
+from stg_hooks.model.objects import copied
 from stg_hooks.model.source import bound_arguments, signature_text
 from stg_hooks.modes.kernels import advice, seeing
-from stg_hooks.modes.residual import copied
 from stg_hooks.modes.self_attention import Change, SelfAttention
 from stg_hooks.modes.token_labels import (
     NOTHING,

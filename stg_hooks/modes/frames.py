@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
+from stg_hooks.checks import check_choice
 from stg_hooks.model.attention import attention_modules
 from stg_hooks.model.facts import stated
 
@@ -51,3 +52,9 @@ def _kind(model: nn.Module, name: str) -> Kind:
     named = any(word in part for part in parts for word in _NAMES) or any(word in name for word in words)
     built = any("Temporal" in cls and "Spatio" not in cls for cls in classes)
     return "temporal" if named or built else "spatial"
+
+
+def check_kind(kind: object) -> None:
+    """Raise `SettingError` for an unknown kind of attention."""
+    if kind is not None:
+        check_choice(f"kind={kind!r}", kind, get_args(Kind))

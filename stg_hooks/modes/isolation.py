@@ -18,9 +18,10 @@ from stg_hooks.hooks.compiled import is_compiled
 from stg_hooks.hooks.forward import Action
 from stg_hooks.model import objects
 from stg_hooks.model.attention import attention_modules
+from stg_hooks.model.objects import copied
 from stg_hooks.model.source import bound_arguments, class_forward, return_names, signature_text
 from stg_hooks.modes.feed_forward import Silence
-from stg_hooks.modes.residual import Streams, copied
+from stg_hooks.modes.residual import Streams
 from stg_hooks.modes.token_labels import Provenance, carries_tokens, named_tensors, sounds_like_text
 
 
@@ -72,7 +73,7 @@ class Isolation(Silence):
         if is_compiled(self._block):
             forward = self._block._call_impl
         own_args, own_kwargs = copied(args, kwargs)
-        through = objects.leaves(streams.handed_through(forward, own_args, own_kwargs))
+        through = objects.leaves(streams.passed_through(forward, own_args, own_kwargs))
         given = bound_arguments(self._block, own_args, own_kwargs)
         originals = dict(
             zip(map(id, objects.leaves((own_args, own_kwargs))), objects.leaves((args, kwargs)), strict=True)
@@ -81,7 +82,7 @@ class Isolation(Silence):
         with self.doing(watch.around), watch, watch.provenance.call(given) as outputs:
             output = forward(*own_args, **own_kwargs)
             outputs.append(output)
-        # What a block returns as it came, in an object, is no stream of it.
+        # What a block returns as it came, in an object, is not a stream of it.
         pairs = zip(objects.leaves(output), through, strict=True)
         changed = {id(came) for made, came in pairs if isinstance(came, Tensor) and _differ(made, came, originals)}
         names = [name for name, leaf in named_tensors(given) if id(leaf) in changed and carries_tokens(name, leaf)]

@@ -19,11 +19,11 @@ from torch.utils import _pytree as pytree
 from stg_hooks.checks import is_count, is_real
 from stg_hooks.errors import BlockError, SettingError
 from stg_hooks.model import objects
+from stg_hooks.model.objects import copied
 from stg_hooks.model.source import bound_arguments
 from stg_hooks.modes.attention_calls import AttentionCall
 from stg_hooks.modes.blur import gaussian_blur
 from stg_hooks.modes.perturbation import LayerCall, Mode, Perturbation
-from stg_hooks.modes.residual import copied
 from stg_hooks.modes.side_branch import passed_or_zeros
 from stg_hooks.names import named
 
@@ -45,7 +45,7 @@ class Residual(Perturbation):
 
     def __call__(self, call: LayerCall) -> Any:
         """Return the inputs of the block."""
-        through = call.streams.handed_through(call.forward, call.args, call.kwargs)
+        through = call.streams.passed_through(call.forward, call.args, call.kwargs)
         if not call.streams.may_be_branch:
             return through
         return passed_or_zeros(call.layer, call.args, call.kwargs, through, call.memory)
@@ -187,7 +187,7 @@ class Shuffled(Perturbation):
         stream = _token_stream(call)
         order = torch.randperm(stream.shape[1], generator=torch.Generator().manual_seed(0)).to(stream.device)
         back = order.argsort()
-        through = call.streams.handed_through(call.forward, call.args, call.kwargs)
+        through = call.streams.passed_through(call.forward, call.args, call.kwargs)
         real = None if call.memory.get("order matters") else _computed_apart(call)
         args, kwargs = pytree.tree_map(
             lambda leaf: leaf[:, order] if leaf is stream else leaf, (call.args, call.kwargs)
@@ -344,3 +344,9 @@ def check_one_mode(layers: object, mode: str | Mode) -> None:
         raise SettingError(
             f"layers={{...}} gives each layer its mode, and {find_mode(mode)} is another one. Leave mode out."
         )
+
+
+def check_layers_given(layers: object, mode: Perturbation) -> None:
+    """Raise `SettingError` where layers are left out with a mode that is not meant for a whole model."""
+    if layers is None and not mode.is_of_model:
+        raise SettingError(f"{mode} needs layers, for example layers=[-2]; stg.layers(...) lists them.")

@@ -15,6 +15,7 @@ from stg_hooks.errors import BlockError
 from stg_hooks.model import objects
 from stg_hooks.model.attention import attention_modules, is_attention, is_bare_attention
 from stg_hooks.model.facts import stated
+from stg_hooks.model.objects import copied
 from stg_hooks.model.source import (
     bound_arguments,
     class_forward,
@@ -74,7 +75,7 @@ class Streams:
         )
         """Whether its output may not contain its input: attention, and what holds it without a feed-forward network."""
 
-    def handed_through(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def passed_through(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Build what the block would return if every stream left it as it entered.
 
         Args:
@@ -240,15 +241,6 @@ class Streams:
             f"  def pass_through(call): return {_suggestion(args, kwargs, output)}\n"
             "  stg.skip(model, layers, mode=pass_through)   # stg.apply and stg.Guider take mode= as well"
         )
-
-
-def copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Copy the tensors among the arguments of a call, each once, for a call that may write into them."""
-    leaves, spec = objects.flatten((args, kwargs))
-    copies = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    first = [next(i for i, other in enumerate(leaves) if other is leaf) for leaf in leaves]
-    own: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten([copies[i] for i in first], spec)
-    return own
 
 
 def _structure(given: dict[str, Any]) -> tuple[list[Any], tuple[pytree.TreeSpec, tuple[bool, ...]]]:

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import BlockError
 from stg_hooks.model.attention import is_attention
-from stg_hooks.modes.residual import copied
+from stg_hooks.model.objects import copied
 
 # A trial gives a layer noise this many times as large as its input. What normalises and projects its input gives little
 # of it back, and in other directions; a residual connection gives back all of it.
@@ -187,7 +187,7 @@ _MIXES = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 
 def _lines(through: Any) -> str:
     """Write what to type, for either meaning."""
-    hand = "call.streams.handed_through(call.forward, call.args, call.kwargs)"
+    hand = "call.streams.passed_through(call.forward, call.args, call.kwargs)"
     zeros = f"torch.zeros_like({hand})" if isinstance(through, Tensor) else f"tuple(map(torch.zeros_like, {hand}))"
     return (
         f"  stg.skip(model, layers, mode=lambda call: {hand})   # its input passes through\n"

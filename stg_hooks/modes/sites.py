@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from stg_hooks.errors import LayerError, SettingError, closest
+from stg_hooks.errors import LayerError, SettingError
 from stg_hooks.model.attention import attention_modules, is_attention
 from stg_hooks.model.layers import Layer
 from stg_hooks.model.resolve import unseen
 from stg_hooks.model.source import signature_text
 from stg_hooks.modes.feed_forward import feed_forwards
-from stg_hooks.modes.frames import Kind, kinds_of, temporal_lines
+from stg_hooks.modes.frames import Kind, check_kind, kinds_of, temporal_lines
 from stg_hooks.modes.isolation import may_be_isolated
 
 if TYPE_CHECKING:
@@ -31,19 +31,6 @@ class Site:
     targets: tuple[tuple[str, nn.Module], ...]
     """The attention modules inside that are replaced by an attention mode, with their full names."""
     mode: Perturbation
-
-
-def check_kind(kind: object) -> None:
-    """Raise `SettingError` for an unknown kind of attention."""
-    if kind is not None and kind not in get_args(Kind):
-        names = ", ".join(map(repr, get_args(Kind)))
-        raise SettingError(f"unknown kind={kind!r}; choose from {names}.{closest(str(kind), get_args(Kind))}")
-
-
-def check_layers_given(layers: object, mode: Perturbation) -> None:
-    """Raise `SettingError` where layers are left out with a mode that is not meant for a whole model."""
-    if layers is None and not mode.is_of_model:
-        raise SettingError(f"{mode} needs layers, for example layers=[-2]; stg.layers(...) lists them.")
 
 
 def all_for(model: nn.Module, mode: Perturbation, known: Sequence[Layer]) -> list[int]:

@@ -19,10 +19,10 @@ from stg_hooks.modes.attention import AttentionSeam
 from stg_hooks.modes.feed_forward import FeedForwards, Silence
 from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.isolation import Isolation
-from stg_hooks.modes.modes import MODES, check_one_mode, find_mode
+from stg_hooks.modes.modes import MODES, check_layers_given, check_one_mode, find_mode
 from stg_hooks.modes.perturbation import LayerCall, Mode, Perturbation
 from stg_hooks.modes.residual import Streams
-from stg_hooks.modes.sites import Site, all_for, check_layers_given, find_sites
+from stg_hooks.modes.sites import Site, all_for, find_sites
 from stg_hooks.modes.text_tokens import TextTokens
 from stg_hooks.modes.token_probe import Looks
 

@@ -168,7 +168,7 @@ def _layout(name: str, leaf: Tensor) -> tuple[object, ...]:
 def _bypass(streams: Streams) -> Action:
     def action(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            return streams.handed_through(forward, args, kwargs)
+            return streams.passed_through(forward, args, kwargs)
         except BlockError:  # it cannot be bypassed, so it is computed
             return forward(*args, **kwargs)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stg_hooks.passes.entries import Entries, other_leaves
 from stg_hooks.passes.rows import leaves_of
 
 # What every module has; parameters, which offloading hooks move about; and what these hooks leave on modules.
@@ -32,13 +33,14 @@ class Arguments:
             kwargs: its keyword arguments.
         """
         self._args, self._kwargs = args, kwargs
-        self.leaves = leaves_of(args, kwargs)
+        self.entries = Entries(args, kwargs)
+        self.leaves = other_leaves(args, kwargs)
         self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
         self._marks = self._look()
 
     def written(self) -> list[int] | None:
-        """List the leaves that were written into; `None` where a list, a dictionary or an object changed."""
-        leaves, now = leaves_of(self._args, self._kwargs), self._look()
+        """List the leaves that were written into; `None` where a list or an object changed."""
+        leaves, now = other_leaves(self._args, self._kwargs), self._look()
         if len(now) != len(self._marks) or any(
             a is not b for a, b in zip(self.leaves, leaves, strict=True) if isinstance(a, Tensor)
         ):
@@ -47,7 +49,7 @@ class Arguments:
         return None if any(not isinstance(self.leaves[i], Tensor) for i in changed) else changed
 
     def _look(self) -> list[Marks]:
-        return [[*_walk(leaf, _DEPTH)] for leaf in leaves_of(self._args, self._kwargs)]
+        return [[*_walk(leaf, _DEPTH)] for leaf in other_leaves(self._args, self._kwargs)]
 
 
 class Randomness:

@@ -199,7 +199,9 @@ class Execution:
         starts, units = self._units.starts, self._units.prefix
         if known is None:
             context.recorded[call.layout] += 1
-            prefix: Prefix = Recording(starts, batch, cond, call.layout in context.found.keeps_all, look)
+            prefix: Prefix = Recording(
+                starts, batch, cond, context.found.keeps.get(call.layout, ()), self._units.aside, look
+            )
         else:
             prefix = Repetition(known.prefix, starts, batch, cond, look)
             if look is None:

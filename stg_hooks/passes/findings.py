@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 
 _AT_ONCE = 8
+ALL = range(sys.maxsize)
+"""The numbers of all calls."""
 
 
 @dataclasses.dataclass
@@ -33,8 +36,8 @@ class Findings:
 
     layouts: dict[Hashable, KnownLayout] = dataclasses.field(default_factory=dict)
     """Those whose weak passes can share the prefix."""
-    keeps_all: set[Hashable] = dataclasses.field(default_factory=set)
-    """Layouts of which nothing is let go."""
+    keeps: dict[Hashable, frozenset[int] | range] = dataclasses.field(default_factory=dict)
+    """For a layout, the calls of units whose outputs are kept though the model holds them no more."""
     can_be_cut: set[Hashable] = dataclasses.field(default_factory=set)
     """Layouts whose cond rows are known to be found."""
     again: dict[Hashable, int] = dataclasses.field(default_factory=dict)

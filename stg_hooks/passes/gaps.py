@@ -15,6 +15,16 @@ from torch.utils import _pytree as pytree
 class GapError(Exception):
     """A value is wanted that was let go."""
 
+    def __init__(self, name: str = "", calls: frozenset[int] = frozenset()) -> None:
+        """Say what wants it.
+
+        Args:
+            name: of the torch function.
+            calls: the numbers of the calls whose outputs it comes from; none where that is not known.
+        """
+        super().__init__(name)
+        self.calls = calls
+
 
 class _OfThread(threading.local):
     are_free = False
@@ -40,6 +50,16 @@ class Gap(Tensor):
     NaN alone would not tell: it is lost in a comparison, a mask or `nan_to_num`.
     """
 
+    calls: frozenset[int] = frozenset()
+    """The numbers of the calls whose outputs it comes from."""
+
+    @classmethod
+    def of(cls, rows: Tensor, calls: frozenset[int]) -> Gap:
+        """Return a gap in the place of a tensor."""
+        gap = rows.as_subclass(cls)
+        gap.calls = calls
+        return gap
+
     @classmethod
     def __torch_function__(
         cls,
@@ -53,15 +73,17 @@ class Gap(Tensor):
         if torch.compiler.is_compiling():  # what comes out is a gap still
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         name = getattr(func, "__name__", "")
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Gap)]
+        calls = frozenset[int]().union(*(gap.calls for gap in given))
         if name in _READS or (_writes(name, kwargs) and not isinstance(kwargs.get("out", args[0]), Gap)):
-            raise GapError(name)
+            raise GapError(name, calls)
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*args, **kwargs)
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(found)):
             return found  # a shape, a type
         if not GAPS.are_free:
-            raise GapError(name)
-        return pytree.tree_map_only(Tensor, lambda tensor: tensor.as_subclass(Gap), found)
+            raise GapError(name, calls)
+        return pytree.tree_map_only(Tensor, lambda tensor: cls.of(tensor, calls), found)
 
 
 _READS = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__contains__", "__array__", "__dlpack__"}

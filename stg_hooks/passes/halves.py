@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stg_hooks.errors import CallError
 from stg_hooks.guidance.samples import are_samples, check_told, takes_samples
-from stg_hooks.modes.residual import copied
+from stg_hooks.model.objects import copied
 from stg_hooks.passes.execution import Execution
 from stg_hooks.passes.guided_call import layout_of
 from stg_hooks.passes.returned import own_predictions, replace_predictions

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.hooks.forward import Action, Patch, pushed
+from stg_hooks.passes.entries import Entry, other_leaves, set_again
 from stg_hooks.passes.gaps import GAPS, Gap, gaps
-from stg_hooks.passes.rows import Indices, leaves_of
+from stg_hooks.passes.rows import Indices
 
 if TYPE_CHECKING:
     from stg_hooks.passes.state import Snapshot
@@ -49,6 +50,8 @@ class Output:
     is_kept: bool = True
     is_overwritten: bool = False
     """A later unit writes into the same memory."""
+    gap: Gap | None = None
+    """What weak passes are given in its place where it was let go."""
 
     def let_go(self, is_overwritten: bool = False) -> None:
         """Forget the values: the model holds them no more."""
@@ -77,10 +80,13 @@ class UnitCall:
     """Its outputs; `None` where they cannot be shared, and the unit has to run again."""
     writes: list[tuple[int, Output]]
     """What it writes, by the number of the argument."""
+    entries: Sequence[Entry] = ()
+    """What it sets in dictionaries."""
 
     def __post_init__(self) -> None:
         """Look at what the call needs."""
-        self.takes_arguments = bool(self.writes) or any(isinstance(value, Given) for value in self.values or ())
+        is_given = any(isinstance(value, Given) for value in self.values or ())
+        self.takes_arguments = bool(self.writes or self.entries or is_given)
         self.keeps = any(output.is_kept for output in self.outputs)
         self.is_watched = self.has_hooks
 
@@ -94,10 +100,13 @@ class UnitCall:
         """The tensors that it returns and writes."""
         return [value for value in self.values or () if isinstance(value, Output)] + [out for _, out in self.writes]
 
-    def replaced(self, new: dict[Output, Output]) -> UnitCall:
-        """Return the same call with other outputs."""
+    def replaced(self, new: dict[Output, Output], entries: Sequence[Entry] | None = None) -> UnitCall:
+        """Return the same call with other outputs, and other entries."""
+        entries = self.entries if entries is None else entries
         values = None if self.values is None else [new.get(v, v) if isinstance(v, Output) else v for v in self.values]
-        return UnitCall(self.unit, self.spec, values, [(i, new.get(output, output)) for i, output in self.writes])
+        return UnitCall(
+            self.unit, self.spec, values, [(i, new.get(output, output)) for i, output in self.writes], entries
+        )
 
 
 class Prefix:
@@ -239,7 +248,7 @@ class Prefix:
                     raise PrefixMismatchError
                 position += 1
                 if call.values is not None:
-                    answer = self._answer(call, args, kwargs)
+                    answer = self._answer(position - 1, args, kwargs)
                     GAPS.are_free = position != end
                     return answer
                 inside = True
@@ -257,24 +266,30 @@ class Prefix:
             self.is_broken = True
             raise PrefixMismatchError
 
-    def _answer(self, call: UnitCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _answer(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = self.calls[number]
         assert call.values is not None
         if not call.takes_arguments and call.spec is None:
-            return self._copy(call.values[0])
-        given = leaves_of(args, kwargs)
+            return self._copy(number, call.values[0])
+        set_again(call.entries, args, kwargs)
+        given = other_leaves(args, kwargs)
         for index, output in call.writes:
             given[index].copy_(output.rows)
-        copies = {value: self._copy(value) for value in call.values if isinstance(value, Output)}
+        copies = {value: self._copy(number, value) for value in call.values if isinstance(value, Output)}
         values = [
             given[value.index] if isinstance(value, Given) else copies[value] if isinstance(value, Output) else value
             for value in call.values
         ]
         return values[0] if call.spec is None else pytree.tree_unflatten(values, call.spec)
 
-    def _copy(self, value: Any) -> Any:
-        rows = self._rows_of(value)
-        is_gap = isinstance(value, Output) and not value.is_kept and not value.is_overwritten
-        return rows.as_subclass(Gap) if is_gap else rows
+    def _copy(self, number: int, value: Any) -> Any:
+        if not isinstance(value, Output) or value.is_kept or value.is_overwritten:
+            return self._rows_of(value)
+        if self.is_dense:
+            return Gap.of(self._rows_of(value), frozenset([number]))
+        if value.gap is None:
+            value.gap = Gap.of(value.rows, frozenset([number]))
+        return value.gap
 
     def _rows_of(self, value: Any) -> Any:
         # Later code may write into what it is given, and another pass may need it again.

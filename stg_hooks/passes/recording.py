@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,8 @@ class Recording(Prefix):
         starts: Sequence[Collection[int]],
         batch: int,
         rows: Indices,
-        keeps_all: bool,
+        keeps: Container[int],
+        aside: Container[int],
         look: Callable[[], Snapshot] | None,
     ) -> None:
         """Start with nothing recorded.
@@ -36,11 +37,12 @@ class Recording(Prefix):
             starts: for each branch, the modules (by `id`) before the first of which its prefix ends.
             batch: number of rows of the call.
             rows: which of them are conditional.
-            keeps_all: whether to keep what the model does not hold any more, too.
+            keeps: the numbers of the calls whose outputs to keep though the model does not hold them any more.
+            aside: units (by `id`) whose outputs are kept in any case.
             look: looks at what the model keeps.
         """
         super().__init__(starts, batch, rows, look)
-        self._keeps_all = keeps_all
+        self._keeps, self._aside = keeps, aside
         self._randomness: Randomness | None = None
         self._with_grad = torch.is_grad_enabled()
         self._live: list[_Live] = []
@@ -83,12 +85,12 @@ class Recording(Prefix):
         values, spec = ([output], None) if isinstance(output, Tensor) else pytree.tree_flatten(output)
         if self._with_grad and not torch.is_grad_enabled():
             self.obstacle = "it computes without gradients inside, as reentrant checkpointing does"
-        written = before.written()
-        if written is None:
+        written, entries = before.written(), before.entries.set_since()
+        if written is None or entries is None:
             self.obstacle = f"{type(unit).__name__} writes into its arguments"
         sources = {id(leaf): i for i, leaf in enumerate(before.leaves)}
         storages = {_storage(tensor) for tensor in before.tensors}
-        is_watched, lives = bool(unit._forward_hooks), dict[int, _Live]()
+        is_watched, lives = bool(unit._forward_hooks) or id(unit) in self._aside, dict[int, _Live]()
         outputs: list[Any] = []
         for value in values:
             if not isinstance(value, Tensor):
@@ -117,7 +119,7 @@ class Recording(Prefix):
             lives[id(tensor)] = live = lives.get(id(tensor)) or self._new(tensor, is_watched)
             self._let_go([other for other in self._live if other.memory == live.memory], is_overwritten=True)
         writes = [(i, lives[id(tensor)].output) for i, tensor in into]
-        self.calls.append(UnitCall(weakref.ref(unit), spec, outputs, writes))
+        self.calls.append(UnitCall(weakref.ref(unit), spec, outputs, writes, entries or ()))
         self._last = list(lives.values())
         self._live += self._last
 
@@ -131,7 +133,7 @@ class Recording(Prefix):
     def _new(self, value: Tensor, is_watched: bool) -> _Live:
         folded = 0 if self.rows == slice(None) else row_factor(value, self.batch) or 0
         output = Output(cut(value, self.rows, self.batch, folded).clone(), value.shape, folded)
-        return _Live(output, value, is_watched or self._keeps_all)
+        return _Live(output, value, is_watched or len(self.calls) in self._keeps)
 
 
 class _Live:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from stg_hooks.passes.entries import Entries, Entry, other_leaves
 from stg_hooks.passes.prefix import Given, Output, Prefix, UnitCall
 from stg_hooks.passes.recording import Recording
 from stg_hooks.passes.rows import Indices, cut, leaves_of
@@ -28,9 +29,9 @@ class Outline:
         self.ends = list(recording.ends)
         self.is_dense = recording.is_dense
         self.calls = [_without_values(call) for call in recording.calls]
-        # Of a unit with anything to keep all calls are seen, to tell one from the next; of the others none, unless
-        # units call each other.
-        kept = {id(call.unit()) for call in self.calls if call.keeps or recording.is_nested}
+        # Of a unit with anything to keep, or that sets anything, all calls are seen, to tell one from the next; of the
+        # others none, unless units call each other.
+        kept = {id(call.unit()) for call in self.calls if call.keeps or call.entries or recording.is_nested}
         self.units = {*kept, *itertools.chain(*recording.starts)}
         """The units (by `id`) whose calls are to be seen."""
         self.seen = [i for i, call in enumerate(self.calls) if id(call.unit()) in self.units]
@@ -73,12 +74,13 @@ class Repetition(Prefix):
         self._seen: Sequence[int] = outline.seen if look is None else range(len(self.calls))
         self._done = 0
 
-    def _begin(self, unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int, int]] | None:
+    def _begin(
+        self, unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[list[tuple[int, int]] | None, Entries]:
         call = self.calls[self._seen[self._done]] if self._done < len(self._seen) else None
         if call is None or call.unit() is not unit:
             self._differ()
-            return None
-        return None if call.writes else _versions(args, kwargs)
+        return None if call is None or call.writes else _versions(args, kwargs), Entries(args, kwargs)
 
     def _end(self, branch: int) -> int:
         end = self._ends[branch] or 0
@@ -94,28 +96,31 @@ class Repetition(Prefix):
         unit: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        before: list[tuple[int, int]] | None,
+        before: tuple[list[tuple[int, int]] | None, Entries],
         output: Any,
     ) -> None:
         number = self._seen[self._done]
         call = self.calls[number]
-        if before is not None and before != _versions(args, kwargs):
+        versions, entries = before[0], before[1].set_since()
+        if entries is None or (versions is not None and versions != _versions(args, kwargs)):
             return self._differ()
         if call.values is not None:
-            took = self._taken(call, args, kwargs, output)
+            took = self._taken(call, args, kwargs, output, entries)
             if took is None:
                 return self._differ()
             self.calls[number] = took
         self._done += 1
         return None
 
-    def _taken(self, call: UnitCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> UnitCall | None:
+    def _taken(
+        self, call: UnitCall, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, entries: Sequence[Entry]
+    ) -> UnitCall | None:
         """Return a call with what is to be kept of it; `None` where it looks otherwise than known."""
         assert call.values is not None
         values, spec = ([output], None) if isinstance(output, Tensor) else pytree.tree_flatten(output)
         if spec != call.spec:
             return None
-        given = leaves_of(args, kwargs) if call.takes_arguments else []
+        given = other_leaves(args, kwargs) if call.takes_arguments else []
         new: dict[Output, Output] = {}
         for value, known in zip(values, call.values, strict=True):
             if isinstance(known, Output):
@@ -128,7 +133,7 @@ class Repetition(Prefix):
                 return None
         if not all(self._takes(known, given[i], new) for i, known in call.writes):
             return None
-        return call.replaced(new) if new else call
+        return call.replaced(new, entries) if new or entries or call.entries else call
 
     def _takes(self, known: Output, value: Any, new: dict[Output, Output]) -> bool:
         if not isinstance(value, Tensor) or value.shape != known.shape or value.dtype != known.rows.dtype:

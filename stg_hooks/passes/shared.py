@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stg_hooks.passes.context import Context, may_come_of_cutting
-from stg_hooks.passes.findings import KnownLayout
+from stg_hooks.passes.findings import ALL, KnownLayout
 from stg_hooks.passes.gaps import GapError
 from stg_hooks.passes.guided_call import GuidedCall, checking, weak_pass
 from stg_hooks.passes.prefix import DRAWS_RANDOM_NUMBERS, Prefix, PrefixMismatchError
@@ -19,6 +19,7 @@ from stg_hooks.passes.returned import are_as_finite, own_predictions
 
 _LAYOUTS = 64
 _PATIENCE = 2  # calls of a layout
+_WANTED = 3  # outputs, one after the other
 
 
 class NotSharedError(Exception):
@@ -39,7 +40,7 @@ class SharedPasses:
             return None
         is_to_be_checked = isinstance(prefix, Recording) and (call.rows is not None or call.is_comparable)
         if isinstance(prefix, Recording) and not is_to_be_checked and prefix.has_gaps:
-            found.keeps_all.add(call.layout)  # without a check nothing would tell that NaN has come through
+            found.keeps[call.layout] = ALL  # without a check nothing would tell that NaN has come through
             return None
         if isinstance(prefix, Repetition) and call.random_before is not None and not found.layouts[call.layout].draws:
             del found.layouts[call.layout]  # blocks whose calls are not looked at may draw them
@@ -92,7 +93,10 @@ class SharedPasses:
         if prefix.is_broken:
             ways.stop_sharing("it calls other blocks in the weak pass than in the cond pass")
         elif isinstance(error, GapError):
-            found.keeps_all.add(call.layout)  # from the next call on
+            # From the next call on; a model that wants one output after the other gets all.
+            kept = found.keeps.get(call.layout, frozenset())
+            is_few = isinstance(kept, frozenset) and len(kept) < _WANTED
+            found.keeps[call.layout] = error.calls.union(kept) if error.calls and is_few else ALL
         else:
             call.conclude = partial(ways.stop_sharing, str(error))
 

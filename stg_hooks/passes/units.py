@@ -39,6 +39,12 @@ class Units:
         self._blocks_in = {
             id(unit): sum(id(module) in self._blocks for module in unit.modules()) for unit in (*self.prefix, *batched)
         }
+        self.aside = {
+            id(unit)
+            for unit in self.prefix
+            if not self._blocks_in[id(unit)] and (is_attention(unit) or attention_modules(unit))
+        }
+        """Those of them (by `id`) that refine or pool text: their outputs are small, and models use them again."""
         # What surrounds the blocks may hold tables that have no rows.
         self.batched = [u for u in batched if self._blocks_in[id(u)] or any(u is module for module in skipped)]
         """Those through which more rows go in one pass."""
@@ -86,7 +92,7 @@ def prefix_units(model: nn.Module, starts: Collection[nn.Module]) -> list[nn.Mod
         for child in module.children():
             if id(child) in wanted:
                 yield child
-            elif _has_no_forward(child) or any(id(inner) in wanted for inner in child.modules()):
+            elif _is_gone_through(child) or any(id(inner) in wanted for inner in child.modules()):
                 yield from walk(child)
             elif is_list or is_attention(child) or attention_modules(child):
                 yield child
@@ -94,9 +100,12 @@ def prefix_units(model: nn.Module, starts: Collection[nn.Module]) -> list[nn.Mod
     return list({id(unit): unit for unit in walk(model)}.values())
 
 
-def _has_no_forward(module: nn.Module) -> bool:
+def _is_gone_through(module: nn.Module) -> bool:
+    """Tell whether a model may call what is in a module instead of the module itself."""
     # A module from `torch.compile(block)` has its `forward` on the instance.
-    return type(module).forward is nn.Module.forward and "forward" not in module.__dict__
+    has_no_forward = type(module).forward is nn.Module.forward and "forward" not in module.__dict__
+    # The U-Nets of latent diffusion do so, in a function that the `forward` of their kind of Sequential calls as well.
+    return has_no_forward or (isinstance(module, nn.Sequential) and type(module) is not nn.Sequential)
 
 
 def _block_of(module: nn.Module, layers: Sequence[Layer]) -> nn.Module:

@@ -75,8 +75,10 @@ class Walk:
         self._lengths = [*map(len, self._mappings)]
         self._others = [holder for holder in self.holders if not isinstance(holder, Attributes)]
         self._sizes = [*map(len, self._sealed)]
+        self._attributes = [module.__dict__ for module in self._modules]
         # Ours are others in each `with`, and tell nothing.
-        self._forwards = [[m.__dict__.get("forward"), replaced_forward(m), m] for m in self._modules]
+        self._forwards = [attributes.get("forward") for attributes in self._attributes]
+        self._replaced = [*map(replaced_forward, self._modules)]
 
     def mark(self) -> Hashable:
         """Return what tells of which modules and functions the model is made, and what goes around their calls."""
@@ -86,13 +88,11 @@ class Walk:
         """List all that is held, in an order of its own; `None` where a container has more or less than it had."""
         if [*map(len, self._mappings)] != self._lengths or [*map(len, self._sealed)] != self._sizes:
             return None
-        for known in self._forwards:
-            forward, replaced, module = known
-            now = module.__dict__.get("forward")
-            if now is not forward:
-                if replaced_forward(module) is not replaced:
-                    return None
-                known[0] = now
+        forwards = [attributes.get("forward") for attributes in self._attributes]
+        if forwards != self._forwards:
+            if any(a is not b for a, b in zip(map(replaced_forward, self._modules), self._replaced, strict=True)):
+                return None
+            self._forwards = forwards
         found: list[Any] = []
         try:
             for getter, mapping in zip(self._getters, self._mappings, strict=True):

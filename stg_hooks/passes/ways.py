@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from stg_hooks.errors import SettingError, closest, warn
+from stg_hooks.checks import check_choice
+from stg_hooks.errors import warn
 from stg_hooks.hooks.compiled import compiled_among, is_compiled, surrounding
 from stg_hooks.passes.streaming import weights_are_streamed
 
@@ -22,9 +23,7 @@ _WAYS = ("batched", "sequential", "full", "all rows")
 
 def check_execution(execution: object) -> None:
     """Raise unless `execution` is one of `EXECUTIONS`."""
-    if execution not in EXECUTIONS:
-        names = ", ".join(map(repr, EXECUTIONS))
-        raise SettingError(f"execution={execution!r}: there is {names}.{closest(str(execution), EXECUTIONS)}")
+    check_choice(f"execution={execution!r}", execution, EXECUTIONS)
 
 
 class Ways:

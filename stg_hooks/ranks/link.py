@@ -197,7 +197,7 @@ class Ranks:
             return
         self._is_told = True
         with contextlib.suppress(RankError):  # the error itself is on its way
-            waits = isinstance(error, Exception)  # an interrupt must not wait for anybody
+            waits = isinstance(error, Exception)  # an interrupt must not wait for other ranks
             self._exchange({"error": shortened(f"{type(error).__name__}: {error}")}, waits)
 
     def _exchange(self, message: Mapping[str, str], waits: bool = True) -> dict[int, dict[str, str]]:
@@ -300,7 +300,7 @@ def check_alone(session: object, ranks: Ranks | None, model: nn.Module) -> None:
         model: the module that it guides.
 
     Raises:
-        CallError: there is another one.
+        CallError: another one is.
     """
     for other in activation.others(session):
         if (ranks or getattr(other, "ranks", None)) and any(m is model for m in getattr(other, "models", ())):

@@ -102,7 +102,7 @@ def own_metrics(metrics: Mapping[str, Metric] | Sequence[Metric] | Metric | None
         if not name or name == "<lambda>":
             raise SettingError('metrics: a function has no name. Give one: metrics={"name": function}.')
         if name in {*BUILT_IN, DIFFERENCE, *named}:
-            raise SettingError(f"metrics: there is a metric {name!r} already. Give another name.")
+            raise SettingError(f"metrics: the name {name!r} is taken by another metric. Give another one.")
         named[name] = metric
     return named
 
