@@ -306,6 +306,5 @@ MORE = (
         "c453369",
         ("cv2", "torchvision", "pytorch_lightning", "omegaconf", "decord"),
         "xformers",
-        "Its first attention, `init_attn`, is numbered after its input blocks.",
     ),
 )

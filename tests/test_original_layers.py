@@ -289,3 +289,30 @@ def test_blocks_in_attributes_are_numbered_where_there_are_several_of_a_class(cl
     torch.testing.assert_close(weak(model, 1), without(model, "sa2", lambda x: x), rtol=0, atol=0)
     numbered = [layer.name for layer in stg.layers(model) if layer.index is not None]
     assert numbered == ["sa1", "sa2", "sa3"]
+
+
+class InTheLoop(nn.Module):
+    """A block that runs in one turn of the loop over others: `init_attn` of DynamiCrafter and VideoCrafter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_blocks = nn.ModuleList([nn.Linear(DIM, DIM), *(SelfAttention() for _ in range(3))])
+        self.init_attn, self.late = (nn.Sequential(SelfAttention()) for _ in range(2))
+        self.has_attention = True
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        for i, block in enumerate(self.input_blocks):
+            if i == 3:
+                x = self.late(x)
+            x = block(x) + text.mean(1, keepdim=True)
+            if i == 0 and self.has_attention:
+                x = self.init_attn(x)
+        return x
+
+
+def test_what_runs_in_one_turn_of_a_loop_is_numbered_where_it_runs() -> None:
+    torch.manual_seed(0)
+    model = InTheLoop().eval()
+    names = [layer.name for layer in stg.layers(model) if layer.index is not None]
+    assert zoo.calls(model, names[::-1], lambda: model(**zoo.inputs())) == names
+    assert names == ["init_attn.0", "input_blocks.1", "input_blocks.2", "late.0", "input_blocks.3"]
