@@ -184,14 +184,14 @@ def step_video() -> Tiny:
     return Tiny(model, cond, uncond, first="hidden_states")
 
 
-class _BlockDiagonal:
+class BlockDiagonal:
     """In place of xformers' mask of sequences that lie one after the other."""
 
     def __init__(self, queries: list[int], keys: list[int]) -> None:
         self.queries, self.keys = queries, keys
 
     @classmethod
-    def from_seqlens(cls, queries: list[int], keys: list[int]) -> _BlockDiagonal:
+    def from_seqlens(cls, queries: list[int], keys: list[int]) -> BlockDiagonal:
         return cls(queries, keys)
 
 
@@ -209,10 +209,10 @@ def memory_efficient_attention(
 
 
 def pixart() -> Tiny:
-    mask = types.SimpleNamespace(BlockDiagonalMask=_BlockDiagonal)
+    mask = types.SimpleNamespace(BlockDiagonalMask=BlockDiagonal)
     standing_in("xformers.ops", memory_efficient_attention=memory_efficient_attention, fmha=mask)
     standing_in("xformers", ops=sys.modules["xformers.ops"])
-    standing_in("mmcv", Registry=_Registry, build_from_cfg=None)
+    standing_in("mmcv", Registry=Registry, build_from_cfg=None)
     model = module("diffusion.model.nets.PixArt").PixArt(
         8, 2, 4, 32, 3, 2, 2.0, pred_sigma=False, caption_channels=12, model_max_length=TEXT
     )
@@ -224,7 +224,7 @@ def pixart() -> Tiny:
     return Tiny(model, cond, {"y": random(ROWS, 1, TEXT, 12)})
 
 
-class _Registry:
+class Registry:
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 

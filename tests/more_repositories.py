@@ -9,10 +9,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.further_repositories import memory_efficient_attention, standing_in
+from tests.further_repositories import BlockDiagonal, Registry, memory_efficient_attention, standing_in
 from tests.opaque import attend_varlen
 from tests.repositories import ROWS, TEXT, Repository, Tiny, first_two, module, random
 
@@ -251,7 +251,113 @@ def vchitect() -> Tiny:
     return Tiny(model, cond, uncond, {"JointTransformerBlock": slice(16, 16 + TEXT)}, through, "hidden_states")
 
 
+def repa() -> Tiny:
+    model = module("models.sit").SiT(
+        input_size=8, hidden_size=32, decoder_hidden_size=32, encoder_depth=2, depth=3, num_heads=2, mlp_ratio=2.0,
+        num_classes=7, use_cfg=True, z_dims=[6], projector_dim=16, fused_attn=True, qk_norm=False,
+    )  # fmt: skip
+    cond = {"x": random(ROWS, 4, 8, 8), "t": torch.full((ROWS,), 0.5), "y": torch.tensor([1, 2])}
+    return Tiny(_FirstOf(model), cond, {"y": torch.tensor([7, 7])})
+
+
+class _FirstOf(nn.Module):
+    """Leaves out what a model returns for its training."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.model(x, t, y)[0]
+
+
+def mar_head() -> Tiny:
+    model = module("models.diffloss").SimpleMLPAdaLN(4, 32, 4, 12, 3)
+    cond = {"x": random(ROWS, 4), "t": torch.full((ROWS,), 500.0), "c": random(ROWS, 12)}
+    return Tiny(model, cond, {"c": random(ROWS, 12)})
+
+
+def lesson() -> Tiny:
+    model = module("modules").UNet_conditional(num_classes=5, device="cpu")
+    cond = {"x": random(ROWS, 3, 64, 64), "t": torch.full((ROWS,), 500.0), "y": torch.tensor([1, 2])}
+    return Tiny(model, cond, {"y": torch.tensor([0, 0])})
+
+
+def flow_matching() -> Tiny:
+    model = module("models.unet").UNetModel(
+        3, 32, 3, 1, (1, 2), channel_mult=(1, 2), num_classes=4, num_head_channels=16, use_scale_shift_norm=True
+    )
+    cond = {"x": random(ROWS, 3, 8, 8), "timesteps": torch.full((ROWS,), 0.5), "extra": {"label": torch.tensor([1, 2])}}
+    return Tiny(model, cond, {"extra": {"label": torch.tensor([0, 0])}})
+
+
+def pixart_sigma() -> Tiny:
+    mask = types.SimpleNamespace(BlockDiagonalMask=BlockDiagonal)
+    standing_in("xformers.ops", memory_efficient_attention=memory_efficient_attention, fmha=mask)
+    standing_in("xformers", ops=sys.modules["xformers.ops"])
+    standing_in("mmcv", Registry=Registry, build_from_cfg=None)
+    compress = {"sampling": "conv", "scale_factor": 2, "kv_compress_layer": [1]}
+    model = module("diffusion.model.nets.PixArt").PixArt(
+        8, 2, 4, 32, 3, 2, 2.0, pred_sigma=False, caption_channels=12, model_max_length=TEXT,
+        kv_compress_config=compress,
+    )  # fmt: skip
+    cond = {
+        "x": random(ROWS, 4, 8, 8),
+        "timestep": torch.full((ROWS,), 500.0),
+        "y": random(ROWS, 1, TEXT, 12),
+    }
+    return Tiny(model, cond, {"y": random(ROWS, 1, TEXT, 12)})
+
+
+def model_scope() -> Tiny:
+    standing_in("xformers.ops", memory_efficient_attention=memory_efficient_attention)
+    standing_in("xformers", ops=sys.modules["xformers.ops"])
+    standing_in("fairscale.nn.checkpoint", checkpoint_wrapper=lambda block: block)
+    standing_in("utils.registry_class", MODEL=types.SimpleNamespace(register_class=lambda: lambda cls: cls))
+    for package in ("tools", "tools.modules", "tools.modules.unet"):
+        standing_in(package, __path__=[f"{sys.path[0]}/{package.replace('.', '/')}"])
+    model = module("tools.modules.unet.unet_t2v").UNetSD_T2VBase(
+        None, 4, 32, 12, 12, out_dim=4, dim_mult=[1, 2], num_heads=2, head_dim=16, num_res_blocks=1,
+        attn_scales=[1.0, 0.5], dropout=0.0, training=False, inpainting=True, zero_y=random(1, TEXT, 12),
+    )  # fmt: skip
+    cond = {"x": random(ROWS, 4, 3, 8, 8), "t": torch.full((ROWS,), 500), "y": random(ROWS, TEXT, 12)}
+    return Tiny(model, cond, {"y": random(ROWS, TEXT, 12)})
+
+
 MORE = (
+    Repository("REPA", "models/sit.py", repa, "67f7145"),
+    Repository(
+        "MAR, its head for diffusion",
+        "models/diffloss.py",
+        mar_head,
+        "fe470ac",
+        kernel="none: its blocks hold no attention",
+        note="One call tells its blocks: the first one, or `example=`.",
+    ),
+    Repository(
+        "Diffusion-Models-pytorch",
+        "modules.py",
+        lesson,
+        "be35220",
+        note="Its blocks are in no list. One call tells them: the first one, or `example=`.",
+    ),
+    Repository("flow_matching", "models/unet.py", flow_matching, "11568d3", kernel="a softmax of its own"),
+    Repository(
+        "PixArt-sigma",
+        "diffusion/model/nets/PixArt.py",
+        pixart_sigma,
+        "1ce521a",
+        ("mmcv", "xformers", "torchvision"),
+        "xformers",
+    ),
+    Repository(
+        "VGen (ModelScope)",
+        "tools/modules/unet/unet_t2v.py",
+        model_scope,
+        "4014d1f",
+        ("open_clip", "torchvision"),
+        "xformers",
+    ),
     Repository(
         "HunyuanVideo 1.5",
         "hyvideo/models/transformers/hunyuanvideo_1_5_transformer.py",

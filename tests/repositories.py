@@ -448,6 +448,8 @@ def importable(root: Path, absent: tuple[str, ...]) -> Iterator[None]:
 _OTHERS = {
     "EDM": ("training/networks_edm2.py", False),
     "DiT": ("diffusion/gaussian_diffusion.py", True),
+    "PixArt-alpha": ("diffusion/model/nets/pixart_controlnet.py", True),
+    "PixArt-sigma": ("diffusion/model/nets/pixart_controlnet.py", False),
     "SiT": ("transport/transport.py", True),
     "Lumina-Image 2": ("transport/transport.py", True),
 }
@@ -547,6 +549,8 @@ def compare(actual: list[Tensor], expected: list[Tensor]) -> str:
 def attempts(tiny: Tiny) -> Iterator[tuple[str, str, str]]:
     """Try the blocks of each class; give what was tried, the block, and what was wrong with it, if anything."""
     numbered = [layer for layer in stg.layers(tiny.model) if layer.index is not None]
+    if not numbered:
+        numbered = [layer for layer in stg.layers(tiny.model, example=tiny.cond) if layer.index is not None]
     order: list[str] = []
     handles = [x.module.register_forward_hook(lambda *_, n=x.name: order.append(n)) for x in numbered]
     cond, uncond = run(tiny.model, tiny.cond), None

@@ -59,6 +59,30 @@ class InDictionary(nn.Module):
         return x
 
 
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.LayerNorm(zoo.DIM), nn.Linear(zoo.DIM, zoo.DIM), nn.SiLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x)
+
+
+class WithoutAttention(nn.Module):
+    """Blocks without attention, as MAR's head for the diffusion of one token has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_blocks, self.res_blocks = (nn.ModuleList(Residual() for _ in range(n)) for n in (2, 3))
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        for block in self.text_blocks:
+            text = block(text)
+        for block in self.res_blocks:
+            x = block(x) + text.mean(1, keepdim=True)
+        return x
+
+
 def built(cls: type[nn.Module]) -> nn.Module:
     torch.manual_seed(0)
     return cls().eval()
@@ -108,7 +132,10 @@ FACES = (by_skip, by_apply, by_uncond, by_guider, by_predictor)
 
 
 @pytest.mark.parametrize("face", FACES)
-@pytest.mark.parametrize(("cls", "layer", "name"), [(Hidden, 2, "late.0"), (InDictionary, 0, "stages.in")])
+@pytest.mark.parametrize(
+    ("cls", "layer", "name"),
+    [(Hidden, 2, "late.0"), (InDictionary, 0, "stages.in"), (WithoutAttention, 1, "res_blocks.1")],
+)
 def test_the_first_call_tells_the_layers(
     face: Callable[[nn.Module, int], Tensor], cls: type[nn.Module], layer: int, name: str
 ) -> None:
@@ -123,7 +150,7 @@ def test_the_first_call_tells_the_layers(
 def test_what_then_does_not_exist_is_an_error_of_the_first_call_that_leaves_nothing(
     face: Callable[[nn.Module, int], Tensor],
 ) -> None:
-    for cls, message in ((Hidden, "Hidden has 4 layers"), (Bare, "in a call of it, nothing in a list was seen")):
+    for cls, message in ((Hidden, "Hidden has 4 layers"), (Bare, "in a call of it, neither attention nor")):
         model = built(cls)
         before = state_of(model)
         with pytest.raises(stg.LayerError, match=message):

@@ -71,9 +71,10 @@ def find_layers(model: nn.Module) -> list[Layer]:
 
     A layer is an entry of a `ModuleList` (or `Sequential`, `ModuleDict`) that holds attention, or a module of the same
     class beside such lists; where no list holds any, and a call has told of the model, a module of a class of which
-    there are several. The stages of a U-Net, recognised by their attention-free lists beside the attention, are looked
-    into instead. Children are visited in the order in which `forward` mentions them, so that `mid_block` comes between
-    `down_blocks` and `up_blocks`. Main blocks are those that `forward` gives what is denoised.
+    there are several, or else an entry of any list. The stages of a U-Net, recognised by their attention-free lists
+    beside the attention, are looked into instead. Children are visited in the order in which `forward` mentions them,
+    so that `mid_block` comes between `down_blocks` and `up_blocks`. Main blocks are those that `forward` gives what is
+    denoised.
 
     Args:
         model: any module.
@@ -85,7 +86,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
     run = _RUNS.get(model) if _RUNS else None
     in_lists = {type(entry.module) for entry in found if not entry.is_alone}
     if run is not None and not in_lists:
-        found = _repeated(found)
+        found = _repeated(found) or list(_blocks_in_lists(model))
     else:
         found = [entry for entry in found if not entry.is_alone or type(entry.module) in in_lists]
     named_so = [entry for entry in found if not is_side(entry.name)] or found
@@ -115,6 +116,23 @@ def _repeated(found: Sequence[_Found]) -> list[_Found]:
     classes = [type(entry.module) for entry in found]
     several = [entry for entry in found if classes.count(type(entry.module)) > 1]
     return [one for one in several if not any(one.name.startswith(f"{other.name}.") for other in several)]
+
+
+def _blocks_in_lists(model: nn.Module) -> Iterator[_Found]:
+    """Find the outermost entries of lists of which several are of one class, attention or not; not torch's own."""
+    inside: set[int] = set()
+    for name, holder in model.named_modules():
+        if is_list(holder) and id(holder) not in inside:
+            entries = {key: entry for key, entry in holder.named_children() if not _is_of_torch(entry)}
+            classes = [type(entry) for entry in entries.values()]
+            for key, entry in entries.items():
+                if classes.count(type(entry)) > 1:
+                    inside |= {id(module) for module in entry.modules()}
+                    yield _Found(f"{name}.{key}".lstrip("."), entry, is_aside=False, is_alone=False)
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.")
 
 
 def _walk(module: nn.Module, path: str, is_aside: bool = False) -> Iterator[_Found]:

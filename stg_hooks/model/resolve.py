@@ -253,7 +253,7 @@ def _what_exists(model: nn.Module, known: list[Layer]) -> str:
     if not count:
         names = f'Pass modules or dotted names of its blocks (layers=["{_some_name(model)}"])'
         if was_recorded(model):
-            seen = "in a call of it, nothing in a list was seen to compute attention"
+            seen = "in a call of it, neither attention nor a list of blocks was seen"
             return f"{kind} has no numbered layers: {seen}. {names}."
         return (
             f"{kind} has no numbered layers: no ModuleList in it holds blocks with attention. "
