@@ -207,6 +207,7 @@ class GuidedDenoiser:
         call = self._local.call
         if call is None or in_weak_pass():
             return proceed(*args, **kwargs)
+        self._predictor.learn(call.branches, proceed, args, kwargs)
         if self._session.ranks is not None:
             check_rows_apart(call.role, "group=")
             both = call.role.is_halved

@@ -17,6 +17,9 @@ class StgError(Exception):
 class LayerError(StgError, LookupError):
     """A requested layer does not exist, is ambiguous, or cannot be skipped in the requested mode."""
 
+    is_unseen = False
+    """Whether looking at the model finds no layers, so that one call of it may tell."""
+
 
 class SettingError(StgError, ValueError):
     """A number or name among the settings cannot be used."""

@@ -363,6 +363,7 @@ class Guider(NotCopied):
         with self._prepared(), activation.entered(self):
             from stg_hooks.ranks.share import Share
 
+            self._predictor.learn(wanted, self.denoiser, args, call.positive)
             share = Share(ranks, self._predictor, wanted, has_uncond)
             output = share.first(self.denoiser, lambda for_uncond: (args, conditions[for_uncond]))
             first = own_predictions(output)
@@ -383,6 +384,7 @@ class Guider(NotCopied):
                 found.unconds = predictions(self.denoiser(*args, **kwargs))
             return
         with self._prepared():
+            self._predictor.learn(active, self.denoiser, args, kwargs)
             switch = self._predictor.of(active).switches[0]
             apart = self._predictor.caches.apart(id(switch), switch.modules, switch.is_bypass)
             with apart, switch.switched_on():

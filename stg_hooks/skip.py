@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -15,11 +16,12 @@ from stg_hooks.hooks import activation
 from stg_hooks.hooks.compiled import is_compiled
 from stg_hooks.hooks.forward import Patch, now, patched
 from stg_hooks.model.layers import Layer
-from stg_hooks.model.resolve import LayerSpec
+from stg_hooks.model.resolve import LayerSpec, listed
 from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.perturbation import Mode
 from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.caches import Caches
+from stg_hooks.passes.learning import is_learning, learn_once, made_ahead
 
 
 class _OfThread(threading.local):
@@ -28,11 +30,37 @@ class _OfThread(threading.local):
         self.depth = 0
 
 
+class _Chosen:
+    """The layers that were asked for; where looking does not find them, the first call tells them."""
+
+    def __init__(self, model: nn.Module, layers: LayerSpec | None, mode: str | Mode, kind: Kind | None) -> None:
+        self._model = model
+        spec: Any = listed(layers) if isinstance(layers, Iterator) else layers  # may have to be read again
+        self._make = partial(Switch, model, spec, mode, kind)
+        self.switch = made_ahead(self._make)
+        """`None` until they are known."""
+
+    def in_call(self, denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Switch:
+        """Return the layers, found by this call if need be.
+
+        Raises:
+            LayerError: a layer that does not exist or cannot be skipped in its mode.
+        """
+        if self.switch is None:
+            with _FIRST:
+                if self.switch is None:
+                    learn_once(self._model, denoiser, args, kwargs)
+                    self.switch = self._make()
+        return self.switch
+
+
 class _Entry:
     """One `with`, and the calls of the model inside it."""
 
-    def __init__(self, switch: Switch, model: nn.Module, caches: Caches, scope: str) -> None:
-        self._switch = switch
+    def __init__(self, chosen: _Chosen, model: nn.Module, caches: Caches, scope: str) -> None:
+        self._chosen = chosen
+        self._is_installed = False
+        self._within = ExitStack()
         self._scope = scope
         self._caches = caches
         self._since = now()
@@ -49,8 +77,9 @@ class _Entry:
     @contextmanager
     def installed(self, model: nn.Module) -> Iterator[None]:
         self._caches.look()
-        with ExitStack() as stack:
-            stack.enter_context(self._switch.installed())
+        with self._within as stack:
+            if self._chosen.switch is not None:
+                self._install(self._chosen.switch)
             self._patch = stack.enter_context(patched(model))
             stack.enter_context(self._patch.everywhere(self._around))
             if not self._is_compiled:  # there, hooks are compiled as well, and what we wrap is the call itself
@@ -59,6 +88,12 @@ class _Entry:
             self.place = activation.enter(self, self._scope)
             stack.callback(activation.leave, self.place)
             yield
+
+    def _install(self, switch: Switch) -> None:
+        with _FIRST:
+            if not self._is_installed:
+                self._within.enter_context(switch.installed())
+                self._is_installed = True
 
     def _is_here(self) -> bool:
         is_here = activation.is_active(self)
@@ -76,15 +111,18 @@ class _Entry:
 
     def _around(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Bypass the layers as long as the model runs; hooks alone would not end that after an interrupt."""
-        if not (self._is_here() if self._is_compiled else self._local.is_called):
+        if is_learning() or not (self._is_here() if self._is_compiled else self._local.is_called):
             return proceed(*args, **kwargs)
         self._caches.check_same()
-        self._switch.check_same()
+        switch = self._chosen.in_call(proceed, args, kwargs)
+        if not self._is_installed:
+            self._install(switch)
+        switch.check_same()
         self.has_begun = True
         self._local.depth += 1
         try:
             # The step is not known, so cached values of other steps are not used.
-            with self._caches.apart(self), self._switch.switched_on(self._since):
+            with self._caches.apart(self), switch.switched_on(self._since):
                 output = proceed(*args, **kwargs)
         except Exception as error:
             if type(error).__module__ == "torch._dynamo.exc":
@@ -125,7 +163,8 @@ class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(m
                 regular expression (`re.compile(...)`, or text that begins with `re:`) to be found in names, module, or
                 a list of those. Where no layer is called so, globs and regular expressions mean modules inside them.
                 A dictionary gives each its mode: `{14: "attention", 19: "residual"}`. `stg.layers(model)` shows what
-                there is. Left out, `mode="isolated"` acts in all of them.
+                there is. Left out, `mode="isolated"` acts in all of them. Where looking finds no layers, the first call
+                of the model tells them; it is made twice more for that.
             mode: `"residual"` (the block hands its inputs through, and is not computed), `"attention"` (self-attention
                 with the identity as its map), another name of docs/how-it-works.md, or a callable that takes a
                 `LayerCall` and returns what the layer should return.
@@ -143,7 +182,7 @@ class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(m
         Source: STG, arXiv 2411.18664, sec. 4.
         """
         self._scope = activation.check_scope(scope)
-        self._switch = Switch(model, layers, mode, kind)
+        self._chosen = _Chosen(model, layers, mode, kind)
         self._caches = Caches(model)
         self._model = model
         self._strict = strict
@@ -151,16 +190,16 @@ class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(m
 
     @property
     def layers(self) -> list[Layer]:
-        """The layers that are skipped, in running order."""
-        return list(self._switch.layers)
+        """The layers that are skipped, in running order; none yet where the first call has to tell them."""
+        return [] if self._chosen.switch is None else list(self._chosen.switch.layers)
 
     def __enter__(self) -> skip:
         """Register the hooks."""
-        entry = _Entry(self._switch, self._model, self._caches, self._scope)
+        entry = _Entry(self._chosen, self._model, self._caches, self._scope)
         entry.stack.enter_context(entry.installed(self._model))
         with _LOCK:
-            if not self._entries:
-                self._switch.forget()
+            if not self._entries and self._chosen.switch is not None:
+                self._chosen.switch.forget()
             self._entries.append(entry)
         return self
 
@@ -205,7 +244,8 @@ class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(m
                 "module that was passed to it, in this thread or asyncio task; not in direct calls of its forward, nor "
                 "of its blocks."
             )
-        names = [repr(layer.name) for layer in self._switch.unreached()] if entry.has_ended else []
+        switch = self._chosen.switch
+        names = [repr(layer.name) for layer in switch.unreached()] if switch is not None and entry.has_ended else []
         if names:
             return (
                 f"stg.skip() did not skip {', '.join(names)}: {model} ran inside this `with` without calling "
@@ -237,3 +277,4 @@ def check(
 
 
 _LOCK = threading.Lock()
+_FIRST = threading.RLock()  # of those that begin to call a model at the same time, one finds its layers

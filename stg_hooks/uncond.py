@@ -77,6 +77,7 @@ class UncondDenoiser:
         if not settings.active:
             return proceed(*args, **kwargs)
         session.warn_of_own(role, settings)
+        self._predictor.learn(settings.active, proceed, args, kwargs)
         execution = self._predictor.of(settings.active)
         guidance.stats.guided_calls += 1
         if role.rows == "uncond":

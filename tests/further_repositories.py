@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import sys
 import types
@@ -18,8 +19,11 @@ from tests.repositories import ROWS, TEXT, Repository, Tiny, module, random
 
 def standing_in(name: str, **contents: Any) -> None:
     """Put a module with these contents in the place of one that is not installed."""
-    made = types.ModuleType(name)
-    vars(made).update({"__path__": [], **contents})
+    made, spec = types.ModuleType(name), None
+    with suppress(ImportError, ValueError):
+        spec = importlib.util.find_spec(name)  # the rest of a package of theirs is still to be found
+    path = [] if spec is None else [*(spec.submodule_search_locations or ())]
+    vars(made).update({"__path__": path, **contents})
     sys.modules[name] = made
     parent, _, last = name.rpartition(".")
     if parent:
@@ -182,20 +186,23 @@ def step_video() -> Tiny:
     return Tiny(model, cond, uncond, first="hidden_states")
 
 
-class _BlockDiagonal:
+class BlockDiagonal:
     """In place of xformers' mask of sequences that lie one after the other."""
 
     def __init__(self, queries: list[int], keys: list[int]) -> None:
         self.queries, self.keys = queries, keys
 
     @classmethod
-    def from_seqlens(cls, queries: list[int], keys: list[int]) -> _BlockDiagonal:
+    def from_seqlens(cls, queries: list[int], keys: list[int]) -> BlockDiagonal:
         return cls(queries, keys)
 
 
 def memory_efficient_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_bias: Any = None, p: float = 0.0, scale: float | None = None
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, attn_bias: Any = None, p: float = 0.0, scale: float | None = None,
+    *, op: Any = None,
+) -> Tensor:  # fmt: skip
+    if query.ndim == 3:  # one head
+        return memory_efficient_attention(query[:, :, None], key[:, :, None], value[:, :, None], attn_bias)[:, :, 0]
     if attn_bias is None:
         return attend(query, key, value).contiguous()
     parts = zip(query.split(attn_bias.queries, 1), key.split(attn_bias.keys, 1), value.split(attn_bias.keys, 1),
@@ -204,10 +211,10 @@ def memory_efficient_attention(
 
 
 def pixart() -> Tiny:
-    mask = types.SimpleNamespace(BlockDiagonalMask=_BlockDiagonal)
+    mask = types.SimpleNamespace(BlockDiagonalMask=BlockDiagonal)
     standing_in("xformers.ops", memory_efficient_attention=memory_efficient_attention, fmha=mask)
     standing_in("xformers", ops=sys.modules["xformers.ops"])
-    standing_in("mmcv", Registry=_Registry, build_from_cfg=None)
+    standing_in("mmcv", Registry=Registry, build_from_cfg=None)
     model = module("diffusion.model.nets.PixArt").PixArt(
         8, 2, 4, 32, 3, 2, 2.0, pred_sigma=False, caption_channels=12, model_max_length=TEXT
     )
@@ -219,7 +226,7 @@ def pixart() -> Tiny:
     return Tiny(model, cond, {"y": random(ROWS, 1, TEXT, 12)})
 
 
-class _Registry:
+class Registry:
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tests.further_repositories import FURTHER
+from tests.more_repositories import MORE
 from tests.repositories import REPOSITORIES
 from tests.tiny_models import DIFFUSERS, EXPLAINED, MODELS, Tiny
 
@@ -62,7 +63,7 @@ def page() -> str:
     """Return the whole page."""
     rows = [row(name, tiny) for name, tiny in MODELS.items()]
     rows += [f"| {name} | - | - | - | {why} |" for name, why in EXPLAINED.items()]
-    originals = [f"| {r.name} | {r.commit} | {r.kernel} | {r.note} |" for r in (*REPOSITORIES, *FURTHER)]
+    originals = [f"| {r.name} | {r.commit} | {r.kernel} | {r.note} |" for r in (*REPOSITORIES, *FURTHER, *MORE)]
     return INTRODUCTION + "\n".join(rows) + "\n" + ORIGINALS + "\n".join(originals) + "\n"
 
 

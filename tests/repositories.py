@@ -448,6 +448,10 @@ def importable(root: Path, absent: tuple[str, ...]) -> Iterator[None]:
 _OTHERS = {
     "EDM": ("training/networks_edm2.py", False),
     "DiT": ("diffusion/gaussian_diffusion.py", True),
+    "PixArt-alpha": ("diffusion/model/nets/pixart_controlnet.py", True),
+    "PixArt-sigma": ("diffusion/model/nets/pixart_controlnet.py", False),
+    "SiT": ("transport/transport.py", True),
+    "Lumina-Image 2": ("transport/transport.py", True),
 }
 """A further file that tells a repository by being there, or by being absent, where others have the same marks."""
 
@@ -455,8 +459,9 @@ _OTHERS = {
 def found_under(path: Path) -> Iterator[tuple[Repository, Path]]:
     """Find the known repositories in the folders below a path."""
     from tests.further_repositories import FURTHER
+    from tests.more_repositories import MORE
 
-    for repository in (*REPOSITORIES, *FURTHER):
+    for repository in (*REPOSITORIES, *FURTHER, *MORE):
         for mark in sorted(path.glob(f"**/{repository.mark}")):
             root = mark.parents[len(Path(repository.mark).parts) - 1]
             has_another = _OTHERS.get(repository.name)
@@ -512,12 +517,16 @@ def in_place_of_attention(change: Any) -> Iterator[None]:
         return change(query, key, value, attn_mask)
 
     def softmax(logits: Tensor, dim: int | None = None, **_: Any) -> Tensor:
+        if logits.ndim < 3 or logits.shape[-1] != logits.shape[-2]:  # that of a gate between experts
+            return logits.exp() / logits.exp().sum(-1, keepdim=True)
         return torch.eye(logits.shape[-1]).expand(logits.shape).to(logits.dtype)
 
     KERNEL.change = change
-    with mock.patch.object(F, "scaled_dot_product_attention", sdpa), mock.patch.object(Tensor, "softmax", softmax):
-        yield
-    KERNEL.change = plain
+    try:
+        with mock.patch.object(F, "scaled_dot_product_attention", sdpa), mock.patch.object(Tensor, "softmax", softmax):
+            yield
+    finally:
+        KERNEL.change = plain
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -540,6 +549,8 @@ def compare(actual: list[Tensor], expected: list[Tensor]) -> str:
 def attempts(tiny: Tiny) -> Iterator[tuple[str, str, str]]:
     """Try the blocks of each class; give what was tried, the block, and what was wrong with it, if anything."""
     numbered = [layer for layer in stg.layers(tiny.model) if layer.index is not None]
+    if not numbered:
+        numbered = [layer for layer in stg.layers(tiny.model, example=tiny.cond) if layer.index is not None]
     order: list[str] = []
     handles = [x.module.register_forward_hook(lambda *_, n=x.name: order.append(n)) for x in numbered]
     cond, uncond = run(tiny.model, tiny.cond), None

@@ -108,11 +108,11 @@ def test_bad_layers(use: Callable[..., object], layers: Any, builtin: type, text
     assert isinstance(error.value, stg.TargetError if builtin is TypeError else stg.LayerError)
 
 
-def test_a_model_without_stacks_says_how_to_name_its_blocks(use: Callable[..., object], untouched: Any) -> None:
+def test_a_model_without_stacks_says_how_to_name_its_blocks(untouched: Any) -> None:
     for name, example in (("no_stacks", "first"), ("no_attention", "blocks.0")):
         model = untouched(zoo.build(name))
         with pytest.raises(stg.LayerError, match=r"^layers=\[[01]\]: \w+ has no numbered layers: ") as error:
-            use(model, [1])
+            stg.check(model, [1])
         assert f'Pass modules or dotted names of its blocks (layers=["{example}"])' in str(error.value)
         stg.skip(model, example)  # what the message says works
 

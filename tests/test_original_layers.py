@@ -250,3 +250,69 @@ def test_a_fused_block_without_a_module_for_it_is_refused() -> None:
     model = nn.Sequential(originals.Single(), originals.Single())
     with pytest.raises(stg.StgError, match="has no feed-forward network to silence"):
         stg.skip(model, ["1"], "feed-forward")
+
+
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mha, self.ln = nn.MultiheadAttention(DIM, 2, batch_first=True), nn.LayerNorm(DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.ln(x)
+        return x + self.mha(normed, normed, normed)[0]
+
+
+class Attributes(nn.Module):
+    """Attention in attributes of a U-Net and in no list, as in the lessons that many write theirs after."""
+
+    block: type[nn.Module] = SelfAttention
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inc, self.outc = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+        self.sa3, self.sa2, self.sa1 = (self.block() for _ in range(3))
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x = self.sa1(self.inc(x))
+        x = self.sa2(x + text.mean(1, keepdim=True))
+        return self.outc(self.sa3(x))
+
+
+class HiddenAttributes(Attributes):
+    block = originals.Unseen
+
+
+@pytest.mark.parametrize("cls", [Attributes, HiddenAttributes])
+def test_blocks_in_attributes_are_numbered_where_there_are_several_of_a_class(cls: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = cls().eval()
+    torch.testing.assert_close(weak(model, 1), without(model, "sa2", lambda x: x), rtol=0, atol=0)
+    numbered = [layer.name for layer in stg.layers(model) if layer.index is not None]
+    assert numbered == ["sa1", "sa2", "sa3"]
+
+
+class InTheLoop(nn.Module):
+    """A block that runs in one turn of the loop over others: `init_attn` of DynamiCrafter and VideoCrafter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_blocks = nn.ModuleList([nn.Linear(DIM, DIM), *(SelfAttention() for _ in range(3))])
+        self.init_attn, self.late = (nn.Sequential(SelfAttention()) for _ in range(2))
+        self.has_attention = True
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        for i, block in enumerate(self.input_blocks):
+            if i == 3:
+                x = self.late(x)
+            x = block(x) + text.mean(1, keepdim=True)
+            if i == 0 and self.has_attention:
+                x = self.init_attn(x)
+        return x
+
+
+def test_what_runs_in_one_turn_of_a_loop_is_numbered_where_it_runs() -> None:
+    torch.manual_seed(0)
+    model = InTheLoop().eval()
+    names = [layer.name for layer in stg.layers(model) if layer.index is not None]
+    assert zoo.calls(model, names[::-1], lambda: model(**zoo.inputs())) == names
+    assert names == ["init_attn.0", "input_blocks.1", "input_blocks.2", "late.0", "input_blocks.3"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
 from torch import nn
@@ -61,13 +61,20 @@ def remember(model: nn.Module, run: Run) -> None:
         note_attention(model.get_submodule(name))
 
 
+def was_recorded(model: nn.Module) -> bool:
+    """Tell whether calls of a model have told of its layers."""
+    return model in _RUNS
+
+
 def find_layers(model: nn.Module) -> list[Layer]:
     """List the skippable layers of a model, the numbered ones first and in running order.
 
     A layer is an entry of a `ModuleList` (or `Sequential`, `ModuleDict`) that holds attention, or a module of the same
-    class beside such lists; the stages of a U-Net, recognised by their attention-free lists beside the attention, are
-    looked into instead. Children are visited in the order in which `forward` mentions them, so that `mid_block` comes
-    between `down_blocks` and `up_blocks`. Main blocks are those that `forward` gives what is denoised.
+    class beside such lists; where no list holds any, and a call has told of the model, a module of a class of which
+    there are several, or else an entry of any list. The stages of a U-Net, recognised by their attention-free lists
+    beside the attention, are looked into instead. Children are visited in the order in which `forward` mentions them,
+    so that `mid_block` comes between `down_blocks` and `up_blocks`. Main blocks are those that `forward` gives what is
+    denoised.
 
     Args:
         model: any module.
@@ -76,11 +83,14 @@ def find_layers(model: nn.Module) -> list[Layer]:
         Numbered layers in running order, then the blocks of side stacks (refiners of text or noise, hints).
     """
     found = list(_walk(model, ""))
+    run = _RUNS.get(model) if _RUNS else None
     in_lists = {type(entry.module) for entry in found if not entry.is_alone}
-    found = [entry for entry in found if not entry.is_alone or type(entry.module) in in_lists]
+    if run is not None and not in_lists:
+        found = _repeated(found) or list(_blocks_in_lists(model))
+    else:
+        found = [entry for entry in found if not entry.is_alone or type(entry.module) in in_lists]
     named_so = [entry for entry in found if not is_side(entry.name)] or found
     main = [entry for entry in named_so if not entry.is_aside] or named_so
-    run = _RUNS.get(model) if _RUNS else None
     if run is not None and run.order:
         ran = [entry for entry in main if entry.name in run.order]
         main = [entry for entry in ran if entry.name not in run.aside] or ran or main
@@ -99,6 +109,30 @@ class _Found:
     """Whether nothing that is denoised goes through it."""
     is_alone: bool
     """Whether it is in no list: a layer only if lists hold modules of its class."""
+
+
+def _repeated(found: Sequence[_Found]) -> list[_Found]:
+    """List the outermost modules of classes of which there are several: `self.block1`, `self.block2`."""
+    classes = [type(entry.module) for entry in found]
+    several = [entry for entry in found if classes.count(type(entry.module)) > 1]
+    return [one for one in several if not any(one.name.startswith(f"{other.name}.") for other in several)]
+
+
+def _blocks_in_lists(model: nn.Module) -> Iterator[_Found]:
+    """Find the outermost entries of lists of which several are of one class, attention or not; not torch's own."""
+    inside: set[int] = set()
+    for name, holder in model.named_modules():
+        if is_list(holder) and id(holder) not in inside:
+            entries = {key: entry for key, entry in holder.named_children() if not _is_of_torch(entry)}
+            classes = [type(entry) for entry in entries.values()]
+            for key, entry in entries.items():
+                if classes.count(type(entry)) > 1:
+                    inside |= {id(module) for module in entry.modules()}
+                    yield _Found(f"{name}.{key}".lstrip("."), entry, is_aside=False, is_alone=False)
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.")
 
 
 def _walk(module: nn.Module, path: str, is_aside: bool = False) -> Iterator[_Found]:

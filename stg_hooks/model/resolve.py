@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stg_hooks.errors import LayerError, TargetError, closest
 from stg_hooks.model.attention import attention_modules
 from stg_hooks.model.flow import bystanders
-from stg_hooks.model.layers import Layer, find_layers, is_list, is_side
+from stg_hooks.model.layers import Layer, find_layers, is_list, is_side, was_recorded
 
 LayerName = SupportsIndex | str | re.Pattern[str] | range | nn.Module
 LayerSpec = LayerName | Iterable["LayerName"] | Mapping[Any, Any]
@@ -51,7 +51,8 @@ def resolve(model: nn.Module, spec: object, known: list[Layer] | None = None) ->
         raise TargetError(f"expected a torch.nn.Module to find layers in, not {type(model).__name__}.")
     known = find_layers(model) if known is None else known
     chosen: dict[str, Layer] = {}
-    for item in items_of(spec):
+    # Names first: what is wrong with them is known at once, and of numbers a call of the model may have to tell.
+    for item in sorted(items_of(spec), key=lambda item: isinstance(item, (int, range))):
         for layer in _resolve_one(model, known, item):
             chosen.setdefault(layer.name, layer)
     if not chosen:
@@ -141,7 +142,7 @@ def _shown(value: object) -> str:
 def _by_index(model: nn.Module, known: list[Layer], index: int) -> Layer:
     numbered = [layer for layer in known if layer.index is not None]
     if not -len(numbered) <= index < len(numbered):
-        raise LayerError(f"layers=[{_shown(index)}]: {_what_exists(model, known)} See stg.layers(model).")
+        raise unseen(model, f"layers=[{_shown(index)}]: {_what_exists(model, known)} See stg.layers(model).")
     return numbered[index]
 
 
@@ -239,14 +240,25 @@ def _glob_matches(pattern: str, name: str) -> bool:
     )
 
 
+def unseen(model: nn.Module, text: str) -> LayerError:
+    """Make an error about layers of which one call of the model may tell, where looking finds none."""
+    error = LayerError(text)
+    error.is_unseen = not was_recorded(model) and all(layer.index is None for layer in find_layers(model))
+    return error
+
+
 def _what_exists(model: nn.Module, known: list[Layer]) -> str:
     count = sum(layer.index is not None for layer in known)
     kind = type(model).__name__
     if not count:
+        names = f'Pass modules or dotted names of its blocks (layers=["{_some_name(model)}"])'
+        if was_recorded(model):
+            seen = "in a call of it, neither attention nor a list of blocks was seen"
+            return f"{kind} has no numbered layers: {seen}. {names}."
         return (
             f"{kind} has no numbered layers: no ModuleList in it holds blocks with attention. "
-            f'Pass modules or dotted names of its blocks (layers=["{_some_name(model)}"]), or let one call tell: '
-            "stg.layers(model, example=dict(...)), with the arguments that it is called with."
+            f"{names}, or let one call tell: stg.layers(model, example=dict(...)), with the arguments that it is "
+            "called with."
         )
     return f"{kind} has {count} layers (0...{count - 1})."
 

@@ -145,6 +145,17 @@ class _Reader(ast.NodeVisitor):
             self._read.add(name)
             self.read(unwrapped(method))
 
+    def visit_For(self, node: ast.For) -> None:
+        """Put what runs in one turn of a loop over a list (`if i == 0: x = self.init_attn(x)`) at its place in it."""
+        once, mention, begun = _once_in(node), _mention(node.iter), 0
+        if once and mention is not None:
+            for end, statement in once:
+                self.groups.append([(mention[0], slice(begun, end))])
+                self.visit(statement)
+                begun = end
+            self.groups.append([(mention[0], slice(begun, None))])
+        self.generic_visit(node)
+
     def visit_Compare(self, node: ast.Compare) -> None:
         return
 
@@ -161,6 +172,23 @@ class _Reader(ast.NodeVisitor):
             self.generic_visit(node)
         else:
             self.groups.append([mention])
+
+
+def _once_in(loop: ast.For) -> list[tuple[int, ast.If]]:
+    """List the statements that run in one turn of `for i, block in enumerate(...)`, after how many calls of `block`."""
+    target, found = loop.target, []
+    if not isinstance(loop.iter, ast.Call) or not isinstance(target, ast.Tuple) or len(target.elts) != 2:
+        return []
+    index, block = (ast.unparse(element) for element in target.elts)
+    has_run = False
+    for statement in loop.body:
+        if isinstance(statement, ast.If):
+            tests = statement.test.values if isinstance(statement.test, ast.BoolOp) else [statement.test]
+            texts = map(ast.unparse, tests)
+            turns = [int(text.removeprefix(f"{index} == ")) for text in texts if re.fullmatch(rf"{index} == \d+", text)]
+            found += [(turn + has_run, statement) for turn in turns[:1]]
+        has_run = has_run or any(isinstance(n, ast.Name) and n.id == block for n in ast.walk(statement))
+    return sorted(found, key=lambda entry: entry[0])
 
 
 def _mention(node: ast.expr) -> Mention | None:

@@ -99,7 +99,7 @@ class AttentionSeam:
         whole = [name for name, module in targets if module is self._layer]
         patches = [self._patches[id(module)] for module in (*(module for _, module in inner), *self._opaque)]
         actions = [mode.around(name, module) for name, module in inner] + [mode.through] * len(self._opaque)
-        with pushed(patches, actions), seeing(mode.kernel), mode:
+        with pushed(patches, actions), seeing(mode.kernel, self._layer), mode:
             if whole:
                 output = mode.around(whole[0], self._layer, known)(forward, args, kwargs)
             else:

@@ -1,17 +1,20 @@
-"""Attention functions that are not torch functions: found where they are called, and replaced for single calls.
+"""Attention functions that are not torch functions: found where they are held, and replaced for single calls.
 
 `ATTENTION_FUNCTIONS` of the adapters names them. While a perturbed layer runs, each is replaced in the namespaces of
-all modules that hold it, by something that looks at the thread: elsewhere it is the function itself.
+all modules that hold it, and wherever else the model's own code does (in a list, an attribute, a default argument), by
+something that looks at the thread: elsewhere it is the function itself.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,47 +22,66 @@ import torch
 from torch import nn
 
 from stg_hooks.model.called import called_attention
+from stg_hooks.modes.holders import Slot, called, plain, slots_in, with_another
 from stg_hooks.modes.layouts import Layout, guessed
 
 Seen = Callable[[Callable[..., Any], Layout | None, tuple[Any, ...], dict[str, Any]], Any]
 """What to do in place of an attention function: gets the function, its layout and the arguments of the call."""
 
 
+# What is not looked into beyond its namespaces: code that holds kernels nowhere else.
+_LIBRARIES = frozenset({"builtins", "torch", "diffusers", "transformers", "accelerate", "peft", "stg_hooks"})
+
+
 class _OfThread(threading.local):
     seen: Seen | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """A function where it is held, and what is held there: itself, or what calls it."""
+
+    slot: Slot
+    value: Any
+    layout: Layout | None
+
+
 class _Place:
-    """A function under one of its names in a module."""
+    """A function in one place, and what takes its place."""
 
-    def __init__(self, namespace: dict[str, Any], name: str, value: Any, function: Any, layout: Layout | None) -> None:
-        self.namespace, self.name, self.value = namespace, name, value
+    def __init__(self, held: _Held) -> None:
+        self.slot, self.value = held.slot, held.value
         self.users: set[object] = set()
+        function = called(held.value)
 
-        @functools.wraps(function)
+        @functools.wraps(plain(held.value))
         def instead(*args: Any, **kwargs: Any) -> Any:
             seen = _LOCAL.seen
-            return value(*args, **kwargs) if seen is None else seen(value, layout, args, kwargs)
+            return function(*args, **kwargs) if seen is None else seen(function, held.layout, args, kwargs)
 
-        self.instead = instead
+        self.instead = with_another(held.value, instead)
 
 
 _LOCAL = _OfThread()
 _LOCK = threading.RLock()
-_PLACES: dict[tuple[int, str], _Place] = {}
-"""Those that are in use now, by the namespace's id and the name."""
-_FOUND: tuple[object, list[tuple[dict[str, Any], str, Any, Any, Layout | None]]] = (None, [])
+_PLACES: dict[Hashable, _Place] = {}
+"""Those that are in use now, by what tells their slot."""
+_FOUND: tuple[object, list[_Held]] = (None, [])
+_BELOW: weakref.WeakKeyDictionary[nn.Module, tuple[object, list[_Held]]] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
-def seeing(seen: Seen, others: Mapping[str, Callable[..., Any]] | None = None) -> Iterator[None]:
+def seeing(
+    seen: Seen, model: nn.Module | None = None, others: Mapping[str, Callable[..., Any]] | None = None
+) -> Iterator[None]:
     """Pass calls of attention functions from this thread to `seen` within a `with`.
 
     Args:
         seen: is called in place of a function.
+        model: what runs: a function may also be held by a module in it, or in the code of its package.
         others: functions beside those of the table, by their dotted names.
     """
-    found = _found(others or {})
+    found = _found(others or {}, model)
     if not found:
         yield
         return
@@ -67,28 +89,27 @@ def seeing(seen: Seen, others: Mapping[str, Callable[..., Any]] | None = None) -
     before, _LOCAL.seen = _LOCAL.seen, seen
     try:
         with _LOCK:
-            for namespace, name, value, function, layout in found:
-                place = _PLACES.get((id(namespace), name))
-                if place is None and namespace.get(name) is value:
-                    place = _Place(namespace, name, value, function, layout)
-                    _PLACES[id(namespace), name] = place
+            for held in found:
+                place = _PLACES.get(held.slot.key)
+                if place is None and held.slot.read() is held.value:
+                    place = _PLACES[held.slot.key] = _Place(held)
                 if place is not None:
                     place.users.add(session)
-                    namespace[name] = place.instead
+                    held.slot.write(place.instead)
         yield
     finally:
         _LOCAL.seen = before
         with _LOCK:
-            for key, place in list(_PLACES.items()):
+            for key, place in list(_PLACES.items())[::-1]:
                 place.users.discard(session)
                 if not place.users:
-                    if place.namespace.get(place.name) is place.instead:
-                        place.namespace[place.name] = place.value
+                    if place.slot.read() is place.instead:
+                        place.slot.write(place.value)
                     del _PLACES[key]
 
 
-def _found(others: Mapping[str, Callable[..., Any]]) -> list[tuple[dict[str, Any], str, Any, Any, Layout | None]]:
-    """Find the functions wherever a module holds them. Looked for anew when modules or the table have changed."""
+def _found(others: Mapping[str, Callable[..., Any]], model: nn.Module | None) -> list[_Held]:
+    """Find the functions wherever they are held. Looked for anew when modules or the table have changed."""
     global _FOUND
     table: Mapping[str, Layout] = importlib.import_module("stg_hooks.adapters").ATTENTION_FUNCTIONS
     with _LOCK:
@@ -98,35 +119,61 @@ def _found(others: Mapping[str, Callable[..., Any]]) -> list[tuple[dict[str, Any
             if callable(function := _function(name))
         ]
         key = len(sys.modules), stated
-        if not others and key == _FOUND[0]:
-            return _FOUND[1]
-        functions: dict[int, tuple[Any, Layout | None]] = {id(f): (f, None) for f in others.values()}
-        functions.update({id(function): (function, layout) for _, function, layout in stated})
-        found = list(_held(functions)) if functions else []
-        if not others:
+        functions: dict[int, Layout | None] = {id(f): None for f in others.values()}
+        functions.update({id(function): layout for _, function, layout in stated})
+        if others or key != _FOUND[0]:
+            found = list(_in_namespaces(functions)) if functions else []
+            if others:
+                return found
             _FOUND = key, found
-        return found
+        if model is None or not functions:
+            return _FOUND[1]
+        if model not in _BELOW or _BELOW[model][0] != key:
+            _BELOW[model] = key, list(_below(model, functions))
+        return _FOUND[1] + _BELOW[model][1]
 
 
 def _function(name: str) -> Any:
     module, _, function = name.rpartition(".")
-    found = vars(sys.modules[module]).get(function) if module in sys.modules else None
-    place = _PLACES.get((id(vars(sys.modules[module])), function)) if found is not None else None
-    return place.value if place is not None else found
+    return _value(Slot(vars(sys.modules[module]), function)) if module in sys.modules else None
 
 
-def _held(
-    functions: Mapping[int, tuple[Any, Layout | None]],
-) -> Iterator[tuple[dict[str, Any], str, Any, Any, Layout | None]]:
+def _value(slot: Slot) -> Any:
+    """Return what a slot holds when nothing is in its place."""
+    place = _PLACES.get(slot.key)
+    return slot.read() if place is None else place.value
+
+
+def _in_namespaces(functions: Mapping[int, Layout | None]) -> Iterator[_Held]:
+    """Find functions under their names in all modules of Python."""
     modules: list[Any] = list(sys.modules.values())
     for module in modules:
         namespace = vars(module) if isinstance(module, types.ModuleType) else {}  # others put anything there
-        for name, held in list(namespace.items()):
-            place = _PLACES.get((id(namespace), name))
-            value = place.value if place is not None else held
-            plain = getattr(value, "_torchdynamo_orig_callable", value) if type(value) is types.FunctionType else value
-            if id(plain) in functions:
-                yield namespace, name, value, *functions[id(plain)]
+        for name in list(namespace):
+            slot = Slot(namespace, name)
+            value = _value(slot)
+            if id(plain(value)) in functions:
+                yield _Held(slot, value, functions[id(plain(value))])
+
+
+def _below(model: nn.Module, functions: Mapping[int, Layout | None]) -> Iterator[_Held]:
+    """Find functions that modules in a model hold, and what is in the packages of their code, however deep."""
+    modules = list(model.modules())
+    classes = {cls for module in modules for cls in type(module).__mro__}
+    packages = {cls.__module__.partition(".")[0] for cls in classes} - _LIBRARIES
+
+    def is_own(name: str) -> bool:
+        return name.partition(".")[0] in packages
+
+    def is_wanted(value: Any) -> bool:
+        return id(plain(value)) in functions
+
+    found: list[Any] = [module for name, module in list(sys.modules.items()) if is_own(name)]
+    namespaces = [vars(module) for module in found if isinstance(module, types.ModuleType)]
+    direct = {Slot(namespace, name).key for namespace in namespaces for name in namespace}
+    for slot, value in slots_in([*map(vars, modules), *namespaces], _value, is_wanted, is_own):
+        if slot.key not in direct:
+            yield _Held(slot, value, functions[id(plain(value))])
 
 
 def advice(modules: Iterable[nn.Module], run: Callable[[], Any]) -> str:
@@ -146,7 +193,7 @@ def advice(modules: Iterable[nn.Module], run: Callable[[], Any]) -> str:
         return output
 
     try:
-        with torch.no_grad(), seeing(note, named):
+        with torch.no_grad(), seeing(note, others=named):
             run()
     except Exception:  # in a call that the caller did not make
         return ""
@@ -165,5 +212,7 @@ def _dotted(function: Callable[..., Any]) -> str | None:
     own = f"{getattr(function, '__module__', None)}.{getattr(function, '__name__', None)}"
     if _function(own) is function:
         return own
-    held = next(_held({id(function): (function, None)}), None)
-    return None if held is None else f"{held[0].get('__name__')}.{held[1]}"
+    for held in _in_namespaces({id(function): None}):
+        if held.value is function:
+            return f"{held.slot.owner.get('__name__')}.{held.slot.name}"
+    return None

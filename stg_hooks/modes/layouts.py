@@ -21,9 +21,10 @@ class Layout:
 
     tensors: str | Mapping[Any, str]
     """The shape of queries, keys and values; or a shape for each value of the argument `by`, its default first."""
-    q: int | str = 0
-    k: int | str = 1
-    v: int | str = 2
+    q: int | str | tuple[int | str, int] = 0
+    k: int | str | tuple[int | str, int] = 1
+    v: int | str | tuple[int | str, int] = 2
+    """The arguments that hold them. In one tensor: with their number in its dimension before heads, `("qkv", 0)`."""
     output: str | Mapping[Any, str] | None = None
     """The shape of the output, where it is another one; or a shape for each value of the argument `output_by`."""
     by: str | None = None
@@ -60,6 +61,14 @@ class Arguments:
         if isinstance(position, int) and position < len(self._args):
             return self._args[position]
         return self._defaults.get(str(name))
+
+    def tensor(self, which: int | str | tuple[int | str, int]) -> Tensor:
+        """Return queries, keys or values, alone or out of the tensor that holds several."""
+        if isinstance(which, tuple):
+            found: Tensor = self[which[0]].select(-3, which[1])
+            return found
+        alone: Tensor = self[which]
+        return alone
 
     def get(self, which: int | str | None) -> Any:
         """Return an argument that may not be stated."""

@@ -2,49 +2,44 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from stg_hooks.errors import CallError
 from stg_hooks.model import objects
 from stg_hooks.model.attention import is_attention
 from stg_hooks.model.layers import Run, find_layers, remember
 from stg_hooks.modes.kernels import seeing
 
 _ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+_ENTRIES = 4096  # of what a module is given that are compared
 _SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
 
 
-def learn_from_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Call a model twice, the second time with other latents, and remember what ran and what computed attention.
+Change: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def learn_from_calls(model: nn.Module, call: Callable[[Change], None]) -> None:
+    """Have a model called twice, the second time with other latents; remember what ran and what computed attention.
 
     Args:
         model: any module; `find_layers` follows what is remembered of it from then on.
-        args: positional arguments of a call.
-        kwargs: keyword arguments of the call.
+        call: calls it, with arguments that it changes first; with the same random numbers each time.
 
     Raises:
-        CallError: the model could not be called with these.
+        Exception: what the first call raises.
     """
     first, second = _Recorder(model), _Recorder(model)
-    for recorder, given in ((first, (args, kwargs)), (second, _with_other_latents(args, kwargs))):
-        try:
-            with torch.no_grad(), torch.random.fork_rng(_devices(model)), recorder.recording():
-                torch.manual_seed(0)
-                model(*given[0], **given[1])
-        except Exception as error:
-            if recorder is second:
-                break  # other latents may not be accepted, as tokens are not
-            raise CallError(
-                f"example= does not fit: {type(model).__name__} could not be called with it ({type(error).__name__}: "
-                f"{error}). Pass what the model is called with: example=dict(...), or a tuple of arguments."
-            ) from error
+    with first.recording():
+        call(lambda args, kwargs: (args, kwargs))
+    with suppress(Exception), second.recording():  # other latents may not be accepted, as tokens are not
+        call(_with_other_latents)
     remember(model, Run((), frozenset(), frozenset(first.attention)))
     names = [layer.name for layer in find_layers(model)]
     order = [name for name in first.order if name in names]
@@ -53,11 +48,12 @@ def learn_from_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes which modules run in a call, what they are given, and which compute attention."""
+    """Notes which modules run in a call of this thread, what they are given, and which compute attention."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._model = model
+        self._thread = threading.get_ident()
         self._running: list[nn.Module] = []
         self.order: list[str] = []
         self.given: dict[str, list[Tensor]] = {}
@@ -71,20 +67,22 @@ class _Recorder(TorchFunctionMode):
                 if name:
                     stack.callback(module.register_forward_pre_hook(self._enters, with_kwargs=True).remove)
                     stack.callback(module.register_forward_hook(self._leaves, always_call=True).remove)
-            stack.enter_context(seeing(self._kernel))
+            stack.enter_context(seeing(self._kernel, self._model))
             stack.enter_context(self)
             yield
 
     def _enters(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() != self._thread:
+            return
         name = self._names[id(module)]
         self._running.append(module)
         if name not in self.given:
             self.order.append(name)
             leaves = objects.leaves((args, kwargs))
-            self.given[name] = [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
+            self.given[name] = [_sample(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
 
     def _leaves(self, module: nn.Module, *_: Any) -> None:
-        if self._running and self._running[-1] is module:
+        if self._running and self._running[-1] is module and threading.get_ident() == self._thread:
             self._running.pop()
 
     def _kernel(self, function: Callable[..., Any], _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -114,9 +112,10 @@ def _with_other_latents(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     return changed
 
 
+def _sample(tensor: Tensor) -> Tensor:
+    """Copy some of the entries, from all over a tensor: enough to tell whether it is the same in another call."""
+    return tensor.reshape(-1)[:: tensor.numel() // _ENTRIES | 1].clone()
+
+
 def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
     return len(one) == len(other) and all(map(torch.equal, one, other))
-
-
-def _devices(model: nn.Module) -> list[torch.device]:
-    return list({parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"})

@@ -124,7 +124,7 @@ class SelfAttention(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        query, key, value = (given[which] for which in (layout.q, layout.k, layout.v))
+        query, key, value = (given.tensor(which) for which in (layout.q, layout.k, layout.v))
         if not self._is_self_attention(query, key):
             self.crossed += 1
             return _out_of_sight(function, args, kwargs)

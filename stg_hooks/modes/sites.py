@@ -11,6 +11,7 @@ from torch import nn
 from stg_hooks.errors import LayerError, SettingError
 from stg_hooks.model.attention import attention_modules, is_attention
 from stg_hooks.model.layers import Layer
+from stg_hooks.model.resolve import unseen
 from stg_hooks.model.source import signature_text
 from stg_hooks.modes.feed_forward import feed_forwards
 from stg_hooks.modes.frames import Kind, check_kind, kinds_of, temporal_lines
@@ -41,7 +42,7 @@ def all_for(model: nn.Module, mode: Perturbation, known: Sequence[Layer]) -> lis
     found = [layer.index for layer in known if layer.index is not None and _has(layer, mode.needs)]
     if not found:
         kinds = ", ".join(dict.fromkeys(layer.block for layer in known)) or "no blocks"
-        raise LayerError(f"{mode} {mode.verb} blocks, and {type(model).__name__} has none that fit it ({kinds}).")
+        raise unseen(model, f"{mode} {mode.verb} blocks, and {type(model).__name__} has none that fit it ({kinds}).")
     return found
 
 
@@ -164,10 +165,11 @@ def _check_mode(
         what = "attention" if kind is None else f"{kind} attention"
         inside = [f"{layer.name}.{name}" for name in layer.attention]
         settle = _attention_lines(layer.module) if kind is None else temporal_lines(model, inside)
-        raise LayerError(
+        raise unseen(
+            model,
             f"{asked}: {layer.block} has no {what} for {mode}. It can have {_possible(layer)}.\n"
             f"  it is:    {layer.block}.forward{signature_text(layer.module)}\n"
-            f"  it holds: {_children(layer.module)}\n{settle}".rstrip()
+            f"  it holds: {_children(layer.module)}\n{settle}".rstrip(),
         )
     if is_attention(layer.module) and getattr(layer.module, "is_cross_attention", False):
         raise LayerError(

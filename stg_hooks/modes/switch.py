@@ -248,12 +248,13 @@ def _chosen(
         spec = all_for(model, mode, known or ()) if layers is None else layers
         return [(layer, mode) for layer in resolve(model, spec, known)]
     check_one_mode(layers, mode)
+    ordered = resolve(model, list(layers), known)
     pairs = [(layer, find_mode(own)) for spec, own in layers.items() for layer in resolve(model, spec, known)]
     found: dict[str, Perturbation] = {}
     for layer, own in pairs:
         if found.setdefault(layer.name, own) != own:
             raise LayerError(f"layers= gives {layer.name!r} two modes: {found[layer.name]} and {own}. Leave one out.")
-    return [(layer, found[layer.name]) for layer in resolve(model, list(layers), known)]
+    return [(layer, found[layer.name]) for layer in ordered]
 
 
 def _check_tokens_are_whole(model: nn.Module, sites: Sequence[Site]) -> None:

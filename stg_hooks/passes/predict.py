@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from stg_hooks.modes.switch import Switch
 from stg_hooks.passes.caches import Caches
 from stg_hooks.passes.execution import Execution
 from stg_hooks.passes.guided_call import WeakCall, in_weak_pass
+from stg_hooks.passes.learning import learn_once, made_ahead
 from stg_hooks.passes.returned import own_predictions, replace_predictions
 from stg_hooks.passes.rows import Rows, SomeRows, first_batch
 
@@ -84,7 +86,7 @@ class Predictor:
         self._installed: list[tuple[ExitStack, set[Hashable]]] = []
         self._lock = threading.Lock()
         if branches:
-            self.make(self.branches)
+            self._make_ahead(self.branches)
             self._prepared = frozenset(self._made)
 
     def __call__(
@@ -152,6 +154,7 @@ class Predictor:
             weak_call: returns the arguments of the cond rows, where the host knows them better.
             is_comparable: another pass that skips nothing has to give the same; not where others guide it, too.
         """
+        self.learn(branches, denoiser, args, kwargs)
         execution = self.of(branches)
         output, call = execution.cond_pass(denoiser, args, kwargs, rows, weak_call=weak_call)
         own = own_predictions(output)
@@ -190,11 +193,36 @@ class Predictor:
         """
         for settings in possible:
             if settings.active:
-                self.make(settings.active)
+                self._make_ahead(settings.active)
             for branch in settings.parts:
                 if not any(branch is active for active in settings.active):
-                    Switch(self._model, branch.layers, branch.mode, branch.kind)
+                    self._check_ahead(branch)
         self._prepared = frozenset(self._made)
+
+    def _make_ahead(self, branches: Sequence[Branch]) -> None:
+        if made_ahead(partial(self.make, branches)) is None:
+            for branch in branches:  # each may be wrong for another reason
+                self._check_ahead(branch)
+
+    def _check_ahead(self, branch: Branch) -> None:
+        made_ahead(partial(Switch, self._model, branch.layers, branch.mode, branch.kind))
+
+    def learn(
+        self, branches: Sequence[Branch], denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Let a call tell the layers of some branches, before it is made, where looking at the model does not.
+
+        Args:
+            branches: those of which the call needs weak predictions.
+            denoiser: makes the call.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+
+        Raises:
+            LayerError: a layer that does not exist or cannot be skipped in its mode.
+        """
+        if branches and _key(branches) not in self._made and made_ahead(partial(self.make, branches)) is None:
+            learn_once(self._model, denoiser, args, kwargs)
 
     def of(self, branches: Sequence[Branch]) -> Execution:
         """Return an installed execution; a schedule may ask for layers that were not known before the run."""

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from stg_hooks.errors import TargetError
+from stg_hooks.errors import CallError, TargetError
 from stg_hooks.guidance.published import Published, published_settings
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.hosts import denoisers_of
 from stg_hooks.model.attention import is_attention
 from stg_hooks.model.layers import Layer, find_layers
 from stg_hooks.modes.frames import kinds_of
-from stg_hooks.modes.recorded import learn_from_call
+from stg_hooks.passes.learning import learn
 
 
 def layers(target: object, example: Mapping[str, Any] | Sequence[Any] | None = None) -> LayerTable:
@@ -37,7 +37,14 @@ def layers(target: object, example: Mapping[str, Any] | Sequence[Any] | None = N
         if not isinstance(target, nn.Module):
             raise TargetError(f"example= is for a module, not for {type(target).__name__}: pass its denoiser.")
         is_named = isinstance(example, Mapping)
-        learn_from_call(target, () if is_named else tuple(example), dict(example) if is_named else {})
+        args, kwargs = (() if is_named else tuple(example)), (dict(example) if is_named else {})
+        try:
+            learn(target, target, args, kwargs)
+        except Exception as error:
+            raise CallError(
+                f"example= does not fit: {type(target).__name__} could not be called with it ({type(error).__name__}: "
+                f"{error}). Pass what the model is called with: example=dict(...), or a tuple of arguments."
+            ) from error
     return LayerTable(denoisers_of(target))
 
 
