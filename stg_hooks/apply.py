@@ -19,8 +19,9 @@ from stg_hooks.guidance.channels import VarianceWatch
 from stg_hooks.guidance.combine import Scales
 from stg_hooks.guidance.guide import Guidance
 from stg_hooks.guidance.per_output import PerOutput
+from stg_hooks.guidance.request import Request
 from stg_hooks.guidance.rules import Rule
-from stg_hooks.guidance.schedule import Asked, Plan, Request, Schedule
+from stg_hooks.guidance.schedule import Asked, Plan, Schedule
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.guidance.trace import Stats, Trace
 from stg_hooks.hooks import activation
@@ -28,9 +29,9 @@ from stg_hooks.hosts import Host, pipeline_host
 from stg_hooks.model.resolve import LayerSpec
 from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.perturbation import Mode
+from stg_hooks.module_calls import ModuleCalls
 from stg_hooks.module_host import ModuleHost
 from stg_hooks.ranks.link import check_own_copy, ranks_from
-from stg_hooks.said import Said
 from stg_hooks.session import Session
 from stg_hooks.step import Step
 from stg_hooks.uncond import UncondDenoiser
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, layers=[34], scale=1.0):`
     """Guide every call that a stock pipeline, or a module, makes inside a `with`.
 
-    One forward hook on the denoiser adds `a = sum_i scale_i * (cond - weak_i)` to the cond *and* the uncond
+    What is hooked is the denoiser. It adds `a = sum_i scale_i * (cond - weak_i)` to the cond *and* the uncond
     prediction, so that the pipeline's own `u + g * (c - u)` becomes `u + g * (c - u) + a` for whatever `g` it uses.
     With `rescale` or another `rule`, both become the final prediction instead, which the pipeline's combination then
     leaves alone.
@@ -107,8 +108,8 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
                 pass is made, and `scale` has no meaning. For modules with `batched_cfg`, and pipelines that do CFG.
             every: compute weak predictions in every so many steps only and use `cond - weak` again in between. An
                 approximation; 1, the default, is exact. A step makes one call with the prompt then: windows that are
-                predicted apart need an `apply` or `Guider` each. For the demo's model in 24 steps, 2 is off by 15 % of
-                what guidance changes, and 4 by 32 % (benchmarks/results/every.md).
+                predicted apart need an `apply` or `Guider` each. For the demo's model in 24 steps, 2 is off by 9 % of
+                what guidance changes, and 4 by 30 % (benchmarks/results/every.md).
             batched_cfg: for a module: its rows are `[uncond, cond]`, or the samples in the lists that it takes and
                 returns. Left out, every row counts as conditional.
             rows: for a module whose rows are in another order: their parts of equal size by name, `"cond+uncond"`, or
@@ -147,7 +148,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         Source: STG, arXiv 2411.18664, Eq. 13 and 20, Alg. 4.
         """
         self._scope = activation.check_scope(scope)
-        host = _find_host(target, Said(batched_cfg, rows, weak_call, guidance_scale, channels))
+        host = _find_host(target, ModuleCalls(batched_cfg, rows, weak_call, guidance_scale, channels))
         is_pipeline = not isinstance(host, ModuleHost)
         denoisers = host.denoisers()
         request = Request(
@@ -391,7 +392,7 @@ def _shown_as_pipeline(is_pipeline: bool) -> Iterator[None]:
         raise
 
 
-def _find_host(target: object, said: Said) -> Host:
+def _find_host(target: object, said: ModuleCalls) -> Host:
     if isinstance(target, nn.Module):
         return ModuleHost(target, said)
     said.check()

@@ -19,7 +19,7 @@ from stg_hooks.guidance.guide import Guided, Noisy, Predictions
 from stg_hooks.guidance.samples import takes_samples
 from stg_hooks.guidance.settings import Branch, Settings
 from stg_hooks.hooks.compiled import is_compiled, untraced
-from stg_hooks.hooks.forward import Patch, Undo, patched, shared
+from stg_hooks.hooks.forward import Patch, Undo, installed_once, patched
 from stg_hooks.model.source import bound_arguments, parameter_names
 from stg_hooks.model.tensors import leaves_of
 from stg_hooks.parts import cond_rows, of_call, sides
@@ -109,7 +109,7 @@ class GuidedDenoiser:
     def installed(self) -> Iterator[None]:
         """Register the hooks, once for all threads that are inside; remove them when the last one leaves."""
         with ExitStack() as stack:
-            stack.enter_context(shared(self, "guide", self._install))
+            stack.enter_context(installed_once(self, "guide", self._install))
             stack.callback(self._forget)
             yield
 
@@ -128,7 +128,9 @@ class GuidedDenoiser:
         guarded = self._session.guarded
         with ExitStack() as stack:
             stack.callback(self._forget_all)
-            self._of_model = stack.enter_context(shared(self._model, "guided", lambda: (_OfModel(), lambda: None)))
+            self._of_model = stack.enter_context(
+                installed_once(self._model, "guided", lambda: (_OfModel(), lambda: None))
+            )
             stack.enter_context(self._predictor.installed())
             if is_compiled(self._model):  # there, hooks are compiled as well, and what we wrap is the call itself
                 stack.enter_context(
@@ -198,7 +200,7 @@ class GuidedDenoiser:
                 f"{role.own[0].by} adds a guidance of its own in this step, so {settings.why_replaces} cannot give the "
                 f"final prediction. Call it with {off}; branches=[stg.Branch(...), ...] have the same guidance here."
             )
-        self._session.tell_of(role, settings)
+        self._session.warn_of_own(role, settings)
 
     def _around(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call that is going to be guided, so that its weak passes can share work with it."""

@@ -12,8 +12,8 @@ from torch import nn
 from stg_hooks.errors import CallError
 from stg_hooks.hooks.processors import Processors
 from stg_hooks.hosts import Host, calling_pipelines
+from stg_hooks.module_calls import ModuleCalls
 from stg_hooks.roles import Role, phrase
-from stg_hooks.said import Said
 from stg_hooks.step import Step
 
 
@@ -23,7 +23,7 @@ class ModuleHost:
     name = "the module"
     tells_when_it_runs = False
 
-    def __init__(self, module: nn.Module, said: Said) -> None:
+    def __init__(self, module: nn.Module, said: ModuleCalls) -> None:
         """Describe the module's calls.
 
         Args:

@@ -58,7 +58,7 @@ def role_of(site: CallSite, names: Mapping[str, Any], sums: dict[int, float]) ->
     kind = site.kind
     if kind == "both":
         return _role_of_parts(site.splits, site.predictions, names, sums)
-    if site.context is not None:
+    if kind == "named" and site.context is not None:
         kind = KINDS.get(str(evaluate(site.context, names)), "perturbed")
     if kind == "unused":
         return None
@@ -68,7 +68,7 @@ def role_of(site: CallSite, names: Mapping[str, Any], sums: dict[int, float]) ->
         return Role("perturbed")
     if kind == "cond" and _is_alone(site, names):
         return Role("cond")
-    is_guided = site.context is not None or kind == "uncond" or (site.guards is not None and holds(site.guards, names))
+    is_guided = site.kind == "named" or kind == "uncond" or (site.guards is not None and holds(site.guards, names))
     weight = _weight(site.combination, site.is_named, names, sums) if is_guided else None
     is_guided = is_guided and (site.is_named or weight is not None)
     if kind == "samples":

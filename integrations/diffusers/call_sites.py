@@ -67,34 +67,36 @@ class RowSplit:
 
 @dataclasses.dataclass(frozen=True)
 class CallSite:
-    """A call of a denoiser in a function's code.
-
-    `kind` says what it is for: `"cond"`, `"uncond"`, `"both"` (rows of several kinds, in one of the `splits`, or cond),
-    `"samples"` (a list of samples, the first half of them cond and the second half uncond, while `guards` hold),
-    `"perturbed"` (a weak prediction of the pipeline's own), or `"unused"`. Where the code names it at run time,
-    `context` is that name, and `batches` what the loop around it goes through, one call each. For a cond call, `guards`
-    are the conditions under which the uncond call follows; `None` if none does. While `unless` holds, the prediction is
-    guided in some way that is not understood. `channels` is how many channels of the prediction are guided, where the
-    others predict a variance. Unless it `is_named`, no name says what the call is for: `kind` is what it can be, which
-    the weight and the latents of the running call decide. `predictions` are the names of what it returns, and they
-    `are_clean` where these are turned into clean samples before they are combined. `when` are the conditions under
-    which it is made, and it `isolates` where it asks for that.
-    """
+    """A call of a denoiser in a function's code."""
 
     lines: range
     kind: str
+    """What it is for: `"cond"`, `"uncond"`, `"both"` (rows of several kinds, in one of the `splits`, or cond),
+    `"samples"` (a list of samples, the first half cond and the second half uncond, while `guards` hold),
+    `"perturbed"` (a weak prediction of the pipeline's own), `"named"` (what `context` says when it runs), or
+    `"unused"`."""
     context: ast.expr | None = None
+    """The name that the code gives the call when it runs."""
     batches: ast.expr | None = None
+    """What the loop around it goes through, one call each."""
     guards: Guards | None = None
+    """For a cond call: the conditions under which the uncond call follows; `None` if none does."""
     combination: Combination | None = None
     splits: tuple[RowSplit, ...] = ()
     unless: ast.expr | None = None
+    """While it holds, the prediction is guided in some way that is not understood."""
     channels: ast.expr | None = None
+    """How many channels of the prediction are guided, where the others predict a variance."""
     is_named: bool = True
+    """A name says what the call is for. Otherwise `kind` is what it can be, which its weight and latents decide."""
     predictions: tuple[str, ...] = ()
+    """The names of what it returns."""
     are_clean: bool = False
+    """These are turned into clean samples before they are combined."""
     when: Guards = ()
+    """The conditions under which it is made."""
     isolates: bool = False
+    """It asks for streams that do not attend to each other."""
 
 
 def classified(calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Found]) -> Iterator[CallSite]:
@@ -131,7 +133,7 @@ def classified(calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Fou
         pair = combination_of((cond, uncond), [cond.target, uncond.target], statements, is_named)
     for kind, found in zip(kinds, founds, strict=True):
         if kind == "named":
-            yield CallSite(found.lines, "perturbed", found.context, found.batches)
+            yield CallSite(found.lines, "named", found.context, found.batches)
         elif kind == "both":
             own = [split for split in splits if _made_by(split, boths) is found]
             is_last = all(split.found.statement.lineno < found.statement.lineno for split in splits)

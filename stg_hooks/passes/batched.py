@@ -48,7 +48,7 @@ class _Group:
     rows: slice
 
 
-class BatchedPass:
+class BatchedRows:
     """One pass of a denoiser on its own rows and on those of every branch."""
 
     def __init__(
@@ -218,7 +218,7 @@ class BatchedPasses:
 
     def _pass(self, call: GuidedCall, batch: int, cond: Indices) -> tuple[Any, list[list[int]]]:
         units = self._context.units
-        once = BatchedPass([switch.actions for switch in self._context.switches], batch, cond, units.batched)
+        once = BatchedRows([switch.actions for switch in self._context.switches], batch, cond, units.batched)
         args, kwargs = once.arguments(*call.inputs.again(), self._context.names)
         with once.running(units.patches(units.batched)):
             output = call.denoiser(*args, **kwargs)

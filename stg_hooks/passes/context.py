@@ -76,11 +76,11 @@ class Context:
         self.stats.blocks_saved += saved
         self.stats.blocks_run += run
 
-    def counted(self) -> Stats:
-        """Return what has been counted so far, for `count_again_from`."""
+    def stats_so_far(self) -> Stats:
+        """Return what has been counted so far, for `restore_stats`."""
         return dataclasses.replace(self.stats)
 
-    def count_again_from(self, before: Stats) -> None:
+    def restore_stats(self, before: Stats) -> None:
         """Forget what was counted since."""
         vars(self.stats).update(vars(before))
 

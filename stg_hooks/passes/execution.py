@@ -115,7 +115,7 @@ class Execution:
         return Inputs(args, kwargs, self._written)
 
     def look(self) -> Snapshot:
-        """Look at what the model keeps before a call; the first time, recall what is known of a model like this."""
+        """Look at what the model keeps before a call; the first time, recall what is known of it in this state."""
         before = self._transactions.kept.look()
         if self._is_new:
             self._is_new = False

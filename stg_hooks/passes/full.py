@@ -25,7 +25,9 @@ class FullPasses:
         """Take the state that all passes of the denoiser share."""
         self._context = context
 
-    def plain(self, branch: int, denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def weak_output(
+        self, branch: int, denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Make a call with the layers of one branch bypassed, and return what the denoiser returns."""
         switch = self._context.switches[branch]
         apart = self._context.caches.apart(id(switch), switch.modules, switch.is_bypass)
@@ -57,7 +59,7 @@ class FullPasses:
         args, kwargs = self._context.cond_arguments(call) if is_cut else call.inputs.again()
         with self._context.transactions.full_pass(call, branch):
             # The model may keep its predictions itself, in memory that is put back.
-            weak = own_predictions(self.plain(branch, call.denoiser, args, kwargs))
+            weak = own_predictions(self.weak_output(branch, call.denoiser, args, kwargs))
         if call.rows is not None and not is_cut:
             weak = [call.rows.take(tensor) for tensor in weak]
         if call.rows is None or not is_cut:

@@ -55,9 +55,10 @@ class Packed:
         return NOT_PACKED
 
     @property
-    def has_tokens(self) -> bool:
-        """Whether every row has some."""
-        return all(start < end for start, end in itertools.pairwise(self._bounds))
+    def is_whole(self) -> bool:
+        """Whether every row has tokens; those with their padding, all equally many."""
+        totals = [end - start for start, end in itertools.pairwise(self._bounds)]
+        return min(totals) > 0 and (self._count == 1 or min(totals) == max(totals))
 
     def _is_longest(self, number: int) -> bool:
         """Tell whether this is the longest length, of rows that are one sequence each."""
@@ -89,8 +90,13 @@ def packed_in(leaves: Iterable[Any], batch: int) -> list[Packed]:
     sizes = [(sequences * batch + 1,) for sequences in _SEQUENCES]
     ends = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.shape in sizes]
     values = [(leaf, leaf.tolist()) for leaf in ends if leaf.dtype in _WHOLE and leaf.device.type != "meta"]
-    found = [Packed(leaf, bounds, batch) for leaf, bounds in values if bounds[0] == 0 and bounds == sorted(bounds)]
-    return [packed for packed in found if packed.has_tokens]
+    return [
+        packed
+        for leaf, bounds in values
+        # One token a sequence would be positions rather, 0, 1, 2.
+        if bounds[0] == 0 and bounds[-1] >= len(bounds) and bounds == sorted(bounds)
+        if (packed := Packed(leaf, bounds, batch)).is_whole
+    ]
 
 
 def packed_rows(found: Iterable[Packed], leaf: Any, rows: Sequence[int]) -> Any:

@@ -46,7 +46,7 @@ class SharedPasses:
             del found.layouts[call.layout]  # blocks whose calls are not looked at may draw them
             return None
         prefix.is_reused = prefix.is_reused or is_to_be_checked
-        weaks, counted = [], self._context.counted()
+        weaks, counted = [], self._context.stats_so_far()
         try:
             for branch, switch in enumerate(self._context.switches):
                 # Without a copy of what the branch leaves: it would have the cond rows alone.
@@ -56,7 +56,7 @@ class SharedPasses:
             if is_to_be_checked:
                 self._check(call, prefix, weaks)
         except (NotSharedError, PrefixMismatchError, GapError) as error:
-            self._context.count_again_from(counted)
+            self._context.restore_stats(counted)
             self._give_up(call, prefix, error)
             return None
         if isinstance(prefix, Recording):
@@ -127,7 +127,7 @@ class SharedPasses:
                 raise
             if prefix.has_gaps:
                 raise GapError from error
-            # Before rows have been cut successfully they are under suspicion; if innocent, a full pass fails as well.
+            # Rows may have been cut wrongly. If that is not the cause, a full pass raises the same error.
             if call.rows is None or not isinstance(prefix, Recording):
                 raise
             raise NotSharedError(f"{type(error).__name__}: {error}") from error
@@ -148,10 +148,12 @@ class SharedPasses:
                 with self._context.transactions.transaction(call), weak_pass(), replay:
                     return own_predictions(call.denoiser(*args, **kwargs))
             except RuntimeError as error:
-                if prefix.is_dense or "single memory location" not in str(error):
+                if prefix.needs_own_memory or "single memory location" not in str(error):
                     raise
-                prefix.is_dense = True
-        raise AssertionError
+                prefix.needs_own_memory = (
+                    True  # torch does not write into an expanded NaN: each answer gets memory of its own
+                )
+        raise AssertionError("the second attempt has returned or raised")
 
     def _check(self, call: GuidedCall, prefix: Prefix, weaks: Sequence[Sequence[Tensor]]) -> None:
         """Make a pass once more with nothing skipped: it has to give what the cond pass gave.

@@ -21,7 +21,7 @@ _LABELS = ("cond", "uncond", "image", "apart")
 
 
 @dataclasses.dataclass(frozen=True)
-class Said:
+class ModuleCalls:
     """What the user of a module says of its calls, as the arguments of `apply`."""
 
     batched_cfg: bool | None = None
