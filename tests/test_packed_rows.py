@@ -131,3 +131,49 @@ def test_one_cond_row(model: nn.Module, lengths: list[int], execution: str) -> N
     with stg.apply(model, [1], 1.0, execution=execution, batched_cfg=True):
         for _ in range(3):
             assert_close(model(**inputs), plain + (plain - weak)[1:], **close)
+
+
+class TwoSequences(nn.Module):
+    """As HunyuanVideo's own: the tokens of a row are a sequence, and its padding is another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        assert len(ends) == 2 * len(x) + 1
+        q, k, v = self.qkv(x).flatten(0, 1).unflatten(-1, (3, 2, -1)).unbind(1)
+        out = opaque.attend_varlen(q, k, v, ends, ends, x.shape[1], x.shape[1])
+        return x + self.proj(out.view(len(x), x.shape[1], -1))
+
+
+class TwoSequencesModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(TwoSequences() for _ in range(4))
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        both = torch.cat([x, text], 1)
+        starts, total = torch.arange(len(x)) * both.shape[1], both.shape[1]
+        stops = torch.stack([starts + x.shape[1] + mask.sum(1), starts + total], 1)
+        ends = F.pad(stops.flatten(), (1, 0)).to(torch.int32)
+        for block in self.blocks:
+            both = block(both, ends)
+        return both[:, : x.shape[1]]
+
+
+@pytest.mark.parametrize("execution", zoo.EXECUTIONS)
+@pytest.mark.parametrize("said", ROWS)
+def test_padding_as_a_sequence_of_its_own(said: str, execution: str) -> None:
+    torch.manual_seed(0)
+    model, (settings, conds) = TwoSequencesModel().eval().requires_grad_(False), ROWS[said]
+    inputs = {**zoo.inputs(4), "mask": torch.arange(3) < torch.tensor([[3], [1], [2], [3]])}
+    weak = copy.deepcopy(model)
+    weak.blocks[2].forward = lambda both, ends: both
+    plain, term = model(**inputs), (model(**inputs) - weak(**inputs))[conds]
+    expected = plain.clone()
+    expected[conds] += term
+    expected[[row for row in range(4) if row not in conds]] += term
+    with stg.apply(model, ["blocks.2"], 1.0, execution=execution, **settings):
+        for _ in range(3):
+            assert_close(model(**inputs), expected, **close)
