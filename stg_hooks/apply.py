@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-import warnings
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -14,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from stg_hooks.denoiser import GuidedDenoiser
-from stg_hooks.errors import CallError, LayerError, NotCopied, SettingError, StgWarning, users_frame, warn
+from stg_hooks.errors import CallError, LayerError, NotCopied, SettingError, warn
 from stg_hooks.guidance.channels import VarianceWatch
 from stg_hooks.guidance.combine import Scales
 from stg_hooks.guidance.guide import Guidance
@@ -204,8 +201,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
                 check_own_copy(model, self._session.ranks)
         self._entered: list[tuple[activation.Entry, ExitStack]] = []
         self._before = Stats()  # when the first of those that are inside entered
-        # When it is dropped, or at the end of the program that still holds it.
-        self._unless_entered = weakref.finalize(self, _report_never_entered, *_place_of_caller())
+        self._unless_entered = activation.unless_entered(self, "stg.apply", "guided nothing")
 
     def __repr__(self) -> str:
         """Say what is guided, and how to have it guided."""
@@ -367,18 +363,6 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         if self._session.guidance.watch.strict:
             raise CallError(text)
         warn(text)
-
-
-def _place_of_caller() -> tuple[str, int]:
-    """Return the file and line that called into this package."""
-    frame = users_frame(sys._getframe(1))
-    return ("", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
-
-
-def _report_never_entered(file: str, line: int) -> None:
-    """Warn at the line that made it."""
-    text = "stg.apply(...) was made but never entered, so it guided nothing. Write: with stg.apply(...):"
-    warnings.warn_explicit(text, StgWarning, file, line)
 
 
 @contextmanager

@@ -187,6 +187,7 @@ class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(m
         self._model = model
         self._strict = strict
         self._entries: list[_Entry] = []
+        self._unless_entered = activation.unless_entered(self, "stg.skip", "skipped nothing")
 
     @property
     def layers(self) -> list[Layer]:
@@ -195,6 +196,7 @@ class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(m
 
     def __enter__(self) -> skip:
         """Register the hooks."""
+        self._unless_entered.detach()
         entry = _Entry(self._chosen, self._model, self._caches, self._scope)
         entry.stack.enter_context(entry.installed(self._model))
         with _LOCK:

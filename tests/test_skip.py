@@ -332,7 +332,8 @@ def test_skip_on_a_part_and_on_the_whole() -> None:
 
 def test_skipped_layers_are_told() -> None:
     model = zoo.build("plain")
-    skip = stg.skip(model, ["blocks.2", 0])
+    with stg.skip(model, ["blocks.2", 0]) as skip:
+        model(**zoo.inputs())
     assert [(layer.index, layer.name) for layer in skip.layers] == [(0, "blocks.0"), (2, "blocks.2")]
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
+import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
 from stg_hooks.checks import check_choice
+from stg_hooks.errors import StgWarning, users_frame
 
 SCOPES = ("context", "process")
 
@@ -109,3 +113,20 @@ def entered(session: object) -> Iterator[None]:
         yield
     finally:
         leave(entry)
+
+
+def unless_entered(owner: object, call: str, outcome: str) -> weakref.finalize[..., object]:
+    """Warn when something that is meant for a `with` is dropped, or still held at the end, without having been entered.
+
+    Args:
+        owner: what is to be entered.
+        call: how its user made it, for the message.
+        outcome: what it has done, for the message.
+
+    Returns:
+        What to `detach` on entering.
+    """
+    frame = users_frame(sys._getframe(1))
+    place = ("", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
+    text = f"{call}(...) was made but never entered, so it {outcome}. Write: with {call}(...):"
+    return weakref.finalize(owner, warnings.warn_explicit, text, StgWarning, *place)
