@@ -46,8 +46,10 @@ class _Call:
     settings: Settings
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    guided: GuidedCall | None = None
-    before: Guided | None = None  # for an uncond or perturbed call: the cond call before it
+    passes: GuidedCall | None = None
+    """Its cond pass, made, and its weak passes, to be made."""
+    cond: Guided | None = None
+    """For an uncond or perturbed call: what the cond call before it came to."""
     branches: tuple[Branch, ...] = ()
     """Those for which weak predictions are to be computed."""
     share: Share | None = None
@@ -72,8 +74,8 @@ class _OfThread(threading.local):
     """What one stage of a step leaves for the next: the cond call for its hook, and for the uncond call."""
 
     call: _Call | None = None
-    guided: Guided | None = None
-    last: Guided | None = None  # the same for perturbed calls, of which there may be several
+    for_uncond: Guided | None = None
+    for_perturbed: Guided | None = None  # of which there may be several
 
 
 class _OfModel(threading.local):
@@ -161,14 +163,14 @@ class GuidedDenoiser:
         check_alone(self._session, self._session.ranks, self._model)
         caches = self._predictor.caches
         if not role.is_cond:
-            before = self._local.last
+            before = self._local.for_perturbed
             if role.is_uncond:
-                before, self._local.guided = self._local.guided, None
+                before, self._local.for_uncond = self._local.for_uncond, None
             settings = Settings(()) if before is None else before.settings
             if settings.active:  # else nothing of ours depends on them
                 caches.check_same()
             caches.begin_pass()
-            self._local.call = call = _Call(role, Step(), settings, args, kwargs, before=before)
+            self._local.call = call = _Call(role, Step(), settings, args, kwargs, cond=before)
             if self._session.ranks is not None:
                 call.inputs = Inputs(args, kwargs, self._written)
             return
@@ -180,9 +182,9 @@ class GuidedDenoiser:
         self._local.call = call = _Call(role, step, settings, args, kwargs, is_guess=is_guess)
         if self._patch is not None and self._patch.bring_back() and self._session.ranks is None:
             # From the next call on; this one has its forward already.
-            call.guided = GuidedCall(model, Inputs(args, kwargs, self._written), call.rows)
-            call.guided.layout = layout_of(args, kwargs, call.rows)
-            call.inputs = call.guided.inputs
+            call.passes = GuidedCall(model, Inputs(args, kwargs, self._written), call.rows)
+            call.passes.layout = layout_of(args, kwargs, call.rows)
+            call.inputs = call.passes.inputs
         self._look_at_own(role, settings)
         call.branches = self._guidance.wanted(step, settings)
         if call.inputs is None and (call.branches or self._session.ranks is not None):
@@ -220,7 +222,7 @@ class GuidedDenoiser:
         execution = self._predictor.of(call.branches)
         rows = call.rows
         weak_call = None if rows is None else call.role.weak_call
-        output, call.guided = execution.cond_pass(proceed, args, kwargs, rows, call.inputs, weak_call)
+        output, call.passes = execution.cond_pass(proceed, args, kwargs, rows, call.inputs, weak_call)
         return output
 
     def _around_compiled(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -241,9 +243,11 @@ class GuidedDenoiser:
         start = time.perf_counter()
         unchanged = None
         if call.share is not None:
-            unchanged = output = replace_predictions(output, self._together(call, call.share, own_predictions(output)))
+            unchanged = output = replace_predictions(
+                output, self._with_ranks(call, call.share, own_predictions(output))
+            )
         if call.is_cond and not call.settings.changes:
-            self._local.last = self._local.guided = Guided(call.step, call.settings, (), [], [])
+            self._local.for_perturbed = self._local.for_uncond = Guided(call.step, call.settings, (), [], [])
             return unchanged
         now, call.places = own_predictions(output), places_of_predictions(output)
         if call.is_guess:
@@ -268,10 +272,10 @@ class GuidedDenoiser:
             call.role = of_call(dataclasses.replace(role, samples=samples), *arguments)
             if call.share is not None:
                 check_rows_apart(call.role, "group=")
-            if call.guided is not None and call.share is None:  # nothing that was recorded has the right rows
-                call.guided.prefix = call.guided.weaks = call.guided.check = None
-                call.guided.rows = call.rows
-                call.guided.layout = layout_of(call.args, call.kwargs, call.rows)
+            if call.passes is not None and call.share is None:  # nothing that was recorded has the right rows
+                call.passes.prefix = call.passes.weaks = call.passes.check = None
+                call.passes.rows = call.rows
+                call.passes.layout = layout_of(call.args, call.kwargs, call.rows)
         if call.settings.active:
             self._guidance.variance.look(type(self._model).__name__, call.args, call.kwargs, now, samples)
 
@@ -287,7 +291,7 @@ class GuidedDenoiser:
         rows = slice(0, batch // 2) if for_uncond else slice(batch // 2, None)
         return take_rows(args, kwargs, self._names, batch, rows)
 
-    def _together(self, call: _Call, share: Share, first: list[Tensor]) -> list[Tensor]:
+    def _with_ranks(self, call: _Call, share: Share, first: list[Tensor]) -> list[Tensor]:
         """Make the other predictions of a call together with the other ranks; return the call's own ones."""
         settings, role = call.settings, call.role
         said = {
@@ -306,7 +310,7 @@ class GuidedDenoiser:
 
         weaks = share.rest(self._model, arguments, first, said)
         if call.branches:
-            call.guided = GuidedCall(self._model, inputs, None, weaks=weaks)
+            call.passes = GuidedCall(self._model, inputs, None, weaks=weaks)
         if share.unconds is None:
             return share.conds
         return [torch.cat([u, c]) for u, c in zip(share.unconds, share.conds, strict=True)]
@@ -318,25 +322,25 @@ class GuidedDenoiser:
         predictions = self._weaks(call, unguided, conds, unconds) if call.branches else Predictions(conds, unconds)
         predictions.places = call.places
         guided = self._guidance.guided(call.step, call.settings, predictions, role.channels, bool(role.samples))
-        self._local.last = guided
+        self._local.for_perturbed = guided
         if guided.settings.replaces and role.is_clean:
             guided.noisy = self._noisy(call, unguided)
         answer = self._answers.to_cond(role, guided, unguided, unconds, output)
         if role.uncond_follows:
-            if self._local.guided is not None and guided.settings.replaces:
+            if self._local.for_uncond is not None and guided.settings.replaces:
                 self._session.lost_steps += 1
-            self._local.guided = guided
+            self._local.for_uncond = guided
         return answer
 
     def _other(self, call: _Call, output: Sequence[Tensor]) -> list[Tensor] | None:
         """Return what goes with the guided cond prediction, for an uncond call or a perturbed one of the caller's."""
-        return self._answers.to_other(call.role, call.before, output)
+        return self._answers.to_other(call.role, call.cond, output)
 
     def _weaks(
         self, call: _Call, unguided: Sequence[Tensor], conds: Sequence[Tensor], unconds: Sequence[Tensor | None]
     ) -> Predictions:
         """Make the weak predictions of a call."""
-        if call.guided is None:
+        if call.passes is None:
             raise CallError(
                 f"a call of {type(self._model).__name__} that is to be guided did not reach its forward: "
                 "something replaced it inside the `with`. Enter stg.apply() last."
@@ -348,11 +352,11 @@ class GuidedDenoiser:
         found = Predictions(conds, unconds)
         found.switches = execution.switches if call.share is None else call.share.switches
         if not call.role.is_whole:
-            found.weaks = execution.weak_predictions(call.guided, conds, self._model, call.inputs)
-            found.unskipped = [call.guided.unskipped.get(branch) for branch in range(len(found.weaks))]
+            found.weaks = execution.weak_predictions(call.passes, conds, self._model, call.inputs)
+            found.unskipped = [call.passes.unskipped.get(branch) for branch in range(len(found.weaks))]
             return found
         # Rows that are not predicted apart are not cut: the weak pass predicts all of them.
-        weaks = execution.weak_predictions(call.guided, unguided, self._model, call.inputs)
+        weaks = execution.weak_predictions(call.passes, unguided, self._model, call.inputs)
         found.weaks = [sides(call.role, of_branch)[0] for of_branch in weaks]
         return found
 

@@ -282,7 +282,7 @@ class Guider(NotCopied):
         call = _Call(args, positive, negative if cfg else None, step, settings, active, g)
         wanted = () if inside else guidance.wanted(step, settings)
         if self.ranks is not None and not inside:
-            output, found = self._shared(self.ranks, call, wanted)
+            output, found = self._with_ranks(self.ranks, call, wanted)
         else:
             output, found = self._alone(call, wanted)
         changes = settings.changes and not inside
@@ -345,7 +345,7 @@ class Guider(NotCopied):
             self._add_uncond(found, call.active, *inputs.again())
         return output, found
 
-    def _shared(self, ranks: Ranks, call: _Call, wanted: tuple[Branch, ...]) -> tuple[Any, Predictions]:
+    def _with_ranks(self, ranks: Ranks, call: _Call, wanted: tuple[Branch, ...]) -> tuple[Any, Predictions]:
         """Make the predictions of a step together with the other ranks."""
         if not self._has_met:
             ranks.enter(self.model)

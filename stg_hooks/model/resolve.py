@@ -47,10 +47,11 @@ def resolve(model: nn.Module, spec: object, known: list[Layer] | None = None) ->
         LayerError: an unknown layer, an ambiguous name, an empty list, or a model without layers.
         TargetError: `model` is not a module, or `spec` holds something that does not name a layer.
     """
-    if not isinstance(model, nn.Module):
-        held = next((name for name in ("transformer", "unet") if isinstance(getattr(model, name, None), nn.Module)), "")
+    given: object = model  # whatever it was annotated as
+    if not isinstance(given, nn.Module):
+        held = next((name for name in ("transformer", "unet") if isinstance(getattr(given, name, None), nn.Module)), "")
         hint = f" Pass its denoiser, pipe.{held}, or guide it by stg.apply(pipe, ...)." if held else ""
-        raise TargetError(f"expected a torch.nn.Module to find layers in, not {type(model).__name__}.{hint}")
+        raise TargetError(f"expected a torch.nn.Module to find layers in, not {type(given).__name__}.{hint}")
     known = find_layers(model) if known is None else known
     chosen: dict[str, Layer] = {}
     # Names first: what is wrong with them is known at once, and of numbers a call of the model may have to tell.

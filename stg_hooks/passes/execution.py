@@ -157,7 +157,7 @@ class Execution:
             self._ways.stop_batching(RowsError("it keeps something from one call to the next"))
             call.weaks, call.prefix, call.check = None, None, None
             output = denoiser(*call.inputs.again()[0], **call.inputs.again()[1])
-            call.after = self._transactions.kept.look(before)
+            call.state_after = self._transactions.kept.look(before)
         if call.changes_state and not kept_before:
             forget(self._model)  # what it computes in other calls depends on what it keeps
         call.inputs.compare()
@@ -200,7 +200,7 @@ class Execution:
         """Make a call, and record its prefix."""
         context, transactions = self.context, self._transactions
         known = context.found.layouts.get(call.layout)
-        look = partial(transactions.kept.look, call.before) if known is None or transactions.keeps_state else None
+        look = partial(transactions.kept.look, call.state_before) if known is None or transactions.keeps_state else None
         starts, units = self._units.starts, self._units.prefix
         if known is None:
             context.recorded[call.layout] += 1

@@ -82,9 +82,9 @@ class GuidedCall:
     random_after: Randomness | None = None
     changes_state: bool = False
     """The model keeps something from it; the first time that may be a cache."""
-    before: Snapshot | None = None
+    state_before: Snapshot | None = None
     """What the model kept before it."""
-    after: Snapshot | None = None
+    state_after: Snapshot | None = None
     """What it kept after it, which weak passes leave as it is."""
     reuses: bool = False
     """It ran fewer modules than a call of its layout before: what they compute comes out of a cache."""

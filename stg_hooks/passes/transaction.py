@@ -51,14 +51,14 @@ class Transactions:
     def cond_pass(self, call: GuidedCall, before: Snapshot) -> Iterator[Randomness]:
         """Track what the cond pass of a call changes; yields where torch's random numbers stood before it."""
         args, kwargs = call.inputs.given
-        call.before, is_counted = before, call.layout in self._runs
+        call.state_before, is_counted = before, call.layout in self._runs
         randomness = Randomness.for_call(args, kwargs)
         with noting_parts(self._parts) if is_counted else nullcontext(set[str]()) as run:
             yield randomness
         if randomness.is_used():
             call.random_before, call.random_after = randomness, Randomness.for_call(args, kwargs)
-        call.after = self.kept.look(before)
-        call.changes_state = call.changes_state or (call.after is not before and before.differs())
+        call.state_after = self.kept.look(before)
+        call.changes_state = call.changes_state or (call.state_after is not before and before.differs())
         self.keeps_state = self.keeps_state or call.changes_state
         self._keeps_tensors = self._keeps_tensors or (call.changes_state and before.has_new_tensors())
         if is_counted:
@@ -90,7 +90,7 @@ class Transactions:
         Raises:
             CallError: what the branch would reuse is not known.
         """
-        before, after = call.before, call.after
+        before, after = call.state_before, call.state_after
         if before is None or after is None:
             yield
             return

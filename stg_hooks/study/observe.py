@@ -329,7 +329,7 @@ class Probe(GuidedDenoiser):
 
     def _all_weaks(self, call: Any, conds: Sequence[Tensor]) -> list[list[Tensor]]:
         """Return the weak predictions of every branch."""
-        guided = call.guided
+        guided = call.passes
         call.inputs.compare()
         weaks = self._predictor.of(call.settings.active).weak_predictions(guided, conds, self._model, call.inputs)
         for branch, alone in guided.unskipped.items():
