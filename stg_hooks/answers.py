@@ -128,8 +128,8 @@ class Answers:
         if role.rows == "perturbed":
             if guided.settings.replaces:
                 raise CallError(
-                    f"{self._caller} adds a guidance of its own in this step, so rescale cannot give the "
-                    "final prediction. Switch that guidance off, or use rescale=0.0."
+                    f"{self._caller} adds a guidance of its own in this step, so {guided.settings.why_replaces} cannot "
+                    "give the final prediction. Switch that guidance off, or use rescale=0.0 and rule='cfg'."
                 )
             return put_back(role, terms, output, guided.added)
         g = _scale_of(guided.settings, role)

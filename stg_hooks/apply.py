@@ -16,11 +16,12 @@ from torch import nn
 from stg_hooks.denoiser import GuidedDenoiser
 from stg_hooks.errors import CallError, LayerError, NotCopied, SettingError, StgWarning, users_frame, warn
 from stg_hooks.guidance.channels import VarianceWatch
-from stg_hooks.guidance.combine import Scales, check_scales
+from stg_hooks.guidance.combine import Scales
 from stg_hooks.guidance.guide import Guidance
 from stg_hooks.guidance.per_output import PerOutput
+from stg_hooks.guidance.request import Request
 from stg_hooks.guidance.rules import Rule
-from stg_hooks.guidance.schedule import Asked, Plan, Request, Schedule
+from stg_hooks.guidance.schedule import Asked, Plan, Schedule
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.guidance.trace import Stats, Trace
 from stg_hooks.hooks import activation
@@ -28,6 +29,7 @@ from stg_hooks.hosts import Host, pipeline_host
 from stg_hooks.model.resolve import LayerSpec
 from stg_hooks.modes.frames import Kind
 from stg_hooks.modes.perturbation import Mode
+from stg_hooks.module_calls import ModuleCalls
 from stg_hooks.module_host import ModuleHost
 from stg_hooks.ranks.link import check_own_copy, ranks_from
 from stg_hooks.session import Session
@@ -37,11 +39,14 @@ from stg_hooks.uncond import UncondDenoiser
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from stg_hooks.passes.guided_call import WeakCall
+    from stg_hooks.passes.rows import SomeRows
+
 
 class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply(pipe, layers=[34], scale=1.0):`
     """Guide every call that a stock pipeline, or a module, makes inside a `with`.
 
-    One forward hook on the denoiser adds `a = sum_i scale_i * (cond - weak_i)` to the cond *and* the uncond
+    What is hooked is the denoiser. It adds `a = sum_i scale_i * (cond - weak_i)` to the cond *and* the uncond
     prediction, so that the pipeline's own `u + g * (c - u)` becomes `u + g * (c - u) + a` for whatever `g` it uses.
     With `rescale` or another `rule`, both become the final prediction instead, which the pipeline's combination then
     leaves alone.
@@ -66,6 +71,8 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         on: str = "cond",
         every: int = 1,
         batched_cfg: bool | None = None,
+        rows: str | SomeRows | None = None,
+        weak_call: WeakCall | None = None,
         guidance_scale: Scales | None = None,
         channels: int | None = None,
         execution: str = "auto",
@@ -101,11 +108,18 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
                 pass is made, and `scale` has no meaning. For modules with `batched_cfg`, and pipelines that do CFG.
             every: compute weak predictions in every so many steps only and use `cond - weak` again in between. An
                 approximation; 1, the default, is exact. A step makes one call with the prompt then: windows that are
-                predicted apart need an `apply` or `Guider` each. For the demo's model in 24 steps, 2 is off by 15 % of
-                what guidance changes, and 4 by 32 % (benchmarks/results/every.md).
+                predicted apart need an `apply` or `Guider` each. For the demo's model in 24 steps, 2 is off by 9 % of
+                what guidance changes, and 4 by 30 % (benchmarks/results/every.md).
             batched_cfg: for a module: its rows are `[uncond, cond]`, or the samples in the lists that it takes and
                 returns. Left out, every row counts as conditional.
-            guidance_scale: for a module with `batched_cfg` and `rescale`: the CFG weight that its caller applies.
+            rows: for a module whose rows are in another order: their parts of equal size by name, `"cond+uncond"`, or
+                which rows are cond: a slice, such as `slice(1, None, 2)` for `[u, c, u, c]`, a list of row numbers, or
+                a mask with one bool per row. The others belong to them in their order, the first to the first.
+            weak_call: for a module whose arguments cannot be cut down to the cond rows by looking at them: a function
+                that takes `(args, kwargs)` of a call and returns those of its cond rows, in their order in the call.
+                The first call of each layout finds out whether it does.
+            guidance_scale: for a module with `batched_cfg` or `rows`, and `rescale`: the CFG weight that its caller
+                applies.
             channels: for a module: how many channels (dimension 1) of a prediction are guided, where the others are a
                 learned variance. Left out, all are. Pipelines are asked themselves.
             execution: how the weak prediction is computed: `"sequential"` (a second pass that starts at the first
@@ -134,7 +148,7 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         Source: STG, arXiv 2411.18664, Eq. 13 and 20, Alg. 4.
         """
         self._scope = activation.check_scope(scope)
-        host = _find_host(target, batched_cfg, guidance_scale, channels)
+        host = _find_host(target, ModuleCalls(batched_cfg, rows, weak_call, guidance_scale, channels))
         is_pipeline = not isinstance(host, ModuleHost)
         denoisers = host.denoisers()
         request = Request(
@@ -158,6 +172,8 @@ class apply(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.apply
         if is_pipeline:
             guidance.variance = VarianceWatch(is_told=True)
             guidance.watch.target = "pipe"
+        if group is not None and weak_call is not None:
+            raise SettingError("weak_call= says how to cut cond rows only, and group= predicts uncond rows apart, too.")
         self._session = Session(host, guidance, ranks_from(group, timeout, on))
         if on == "uncond":
             self._check_uncond(batched_cfg)
@@ -376,15 +392,14 @@ def _shown_as_pipeline(is_pipeline: bool) -> Iterator[None]:
         raise
 
 
-def _find_host(target: object, batched_cfg: bool | None, guidance_scale: Scales | None, channels: int | None) -> Host:
-    if guidance_scale is not None:
-        check_scales("guidance_scale", guidance_scale)
+def _find_host(target: object, said: ModuleCalls) -> Host:
     if isinstance(target, nn.Module):
-        return ModuleHost(target, batched_cfg, guidance_scale, channels)
+        return ModuleHost(target, said)
+    said.check()
     host = pipeline_host(target)
-    if batched_cfg is not None or guidance_scale is not None or channels is not None:
+    if any(value is not None for value in vars(said).values()):
         raise SettingError(
-            "batched_cfg=, guidance_scale= and channels= describe the calls of a module. A pipeline is asked itself: "
-            "leave them out, or pass its denoiser."
+            "batched_cfg=, rows=, weak_call=, guidance_scale= and channels= describe the calls of a module. A pipeline "
+            "is asked itself: leave them out, or pass its denoiser."
         )
     return host

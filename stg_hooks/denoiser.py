@@ -19,10 +19,10 @@ from stg_hooks.guidance.guide import Guided, Noisy, Predictions
 from stg_hooks.guidance.samples import takes_samples
 from stg_hooks.guidance.settings import Branch, Settings
 from stg_hooks.hooks.compiled import is_compiled, untraced
-from stg_hooks.hooks.forward import Patch, Undo, patched, shared
+from stg_hooks.hooks.forward import Patch, Undo, installed_once, patched
 from stg_hooks.model.source import bound_arguments, parameter_names
 from stg_hooks.model.tensors import leaves_of
-from stg_hooks.parts import cond_rows, sides
+from stg_hooks.parts import cond_rows, of_call, sides
 from stg_hooks.passes.guided_call import GuidedCall, in_weak_pass, layout_of
 from stg_hooks.passes.inputs import Inputs, Written
 from stg_hooks.passes.predict import Predictor
@@ -109,7 +109,7 @@ class GuidedDenoiser:
     def installed(self) -> Iterator[None]:
         """Register the hooks, once for all threads that are inside; remove them when the last one leaves."""
         with ExitStack() as stack:
-            stack.enter_context(shared(self, "guide", self._install))
+            stack.enter_context(installed_once(self, "guide", self._install))
             stack.callback(self._forget)
             yield
 
@@ -128,7 +128,9 @@ class GuidedDenoiser:
         guarded = self._session.guarded
         with ExitStack() as stack:
             stack.callback(self._forget_all)
-            self._of_model = stack.enter_context(shared(self._model, "guided", lambda: (_OfModel(), lambda: None)))
+            self._of_model = stack.enter_context(
+                installed_once(self._model, "guided", lambda: (_OfModel(), lambda: None))
+            )
             stack.enter_context(self._predictor.installed())
             if is_compiled(self._model):  # there, hooks are compiled as well, and what we wrap is the call itself
                 stack.enter_context(
@@ -155,6 +157,7 @@ class GuidedDenoiser:
         is_guess = role.samples is None
         if is_guess:
             role = dataclasses.replace(role, samples=takes_samples(args, kwargs))
+        role = of_call(role, args, kwargs)
         check_alone(self._session, self._session.ranks, self._model)
         caches = self._predictor.caches
         if not role.is_cond:
@@ -197,7 +200,7 @@ class GuidedDenoiser:
                 f"{role.own[0].by} adds a guidance of its own in this step, so {settings.why_replaces} cannot give the "
                 f"final prediction. Call it with {off}; branches=[stg.Branch(...), ...] have the same guidance here."
             )
-        self._session.tell_of(role, settings)
+        self._session.warn_of_own(role, settings)
 
     def _around(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call that is going to be guided, so that its weak passes can share work with it."""
@@ -215,7 +218,9 @@ class GuidedDenoiser:
         if not call.branches:
             return proceed(*args, **kwargs)
         execution = self._predictor.of(call.branches)
-        output, call.guided = execution.cond_pass(proceed, args, kwargs, call.rows, call.inputs)
+        rows = call.rows
+        weak_call = None if rows is None else call.role.weak_call
+        output, call.guided = execution.cond_pass(proceed, args, kwargs, rows, call.inputs, weak_call)
         return output
 
     def _around_compiled(self, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -257,10 +262,10 @@ class GuidedDenoiser:
         """Tell from the output, too, whether each prediction is one sample, and correct the earlier guess."""
         role = call.role
         arguments = (call.args, call.kwargs) if call.inputs is None else call.inputs.again()
-        of_rows = role.rows == "uncond+cond" or role.channels is not None
+        of_rows = len(role.parts) > 1 or role.channels is not None
         samples = self._guidance.are_samples(output, now, arguments, call.settings, of_rows)
         if samples != role.samples:
-            call.role = dataclasses.replace(role, samples=samples)
+            call.role = of_call(dataclasses.replace(role, samples=samples), *arguments)
             if call.share is not None:
                 check_rows_apart(call.role, "group=")
             if call.guided is not None and call.share is None:  # nothing that was recorded has the right rows

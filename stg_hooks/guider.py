@@ -17,8 +17,9 @@ from stg_hooks.guidance.combine import Scales, check_scales, is_number
 from stg_hooks.guidance.guide import Guidance, Guided, Predictions, StepOrLater
 from stg_hooks.guidance.per_output import PerOutput, each_of
 from stg_hooks.guidance.plain import written
+from stg_hooks.guidance.request import Request
 from stg_hooks.guidance.rules import Rule, remembers
-from stg_hooks.guidance.schedule import Plan, Request, Schedule
+from stg_hooks.guidance.schedule import Plan, Schedule
 from stg_hooks.guidance.settings import Branch, Settings
 from stg_hooks.guidance.trace import Stats, Trace
 from stg_hooks.hooks import activation
@@ -138,8 +139,8 @@ class Guider(NotCopied):
         if model is None:
             if not isinstance(denoiser, nn.Module):
                 raise TargetError(
-                    f"{denoiser!r} is not a torch.nn.Module, so its layers cannot be found: "
-                    "pass the module that it calls as model=..."
+                    f"a {type(denoiser).__name__} is not a torch.nn.Module, so its layers cannot be found: pass the "
+                    "module that it calls as model=..., or guide a pipeline by stg.apply(pipe, ...)."
                 )
             model = denoiser
         if not isinstance(model, nn.Module):
@@ -413,7 +414,7 @@ def _merged(kwargs: dict[str, Any], name: str, condition: Mapping[str, Any] | No
 
 
 def _in_lists_of_their_own(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Keep what a call was given, should the denoiser take lists apart."""
+    """Copy the containers of a call, as the denoiser may change lists."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     kept: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(leaves, spec)
     return kept

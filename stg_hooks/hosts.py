@@ -8,16 +8,13 @@ import operator
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
 from stg_hooks.errors import TargetError
 from stg_hooks.roles import Role
 from stg_hooks.step import Step
-
-if TYPE_CHECKING:
-    pass
 
 # Top-level package of a target's class -> module with a `host(target)` function; imported when first needed. It may
 # also have `calling_pipeline()` and `calling_host(pipeline, module)`, which tell what calls a guided module, and

@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from stg_hooks.errors import CallError
 from stg_hooks.hooks.processors import Processors
+from stg_hooks.hosts import Host, calling_pipelines
+from stg_hooks.module_calls import ModuleCalls
 from stg_hooks.roles import Role, phrase
 from stg_hooks.step import Step
-
-if TYPE_CHECKING:
-    from stg_hooks.guidance.combine import Scales
-from stg_hooks.hosts import Host, calling_pipelines
 
 
 class ModuleHost:
@@ -25,27 +23,23 @@ class ModuleHost:
     name = "the module"
     tells_when_it_runs = False
 
-    def __init__(
-        self,
-        module: nn.Module,
-        batched_cfg: bool | None,
-        guidance_scale: Scales | None,
-        channels: int | None = None,
-    ) -> None:
+    def __init__(self, module: nn.Module, said: ModuleCalls) -> None:
         """Describe the module's calls.
 
         Args:
             module: the denoiser.
-            batched_cfg: whether its rows are `[uncond, cond]`, or every row is conditional; `None` if nothing was said.
-            guidance_scale: the CFG weight that its caller applies, if known.
-            channels: number of channels that are guided; all, if left out.
+            said: what its user says of them.
+
+        Raises:
+            SettingError: it cannot be.
         """
+        said.check()
         self._module = module
-        self._said = batched_cfg
+        self._said = said
         self._caller: tuple[object, Host | None] = None, None
         self._processors: Processors | None = None
-        self._role = Role("uncond+cond" if batched_cfg else "cond", guidance_scale, channels=channels, samples=None)
-        self.knows_guidance_scale = not batched_cfg or guidance_scale is not None
+        self._role = said.role()
+        self.knows_guidance_scale = not said.has_uncond or said.guidance_scale is not None
 
     def denoisers(self) -> dict[str, nn.Module]:
         """Return the module under an empty name."""
@@ -64,22 +58,24 @@ class ModuleHost:
         try:
             found = None if caller is None else caller.role()
         except CallError:  # the pipeline's code does not tell, which is why its user has said it
-            if self._said is None:
+            if self._said.of_rows is None:
                 raise
             return self._role
-        if caller is None or (found is None and self._said is not None):
+        if caller is None or (found is None and self._said.of_rows is not None):
             return self._role
-        if found is None or self._said is None:
-            said = {"guidance_scale": self._role.guidance_scale, "channels": self._role.channels}
-            changes: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
-            return found if found is None else dataclasses.replace(found, **changes)
-        if found.rows != self._role.rows:
+        if found is None:
+            return None
+        if self._said.of_rows is not None and (found.rows, found.listed) != (self._role.rows, self._role.listed):
+            name, value = self._said.of_rows
+            own = f"that the rows of this call are {phrase(self._role.rows)}"
+            says = own if self._role.listed is None else "which rows of this call are cond"
             raise CallError(
-                f"batched_cfg={self._said} says that the rows of this call are {phrase(self._role.rows)}, but "
-                f"{caller.name}, which makes it, predicts {phrase(found.rows)} in it. Pass the pipeline: "
-                "stg.apply(pipe, ...), or leave batched_cfg= out."
+                f"{name}={value!r} says {says}, but {caller.name}, which makes it, "
+                f"predicts {phrase(found.rows)} in it. Pass the pipeline: stg.apply(pipe, ...), or leave {name}= out."
             )
-        return self._role
+        said = {name: getattr(self._role, name) for name in ("guidance_scale", "channels", "weak_call")}
+        changes: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+        return dataclasses.replace(found, **changes)
 
     def step(self) -> Step:
         """Return what a pipeline says that makes the call; otherwise nothing is known."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,8 +10,56 @@ import torch
 from torch import Tensor
 
 from stg_hooks.errors import CallError
+from stg_hooks.guidance.samples import count_of_samples
 from stg_hooks.passes.rows import HALF, Rows, first_batch, halves
 from stg_hooks.roles import Role, phrase
+
+
+def of_call(role: Role, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Role:
+    """Find the parts of a call whose cond rows are listed; other roles are what they are.
+
+    Raises:
+        CallError: the call does not have these rows, or leaves open which of the others belong to which cond row.
+    """
+    if role.listed is None:
+        return role
+    batch = count_of_samples(args, kwargs) if role.samples else first_batch(args, kwargs)
+    chosen = Rows.chosen(role.listed, batch)
+    if chosen is None or chosen.listed is None or batch is None:
+        return dataclasses.replace(role, rows="cond", order=None)
+    conds = sorted(chosen.listed)
+    others = _others(conds, batch)
+    count, half = len(others), batch // 2
+    order = [*conds, *(row for part in others for row in part)]
+    if count == 1 and conds == [*range(half, batch)]:
+        return dataclasses.replace(role, rows="uncond+cond", order=None)
+    rows = "cond+uncond" if count == 1 else "+".join(["cond", *["image"] * count])
+    if order == [*range(batch)] and (count == 1 or not role.samples):
+        return dataclasses.replace(role, rows=rows, order=None)
+    if role.samples:
+        raise CallError(f"rows={role.listed!r}: of a list of {batch} samples, the first or the last half may be cond.")
+    return dataclasses.replace(role, rows=rows, order=tuple(order))
+
+
+def _others(conds: Sequence[int], batch: int) -> list[list[int]]:
+    """List the rows that are not cond, as parts with one for each cond row.
+
+    Raises:
+        CallError: they can be divided in more than one way, or not at all.
+    """
+    others = [row for row in range(batch) if row not in conds]
+    count, rest = divmod(len(others), len(conds))
+    if count == 1 and not rest:
+        return [others]
+    if not rest and conds == [*range(conds[0], batch, count + 1)]:  # sample after sample
+        return [others[i::count] for i in range(count)]
+    parts = [others[i : i + len(conds)] for i in range(0, len(others), len(conds))]
+    if rest or any(part[-1] - part[0] >= len(conds) for part in (conds, *parts)):
+        raise CallError(
+            f"cond rows {[*conds]} of a call with {batch} rows: which of the other {len(others)} belongs to which of "
+            "them? Expected as many others for each, part after part or sample after sample."
+        )
+    return parts
 
 
 def cond_rows(role: Role, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
@@ -25,7 +74,8 @@ def cond_rows(role: Role, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows
         return HALF
     batch = first_batch(args, kwargs)
     size = _size(role, batch or 0)
-    listed = [i * size + k for i, label in enumerate(role.parts) if label == "cond" for k in range(size)]
+    order = role.order or range(batch or 0)
+    listed = [order[i * size + k] for i, label in enumerate(role.parts) if label == "cond" for k in range(size)]
     return Rows.chosen(listed, batch)
 
 
@@ -74,7 +124,8 @@ def _put_in_parts(role: Role, value: Tensor, tensor: Tensor, put: Callable[[Tens
     for label, part in zip(role.parts, _cut(role, tensor), strict=True):
         parts.append(part if label == "apart" else put(values[min(seen[label], count - 1)], part))
         seen[label] += 1
-    return torch.cat(parts)
+    new = torch.cat(parts)
+    return new if role.order is None else new[torch.tensor(role.order, device=new.device).argsort()]
 
 
 def _part(role: Role, tensor: Tensor, label: str) -> Tensor | None:
@@ -86,7 +137,14 @@ def _part(role: Role, tensor: Tensor, label: str) -> Tensor | None:
 
 
 def _cut(role: Role, tensor: Tensor) -> Sequence[Tensor]:
-    return halves(tensor) if role.is_halved else tensor.split(_size(role, tensor.shape[0]))
+    if role.is_halved:
+        return halves(tensor)
+    if role.order is not None:
+        if tensor.shape[0] != len(role.order):
+            raise CallError(f"a call with {len(role.order)} rows gave a prediction with {tensor.shape[0]}.")
+        tensor = tensor[list(role.order)]
+    parts: Sequence[Tensor] = tensor.split(_size(role, tensor.shape[0]))
+    return parts
 
 
 def _size(role: Role, batch: int) -> int:

@@ -9,6 +9,8 @@ from stg_hooks.errors import CallError
 
 if TYPE_CHECKING:
     from stg_hooks.guidance.combine import Scales
+    from stg_hooks.passes.guided_call import WeakCall
+    from stg_hooks.passes.rows import SomeRows
 
 
 _PHRASES = {"cond": "conditional", "uncond": "unconditional", "perturbed": "a weak prediction of its own"}
@@ -33,32 +35,35 @@ class OwnGuidance:
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """What one call of a denoiser is for.
-
-    `rows` says what its rows are: one label, or several joined by `+` for as many parts of equal size. `"cond"` rows
-    are those that weak passes predict; `"uncond"` rows belong to them, the first part to the first. The caller combines
-    them, with weights that sum to one, and may do so with further parts: `"image"`, another condition left out; and
-    `"perturbed"`, a weak prediction of its own, which may be a call of its own after those that it is compared with.
-    `"apart"` rows are left as they are.
-
-    `guidance_scale` is the CFG weight that the caller is going to apply, where it is known; a tuple holds one for each
-    prediction of a call. `uncond_follows` marks a
-    cond call whose uncond prediction comes from a call of its own, later in the same step. `channels` says how many
-    channels (dimension 1) of a prediction are guided, where the others predict something else, a variance; all, if left
-    out. With `samples`, the denoiser returns its predictions as a list of single samples, without a dimension for the
-    batch; then rows may be `"uncond+cond"` or `"cond+uncond"`: halves of the list. `None` lets the call tell.
-
-    `is_clean` says that what the caller combines are clean samples, `x - sigma * prediction` of a flow model, and `own`
-    which weak predictions it is going to make itself in this step because that is its default.
-    """
+    """What one call of a denoiser is for."""
 
     rows: str
+    """What its rows are: one label, or several joined by `+` for as many parts of equal size.
+
+    `"cond"` rows are those that weak passes predict; `"uncond"` rows belong to them, the first part to the first. The
+    caller combines them, with weights that sum to one, and may do so with further parts: `"image"`, another condition
+    left out; and `"perturbed"`, a weak prediction of its own, which may be a call of its own after those that it is
+    compared with. `"apart"` rows are left as they are.
+    """
     guidance_scale: Scales | None = None
+    """The CFG weight that the caller is going to apply, where it is known; a tuple holds one for each prediction."""
     uncond_follows: bool = False
+    """It is a cond call whose uncond prediction comes from a call of its own, later in the same step."""
     channels: int | None = None
+    """How many channels (dimension 1) of a prediction are guided, where the others are a variance; all, if left out."""
     samples: bool | None = False
+    """The denoiser returns a list of single samples, without a dimension for the batch; then rows may
+    be `"uncond+cond"` or `"cond+uncond"`, halves of the list. `None` lets the call tell."""
     is_clean: bool = False
+    """What the caller combines are clean samples, `x - sigma * prediction` of a flow model."""
     own: tuple[OwnGuidance, ...] = ()
+    """The weak predictions that the caller is going to make itself in this step, as it does by default."""
+    listed: SomeRows | None = None
+    """The cond rows, where the user has listed them: then a call tells what parts it has (`parts.of_call`)."""
+    order: tuple[int, ...] | None = None
+    """The numbers of the rows, part after part, where the parts do not follow each other."""
+    weak_call: WeakCall | None = None
+    """Returns the arguments of the cond rows, where the user knows them better."""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -78,7 +83,7 @@ class Role:
     @property
     def is_halved(self) -> bool:
         """Whether dimension 0 of the tensors holds `[uncond, cond]`."""
-        return self.rows == "uncond+cond" and not self.samples
+        return self.rows == "uncond+cond" and self.order is None and not self.samples
 
     @property
     def is_list_of_both(self) -> bool:
@@ -117,4 +122,4 @@ def check_rows_apart(role: Role, what: str) -> None:
 def phrase(rows: str) -> str:
     """Say in words what rows are."""
     parts = rows.split("+")
-    return f"[{', '.join(parts)}]" if len(parts) > 1 else _PHRASES[rows]
+    return f"[{', '.join(parts)}]" if len(parts) > 1 else _PHRASES.get(rows, rows)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class Session:
-    """What the guides of one `apply` share; it knows none of them, so that nothing keeps itself alive."""
+    """Shared by what guides the denoisers of one `apply`; it holds no reference back, which would be a cycle."""
 
     host: Host
     guidance: Guidance
@@ -35,10 +35,10 @@ class Session:
     calls_elsewhere: int = 0
     """Calls that would have been guided, had the `with` been in force where they were made."""
     told: set[OwnGuidance] = dataclasses.field(default_factory=set)
-    """Of which guidance of the target's own it was said that ours comes on top."""
+    """The target's own guidance that has been warned about."""
 
     def guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Let a function that takes part in a target's run leave the target as it was, where it raises."""
+        """Have a target put back what its run has changed where a function of ours raises in it."""
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -50,8 +50,8 @@ class Session:
 
         return call
 
-    def tell_of(self, role: Role, settings: Settings) -> None:
-        """Say once where the target makes such weak predictions itself as well, as it does unless it is told not to.
+    def warn_of_own(self, role: Role, settings: Settings) -> None:
+        """Warn once where the target makes such weak predictions itself, too, as it does by default.
 
         Raises:
             CallError: with `strict`, instead of a warning.
@@ -59,9 +59,9 @@ class Session:
         kinds = {find_mode(branch.mode).needs == "streams" for branch in settings.active}
         for own in role.own:
             if own.isolates in kinds:
-                self._tell_of(own)
+                self._warn_of(own)
 
-    def _tell_of(self, own: OwnGuidance) -> None:
+    def _warn_of(self, own: OwnGuidance) -> None:
         what = "isolates streams" if own.isolates else "skips layers"
         text = (
             f"{own.by} {what} by itself unless it is told not to, and stg.apply() adds to that guidance. To have it "

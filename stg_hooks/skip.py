@@ -121,7 +121,7 @@ class _Entry:
         self.has_begun = True
         self._local.depth += 1
         try:
-            # Nobody tells which step it is, so nothing that was kept at another one is used.
+            # The step is not known, so cached values of other steps are not used.
             with self._caches.apart(self), switch.switched_on(self._since):
                 output = proceed(*args, **kwargs)
         except Exception as error:
@@ -166,7 +166,7 @@ class skip(NotCopied):  # noqa: N801 - reads as the verb it is: `with stg.skip(m
                 there is. Left out, `mode="isolated"` acts in all of them. Where looking finds no layers, the first call
                 of the model tells them; it is made twice more for that.
             mode: `"residual"` (the block hands its inputs through, and is not computed), `"attention"` (self-attention
-                with the identity as its map), another name that README lists, or a callable that takes a
+                with the identity as its map), another name of docs/how-it-works.md, or a callable that takes a
                 `LayerCall` and returns what the layer should return.
             kind: in factorised models, only attention within frames (`"spatial"`) or across them (`"temporal"`).
             scope: where the `with` is in force: in the thread or asyncio task that enters it and the tasks that this

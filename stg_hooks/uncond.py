@@ -76,7 +76,7 @@ class UncondDenoiser:
             raise SettingError(f"{settings.why_replaces} cannot be combined with on='uncond' here: use stg.Guider.")
         if not settings.active:
             return proceed(*args, **kwargs)
-        session.tell_of(role, settings)
+        session.warn_of_own(role, settings)
         self._predictor.learn(settings.active, proceed, args, kwargs)
         execution = self._predictor.of(settings.active)
         guidance.stats.guided_calls += 1

@@ -27,6 +27,8 @@ def standing_in(name: str, **contents: Any) -> None:
     sys.modules[name] = made
     parent, _, last = name.rpartition(".")
     if parent:
+        with suppress(ImportError):
+            module(parent)
         if parent not in sys.modules:
             standing_in(parent)
         setattr(sys.modules[parent], last, made)
@@ -257,7 +259,7 @@ FURTHER = (
         mochi,
         "0c86aeb",
         kernel="flash-attention",
-        note='`"attention"` is refused in calls with several rows, whose padding is taken out before the kernel.',
+        note='`"attention"` is refused with several cond rows in a call, whose padding is taken out before the kernel.',
     ),
     Repository(
         "SVD (generative-models)",

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests import zoo
-from tests.stock_pipelines import STOCK, UNET, euler, image, masks, noise, part, prompts, random_model
+from tests.stock_pipelines import STOCK, UNET, class_of, euler, image, masks, noise, part, prompts, random_model
 
 PICTURE = Image.new("RGB", (16, 16), (200, 30, 90))
 MASK_PICTURE = Image.new("L", (16, 16), 255)
@@ -50,7 +50,7 @@ class Parted:
     """Methods of the pipeline, and of those inside it, that are replaced: its text encoder is not there."""
 
     def build(self) -> Any:
-        cls = getattr(diffusers, self.pipeline)
+        cls = class_of(self.pipeline)
         expected, optional = cls._get_signature_keys(cls)
         absent = dict.fromkeys({*expected} - {*optional} - {"self"})
         pipe = cls(**{**absent, **self.parts(), self.denoiser: random_model(self.model, **self.config)})
@@ -197,6 +197,7 @@ PARTED |= {
             (
                 "AnimateDiffPipeline",
                 "HunyuanDiTPipeline",
+                "KolorsPipeline",
                 "PixArtSigmaPipeline",
                 "StableDiffusion3Pipeline",
                 "StableDiffusionControlNetPipeline",
@@ -293,6 +294,7 @@ WHOLE = (
     "Flux2KleinKVPipeline",
     "OmniGenPipeline",
     "StableDiffusionDiffEditPipeline",
+    "StableDiffusionPanoramaPipeline",
 )
 """Classes that tests/test_other_calls.py runs."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import diffusers
 
-from stg_hooks.integrations.diffusers.call_sites import CallSite, UnreadableError
+from stg_hooks.integrations.diffusers.call_sites import CallSite, RowSplit, UnreadableError
 from stg_hooks.integrations.diffusers.host import DENOISERS
 from stg_hooks.integrations.diffusers.pipeline_code import call_sites_of
 from tests.parted_pipelines import PARTED, WHOLE
@@ -31,7 +31,6 @@ REFUSED = {
     "Attend-and-Excite, Pix2PixZero": "they look into the attention of the U-Net after a call, and change the latents "
     "by gradients of it.",
     "SAG": "it makes degraded latents out of its uncond prediction, which guidance would change.",
-    "Panorama": "its rows are cond and uncond of each view in turn, taken apart by slices with a step.",
     "Paradigms": "it predicts several steps at once, in rows of its own.",
     "UniDiffuser": "image and text are predicted together, and each has its own calls for uncond.",
 }
@@ -41,8 +40,8 @@ REFUSED = {
 NOTES = {
     "OmniGen with input images": "weak passes are made in full, with all rows: images are named by the row that they "
     "belong to, which a call with fewer rows would not have.",
-    "Flux2KleinKV with a reference image": "weak passes are made in full: in the first step its blocks write keys and "
-    "values into a cache that they are given.",
+    "Flux2KleinKV with a reference image": "the weak pass of the first step is made in full: there its blocks write "
+    "keys and values into a cache that they are given.",
     "AceStep": "its CFG is APG, which projects on the cond prediction: that is the guided one. The prediction that "
     "`audio_cover_strength` mixes in gets the same term.",
     "DiffEdit": "`generate_mask()` of this diffusers gives the prompt to the rows that it calls uncond, and the "
@@ -117,7 +116,7 @@ def _words(sites: list[CallSite]) -> Iterator[str]:
         if site.context is not None:
             yield "calls named at run time"
         elif site.kind == "both":
-            yield " or ".join(f"[{split.rows.replace('+', ', ')}]" for split in site.splits) + " in one call"
+            yield " or ".join(map(rows_of, site.splits)) + " in one call"
         elif site.kind == "samples":
             yield "cond and uncond samples in one list"
         elif site.kind == "cond":
@@ -126,6 +125,12 @@ def _words(sites: list[CallSite]) -> Iterator[str]:
                 yield f"an error while `{ast.unparse(site.unless)}`"
         elif site.kind == "perturbed":
             yield "perturbed calls of its own"
+
+
+def rows_of(split: RowSplit) -> str:
+    """Say which rows a call has."""
+    labels = split.rows.split("+") * (2 if split.in_turn else 1)
+    return f"[{', '.join(labels)}{', ...' if split.in_turn else ''}]"
 
 
 def rows() -> dict[str, str]:

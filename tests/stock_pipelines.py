@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,12 +64,19 @@ class Stock:
     """What the pipeline makes of its combined prediction while CFG is on, given the cond prediction."""
 
     def build(self) -> Any:
-        cls = getattr(diffusers, self.pipeline)
+        cls = class_of(self.pipeline)
         parameters = inspect.signature(cls.__init__).parameters.values()
         absent = {p.name: None for p in parameters if p.name != "self" and p.default is inspect.Parameter.empty}
         pipe = cls(**{**absent, **self.parts(), self.denoiser: random_model(self.model, **self.config)})
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+
+def class_of(name: str) -> Any:
+    """Return a pipeline class, also where diffusers hides it because its tokenizer needs a package."""
+    modules = {"Kolors": "kolors.pipeline_kolors", "KolorsPAG": "pag.pipeline_pag_kolors"}
+    module = modules.get(name.removesuffix("Pipeline"))
+    return getattr(importlib.import_module(f"diffusers.pipelines.{module}") if module else diffusers, name)
 
 
 def random_model(model_class: str | type[nn.Module], **config: Any) -> nn.Module:
@@ -585,6 +593,15 @@ _TABLE = [
             "projection_class_embeddings_input_dim": 56},
         lambda: {"vae": None, "scheduler": diffusers.EulerDiscreteScheduler()},
         lambda: prompts(**pooled()),
+        "uncond+cond", NO_CFG, "up_blocks.1.attentions.0", zoo.KeepInTuple, "unet",
+    ),
+    Stock(
+        "KolorsPipeline", "UNet2DConditionModel",
+        {**UNET, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 56, "encoder_hid_dim": 12, "encoder_hid_dim_type": "text_proj"},
+        lambda: {"vae": None, "scheduler": diffusers.EulerDiscreteScheduler()},
+        lambda: {**prompts(**pooled()), "prompt_embeds": noise(1, 3, 12, seed=5),
+            "negative_prompt_embeds": noise(1, 3, 12, seed=6)},
         "uncond+cond", NO_CFG, "up_blocks.1.attentions.0", zoo.KeepInTuple, "unet",
     ),
     Stock(

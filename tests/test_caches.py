@@ -328,6 +328,19 @@ def test_a_cache_that_nobody_knows() -> None:
         stg.Guider(model, [2], SCALE)
 
 
+def test_work_is_shared_again_in_a_with_after_the_cache_is_gone() -> None:
+    model = build()
+    handle = stg.apply(model, [2], SCALE)
+    model.enable_cache(CACHES["first block"]())
+    with handle:
+        call(model, inputs(0))
+    saved = handle.stats.blocks_saved
+    model.disable_cache()
+    with handle:
+        call(model, inputs(0))
+    assert handle.stats.blocks_saved == saved + 3, "blocks 0 to 2"
+
+
 def test_a_cache_enabled_after_apply_was_made() -> None:
     plain = build()
     model = copy.deepcopy(plain)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
-from stg_hooks.guidance.schedule import Request
+from stg_hooks.guidance.request import Request
 from stg_hooks.integrations.comfyui import __main__ as entry
 from stg_hooks.integrations.comfyui import fields, nodes
 from stg_hooks.integrations.comfyui.guidance import SkipGuidance

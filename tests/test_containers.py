@@ -90,6 +90,29 @@ def test_halves_of_a_list(count: int, execution: str) -> None:
         assert applied.stats.weak_passes == applied.stats.guided_calls == step
 
 
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("rows", ["cond+uncond", slice(2), [2, 3], [True, True, False, False], slice(None)], ids=str)
+def test_rows_of_a_list(rows: Any, execution: str) -> None:
+    model, is_last = build(), rows == [2, 3]
+    x, t, context = samples(4), torch.linspace(0.1, 0.9, 4), texts(4)
+    plain, weak = model(x, t, context), without_a_block(model)(x, t, context)
+    with stg.apply(model, ["blocks.2"], SCALE, rows=rows, execution=execution):
+        got = [model(x, t, context) for _ in range(2)]
+    for output in got:
+        for i, one in enumerate(output):
+            j = i if rows == slice(None) else 2 * is_last + i % 2
+            torch.testing.assert_close(one, plain[i] + SCALE * (plain[j] - weak[j]))
+
+
+def test_rows_of_a_list_that_are_no_half() -> None:
+    model = build()
+    with (
+        pytest.raises(stg.CallError, match="first or the last half"),
+        stg.apply(model, ["blocks.2"], rows=slice(0, None, 2)),
+    ):
+        model(samples(4), torch.linspace(0.1, 0.9, 4), texts(4))
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_the_final_prediction_of_a_list(count: int) -> None:
     """Rescale takes the standard deviation of a sample, and scales count samples."""

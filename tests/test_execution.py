@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -248,3 +249,50 @@ def test_stats_of_blocks_are_those_that_ran(execution: str) -> None:
             hook.remove()
     assert sum(rows) == len(names) * 4 + 2 * handle.stats.blocks_run
     assert handle.stats.blocks_run == {"full": 3}.get(execution, 2)
+
+
+class StoringBlock(zoo.Block):
+    """Stores what it computes in what it is given, or reads it there."""
+
+    def forward(self, x: Tensor, text: Tensor, cache: dict[str, Tensor], store: bool) -> Tensor:
+        key = x.mean(1, keepdim=True)
+        if store:
+            cache.setdefault("sum", torch.zeros(1)).add_(key.abs().mean())
+        return self.mix(x + (0 if store else cache["sum"]), text)
+
+
+class StoringDiT(zoo.DiT):
+    """Fills a cache in the first step and reads it in later ones, as Flux2's with a reference image does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(StoringBlock() for _ in range(4))
+
+    def forward(self, x: Tensor, text: Tensor, cache: dict[str, Tensor], store: bool) -> Tensor:
+        x = self.embed(x)
+        if store:
+            cache = {}
+        for block in self.blocks:
+            x = block(x, text, cache, store)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("execution", SHARING)
+@pytest.mark.parametrize("batched_cfg", [False, True])
+@pytest.mark.filterwarnings("error::stg_hooks.StgWarning")
+def test_calls_of_a_layout_that_writes_leave_others_alone(batched_cfg: bool, execution: str) -> None:
+    torch.manual_seed(0)
+    model = StoringDiT().eval().requires_grad_(False)
+    cond = slice(2, None) if batched_cfg else slice(None)
+    cache = {"sum": torch.full((1,), 0.3)}
+    calls = [{**zoo.inputs(4, seed), "cache": cache, "store": seed in (0, 3)} for seed in range(6)]
+    without = copy.deepcopy(model)
+    without.blocks[2].forward = lambda x, *_: x
+    plains = [model(**call) for call in calls]
+    weaks = [without(**call) for call in calls]
+    with stg.apply(model, [2], 1.0, batched_cfg=batched_cfg, execution=execution) as guidance:
+        got = [model(**call) for call in calls]
+    for output, plain, weak in zip(got, plains, weaks, strict=True):
+        term = (plain - weak)[cond]
+        assert_same(output, plain + (torch.cat([term, term]) if batched_cfg else term))
+    assert guidance.stats.blocks_run == 2 * 3 + 4 * 1

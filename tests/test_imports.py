@@ -102,7 +102,19 @@ def imports(tree: ast.AST, *, nested: bool) -> Iterator[str]:
 # The rooms of the core, from the ground up: none may import from one that comes later.
 ROOMS = ("ground", "model", "hooks", "modes", "guidance", "passes", "ranks", "faces", "study")
 GROUND = ("errors", "checks", "names", "step", "sampler_steps", "roles", "hosts")
-FACES = ("session", "module_host", "rules", "skip", "parts", "answers", "denoiser", "uncond", "apply", "guider")
+FACES = (
+    "session",
+    "module_calls",
+    "module_host",
+    "rules",
+    "skip",
+    "parts",
+    "answers",
+    "denoiser",
+    "uncond",
+    "apply",
+    "guider",
+)
 
 
 def room_of(module: str) -> int | None:

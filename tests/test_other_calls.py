@@ -262,5 +262,46 @@ def test_flux_2_klein_with_a_cache_of_its_reference_image() -> None:
         (), "transformer_blocks.1", zoo.KeepTextFirst, denoiser="transformer",
     )  # fmt: skip
     pipe = parted.build()
-    with pytest.warns(stg.StgWarning, match="writes into its arguments"):  # its keys, in the first step
-        check(parted, pipe, ("cond",), lambda: run(pipe, parted.call))
+    check(parted, pipe, ("cond",), lambda: run(pipe, parted.call))
+    with stg.apply(pipe, layers=[1], scale=1.0) as guidance:  # it stores keys in what it is given, in the first step
+        for _ in range(2):
+            run(pipe, parted.call)
+    calls, in_full = guidance.stats.calls, 2
+    assert calls > in_full
+    assert guidance.stats.blocks_run == 2 * calls + in_full  # one of four is skipped, and one comes before it
+
+
+@pytest.mark.parametrize(("cfg", "rescale"), [(True, 0.0), (True, 0.7), (False, 0.0)])
+def test_panorama_has_cond_and_uncond_of_each_view_in_turn(cfg: bool, rescale: float) -> None:
+    views = [[0, 8, at, at + 8] for at in (0, 4, 8)]  # the last one alone, in a call of its own
+    parted = Parted(
+        "StableDiffusionPanoramaPipeline", "UNet2DConditionModel", UNET,
+        lambda: {"vae": vae(), "scheduler": diffusers.DDIMScheduler(set_alpha_to_one=False)},
+        {**prompts(), **({} if cfg else OFF), "height": 8, "width": 16, "view_batch_size": 2},
+        (), patches={"get_views": lambda *args, **kwargs: views},
+    )  # fmt: skip
+    pipe = parted.build()
+    rows = ("uncond+cond+uncond+cond", "uncond+cond") if cfg else ("cond+cond", "cond")
+    if not rescale:
+        check(parted, pipe, rows, lambda: run(pipe, parted.call))
+        return
+    with stg.apply(pipe, layers=[parted.layer], rescale=rescale) as guidance:
+        guided = run(pipe, parted.call)
+    assert guidance.stats.guided_calls == guidance.stats.calls > 0
+    assert_same(guided, rescaled_by_hand(parted, pipe, rescale))
+
+
+def rescaled_by_hand(parted: Parted, pipe: Any, rescale: float) -> Tensor:
+    """Run a pipeline with rows [uncond, cond] in turn, whose rows become the final prediction."""
+    weak, g = zoo.without(pipe.unet, [parted.layer], parted.identity), parted.call["guidance_scale"]
+
+    def final(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        found, other = tensors(output)[0], tensors(weak(*args, **kwargs))[0]
+        uncond, cond = found[::2], found[1::2]
+        whole = uncond + g * (cond - uncond) + (cond - other[1::2])
+        std, dims = torch.std, [1, 2, 3]
+        factor = rescale * std(cond, dims, keepdim=True) / std(whole, dims, keepdim=True) + 1 - rescale
+        return type(output)((whole * factor).repeat_interleave(2, 0))
+
+    with pipe.unet.register_forward_hook(final, with_kwargs=True):
+        return run(pipe, parted.call)

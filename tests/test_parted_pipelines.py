@@ -138,3 +138,30 @@ def test_a_pipeline_that_only_calls_another_is_guided() -> None:
         assert torch.equal(run(pipe, parted.call), expected)
     assert applied.stats.weak_passes == 2
     assert_far(expected, run(inner, parted.call))
+
+
+@pytest.mark.parametrize(
+    ("said", "is_right"),
+    [
+        ({"rows": "cond+uncond"}, True),
+        ({"rows": "uncond+cond"}, False),
+        ({"batched_cfg": True}, False),
+        ({"rows": [0]}, False),
+        ({}, True),
+    ],
+    ids=str,
+)
+def test_what_is_said_of_a_module_agrees_with_the_pipeline_that_calls_it(said: dict[str, Any], is_right: bool) -> None:
+    parted = PARTED["LuminaPipeline"]
+    pipe = parted.build()
+    plain = run(pipe, parted.call)
+    if not is_right:
+        guidance = stg.apply(pipe.transformer, layers=[parted.layer], scale=0.7, **said)
+        with pytest.raises(stg.CallError, match=r"says .*, but LuminaPipeline, which makes it, predicts"), guidance:
+            run(pipe, parted.call)
+        assert torch.equal(run(pipe, parted.call), plain)
+        return
+    with stg.apply(pipe, layers=[parted.layer], scale=0.7):
+        expected = run(pipe, parted.call)
+    with stg.apply(pipe.transformer, layers=[parted.layer], scale=0.7, **said):
+        assert torch.equal(run(pipe, parted.call), expected)

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 import stg_hooks as stg
 from stg_hooks.adapters import PUBLISHED
 from stg_hooks.guidance.published import Published
-from stg_hooks.guidance.schedule import Request, plan_from
+from stg_hooks.guidance.request import Request, plan_from
 from tests import stock_pipelines
 from tests.pipelines import build, build_pipeline, load_case, run, scheduler_inputs
 

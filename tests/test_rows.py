@@ -177,15 +177,17 @@ class FramesOfSamples(zoo.DiT):
 
 
 @pytest.mark.filterwarnings("error::stg_hooks.StgWarning")
-@pytest.mark.parametrize("execution", ["sequential", "full"])
-def test_an_indicator_of_samples_and_frames_is_cut_with_the_frames(execution: str) -> None:
+@pytest.mark.parametrize("rows", ["uncond+cond", "cond+uncond"])
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_an_indicator_of_samples_and_frames_is_cut_with_the_frames(execution: str, rows: str) -> None:
     model = build(FramesOfSamples)
     weak_model = zoo.without(model, ["blocks.2"])
     indicator = torch.arange(12.0).view(4, 3) / 12  # [uncond, uncond, cond, cond], three frames each
     inputs = [{**call, "indicator": indicator} for call in calls(12, 5, (12, 3, DIM))]
-    with stg.apply(model, [2], SCALE, batched_cfg=True, execution=execution) as handle:
+    with stg.apply(model, [2], SCALE, rows=rows, execution=execution) as handle:
         got = [model(**call) for call in inputs]
-    assert handle.stats.blocks_run == STEPS * (1 if execution == "sequential" else 3)
+    assert handle.stats.blocks_run == STEPS * (3 if execution == "full" else 1)
     for output, call in zip(got, inputs, strict=True):
         plain, weak = model(**call), weak_model(**call)
-        torch.testing.assert_close(output, plain + SCALE * (plain - weak)[6:].repeat(2, 1, 1))
+        conds = slice(6, None) if rows == "uncond+cond" else slice(6)
+        torch.testing.assert_close(output, plain + SCALE * (plain - weak)[conds].repeat(2, 1, 1))

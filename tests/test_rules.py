@@ -141,6 +141,7 @@ def test_frequency_decoupled_by_matrices() -> None:
         ("frequency_decoupled(scales=5)", (1, 2, 8, 8), stg.SettingError, "scales=5: expected a CFG weight"),
         ("apg(norm_dim=7)", (1, 2, 8, 8), stg.SettingError, "norm_dim=7: expected dimensions"),
         ("apg(etta=1)", (1, 2, 8, 8), stg.SettingError, "'apg' has no value 'etta'; choose from eta, norm, norm_dim"),
+        ("CFG_Zero", (1, 2, 8, 8), stg.SettingError, "Here it is called rule='zero_star'"),
         ("cfg(x=1)", (1, 2, 8, 8), stg.SettingError, "'cfg' has no value 'x'; it has none"),
     ],
 )

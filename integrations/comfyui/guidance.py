@@ -31,8 +31,8 @@ from torch.utils import _pytree as pytree
 import stg_hooks as stg
 from stg_hooks.errors import CallError, SettingError
 from stg_hooks.guidance.guide import check_uncond
+from stg_hooks.guidance.request import Request, plan_from
 from stg_hooks.guidance.rules import at_step, cfg, find_rule
-from stg_hooks.guidance.schedule import Request, plan_from
 from stg_hooks.guidance.settings import Settings
 from stg_hooks.integrations.comfyui.attention import visible_attention
 from stg_hooks.integrations.comfyui.fields import SLACK

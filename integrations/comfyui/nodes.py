@@ -11,8 +11,8 @@ from torch import nn
 import stg_hooks as stg
 from stg_hooks.errors import SettingError
 from stg_hooks.guidance.published import preset_for, published_names, recommended
+from stg_hooks.guidance.request import Request
 from stg_hooks.guidance.rules import RULES
-from stg_hooks.guidance.schedule import Request
 from stg_hooks.integrations.comfyui.fields import layers_from, limits_from, schedule_from, with_modes
 from stg_hooks.integrations.comfyui.guidance import SkipGuidance
 from stg_hooks.modes.modes import MODES, find_mode

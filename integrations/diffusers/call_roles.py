@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import sys
 import threading
 from collections.abc import Mapping, Sequence, Sized
@@ -57,7 +58,7 @@ def role_of(site: CallSite, names: Mapping[str, Any], sums: dict[int, float]) ->
     kind = site.kind
     if kind == "both":
         return _role_of_parts(site.splits, site.predictions, names, sums)
-    if site.context is not None:
+    if kind == "named" and site.context is not None:
         kind = KINDS.get(str(evaluate(site.context, names)), "perturbed")
     if kind == "unused":
         return None
@@ -67,7 +68,7 @@ def role_of(site: CallSite, names: Mapping[str, Any], sums: dict[int, float]) ->
         return Role("perturbed")
     if kind == "cond" and _is_alone(site, names):
         return Role("cond")
-    is_guided = site.context is not None or kind == "uncond" or (site.guards is not None and holds(site.guards, names))
+    is_guided = site.kind == "named" or kind == "uncond" or (site.guards is not None and holds(site.guards, names))
     weight = _weight(site.combination, site.is_named, names, sums) if is_guided else None
     is_guided = is_guided and (site.is_named or weight is not None)
     if kind == "samples":
@@ -100,7 +101,8 @@ def _role_of_parts(
             each = tuple(one for name in predictions if (one := weights.get(name, weight)) is not None)
             is_known = len(each) == len(predictions)
             differs = is_known and any(isinstance(one, Tensor) or one != each[0] for one in each[1:])
-            return Role(split.rows, each if differs else weight, uncond_follows=split.uncond_follows)
+            role = Role(split.rows, each if differs else weight, uncond_follows=split.uncond_follows)
+            return _in_turn(role) if split.in_turn else role
     if not any("cond" in split.rows.split("+") for split in splits):
         return None
     # Where an `else` takes a prediction in halves, the other branch has other rows.
@@ -109,6 +111,13 @@ def _role_of_parts(
     if other is not None:
         raise UnreadableError(f"it adds perturbed rows of its own, as {ast.unparse(other)} is false")
     return Role("cond")
+
+
+def _in_turn(role: Role) -> Role:
+    """Return the role of rows whose labels come again and again."""
+    first, count = role.parts.index("cond"), len(role.parts)
+    rows = "+".join(sorted(role.parts))  # not as parts in this order: what is listed says more
+    return dataclasses.replace(role, rows=rows, listed=slice(first, None, count))
 
 
 def _weight_of_split(split: RowSplit, names: Mapping[str, Any], sums: dict[int, float]) -> float | Tensor | None:

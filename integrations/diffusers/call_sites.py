@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from stg_hooks.integrations.diffusers.combinations import (
     Combination,
@@ -40,6 +40,7 @@ _LABELS = {
 _GUIDED = re.compile(r"(^|_)(uncond|unconditional|cfg|classifier_free)(_|$)")
 # What turns a velocity into a clean sample is called.
 _TO_CLEAN = re.compile(r"velocity_to_(x0|clean|sample)$")
+_IN_TURN, _ZERO = "in turn", ast.Constant(0)
 _CUTS = ("chunk", "split", "tensor_split", "unbind")
 
 
@@ -49,7 +50,10 @@ class UnreadableError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class RowSplit:
-    """One way in which the rows of a call are taken apart, while `guards` hold; `rows` are as those of a role."""
+    """One way in which the rows of a call are taken apart, while `guards` hold; `rows` are as those of a role.
+
+    If they are `in_turn`, these are the labels of the first rows, and the next ones have the same again.
+    """
 
     rows: str
     guards: Guards
@@ -58,38 +62,41 @@ class RowSplit:
     is_named: bool = True
     prediction: str = ""
     """What is taken apart, of several predictions."""
+    in_turn: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class CallSite:
-    """A call of a denoiser in a function's code.
-
-    `kind` says what it is for: `"cond"`, `"uncond"`, `"both"` (rows of several kinds, in one of the `splits`, or cond),
-    `"samples"` (a list of samples, the first half of them cond and the second half uncond, while `guards` hold),
-    `"perturbed"` (a weak prediction of the pipeline's own), or `"unused"`. Where the code names it at run time,
-    `context` is that name, and `batches` what the loop around it goes through, one call each. For a cond call, `guards`
-    are the conditions under which the uncond call follows; `None` if none does. While `unless` holds, the prediction is
-    guided in some way that is not understood. `channels` is how many channels of the prediction are guided, where the
-    others predict a variance. Unless it `is_named`, no name says what the call is for: `kind` is what it can be, which
-    the weight and the latents of the running call decide. `predictions` are the names of what it returns, and they
-    `are_clean` where these are turned into clean samples before they are combined. `when` are the conditions under
-    which it is made, and it `isolates` where it asks for that.
-    """
+    """A call of a denoiser in a function's code."""
 
     lines: range
     kind: str
+    """What it is for: `"cond"`, `"uncond"`, `"both"` (rows of several kinds, in one of the `splits`, or cond),
+    `"samples"` (a list of samples, the first half cond and the second half uncond, while `guards` hold),
+    `"perturbed"` (a weak prediction of the pipeline's own), `"named"` (what `context` says when it runs), or
+    `"unused"`."""
     context: ast.expr | None = None
+    """The name that the code gives the call when it runs."""
     batches: ast.expr | None = None
+    """What the loop around it goes through, one call each."""
     guards: Guards | None = None
+    """For a cond call: the conditions under which the uncond call follows; `None` if none does."""
     combination: Combination | None = None
     splits: tuple[RowSplit, ...] = ()
     unless: ast.expr | None = None
+    """While it holds, the prediction is guided in some way that is not understood."""
     channels: ast.expr | None = None
+    """How many channels of the prediction are guided, where the others predict a variance."""
     is_named: bool = True
+    """A name says what the call is for. Otherwise `kind` is what it can be, which its weight and latents decide."""
     predictions: tuple[str, ...] = ()
+    """The names of what it returns."""
     are_clean: bool = False
+    """These are turned into clean samples before they are combined."""
     when: Guards = ()
+    """The conditions under which it is made."""
     isolates: bool = False
+    """It asks for streams that do not attend to each other."""
 
 
 def classified(calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Found]) -> Iterator[CallSite]:
@@ -126,7 +133,7 @@ def classified(calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Fou
         pair = combination_of((cond, uncond), [cond.target, uncond.target], statements, is_named)
     for kind, found in zip(kinds, founds, strict=True):
         if kind == "named":
-            yield CallSite(found.lines, "perturbed", found.context, found.batches)
+            yield CallSite(found.lines, "named", found.context, found.batches)
         elif kind == "both":
             own = [split for split in splits if _made_by(split, boths) is found]
             is_last = all(split.found.statement.lineno < found.statement.lineno for split in splits)
@@ -221,6 +228,7 @@ class _Split(NamedTuple):
     found: Found
     names: list[str]
     labels: list[str]
+    in_turn: bool = False
 
     def named(self, label: str) -> list[str]:
         """Return the names of the parts that have a label."""
@@ -235,9 +243,9 @@ def _named_splits(statements: Sequence[Found]) -> list[_Split]:
             continue
         conds, unconds = labels.count("cond"), labels.count("uncond")
         is_known = conds == unconds or (len(names) == 2 and (conds or "apart" in labels))
-        if cut != "chunk" or not is_known or (conds > 1 and len(names) > conds + unconds):
+        if cut not in ("chunk", _IN_TURN) or not is_known or (conds > 1 and len(names) > conds + unconds):
             raise UnreadableError(f"its rows are [{', '.join(names)}]")
-        splits.append(_Split(found, names, labels))
+        splits.append(_Split(found, names, labels, cut == _IN_TURN))
     is_apart = any("uncond" in split.labels and "apart" in split.labels for split in splits)
     return [split for split in splits if is_apart or {"uncond", "perturbed"} & {*split.labels}]
 
@@ -250,11 +258,27 @@ def _cuts(statements: Sequence[Found]) -> Iterator[tuple[Found, str, list[str]]]
     """Find where something is cut along its rows, by what function, and the names of its parts."""
     for found in statements:
         target = found.statement.targets[0] if isinstance(found.statement, ast.Assign) else None
-        if not (isinstance(found.value, ast.Call) and isinstance(target, ast.Tuple)):
+        if not isinstance(target, ast.Tuple):
+            continue
+        if isinstance(found.value, ast.Tuple) and _takes_in_turn(found.value):
+            yield found, _IN_TURN, [ast.unparse(one) for one in target.elts]
+        if not isinstance(found.value, ast.Call):
             continue
         if tail(found.value.func) in _CUTS and _dim(found.value) == "0":
             names = [ast.unparse(one) for one in target.elts]
             yield found, "chunk" if _is_even(found.value, len(names)) else tail(found.value.func), names
+
+
+def _takes_in_turn(value: ast.Tuple) -> bool:
+    """Tell whether `x[::2], x[1::2]` takes every so many rows, all in turn."""
+    parts = [(ast.unparse(part.value), part.slice) for part in value.elts if isinstance(part, ast.Subscript)]
+    cuts = [(ast.unparse(cut.lower or _ZERO), ast.unparse(cut.step or _ZERO)) for _, cut in parts if _has_start(cut)]
+    count = len(value.elts)
+    return len({of for of, _ in parts}) == 1 and cuts == [(str(i), str(count)) for i in range(count)]
+
+
+def _has_start(cut: ast.expr) -> TypeGuard[ast.Slice]:
+    return isinstance(cut, ast.Slice) and cut.upper is None
 
 
 def _is_even(call: ast.Call, count: int) -> bool:
@@ -318,7 +342,8 @@ def _row_splits(
         found = (combination_of((call, split.found), group, statements, is_named) for group in groups)
         combinations = tuple(one for one in found if one is not None)
         whole = next((name for name in call.targets if name in {*names_in(split.found.value or call.statement)}), "")
-        yield RowSplit("+".join(split.labels), split.found.guards, combinations, follows, is_named, whole)
+        rows = "+".join(split.labels)
+        yield RowSplit(rows, split.found.guards, combinations, follows, is_named, whole, split.in_turn)
 
 
 def _made_by(split: _Split, calls: Sequence[Found]) -> Found | None:

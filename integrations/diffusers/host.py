@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from stg_hooks.errors import CallError, TargetError, is_of_library
-from stg_hooks.hooks.forward import Undo, set_attribute, shared
+from stg_hooks.hooks.forward import Undo, installed_once, set_attribute
 from stg_hooks.hooks.processors import Processors
 from stg_hooks.integrations.diffusers.call_roles import Latents, holds, latents_of, role_of
 from stg_hooks.integrations.diffusers.call_sites import CallSite, UnreadableError
@@ -32,7 +32,10 @@ DENOISERS = ("transformer", "transformer_2", "unet")
 
 
 class PipelineHost:
-    """A stock pipeline: its code and its running frame say what a call is for; the pipeline itself stays untouched."""
+    """A stock pipeline: its code and its running frame say what a call is for.
+
+    Within a `with`, two of its methods are wrapped, to look at its denoisers when a run begins and after each step.
+    """
 
     knows_guidance_scale = True
     tells_when_it_runs = True
@@ -139,7 +142,7 @@ class PipelineHost:
         """Say which weak predictions the pipeline is going to make itself in this step, as it does by default."""
         cls, found = type(frame.f_locals["self"]), []
         for site in self._sites[frame.f_code]:
-            if site.kind != "perturbed" or not site.when:
+            if site.kind not in ("perturbed", "named") or not site.when:
                 continue
             if (cls, site.lines) not in self._own:
                 self._own[cls, site.lines] = on_by_default(cls, site)
@@ -147,7 +150,7 @@ class PipelineHost:
             try:
                 if own is not None and holds(site.when, names):
                     found.append(own)
-            except LookupError:  # it hangs on what the step computes later, and so on more than defaults
+            except LookupError:  # it depends on values that the step computes later
                 continue
         return tuple(found)
 
@@ -169,7 +172,7 @@ class PipelineHost:
                 )
 
     def check(self) -> None:
-        """Raise a TargetError where this pipeline cannot be guided as it is."""
+        """Do nothing: reading its code has checked all. A modular pipeline's guider is checked here."""
 
     def watched(self) -> AbstractContextManager[None]:
         """Look at the start of each run, and after each of its steps, whether a denoiser was replaced."""
@@ -277,4 +280,4 @@ def plain_attention(attention: nn.Module) -> AbstractContextManager[object]:
     def install() -> tuple[None, Undo]:
         return None, set_attribute(processor, "_attention_backend", "native")
 
-    return shared(processor, "_attention_backend", install)
+    return installed_once(processor, "_attention_backend", install)

@@ -7,11 +7,11 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-from stg_hooks.hooks.forward import Undo, set_attribute, shared
+from stg_hooks.hooks.forward import Undo, installed_once, set_attribute
 
 
 class _Method:
-    """A method of a pipeline that its runs call, in place of which stands this, to look at them."""
+    """Takes the place of a method that every run of a pipeline calls, and calls back first."""
 
     def __init__(self, pipeline: Any, name: str) -> None:
         self.callbacks: tuple[Callable[[], None], ...] = ()
@@ -58,7 +58,7 @@ def _called_at(pipeline: Any, name: str, kind: type[_Method], callback: Callable
         method = kind(pipeline, name)
         return method, set_attribute(pipeline, name, method)
 
-    with shared(pipeline, name, install) as method:
+    with installed_once(pipeline, name, install) as method:
         method.callbacks = (*method.callbacks, callback)
         try:
             yield

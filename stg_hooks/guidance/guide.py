@@ -16,10 +16,11 @@ from stg_hooks.guidance.channels import VarianceWatch, check_channels, guided_pa
 from stg_hooks.guidance.combine import Scale, Scales, combine, correction, is_number, of_sample
 from stg_hooks.guidance.per_output import UNNAMED, Outputs
 from stg_hooks.guidance.plain import read, written
+from stg_hooks.guidance.request import Request, plan_from
 from stg_hooks.guidance.reuse import Differences
 from stg_hooks.guidance.rules import at_step
 from stg_hooks.guidance.samples import are_samples, check_told
-from stg_hooks.guidance.schedule import Request, check_every, plan_from, required
+from stg_hooks.guidance.schedule import check_every, required
 from stg_hooks.guidance.settings import Branch, Settings
 from stg_hooks.guidance.trace import Stats, Trace
 from stg_hooks.guidance.watch import Watch

@@ -306,10 +306,16 @@ RULES: dict[str, Rule] = {
 }
 
 
+# What other tools call them.
+_ELSEWHERE = dict.fromkeys(("cfg-zero", "cfg-zero*", "cfg-zero-star", "cfgzerostar"), "zero_star")
+_ELSEWHERE |= {"adaptive-projected-guidance": "apg", "tcfg": "tangential", "fdg": "frequency_decoupled"}
+_ELSEWHERE |= {"mambo-g": "magnitude_aware", "mambo": "magnitude_aware"}
+
+
 def find_rule(rule: str | Rule) -> Rule:
     """Look up a rule by name; a callable is a rule already.
 
     Raises:
         SettingError: an unknown name, or neither a name nor a function.
     """
-    return named("rule", rule, RULES)
+    return named("rule", rule, RULES, _ELSEWHERE)

@@ -59,6 +59,11 @@ def takes_samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return False
 
 
+def count_of_samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Count the samples of a call that `takes_samples`."""
+    return next((len(entries) for entries in _lists((args, kwargs))), None)
+
+
 def check_told(samples: bool | None, count: int, what: str) -> bool:
     """Raise where it cannot be told whether predictions are samples, which `what` depends on.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -85,42 +85,6 @@ def _key(layers: object) -> Hashable:
     return tuple(item if isinstance(item, (str, int, range, re.Pattern)) else id(item) for item in items_of(layers))
 
 
-def branches_from(
-    layers: LayerSpec | None,
-    scale: Scales | None,
-    mode: str | Mode | None,
-    kind: Kind | None,
-    rescale: PerOutput[float] | None,
-    branches: Sequence[Branch] | None,
-) -> tuple[list[Branch], PerOutput[float]]:
-    """Turn what a user gave into branches and a rescale.
-
-    Args:
-        layers: as for `apply`.
-        scale: as for `apply`.
-        mode: as for `apply`.
-        kind: as for `apply`.
-        rescale: as for `apply`.
-        branches: as for `apply`.
-
-    Returns:
-        The branches and the rescale to use, both checked.
-
-    Raises:
-        SettingError: a value that cannot be used, or a contradiction.
-    """
-    if rescale is not None:
-        check_rescales(rescale)
-    if branches is not None:
-        if any(value is not None for value in (layers, scale, mode, kind)):
-            raise SettingError("give either branches=[...], or layers, scale, mode and kind for one, not both.")
-        given: object = branches  # whatever it was annotated as
-        if not isinstance(given, Sequence) or not given or not all(isinstance(branch, Branch) for branch in given):
-            raise SettingError(f"branches={branches!r}: expected a list of stg.Branch(layers, scale, mode).")
-        return list(branches), rescale or 0.0
-    return [Branch(layers, 1.0 if scale is None else scale, mode or "residual", kind)], rescale or 0.0
-
-
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What holds in a call. `guidance_scale` is the CFG weight to use instead of the caller's own, or `None`."""
@@ -177,7 +141,7 @@ class Settings:
 
     @property
     def why_replaces(self) -> str:
-        """What calls for that, in the words of a message."""
+        """The setting that makes `replaces` true, for messages."""
         if self.rule != "cfg":
             return f"rule={self.rule!r}"
         return f"rescale={self.rescale}" if self.rescales else f"guidance_scale={self.guidance_scale}"

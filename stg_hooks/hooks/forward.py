@@ -227,7 +227,7 @@ def patched(module: nn.Module) -> Iterator[Patch]:
             stack.enter_context(patch._placed(module, name, forward))
             return patch, stack.pop_all().close
 
-    with shared(module, "forward", install) as patch:
+    with installed_once(module, "forward", install) as patch:
         yield patch
 
 
@@ -287,7 +287,7 @@ def set_attribute(owner: object, name: str, value: object) -> Undo:
 
 
 @contextmanager
-def shared(owner: object, what: str, install: Callable[[], tuple[T, Undo]]) -> Iterator[T]:
+def installed_once(owner: object, what: str, install: Callable[[], tuple[T, Undo]]) -> Iterator[T]:
     """Keep something installed on an object while at least one `with` needs it, whichever of them ends last.
 
     Args:

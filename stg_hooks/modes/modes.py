@@ -24,7 +24,7 @@ from stg_hooks.model.source import bound_arguments
 from stg_hooks.modes.attention_calls import AttentionCall
 from stg_hooks.modes.blur import gaussian_blur
 from stg_hooks.modes.perturbation import LayerCall, Mode, Perturbation
-from stg_hooks.modes.side_branch import passed_or_zeros
+from stg_hooks.modes.sublayer import passed_or_zeros
 from stg_hooks.names import named
 
 
@@ -33,7 +33,7 @@ class Residual(Perturbation):
     """Bypass a block: every stream leaves it as it entered, `z_{l+1} = z_l` (STG-R).
 
     The block is not computed, except once where its source does not tell what it returns. It gives its inputs in the
-    structure of its output; zeros for a branch, to which the model itself adds them.
+    structure of its output; zeros for a sublayer, to which the model itself adds them.
 
     Source: STG, arXiv 2411.18664, Eq. 15.
     """
@@ -46,7 +46,7 @@ class Residual(Perturbation):
     def __call__(self, call: LayerCall) -> Any:
         """Return the inputs of the block."""
         through = call.streams.passed_through(call.forward, call.args, call.kwargs)
-        if not call.streams.may_be_branch:
+        if not call.streams.may_be_sublayer:
             return through
         return passed_or_zeros(call.layer, call.args, call.kwargs, through, call.memory)
 

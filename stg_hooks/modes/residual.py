@@ -70,7 +70,7 @@ class Streams:
             if weight is not None
         )
         """Whether it has convolutions, so that what it calls by one name may leave in another shape than it came."""
-        self.may_be_branch = is_bare_attention(block) or (
+        self.may_be_sublayer = is_bare_attention(block) or (
             not is_attention(block) and bool(attention_modules(block) and not feed_forwards(block))
         )
         """Whether its output may not contain its input: attention, and what holds it without a feed-forward network."""

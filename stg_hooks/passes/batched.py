@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -23,8 +22,18 @@ from stg_hooks.hooks.forward import Action, Patch, pushed
 from stg_hooks.model.source import is_positional
 from stg_hooks.passes.context import Context
 from stg_hooks.passes.guided_call import GuidedCall, weak_pass
+from stg_hooks.passes.packed import NOT_PACKED, packed_in, packed_rows
 from stg_hooks.passes.returned import predictions, replace_predictions
-from stg_hooks.passes.rows import Indices, count_of, cut, map_arguments, row_factor
+from stg_hooks.passes.rows import (
+    Indices,
+    cut,
+    cut_unfolded,
+    is_unfolded,
+    leaves_of,
+    listed,
+    map_arguments,
+    row_factor,
+)
 
 
 class RowsError(Exception):
@@ -39,7 +48,7 @@ class _Group:
     rows: slice
 
 
-class BatchedPass:
+class BatchedRows:
     """One pass of a denoiser on its own rows and on those of every branch."""
 
     def __init__(
@@ -53,7 +62,7 @@ class BatchedPass:
             cond: which of them are conditional.
             units: blocks, none inside another, the skipped layers among them.
         """
-        self._size = count_of(cond, batch)
+        self._size = len(listed(cond, batch))
         self._batch = batch
         self._cond = cond
         self._skipped = skipped
@@ -70,8 +79,14 @@ class BatchedPass:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Append the cond rows to the arguments of a call, once per branch."""
+        packed = packed_in(leaves_of(args, kwargs), self._batch)
+        more = [*range(self._batch), *[*listed(self._cond, self._batch)] * len(self._skipped)]
 
         def extend(name: str, leaf: Any) -> Any:
+            if packed and (part := packed_rows(packed, leaf, more)) is not NOT_PACKED:
+                return part
+            if is_unfolded(leaf, self._batch) and not is_positional(name):
+                return cut_unfolded(leaf, more)
             folded = row_factor(leaf, self._batch) if isinstance(leaf, Tensor) else 0
             if not folded or (folded > 1 and (self._batch == 1 or is_positional(name))):
                 return leaf
@@ -110,11 +125,10 @@ class BatchedPass:
                 return proceed(*args, **kwargs)
             self._inside = True
             try:
-                output = proceed(*self._take(computed, args), **self._take(computed, kwargs))
+                own_args, own_kwargs = self._take(computed, args, kwargs)
+                output = proceed(*own_args, **own_kwargs)
                 instead = {
-                    i: self._skipped[i][id(unit)](
-                        proceed, self._take([self._groups[i + 1]], args), self._take([self._groups[i + 1]], kwargs)
-                    )
+                    i: self._skipped[i][id(unit)](proceed, *self._take([self._groups[i + 1]], args, kwargs))
                     for i, skip in enumerate(skips)
                     if skip
                 }
@@ -124,15 +138,26 @@ class BatchedPass:
 
         return run
 
-    def _take(self, groups: list[_Group], arguments: Any) -> Any:
-        if isinstance(arguments, dict):
-            return {name: self._rows_of(groups, value) for name, value in arguments.items()}
-        return tuple(self._rows_of(groups, value) for value in arguments)
+    def _take(
+        self, groups: list[_Group], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        packed, rows = packed_in(leaves, self._total), self._listed(groups)
+        taken = [self._rows_of(groups, leaf) for leaf in leaves]
+        for i, leaf in enumerate(leaves):
+            if packed and (part := packed_rows(packed, leaf, rows)) is not NOT_PACKED:
+                taken[i] = part
+        found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(taken, spec)
+        return found
+
+    def _listed(self, groups: list[_Group]) -> list[int]:
+        return [row for group in groups for row in listed(group.rows, self._total)]
 
     def _rows_of(self, groups: list[_Group], value: Any) -> Any:
         if not isinstance(value, Tensor):
-            is_plain = value is None or isinstance(value, (bool, int, float))
-            return value if is_plain else pytree.tree_map_only(Tensor, partial(self._rows_of, groups), value)
+            return value
+        if is_unfolded(value, self._total):
+            return cut_unfolded(value, self._listed(groups))
         folded = row_factor(value, self._total)
         if not folded or (folded > 1 and value.ndim < 4):  # flatter ones may be tables with an entry per token
             return value
@@ -193,7 +218,7 @@ class BatchedPasses:
 
     def _pass(self, call: GuidedCall, batch: int, cond: Indices) -> tuple[Any, list[list[int]]]:
         units = self._context.units
-        once = BatchedPass([switch.actions for switch in self._context.switches], batch, cond, units.batched)
+        once = BatchedRows([switch.actions for switch in self._context.switches], batch, cond, units.batched)
         args, kwargs = once.arguments(*call.inputs.again(), self._context.names)
         with once.running(units.patches(units.batched)):
             output = call.denoiser(*args, **kwargs)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from stg_hooks.errors import CallError
 from stg_hooks.model.source import parameter_names
 from stg_hooks.model.tensors import computes_in_half
 from stg_hooks.passes.findings import Findings
@@ -64,7 +65,7 @@ class Context:
         if call.rows is None:
             return args, kwargs
         if call.weak_call is not None:
-            return call.weak_call(args, kwargs)
+            return _pair(call.weak_call(args, kwargs))
         batch = call.rows.batch_of(call.count)
         return take_rows(args, kwargs, self.names, batch, call.rows.of(batch))
 
@@ -75,10 +76,24 @@ class Context:
         self.stats.blocks_saved += saved
         self.stats.blocks_run += run
 
-    def counted(self) -> Stats:
-        """Return what has been counted so far, for `count_again_from`."""
+    def stats_so_far(self) -> Stats:
+        """Return what has been counted so far, for `restore_stats`."""
         return dataclasses.replace(self.stats)
 
-    def count_again_from(self, before: Stats) -> None:
+    def restore_stats(self, before: Stats) -> None:
         """Forget what was counted since."""
         vars(self.stats).update(vars(before))
+
+
+def _pair(found: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what `weak_call` gave.
+
+    Raises:
+        CallError: that is not arguments of a call.
+    """
+    if not isinstance(found, tuple) or [type(part) for part in found] != [tuple, dict]:
+        raise CallError(
+            f"weak_call= returned {type(found).__name__}: expected the arguments of the cond rows, a tuple and a "
+            "dictionary: return (args, kwargs)."
+        )
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -93,6 +93,7 @@ class Execution:
         self._batched = BatchedPasses(self.context)
         self._written: Written = {}
         self._is_new = True
+        self._last: Hashable = None  # layout of the call before
 
     @property
     def way(self) -> str:
@@ -114,7 +115,7 @@ class Execution:
         return Inputs(args, kwargs, self._written)
 
     def look(self) -> Snapshot:
-        """Look at what the model keeps before a call; the first time, recall what is known of a model like this."""
+        """Look at what the model keeps before a call; the first time, recall what is known of it in this state."""
         before = self._transactions.kept.look()
         if self._is_new:
             self._is_new = False
@@ -167,12 +168,16 @@ class Execution:
     ) -> Any:
         ways, known = self._ways, self.context.found.layouts
         ways.notice_compiling()
-        if ways.now == "full" and self.full.is_to_be_checked(call) and not ways.streams_weights:
+        obstacle, before, self._last = self.context.found.in_full.get(call.layout), self._last, call.layout
+        if ways.shares and obstacle is not None and before == call.layout:  # a call now and then is not worth a word
+            ways.tell_of_full_passes(obstacle)
+        if self.full.is_taken(call) and self.full.is_to_be_checked(call) and not ways.streams_weights:
             output = call.denoiser(*args, **kwargs)
             call.changes_state = randomness.is_used()
             return output
         batch = first_batch(args, kwargs)
-        if not ways.shares or batch is None or (call.rows is not None and not call.rows.fit(batch)):
+        is_shared = ways.shares and obstacle is None
+        if not is_shared or batch is None or (call.rows is not None and not call.rows.fit(batch)):
             return call.denoiser(*args, **kwargs)
         cond = slice(None) if call.rows is None else call.rows.of(batch)
         if call.layout in known and known[call.layout].prefix.has_new_hooks():

@@ -38,6 +38,8 @@ class Findings:
     """Those whose weak passes can share the prefix."""
     keeps: dict[Hashable, frozenset[int] | range] = dataclasses.field(default_factory=dict)
     """For a layout, the calls of units whose outputs are kept though the model holds them no more."""
+    in_full: dict[Hashable, str] = dataclasses.field(default_factory=dict)
+    """Layouts whose weak passes cannot share the prefix, and why; those of others may."""
     can_be_cut: set[Hashable] = dataclasses.field(default_factory=set)
     """Layouts whose cond rows are known to be found."""
     again: dict[Hashable, int] = dataclasses.field(default_factory=dict)

@@ -25,7 +25,9 @@ class FullPasses:
         """Take the state that all passes of the denoiser share."""
         self._context = context
 
-    def plain(self, branch: int, denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def weak_output(
+        self, branch: int, denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Make a call with the layers of one branch bypassed, and return what the denoiser returns."""
         switch = self._context.switches[branch]
         apart = self._context.caches.apart(id(switch), switch.modules, switch.is_bypass)
@@ -43,7 +45,7 @@ class FullPasses:
         context = self._context
         if call.rows is not None:
             call.unskipped.clear()
-        is_cut = context.ways.now == "full" and call.rows is not None and not context.transactions.keeps_state
+        is_cut = self.is_taken(call) and call.rows is not None and not context.transactions.keeps_state
         if is_cut and self.is_to_be_checked(call):
             is_cut = self.can_cut(call)
         # Where a check is only put off to the next call, nothing is known about cutting rows.
@@ -57,7 +59,7 @@ class FullPasses:
         args, kwargs = self._context.cond_arguments(call) if is_cut else call.inputs.again()
         with self._context.transactions.full_pass(call, branch):
             # The model may keep its predictions itself, in memory that is put back.
-            weak = own_predictions(self.plain(branch, call.denoiser, args, kwargs))
+            weak = own_predictions(self.weak_output(branch, call.denoiser, args, kwargs))
         if call.rows is not None and not is_cut:
             weak = [call.rows.take(tensor) for tensor in weak]
         if call.rows is None or not is_cut:
@@ -95,6 +97,11 @@ class FullPasses:
                     "it keeps something from one call to the next that cannot be put back after a weak pass"
                     f"{f' ({found})' if found else ''}. Keep it in an attribute of the model, or switch it off."
                 )
+
+    def is_taken(self, call: GuidedCall) -> bool:
+        """Tell whether the weak passes of a call are made in full, on its cond rows."""
+        now, in_full = self._context.ways.now, self._context.found.in_full
+        return now == "full" or (now != "all rows" and call.layout in in_full)
 
     def is_to_be_checked(self, call: GuidedCall) -> bool:
         """Tell whether it is open if calls of this layout can be cut down to their cond rows."""

@@ -61,9 +61,9 @@ def weak_halves(
         args, kwargs = inputs.again()
     output, call = execution.cond_pass(denoiser, args, kwargs, unconds)
     own = own_predictions(output)
-    counted = context.counted()
+    counted = context.stats_so_far()
     (weak,) = execution.weak_predictions(call, [halves(tensor)[0] for tensor in own])
-    context.count_again_from(counted)  # a weak pass takes the place of an uncond one
+    context.restore_stats(counted)  # a weak pass takes the place of an uncond one
     if halved - context.found.can_be_cut == {layout}:
         other = dataclasses.replace(call, rows=conds, layout=layout, cond=[halves(tensor)[1] for tensor in own])
         if not execution.full.can_cut(other) and other.conclude is not None:

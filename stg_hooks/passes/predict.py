@@ -23,7 +23,7 @@ from stg_hooks.passes.execution import Execution
 from stg_hooks.passes.guided_call import WeakCall, in_weak_pass
 from stg_hooks.passes.learning import learn_once, made_ahead
 from stg_hooks.passes.returned import own_predictions, replace_predictions
-from stg_hooks.passes.rows import Rows, first_batch
+from stg_hooks.passes.rows import Rows, SomeRows, first_batch
 
 _SPARE = 8
 
@@ -95,7 +95,7 @@ class Predictor:
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
-        rows: slice | Sequence[int] | Sequence[bool] | Tensor | None = None,
+        rows: SomeRows | None = None,
         weak_call: WeakCall | None = None,
     ) -> tuple[Any, list[list[Tensor]]]:
         """Make a call of the denoiser, and the weak predictions of its cond rows; inside `installed`.

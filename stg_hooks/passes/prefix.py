@@ -139,7 +139,7 @@ class Prefix:
         """A weak pass called other modules."""
         self.is_reused = len(starts) > 1
         """More than one pass is going to be made with it."""
-        self.is_dense = False
+        self.needs_own_memory = False
         """The model writes into what was let go, so that each answer needs memory of its own."""
         self.starts = starts
         self._all_starts = {key for keys in starts for key in keys}
@@ -285,7 +285,7 @@ class Prefix:
     def _copy(self, number: int, value: Any) -> Any:
         if not isinstance(value, Output) or value.is_kept or value.is_overwritten:
             return self._rows_of(value)
-        if self.is_dense:
+        if self.needs_own_memory:
             return Gap.of(self._rows_of(value), frozenset([number]))
         if value.gap is None:
             value.gap = Gap.of(value.rows, frozenset([number]))
@@ -293,5 +293,5 @@ class Prefix:
 
     def _rows_of(self, value: Any) -> Any:
         # Later code may write into what it is given, and another pass may need it again.
-        needs_own = isinstance(value, Output) and (self.is_reused if value.is_kept else self.is_dense)
+        needs_own = isinstance(value, Output) and (self.is_reused if value.is_kept else self.needs_own_memory)
         return value.rows.clone() if needs_own else value.rows if isinstance(value, Output) else value

@@ -27,7 +27,7 @@ class Outline:
     def __init__(self, recording: Recording) -> None:
         """Remember what a recording has found out, without its values."""
         self.ends = list(recording.ends)
-        self.is_dense = recording.is_dense
+        self.needs_own_memory = recording.needs_own_memory
         self.calls = [_without_values(call) for call in recording.calls]
         # Of a unit with anything to keep, or that sets anything, all calls are seen, to tell one from the next; of the
         # others none, unless units call each other.
@@ -67,7 +67,7 @@ class Repetition(Prefix):
         """
         super().__init__(starts, batch, rows, look)
         self.calls = list(outline.calls)
-        self.is_dense = outline.is_dense
+        self.needs_own_memory = outline.needs_own_memory
         self.differs = False
         """This call goes another way than the ones before it."""
         self._ends = outline.ends

@@ -14,9 +14,12 @@ from torch.utils import _pytree as pytree
 from stg_hooks.errors import CallError
 from stg_hooks.model.source import is_positional
 from stg_hooks.model.tensors import leaves_of as leaves_of
+from stg_hooks.passes.packed import NOT_PACKED, packed_in, packed_rows
 
 Indices: TypeAlias = slice | tuple[int, ...]
 """Some rows of a call; a slice has step 1."""
+SomeRows: TypeAlias = slice | Sequence[int] | Sequence[bool] | Tensor
+"""Rows as a user lists them: a slice, numbers in any order, or a mask with one bool per row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Rows:
     """Number of rows of a call, where they are listed."""
 
     @classmethod
-    def chosen(cls, rows: slice | Sequence[int] | Sequence[bool] | Tensor | None, batch: int | None) -> Rows | None:
+    def chosen(cls, rows: SomeRows | None, batch: int | None) -> Rows | None:
         """Read what a host says; `None` for all rows.
 
         Args:
@@ -91,7 +94,8 @@ def take_rows(
 
     A tensor takes part if its dimension 0 is the batch, or a whole multiple of it (frames folded into the batch);
     two-dimensional multiples, and arguments named like positions, hold one row per token and stay whole. Where the rows
-    are the frames of all samples, a `(samples, frames)` tensor takes part too (SVD's own `image_only_indicator`).
+    are the frames of all samples, a `(samples, frames)` tensor takes part too (SVD's own `image_only_indicator`). So do
+    arguments about tokens of all rows that lie one after the other (Mochi's own `packed_indices`).
 
     Args:
         args: positional arguments of the call.
@@ -103,22 +107,29 @@ def take_rows(
     Returns:
         The arguments of the smaller call.
     """
+    packed = packed_in(leaves_of(args, kwargs), batch)
 
     def take(name: str, leaf: Any) -> Any:
+        if packed and (part := packed_rows(packed, leaf, listed(rows, batch))) is not NOT_PACKED:
+            return part
         folded = row_factor(leaf, batch) if isinstance(leaf, Tensor) else 0
-        if folded == 0 and isinstance(leaf, Tensor) and isinstance(rows, slice) and not is_positional(name):
-            return _cut_unfolded(leaf, rows, batch)
+        if is_unfolded(leaf, batch) and not is_positional(name):
+            return cut_unfolded(leaf, listed(rows, batch))
         return leaf if not folded or (folded > 1 and is_positional(name)) else cut(leaf, rows, batch, folded)
 
     return map_arguments(take, args, kwargs, names)
 
 
-def _cut_unfolded(tensor: Tensor, rows: slice, batch: int) -> Tensor:
-    """Cut a tensor of `(samples, frames)` down to some rows, where the rows of the call are frames of samples."""
-    if tensor.ndim != 2 or tensor.numel() != batch or tensor.shape[0] in (1, batch):
-        return tensor
-    kept = tensor.flatten()[rows]
-    return kept.unflatten(0, (-1, tensor.shape[1])) if len(kept) % tensor.shape[1] == 0 else tensor
+def is_unfolded(value: Any, batch: int) -> bool:
+    """Tell whether this is a tensor of `(samples, frames)`, where the rows of the call are frames of samples."""
+    is_flat = isinstance(value, Tensor) and value.ndim == 2
+    return is_flat and value.numel() == batch and value.shape[0] not in (1, batch)
+
+
+def cut_unfolded(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """Cut a tensor of `(samples, frames)` down to some rows, which may be more than it has; frames stay together."""
+    frames = tensor.shape[1]
+    return tensor if len(rows) % frames else tensor.flatten()[list(rows)].unflatten(0, (-1, frames))
 
 
 def map_arguments(
@@ -182,9 +193,9 @@ def cut(tensor: Tensor, rows: Indices, batch: int, folded: int) -> Tensor:
     return chosen.flatten(0, 1)
 
 
-def count_of(rows: Indices, batch: int) -> int:
-    """Count the rows that are chosen of a batch."""
-    return len(range(batch)[rows]) if isinstance(rows, slice) else len(rows)
+def listed(rows: Indices, batch: int) -> Sequence[int]:
+    """List the rows that are chosen of a batch."""
+    return range(batch)[rows] if isinstance(rows, slice) else rows
 
 
 def first_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

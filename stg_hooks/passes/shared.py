@@ -46,7 +46,7 @@ class SharedPasses:
             del found.layouts[call.layout]  # blocks whose calls are not looked at may draw them
             return None
         prefix.is_reused = prefix.is_reused or is_to_be_checked
-        weaks, counted = [], self._context.counted()
+        weaks, counted = [], self._context.stats_so_far()
         try:
             for branch, switch in enumerate(self._context.switches):
                 # Without a copy of what the branch leaves: it would have the cond rows alone.
@@ -56,7 +56,7 @@ class SharedPasses:
             if is_to_be_checked:
                 self._check(call, prefix, weaks)
         except (NotSharedError, PrefixMismatchError, GapError) as error:
-            self._context.count_again_from(counted)
+            self._context.restore_stats(counted)
             self._give_up(call, prefix, error)
             return None
         if isinstance(prefix, Recording):
@@ -66,7 +66,7 @@ class SharedPasses:
         return weaks
 
     def _is_possible(self, call: GuidedCall, prefix: Prefix) -> bool:
-        """Tell whether what was recorded may serve; from the second time on, an obstacle ends sharing."""
+        """Tell whether what was recorded may serve; if not, say what that means for later calls."""
         ways, times = self._context.ways, self._context.recorded[call.layout]
         if not ways.shares or None in prefix.ends:
             return False
@@ -74,8 +74,11 @@ class SharedPasses:
             return False
         if prefix.obstacle == DRAWS_RANDOM_NUMBERS and times <= _PATIENCE:
             return False  # it may have been another thread
+        if prefix.obstacle == DRAWS_RANDOM_NUMBERS:
+            ways.stop_sharing(prefix.obstacle, "all rows")
+            return False
         if prefix.obstacle:
-            ways.stop_sharing(prefix.obstacle, "all rows" if prefix.obstacle == DRAWS_RANDOM_NUMBERS else "full")
+            self._context.found.in_full[call.layout] = prefix.obstacle
             return False
         if prefix.has_new_state or (call.changes_state and not self._sets_again(prefix)):
             # The first time that may be a cache.
@@ -124,7 +127,7 @@ class SharedPasses:
                 raise
             if prefix.has_gaps:
                 raise GapError from error
-            # Before rows have been cut successfully they are under suspicion; if innocent, a full pass fails as well.
+            # Rows may have been cut wrongly. If that is not the cause, a full pass raises the same error.
             if call.rows is None or not isinstance(prefix, Recording):
                 raise
             raise NotSharedError(f"{type(error).__name__}: {error}") from error
@@ -145,10 +148,12 @@ class SharedPasses:
                 with self._context.transactions.transaction(call), weak_pass(), replay:
                     return own_predictions(call.denoiser(*args, **kwargs))
             except RuntimeError as error:
-                if prefix.is_dense or "single memory location" not in str(error):
+                if prefix.needs_own_memory or "single memory location" not in str(error):
                     raise
-                prefix.is_dense = True
-        raise AssertionError
+                prefix.needs_own_memory = (
+                    True  # torch does not write into an expanded NaN: each answer gets memory of its own
+                )
+        raise AssertionError("the second attempt has returned or raised")
 
     def _check(self, call: GuidedCall, prefix: Prefix, weaks: Sequence[Sequence[Tensor]]) -> None:
         """Make a pass once more with nothing skipped: it has to give what the cond pass gave.

@@ -53,7 +53,7 @@ class Transactions:
         args, kwargs = call.inputs.given
         call.before, is_counted = before, call.layout in self._runs
         randomness = Randomness.for_call(args, kwargs)
-        with counted(self._parts) if is_counted else nullcontext(set[str]()) as run:
+        with noting_parts(self._parts) if is_counted else nullcontext(set[str]()) as run:
             yield randomness
         if randomness.is_used():
             call.random_before, call.random_after = randomness, Randomness.for_call(args, kwargs)
@@ -121,7 +121,7 @@ class Transactions:
             CallError: what the branch would reuse is not known.
         """
         is_counted = self.keeps_state and call.layout not in self._runs
-        with self.transaction(call, branch), counted(self._parts if is_counted else {}) as run:
+        with self.transaction(call, branch), noting_parts(self._parts if is_counted else {}) as run:
             yield
         if is_counted:
             if not self._switches[branch].was_reached:
@@ -143,7 +143,7 @@ class Transactions:
 
 
 @contextmanager
-def counted(parts: Mapping[str, nn.Module]) -> Iterator[set[str]]:
+def noting_parts(parts: Mapping[str, nn.Module]) -> Iterator[set[str]]:
     """Note which of these modules run in this thread within a `with`, by their names."""
     run: set[str] = set()
 

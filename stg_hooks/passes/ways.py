@@ -47,8 +47,11 @@ class Ways:
         auto = "batched" if self.streams_weights else "sequential"
         self.now = execution if self._is_chosen else auto
         """One of batched, sequential, full (on the cond rows) and all rows."""
+        self._first = self.now
+        """Where `choose` begins: a step cache or compiling may be gone in the next `with`."""
         self._surrounding = {way: surrounding(model, units.of(way)) for way in _WAYS}
         self._uncompiled: list[nn.Module] = []
+        self._has_told = False
 
     @property
     def shares(self) -> bool:
@@ -57,7 +60,7 @@ class Ways:
 
     def choose(self) -> None:
         """Take the next way where the model, as it is now, does not allow the one that was asked for."""
-        asked = self.now
+        asked = self._first
         obstacle = advice = ""
         for way in _WAYS[_WAYS.index(asked) :]:
             compiled = compiled_among(self._surrounding[way])
@@ -83,7 +86,7 @@ class Ways:
 
     def stop_batching(self, error: Exception) -> None:
         """Make weak passes of their own from now on."""
-        self.now = "sequential"
+        self._first = self.now = "sequential"
         reason = f"{type(error).__name__}: {error}"
         warn(
             f"the calls of {type(self._model).__name__} cannot be made with more rows ({reason}). Going on "
@@ -92,16 +95,26 @@ class Ways:
 
     def stop_sharing(self, reason: str, way: str = "full") -> None:
         """Make weak passes in full from now on."""
-        self.now, self._uncompiled = way, []
+        self._first = self.now = way
+        self._uncompiled = []
         rows = " and with all rows" if way == "all rows" else ""
         warn(
             f"{type(self._model).__name__} does not let the weak pass share work with the cond pass ({reason}). Weak "
             f"passes are made in full{rows} from now on. execution='full' begins so, without this warning."
         )
 
+    def tell_of_full_passes(self, reason: str) -> None:
+        """Say once that there are calls whose weak passes are made in full."""
+        if not self._has_told:
+            self._has_told = True
+            warn(
+                f"{type(self._model).__name__} does not let the weak pass share work with the cond pass in some calls "
+                f"({reason}). Their weak passes are made in full. execution='full' makes all so, without this warning."
+            )
+
     def stop_cutting(self, reason: str) -> None:
         """Make weak passes on all rows of a call from now on."""
-        self.now = "all rows"
+        self._first = self.now = "all rows"
         warn(
             f"the calls of {type(self._model).__name__} cannot be cut down to their cond rows ({reason}). Weak "
             "passes are made with all rows from now on."

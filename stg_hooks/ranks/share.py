@@ -145,7 +145,7 @@ class Share:
 
     def _weak(self, job: int, denoiser: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self._execution is not None
-        return self._execution.full.plain(self._weak_jobs.index(job), denoiser, args, kwargs)
+        return self._execution.full.weak_output(self._weak_jobs.index(job), denoiser, args, kwargs)
 
     def _described(self) -> list[object]:
         if not self._branches:

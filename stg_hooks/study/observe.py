@@ -15,7 +15,7 @@ from stg_hooks.denoiser import GuidedDenoiser
 from stg_hooks.errors import CallError, SettingError, warn
 from stg_hooks.guidance.channels import VarianceWatch
 from stg_hooks.guidance.guide import Guidance, Guided, Predictions, StepOrLater
-from stg_hooks.guidance.schedule import Request
+from stg_hooks.guidance.request import Request
 from stg_hooks.guidance.settings import Branch, Settings
 from stg_hooks.guidance.trace import Stats
 from stg_hooks.guidance.watch import Watch

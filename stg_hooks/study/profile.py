@@ -18,6 +18,7 @@ from stg_hooks.hosts import Host, pipeline_host
 from stg_hooks.model.layers import Layer, find_layers
 from stg_hooks.model.resolve import LayerSpec, resolve
 from stg_hooks.modes.switch import Switch
+from stg_hooks.module_calls import ModuleCalls
 from stg_hooks.module_host import ModuleHost
 from stg_hooks.passes.predict import Predictor
 from stg_hooks.session import Session
@@ -130,7 +131,7 @@ def _model_of(target: Any) -> nn.Module:
 
 def _host(target: Any, batched_cfg: bool | None) -> Host:
     if isinstance(target, nn.Module):
-        return ModuleHost(target, bool(batched_cfg), None)
+        return ModuleHost(target, ModuleCalls(bool(batched_cfg)))
     if batched_cfg is not None:
         raise SettingError("batched_cfg= describes the calls of a module. A pipeline is asked itself: leave it out.")
     return pipeline_host(target)

@@ -1,4 +1,4 @@
-"""Tell a layer that adds to its input from a branch, to whose output the model adds the input.
+"""Tell a layer that adds to its input from a sublayer, to whose output the model adds the input.
 
 When the first is bypassed, its input passes through; when the second is, it adds nothing. A block with a feed-forward
 network is of the first kind. Others, bare attention above all, may be of either, which one trial tells.
@@ -30,7 +30,7 @@ _Relation = Literal["contains its input", "does not", "unclear"]
 def passed_or_zeros(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], through: Any, memory: dict[str, Any]
 ) -> Any:
-    """Return what a layer that may be a branch gives when it is bypassed.
+    """Return what a layer that may be a sublayer gives when it is bypassed.
 
     Args:
         module: the layer.
@@ -40,11 +40,11 @@ def passed_or_zeros(
         memory: what is known of the layer, from one call to the next.
 
     Returns:
-        `through` for what contains its input; zeros for a branch.
+        `through` for what contains its input; zeros for a sublayer.
 
     Raises:
         BlockError: it is attention, and its output neither contains its input nor clearly does not; or the model does
-            something else with a branch than add it.
+            something else with a sublayer's output than add it.
     """
     if "relation" not in memory:
         streams = [leaf for leaf in pytree.tree_leaves(through) if isinstance(leaf, Tensor)]
@@ -56,7 +56,7 @@ def passed_or_zeros(
         return through
     if memory.get("is added") or torch.compiler.is_compiling():
         return pytree.tree_map_only(Tensor, torch.zeros_like, through)
-    return pytree.tree_map_only(Tensor, lambda stream: _BranchZeros.like(stream, module, memory), through)
+    return pytree.tree_map_only(Tensor, lambda stream: _SublayerZeros.like(stream, module, memory), through)
 
 
 def _find(
@@ -134,18 +134,18 @@ def _replica(module: nn.Module) -> nn.Module:
     return replica
 
 
-class _BranchZeros(Tensor):
-    """What a bypassed branch gives: zeros that make sure that the model adds them to something."""
+class _SublayerZeros(Tensor):
+    """What a bypassed sublayer gives: zeros that make sure that the model adds them to something."""
 
     _module: nn.Module
     _memory: dict[str, Any]
 
     @classmethod
-    def like(cls, stream: Tensor, module: nn.Module, memory: dict[str, Any]) -> _BranchZeros:
+    def like(cls, stream: Tensor, module: nn.Module, memory: dict[str, Any]) -> _SublayerZeros:
         return cls._of(torch.zeros_like(stream).detach(), module, memory)
 
     @classmethod
-    def _of(cls, zeros: Tensor, module: nn.Module, memory: dict[str, Any]) -> _BranchZeros:
+    def _of(cls, zeros: Tensor, module: nn.Module, memory: dict[str, Any]) -> _SublayerZeros:
         nothing = zeros.as_subclass(cls)
         nothing._module, nothing._memory = module, memory
         return nothing
