@@ -18,7 +18,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -527,7 +527,13 @@ def in_place_of_attention(change: Any) -> Iterator[None]:
     is_fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with mock.patch.object(F, "scaled_dot_product_attention", sdpa), mock.patch.object(Tensor, "softmax", softmax):
+        with ExitStack() as stack:
+            for owner, name, instead in (
+                (F, "scaled_dot_product_attention", sdpa),
+                (Tensor, "softmax", softmax),
+                (torch, "softmax", softmax),
+            ):
+                stack.enter_context(mock.patch.object(owner, name, instead))
             yield
     finally:
         KERNEL.change = plain
