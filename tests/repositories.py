@@ -18,7 +18,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -48,6 +48,8 @@ class Tiny:
     """Class of a block to what it gives when it is bypassed; its first argument, if left out. `None`: it cannot be."""
     first: str = "x"
     """The argument that is denoised."""
+    modes: tuple[str, ...] = MODES
+    """Those that are tried."""
     isolated: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The arguments with which it keeps its streams apart itself, where it has several."""
 
@@ -522,11 +524,20 @@ def in_place_of_attention(change: Any) -> Iterator[None]:
         return torch.eye(logits.shape[-1]).expand(logits.shape).to(logits.dtype)
 
     KERNEL.change = change
+    is_fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with mock.patch.object(F, "scaled_dot_product_attention", sdpa), mock.patch.object(Tensor, "softmax", softmax):
+        with ExitStack() as stack:
+            for owner, name, instead in (
+                (F, "scaled_dot_product_attention", sdpa),
+                (Tensor, "softmax", softmax),
+                (torch, "softmax", softmax),
+            ):
+                stack.enter_context(mock.patch.object(owner, name, instead))
             yield
     finally:
         KERNEL.change = plain
+        torch.backends.mha.set_fastpath_enabled(is_fast)
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -567,7 +578,7 @@ def attempts(tiny: Tiny) -> Iterator[tuple[str, str, str]]:
             yield "isolated: skip", "", compare(run(tiny.model, tiny.cond), weak) or unchanged(weak, cond)
     first, last = {x.block: x for x in numbered[::-1]}, {x.block: x for x in numbered}
     for layer in {x.name: x for x in (*first.values(), *last.values())}.values():
-        for mode in MODES:
+        for mode in tiny.modes:
             try:
                 weak = run(changed(tiny, layer.name, mode), tiny.cond)
             except RuntimeError:  # its shapes do not allow it
