@@ -161,34 +161,41 @@ class GuidedDenoiser:
             role = dataclasses.replace(role, samples=takes_samples(args, kwargs))
         role = of_call(role, args, kwargs)
         check_alone(self._session, self._session.ranks, self._model)
-        caches = self._predictor.caches
-        if not role.is_cond:
-            before = self._local.for_perturbed
-            if role.is_uncond:
-                before, self._local.for_uncond = self._local.for_uncond, None
-            settings = Settings(()) if before is None else before.settings
-            if settings.active:  # else nothing of ours depends on them
-                caches.check_same()
-            caches.begin_pass()
-            self._local.call = call = _Call(role, Step(), settings, args, kwargs, cond=before)
-            if self._session.ranks is not None:
-                call.inputs = Inputs(args, kwargs, self._written)
-            return
-        step = check_step(self._session.step) or self._session.host.step()
-        settings = self._guidance.settings(step)
-        if settings.active:
-            caches.check_same()
-        caches.begin_pass()
-        self._local.call = call = _Call(role, step, settings, args, kwargs, is_guess=is_guess)
-        if self._patch is not None and self._patch.bring_back() and self._session.ranks is None:
-            # From the next call on; this one has its forward already.
-            call.passes = GuidedCall(model, Inputs(args, kwargs, self._written), call.rows)
-            call.passes.layout = layout_of(args, kwargs, call.rows)
-            call.inputs = call.passes.inputs
-        self._look_at_own(role, settings)
-        call.branches = self._guidance.wanted(step, settings)
+        begin = self._cond_call if role.is_cond else self._other_call
+        self._local.call = call = begin(role, args, kwargs)
+        call.is_guess = is_guess and role.is_cond
         if call.inputs is None and (call.branches or self._session.ranks is not None):
             call.inputs = Inputs(args, kwargs, self._written)
+
+    def _other_call(self, role: Role, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        """Begin an uncond call, or a perturbed one of the caller's, after the cond call that it belongs to."""
+        cond = self._local.for_perturbed
+        if role.is_uncond:
+            cond, self._local.for_uncond = self._local.for_uncond, None
+        settings = Settings(()) if cond is None else cond.settings
+        self._begin_pass(settings)
+        return _Call(role, Step(), settings, args, kwargs, cond=cond)
+
+    def _cond_call(self, role: Role, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        """Begin a call with cond rows: find its step, and what holds there."""
+        step = check_step(self._session.step) or self._session.host.step()
+        settings = self._guidance.settings(step)
+        self._begin_pass(settings)
+        call = _Call(role, step, settings, args, kwargs)
+        if self._patch is not None and self._patch.bring_back() and self._session.ranks is None:
+            # From the next call on; this one has its forward already.
+            call.inputs = Inputs(args, kwargs, self._written)
+            call.passes = GuidedCall(self._model, call.inputs, call.rows)
+            call.passes.layout = layout_of(args, kwargs, call.rows)
+        self._look_at_own(role, settings)
+        call.branches = self._guidance.wanted(step, settings)
+        return call
+
+    def _begin_pass(self, settings: Settings) -> None:
+        """Have step caches take notice of a call."""
+        if settings.active:  # else nothing of ours depends on them
+            self._predictor.caches.check_same()
+        self._predictor.caches.begin_pass()
 
     def _look_at_own(self, role: Role, settings: Settings) -> None:
         """Look at the weak predictions that the caller makes itself, as it does unless it is told not to.
