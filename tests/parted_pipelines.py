@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests import zoo
+from tests.installed import from_diffusers
 from tests.stock_pipelines import STOCK, UNET, euler, image, masks, noise, part, prompts, random_model
 
 PICTURE = Image.new("RGB", (16, 16), (200, 30, 90))
@@ -50,7 +51,7 @@ class Parted:
     """Methods of the pipeline, and of those inside it, that are replaced: its text encoder is not there."""
 
     def build(self) -> Any:
-        cls = getattr(diffusers, self.pipeline)
+        cls = from_diffusers(self.pipeline)
         expected, optional = cls._get_signature_keys(cls)
         absent = dict.fromkeys({*expected} - {*optional} - {"self"})
         pipe = cls(**{**absent, **self.parts(), self.denoiser: random_model(self.model, **self.config)})

@@ -17,11 +17,11 @@ import diffusers
 import peft
 import torch
 import transformers
-from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from PIL import Image
 from torch import Tensor, nn
 
 from tests import zoo
+from tests.installed import from_diffusers, made
 from tests.pipelines import VAES
 
 Rows = Literal["uncond+cond", "cond+uncond", "cond, uncond", "cond"]
@@ -63,7 +63,7 @@ class Stock:
     """What the pipeline makes of its combined prediction while CFG is on, given the cond prediction."""
 
     def build(self) -> Any:
-        cls = getattr(diffusers, self.pipeline)
+        cls = from_diffusers(self.pipeline)
         parameters = inspect.signature(cls.__init__).parameters.values()
         absent = {p.name: None for p in parameters if p.name != "self" and p.default is inspect.Parameter.empty}
         pipe = cls(**{**absent, **self.parts(), self.denoiser: random_model(self.model, **self.config)})
@@ -73,8 +73,8 @@ class Stock:
 
 def random_model(model_class: str | type[nn.Module], **config: Any) -> nn.Module:
     torch.manual_seed(0)
-    cls = getattr(diffusers, model_class) if isinstance(model_class, str) else model_class
-    model: nn.Module = cls(**config).eval().requires_grad_(False)
+    model: nn.Module = made(model_class, **config) if isinstance(model_class, str) else model_class(**config)
+    model = model.eval().requires_grad_(False)
     for parameter in model.parameters():  # some start at zero, and then a skip would change nothing
         parameter.copy_(0.2 * torch.randn_like(parameter) + (1.0 if parameter.ndim == 1 else 0.0))
     return model
@@ -147,7 +147,7 @@ def vae(name: str) -> nn.Module:
 
 @functools.cache
 def part(name: str, **config: Any) -> Any:
-    return getattr(diffusers, name)(**config)
+    return made(name, **config)
 
 
 def euler(**config: Any) -> Any:
@@ -498,7 +498,8 @@ _TABLE = [
             block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 3, layers_per_block=(1,) * 5,
             decoder_layers_per_block=(1,) * 4), "audio_vae": part("AutoencoderKLLTX2Audio", base_channels=8,
             ch_mult=(1,), num_res_blocks=1, latent_channels=2, mel_bins=16),
-            "connectors": random_model(LTX2TextConnectors, caption_channels=8, text_proj_in_factor=1,
+            "connectors": random_model("pipelines.ltx2.connectors:LTX2TextConnectors",
+            caption_channels=8, text_proj_in_factor=1,
             video_connector_num_attention_heads=2, video_connector_attention_head_dim=4, video_connector_num_layers=1,
             video_connector_num_learnable_registers=None, audio_connector_num_attention_heads=2,
             audio_connector_attention_head_dim=4, audio_connector_num_layers=1,
