@@ -324,7 +324,7 @@ _TABLE = [
             "negative_prompt_embeds_mask", "prompt_embeds_mask_2", "negative_prompt_embeds_mask_2"), torch.ones(1, 3,
             dtype=torch.long)), "height": 32, "width": 32, "num_frames": 5},
         "cond, uncond", {}, "transformer_blocks.1", zoo.KeepStreams,
-            off_parts={"guider": diffusers.ClassifierFreeGuidance(enabled=False)},
+            off_parts={"guider": diffusers.ClassifierFreeGuidance(guidance_scale=1.0)},
     ),
     Stock(
         "WanImageToVideoPipeline", "WanTransformer3DModel",
