@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tests.further_repositories import FURTHER
+from tests.installed import DIFFUSERS
 from tests.more_repositories import MORE
 from tests.repositories import REPOSITORIES
-from tests.tiny_models import DIFFUSERS, EXPLAINED, MODELS, Tiny
+from tests.tiny_models import EXPLAINED, MODELS, Tiny
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 

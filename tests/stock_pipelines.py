@@ -18,11 +18,11 @@ import diffusers
 import peft
 import torch
 import transformers
-from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from PIL import Image
 from torch import Tensor, nn
 
 from tests import zoo
+from tests.installed import from_diffusers, made
 from tests.pipelines import VAES
 
 Rows = Literal["uncond+cond", "cond+uncond", "cond, uncond", "cond"]
@@ -76,13 +76,13 @@ def class_of(name: str) -> Any:
     """Return a pipeline class, also where diffusers hides it because its tokenizer needs a package."""
     modules = {"Kolors": "kolors.pipeline_kolors", "KolorsPAG": "pag.pipeline_pag_kolors"}
     module = modules.get(name.removesuffix("Pipeline"))
-    return getattr(importlib.import_module(f"diffusers.pipelines.{module}") if module else diffusers, name)
+    return from_diffusers(f"pipelines.{module}:{name}" if module else name)
 
 
 def random_model(model_class: str | type[nn.Module], **config: Any) -> nn.Module:
     torch.manual_seed(0)
-    cls = getattr(diffusers, model_class) if isinstance(model_class, str) else model_class
-    model: nn.Module = cls(**config).eval().requires_grad_(False)
+    model: nn.Module = made(model_class, **config) if isinstance(model_class, str) else model_class(**config)
+    model = model.eval().requires_grad_(False)
     for parameter in model.parameters():  # some start at zero, and then a skip would change nothing
         parameter.copy_(0.2 * torch.randn_like(parameter) + (1.0 if parameter.ndim == 1 else 0.0))
     return model
@@ -155,7 +155,7 @@ def vae(name: str) -> nn.Module:
 
 @functools.cache
 def part(name: str, **config: Any) -> Any:
-    return getattr(diffusers, name)(**config)
+    return made(name, **config)
 
 
 def euler(**config: Any) -> Any:
@@ -332,7 +332,7 @@ _TABLE = [
             "negative_prompt_embeds_mask", "prompt_embeds_mask_2", "negative_prompt_embeds_mask_2"), torch.ones(1, 3,
             dtype=torch.long)), "height": 32, "width": 32, "num_frames": 5},
         "cond, uncond", {}, "transformer_blocks.1", zoo.KeepStreams,
-            off_parts={"guider": diffusers.ClassifierFreeGuidance(enabled=False)},
+            off_parts={"guider": diffusers.ClassifierFreeGuidance(guidance_scale=1.0)},
     ),
     Stock(
         "WanImageToVideoPipeline", "WanTransformer3DModel",
@@ -506,7 +506,8 @@ _TABLE = [
             block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 3, layers_per_block=(1,) * 5,
             decoder_layers_per_block=(1,) * 4), "audio_vae": part("AutoencoderKLLTX2Audio", base_channels=8,
             ch_mult=(1,), num_res_blocks=1, latent_channels=2, mel_bins=16),
-            "connectors": random_model(LTX2TextConnectors, caption_channels=8, text_proj_in_factor=1,
+            "connectors": random_model("pipelines.ltx2.connectors:LTX2TextConnectors",
+            caption_channels=8, text_proj_in_factor=1,
             video_connector_num_attention_heads=2, video_connector_attention_head_dim=4, video_connector_num_layers=1,
             video_connector_num_learnable_registers=None, audio_connector_num_attention_heads=2,
             audio_connector_attention_head_dim=4, audio_connector_num_layers=1,

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import LTX2Guidance
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
 from stg_hooks.adapters import OUTPUTS, PUBLISHED
 from tests import recipes, stock_pipelines, zoo
+from tests.installed import from_diffusers
 from tests.modular import MODULAR
 from tests.tiny_models import MODELS
 
@@ -551,6 +551,7 @@ def test_isolation_in_a_modular_pipeline() -> None:
         pipe.update_components(guider=video, audio_guider=audio)
         return [case.run(pipe, output=name) for name in ("latents", "audio_latents")]
 
+    LTX2Guidance = from_diffusers("LTX2Guidance")
     theirs = LTX2Guidance(3.0, 1.0, 3.0, 0.7, [1]), LTX2Guidance(7.0, 0.5, 2.0, 0.4)
     ours = [
         skip(

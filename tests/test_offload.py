@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 import stg_hooks as stg
 from tests import pipelines, zoo
+from tests.installed import skip_if_older
 
 accelerate = pytest.importorskip("accelerate")
 hooks = pytest.importorskip("diffusers.hooks")
@@ -50,6 +51,8 @@ def offloaded_as_a_whole(model: nn.Module, folder: Path) -> None:
 
 
 def in_groups(model: nn.Module, folder: Path) -> None:
+    if not torch.accelerator.is_available():
+        skip_if_older("offloading blocks needs an accelerator")
     model.enable_group_offload(CPU, CPU, offload_type="block_level", num_blocks_per_group=1)
 
 

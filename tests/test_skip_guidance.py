@@ -16,13 +16,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import LTX2Guidance
 from diffusers.modular_pipelines.flux.denoise import FluxDenoiseStep
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 import stg_hooks as stg
 from benchmarks import measure
+from tests.installed import from_diffusers
 from tests.modular import MODULAR, STEPS, ByHand, without
 from tests.stock_pipelines import STOCK
 from tests.tiny_models import MODELS
@@ -98,6 +98,10 @@ def test_a_stock_pipeline_with_a_guider() -> None:
 FIRST, SECOND = "transformer_blocks.0", "transformer_blocks.1"
 
 
+def ltx2_guidance(*args: Any, **kwargs: Any) -> Any:
+    return from_diffusers("LTX2Guidance")(*args, **kwargs)
+
+
 def video_and_audio(video: Any, audio: Any) -> tuple[Tensor, Tensor]:
     pipe = MODULAR["ltx2"].build()
     pipe.update_components(guider=video, audio_guider=audio)
@@ -121,23 +125,24 @@ def test_settings_of_their_own_for_video_and_audio(video: Any, audio: Any, by_ha
 
 @pytest.mark.parametrize("scale", [1.5, 0.0])
 def test_the_audio_guider_of_diffusers_has_the_layers_of_the_video(scale: float) -> None:
-    got = video_and_audio(guider([1], scale, 3.0), LTX2Guidance(guidance_scale=7.0, stg_scale=0.5))
+    got = video_and_audio(guider([1], scale, 3.0), ltx2_guidance(guidance_scale=7.0, stg_scale=0.5))
     assert_close(got, video_and_audio(ByHand([SECOND], [scale], 3.0), ByHand([SECOND], [0.5], 7.0)), **close)
 
 
 def test_it_is_what_diffusers_builds_in() -> None:
     audio = {"guidance_scale": 7.0, "stg_scale": 1.0, "modality_scale": 3.0, "guidance_rescale": 0.7}
     expected = video_and_audio(
-        LTX2Guidance(3.0, 1.0, guidance_rescale=0.7, spatio_temporal_guidance_blocks=[1]), LTX2Guidance(**audio)
+        ltx2_guidance(3.0, 1.0, guidance_rescale=0.7, spatio_temporal_guidance_blocks=[1]),
+        ltx2_guidance(**audio),
     )
-    got = video_and_audio(guider([1], 1.0, 3.0, mode="values", rescale=0.7), LTX2Guidance(**audio))
+    got = video_and_audio(guider([1], 1.0, 3.0, mode="values", rescale=0.7), ltx2_guidance(**audio))
     for one, other in zip(got, expected, strict=True):
         assert (one - other).std() < 1e-4 * other.std()
 
 
 def test_the_audio_alone_is_refused() -> None:
     with pytest.raises(stg.CallError, match=r"was given no pass of its own: .*guider=stg\.modular\.SkipGuidance"):
-        video_and_audio(LTX2Guidance(3.0), guider([1], 1.0, 7.0))
+        video_and_audio(ltx2_guidance(3.0), guider([1], 1.0, 7.0))
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import stg_hooks as stg
 from tests import pipeline_table, zoo
+from tests.installed import from_diffusers
 from tests.stock_pipelines import STOCK, Stock, StopHereError, received, run
 from tests.test_pipelines import assert_far, assert_same
 
@@ -155,7 +156,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_pipeline_whose_rows_are_others_is_refused(name: str) -> None:
-    cls = getattr(diffusers, name)
+    cls = from_diffusers(name)
     pipe = cls.__new__(cls)  # of its parts, only the denoiser is looked at
     denoiser = zoo.build("plain")
     vars(pipe).update(dict.fromkeys(pipeline_table.denoisers(cls), denoiser))

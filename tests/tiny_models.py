@@ -19,9 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-DIFFUSERS = "0.42"
-"""The version that the classes below are those of."""
-
 Call = Callable[[int, Callable[..., Tensor]], dict[str, Any]]
 
 X = "hidden_states"
@@ -56,10 +53,10 @@ class Tiny:
 
     def build(self, name: str) -> nn.Module:
         """Build it with random weights, none of them zero: else a skip could change nothing."""
-        import diffusers
+        from tests import installed
 
         torch.manual_seed(0)
-        model: nn.Module = getattr(diffusers, name)(**self.config).eval().requires_grad_(False)
+        model: nn.Module = installed.made(name, **self.config).eval().requires_grad_(False)
         for key, parameter in model.named_parameters():
             scale = 1.0 if parameter.ndim == 1 and key.endswith("weight") else 0.0
             parameter.copy_(scale + 0.2 * torch.randn_like(parameter))

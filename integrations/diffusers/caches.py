@@ -48,6 +48,8 @@ class StepCaches:
         ]
         managers = [value for hook in self.hooks for value in vars(hook).values() if isinstance(value, StateManager)]
         self._managers = list({id(manager): manager for manager in managers}.values())
+        # Where a manager keeps what the pipeline calls its prediction; diffusers 0.35 and 0.36 keep the bare name.
+        self._slot = "_context" if hasattr(StateManager(object), "_context") else "_current_context"
         self._with_state = [hook for hook in self.hooks if hasattr(hook, "state")]
         self._own: dict[tuple[object, str], tuple[list[Any], list[Any]]] = {}
         self._passes: Counter[object] = Counter()
@@ -85,14 +87,14 @@ class StepCaches:
     @property
     def _context(self) -> str:
         """What the pipeline calls the prediction that it is making."""
-        context = self._managers[0]._context if self._managers else None
-        return "" if context is None else str(context.name)
+        context = getattr(self._managers[0], self._slot) if self._managers else None
+        return "" if context is None else str(getattr(context, "name", context))
 
     @contextmanager
     def _others(self, key: tuple[object, str]) -> Iterator[None]:
         """Let the hooks use other caches."""
         before = self._take()
-        contexts = [manager._context for manager in self._managers]
+        contexts = [getattr(manager, self._slot) for manager in self._managers]
         if key not in self._own:
             self._own[key] = [{} for _ in self._managers], [type(hook.state)() for hook in self._with_state]
         try:
@@ -101,7 +103,7 @@ class StepCaches:
         finally:
             self._put(*before)
             for manager, context in zip(self._managers, contexts, strict=True):
-                manager._context = context
+                setattr(manager, self._slot, context)
 
     def _take(self) -> tuple[list[Any], list[Any]]:
         return [manager._state_cache for manager in self._managers], [hook.state for hook in self._with_state]
