@@ -65,6 +65,10 @@ WAYS = {
     "from outside": compile_from_outside,
 }
 AS_A_WHOLE = ("in place", "from outside")
+NEEDS_STANCE = pytest.mark.skipif(
+    not hasattr(torch.compiler, "set_stance"),
+    reason="torch 2.5 cannot be told to leave a call uncompiled: with fullgraph=True, our check of a weak pass fails",
+)
 
 
 def textbook(model: nn.Module, layers: list[str]) -> Callable[..., Tensor]:
@@ -133,6 +137,7 @@ def test_compiled_as_a_whole(how: str, fullgraph: bool) -> None:
         assert counts[-1] == 3  # plain, the cond pass of a guided call, its weak pass
 
 
+@NEEDS_STANCE
 @pytest.mark.parametrize("how", [AS_A_WHOLE[0], pytest.param(AS_A_WHOLE[1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("execution", ["sequential", pytest.param("batched", marks=pytest.mark.slow)])
 def test_a_way_that_a_compiled_whole_does_not_allow_is_told_once(how: str, execution: str) -> None:
@@ -166,6 +171,7 @@ def test_compiled_after_apply_was_made(how: str, execution: str, way: str) -> No
     assert way_of(handle) == way
 
 
+@NEEDS_STANCE
 @pytest.mark.parametrize("execution", ["sequential", pytest.param("batched", marks=pytest.mark.slow)])
 def test_blocks_compiled_inside_the_with(execution: str) -> None:
     model = zoo.build("plain")
@@ -299,6 +305,7 @@ def test_a_compiled_denoiser_in_a_stock_pipeline() -> None:
     assert counter.frame_count == graphs
 
 
+@NEEDS_STANCE
 def test_calls_that_are_not_compiled_in_several_threads() -> None:
     """The check that rows are cut right runs eagerly; whichever thread ends first, compiling goes on afterwards."""
     stance = torch._dynamo.eval_frame._stance
