@@ -8,7 +8,7 @@ PIP     := $(PY) -m pip --disable-pip-version-check --no-input install -q -q -c 
 TORCH   := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints.txt)
 WORKERS ?= 2
 PYTHON_OLDEST ?= python3.11
-CORE_TESTS := $(addprefix tests/test_,combine.py skip.py guider.py apply_module.py inputs.py pipelines.py)
+CORE_TESTS := $(addprefix tests/test_,combine.py skip.py guider.py apply_module.py inputs.py pipelines.py caches.py)
 
 # Two test workers with one torch thread each beat one with two, and never fight over the cores.
 PYTEST  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup
@@ -16,7 +16,7 @@ PYTEST  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --d
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench docs test test-slow test-oldest slow lint format typecheck build clean
+.PHONY: help demo bench docs test test-slow test-oldest test-with slow lint format typecheck build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -35,13 +35,19 @@ test: lint typecheck ## lint, types, and every test that is not slow
 
 test-slow: test slow ## the same, then the slow tests
 
-OLDEST := .venv-oldest
+# $(1): a folder, $(2): versions
+define test_in_a_fresh_environment
+	rm -rf $(1)
+	$(PYTHON_OLDEST) -m venv $(1)
+	$(1)/bin/python -m pip install -q -q setuptools $(2) einops hypothesis pillow pytest pytest-timeout pytest-xdist
+	OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n $(WORKERS) -m "not slow" $(CORE_TESTS)
+endef
+
 test-oldest: ## fast tests of the core, skip, Guider and apply with the oldest supported versions, in a fresh .venv-oldest
-	rm -rf $(OLDEST)
-	$(PYTHON_OLDEST) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install -q -q -c constraints-oldest.txt setuptools $(shell sed '/^\#/d' constraints-oldest.txt) \
-		einops hypothesis pillow pytest pytest-timeout pytest-xdist
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n $(WORKERS) -m "not slow" $(CORE_TESTS)
+	$(call test_in_a_fresh_environment,.venv-oldest,$(shell sed '/^\#/d' constraints-oldest.txt))
+
+test-with: ## the same with others, in a fresh .venv-with: make test-with VERSIONS="diffusers==0.38.0 transformers accelerate"
+	$(call test_in_a_fresh_environment,.venv-with,$(TORCH) scipy $(VERSIONS))
 
 slow: $(VENV)/.test
 	@echo "slow tests:"
@@ -66,7 +72,7 @@ build: $(VENV)/.test ## sdist and wheel in dist/, looked into and imported
 	STG_HOOKS_WHEEL="$$(ls $(CURDIR)/dist/*.whl)" $(PY) -m pytest -q tests/test_packaging.py
 
 clean: ## remove what the targets made, .venv included
-	rm -rf $(VENV) $(OLDEST) build dist demo site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-with build dist demo site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is newer than everything it was made from; a failed step leaves none. torch goes first and by its exact version:
