@@ -141,14 +141,18 @@ class BatchedRows:
     def _take(
         self, groups: list[_Group], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        packed, rows = packed_in(leaves, self._total), self._listed(groups)
-        taken = [self._rows_of(groups, leaf) for leaf in leaves]
-        for i, leaf in enumerate(leaves):
-            if packed and (part := packed_rows(packed, leaf, rows)) is not NOT_PACKED:
-                taken[i] = part
-        found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(taken, spec)
-        return found
+        packed = packed_in(leaves_of(args, kwargs), self._total)
+        rows = self._listed(groups) if packed else []
+
+        def of_leaf(leaf: Any) -> Any:
+            part = packed_rows(packed, leaf, rows) if packed else NOT_PACKED
+            return self._rows_of(groups, leaf) if part is NOT_PACKED else part
+
+        def take(value: Any) -> Any:
+            is_leaf = value is None or isinstance(value, (Tensor, bool, int, float))
+            return of_leaf(value) if is_leaf else pytree.tree_map(of_leaf, value)
+
+        return tuple(map(take, args)), {name: take(value) for name, value in kwargs.items()}
 
     def _listed(self, groups: list[_Group]) -> list[int]:
         return [row for group in groups for row in listed(group.rows, self._total)]
