@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
@@ -101,22 +102,22 @@ class Settings:
         if self.guidance_scale is not None:
             check_scales("guidance_scale", self.guidance_scale)
 
-    @property
+    @functools.cached_property
     def active(self) -> tuple[Branch, ...]:
         """The branches with a scale other than 0."""
         return tuple(branch for branch in self.parts if not is_number(branch.scale, 0))
 
-    @property
+    @functools.cached_property
     def parts(self) -> tuple[Branch, ...]:
         """The branches, each with layers of its own."""
         return tuple(part for branch in self.branches for part in branch.parts)
 
-    @property
+    @functools.cached_property
     def changes(self) -> bool:
         """Whether a call with these settings differs from a plain one."""
         return bool(self.active) or self.replaces
 
-    @property
+    @functools.cached_property
     def replaces(self) -> bool:
         """Whether the final prediction is returned, instead of a term added."""
         return self.rule != "cfg" or self.rescales or self.guidance_scale is not None
