@@ -48,10 +48,10 @@ class Tiny:
     """Class of a block to what it gives when it is bypassed; its first argument, if left out. `None`: it cannot be."""
     first: str = "x"
     """The argument that is denoised."""
-    modes: tuple[str, ...] = MODES
-    """Those that are tried."""
     isolated: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The arguments with which it keeps its streams apart itself, where it has several."""
+    modes: tuple[str, ...] = MODES
+    """Those that are tried."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -519,7 +519,8 @@ def in_place_of_attention(change: Any) -> Iterator[None]:
         return change(query, key, value, attn_mask)
 
     def softmax(logits: Tensor, dim: int | None = None, **_: Any) -> Tensor:
-        if logits.ndim < 3 or logits.shape[-1] != logits.shape[-2]:  # that of a gate between experts
+        is_square = logits.ndim > 1 and logits.shape[-1] == logits.shape[-2]
+        if logits.ndim < 4 and not is_square:  # that of a gate between experts; of more dimensions it is attention
             return logits.exp() / logits.exp().sum(-1, keepdim=True)
         return torch.eye(logits.shape[-1]).expand(logits.shape).to(logits.dtype)
 
