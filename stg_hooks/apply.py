@@ -379,7 +379,6 @@ def _shown_as_pipeline(is_pipeline: bool) -> Iterator[None]:
 def _find_host(target: object, said: ModuleCalls) -> Host:
     if isinstance(target, nn.Module):
         return ModuleHost(target, said)
-    said.check()
     host = pipeline_host(target)
     if any(value is not None for value in vars(said).values()):
         raise SettingError(

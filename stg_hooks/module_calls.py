@@ -30,7 +30,7 @@ class ModuleCalls:
     guidance_scale: Scales | None = None
     channels: int | None = None
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Raise where it cannot be.
 
         Raises:

@@ -29,11 +29,7 @@ class ModuleHost:
         Args:
             module: the denoiser.
             said: what its user says of them.
-
-        Raises:
-            SettingError: it cannot be.
         """
-        said.check()
         self._module = module
         self._said = said
         self._caller: tuple[object, Host | None] = None, None

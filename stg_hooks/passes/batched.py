@@ -22,17 +22,16 @@ from stg_hooks.hooks.forward import Action, Patch, pushed
 from stg_hooks.model.source import is_positional
 from stg_hooks.passes.context import Context
 from stg_hooks.passes.guided_call import GuidedCall, weak_pass
-from stg_hooks.passes.packed import NOT_PACKED, packed_in, packed_rows
+from stg_hooks.passes.packed import NO_ROWS, packed_in
 from stg_hooks.passes.returned import predictions, replace_predictions
 from stg_hooks.passes.rows import (
     Indices,
     cut,
-    cut_unfolded,
-    is_unfolded,
     leaves_of,
     listed,
     map_arguments,
     row_factor,
+    rows_apart,
 )
 
 
@@ -83,10 +82,9 @@ class BatchedRows:
         more = [*range(self._batch), *[*listed(self._cond, self._batch)] * len(self._skipped)]
 
         def extend(name: str, leaf: Any) -> Any:
-            if packed and (part := packed_rows(packed, leaf, more)) is not NOT_PACKED:
+            part = rows_apart(packed, name, leaf, more, self._batch)
+            if part is not NO_ROWS:
                 return part
-            if is_unfolded(leaf, self._batch) and not is_positional(name):
-                return cut_unfolded(leaf, more)
             folded = row_factor(leaf, self._batch) if isinstance(leaf, Tensor) else 0
             if not folded or (folded > 1 and (self._batch == 1 or is_positional(name))):
                 return leaf
@@ -142,11 +140,11 @@ class BatchedRows:
         self, groups: list[_Group], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         packed = packed_in(leaves_of(args, kwargs), self._total)
-        rows = self._listed(groups) if packed else []
+        rows = [row for group in groups for row in listed(group.rows, self._total)]
 
         def of_leaf(leaf: Any) -> Any:
-            part = packed_rows(packed, leaf, rows) if packed else NOT_PACKED
-            return self._rows_of(groups, leaf) if part is NOT_PACKED else part
+            part = rows_apart(packed, "", leaf, rows, self._total)
+            return self._rows_of(groups, leaf) if part is NO_ROWS else part
 
         def take(value: Any) -> Any:
             is_leaf = value is None or isinstance(value, (Tensor, bool, int, float))
@@ -154,14 +152,9 @@ class BatchedRows:
 
         return tuple(map(take, args)), {name: take(value) for name, value in kwargs.items()}
 
-    def _listed(self, groups: list[_Group]) -> list[int]:
-        return [row for group in groups for row in listed(group.rows, self._total)]
-
     def _rows_of(self, groups: list[_Group], value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        if is_unfolded(value, self._total):
-            return cut_unfolded(value, self._listed(groups))
         folded = row_factor(value, self._total)
         if not folded or (folded > 1 and value.ndim < 4):  # flatter ones may be tables with an entry per token
             return value

@@ -16,8 +16,8 @@ from torch import Tensor
 
 _SEQUENCES = (1, 2)  # of a row; the second one may be its padding, as HunyuanVideo's own
 _WHOLE = (torch.int32, torch.int64)
-NOT_PACKED = object()
-"""In place of an argument that does not belong to packed ones."""
+NO_ROWS = object()
+"""In place of the rows of an argument that has none of this kind."""
 
 
 class Packed:
@@ -38,21 +38,21 @@ class Packed:
         self._lengths = [lengths[row * self._count :][: self._count] for row in range(batch)]
 
     def rows_of(self, leaf: Any, rows: Sequence[int]) -> Any:
-        """Return what an argument is for some rows of the call, in any order; `NOT_PACKED` if it is of another kind."""
+        """Return what an argument is for some rows of the call, in any order; `NO_ROWS` if it is of another kind."""
         total = self._bounds[-1]
         if leaf is self._ends:
             return leaf.new_tensor([0, *itertools.accumulate(itertools.chain(*(self._lengths[row] for row in rows)))])
         if isinstance(leaf, int) and not isinstance(leaf, bool):
-            return max(max(self._lengths[row]) for row in rows) if self._is_longest(leaf) else NOT_PACKED
+            return max(max(self._lengths[row]) for row in rows) if self._is_longest(leaf) else NO_ROWS
         if not isinstance(leaf, Tensor) or leaf.ndim == 0:
-            return NOT_PACKED
+            return NO_ROWS
         if leaf.ndim == 1 and not leaf.is_floating_point() and len(leaf) == total:
             return self._numbers_of(leaf, rows)
         if leaf.ndim > 1 and leaf.shape[0] == total:
             return torch.cat([leaf[self._tokens(row)] for row in rows])
         if leaf.ndim > 2 and leaf.shape[:2] == (1, total):
             return torch.cat([leaf[:, self._tokens(row)] for row in rows], dim=1)
-        return NOT_PACKED
+        return NO_ROWS
 
     @property
     def is_whole(self) -> bool:
@@ -75,7 +75,7 @@ class Packed:
             if all(row * size <= min(part) and max(part) < (row + 1) * size for row, part in enumerate(parts)):
                 moved = [numbers[self._tokens(row)] + (place - row) * size for place, row in enumerate(rows)]
                 return torch.cat(moved)
-        return NOT_PACKED
+        return NO_ROWS
 
 
 def packed_in(leaves: Iterable[Any], batch: int) -> list[Packed]:
@@ -100,6 +100,6 @@ def packed_in(leaves: Iterable[Any], batch: int) -> list[Packed]:
 
 
 def packed_rows(found: Iterable[Packed], leaf: Any, rows: Sequence[int]) -> Any:
-    """Return what an argument is for some rows of the call; `NOT_PACKED` if it does not belong to packed ones."""
+    """Return what an argument is for some rows of the call; `NO_ROWS` if it does not belong to packed ones."""
     parts = (packed.rows_of(leaf, rows) for packed in found)
-    return next((part for part in parts if part is not NOT_PACKED), NOT_PACKED)
+    return next((part for part in parts if part is not NO_ROWS), NO_ROWS)

@@ -272,7 +272,7 @@ class Prefix:
         if not call.takes_arguments and call.spec is None:
             return self._copy(number, call.values[0])
         set_again(call.entries, args, kwargs)
-        given = other_leaves(args, kwargs)
+        given = other_leaves(args, kwargs) if call.takes_arguments else []
         for index, output in call.writes:
             given[index].copy_(output.rows)
         copies = {value: self._copy(number, value) for value in call.values if isinstance(value, Output)}

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from stg_hooks.errors import CallError
 from stg_hooks.model.source import is_positional
 from stg_hooks.model.tensors import leaves_of as leaves_of
-from stg_hooks.passes.packed import NOT_PACKED, packed_in, packed_rows
+from stg_hooks.passes.packed import NO_ROWS, Packed, packed_in, packed_rows
 
 Indices: TypeAlias = slice | tuple[int, ...]
 """Some rows of a call; a slice has step 1."""
@@ -107,29 +107,39 @@ def take_rows(
     Returns:
         The arguments of the smaller call.
     """
-    packed = packed_in(leaves_of(args, kwargs), batch)
+    packed, numbers = packed_in(leaves_of(args, kwargs), batch), listed(rows, batch)
 
     def take(name: str, leaf: Any) -> Any:
-        if packed and (part := packed_rows(packed, leaf, listed(rows, batch))) is not NOT_PACKED:
+        part = rows_apart(packed, name, leaf, numbers, batch)
+        if part is not NO_ROWS:
             return part
         folded = row_factor(leaf, batch) if isinstance(leaf, Tensor) else 0
-        if is_unfolded(leaf, batch) and not is_positional(name):
-            return cut_unfolded(leaf, listed(rows, batch))
         return leaf if not folded or (folded > 1 and is_positional(name)) else cut(leaf, rows, batch, folded)
 
     return map_arguments(take, args, kwargs, names)
 
 
-def is_unfolded(value: Any, batch: int) -> bool:
+def rows_apart(packed: Sequence[Packed], name: str, leaf: Any, rows: Sequence[int], batch: int) -> Any:
+    """Return some rows of an argument that has them elsewhere than in dimension 0; `NO_ROWS` if it does not.
+
+    Args:
+        packed: what `packed_in` finds in the call.
+        name: of the argument; empty where it has none.
+        leaf: a value in it.
+        rows: the rows of the call, in any order; they may be more than it has.
+        batch: number of rows of the call.
+    """
+    part = packed_rows(packed, leaf, rows) if packed else NO_ROWS
+    if part is NO_ROWS and _is_unfolded(leaf, batch) and not is_positional(name):
+        frames = leaf.shape[1]  # which stay together
+        return leaf if len(rows) % frames else leaf.flatten()[list(rows)].unflatten(0, (-1, frames))
+    return part
+
+
+def _is_unfolded(value: Any, batch: int) -> bool:
     """Tell whether this is a tensor of `(samples, frames)`, where the rows of the call are frames of samples."""
     is_flat = isinstance(value, Tensor) and value.ndim == 2
     return is_flat and value.numel() == batch and value.shape[0] not in (1, batch)
-
-
-def cut_unfolded(tensor: Tensor, rows: Sequence[int]) -> Tensor:
-    """Cut a tensor of `(samples, frames)` down to some rows, which may be more than it has; frames stay together."""
-    frames = tensor.shape[1]
-    return tensor if len(rows) % frames else tensor.flatten()[list(rows)].unflatten(0, (-1, frames))
 
 
 def map_arguments(
