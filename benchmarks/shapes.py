@@ -278,8 +278,8 @@ def _svd_config(channels: Sequence[int], heads: Sequence[int], cross: int, frame
     }
 
 
-# At these sizes a block takes milliseconds on one core, and a hook microseconds.
-_GRID, _TEXT = (4, 8, 8), 32
+# At these sizes a step takes a second or more on one core, a block milliseconds, and a hook microseconds.
+_GRID, _TEXT = (6, 10, 12), 32
 _TINY, _TINY_TEXT = (2, 4, 6), 5
 _WAN = Size(_wan_config(2, 16, 96, 16, 16), *_TINY, _TINY_TEXT)
 
