@@ -52,6 +52,7 @@ class Cell:
     mode: str = ""
     layers: tuple[int, ...] = ()
     scale: float = 0.0
+    start: float = 0.0
     stop: float = 1.0
     rescale: float = 0.0
 
@@ -62,6 +63,7 @@ class Cell:
         if self.mode:
             layers = " ".join(map(str, self.layers))
             words[0] += f" + STG layer {layers}, {self.mode}, scale {self.scale:g}"
+        words += [f"from {self.start:.0%}"] if self.start > 0 else []
         words += [f"until {self.stop:.0%}"] if self.stop < 1 else []
         words += [f"rescale {self.rescale:g}"] if self.rescale else []
         return ", ".join(words)
@@ -79,8 +81,8 @@ class Cell:
         """Guide the pipeline by this setting."""
         if not self.mode:
             return nullcontext()
-        layers = list(self.layers)
-        return stg.apply(pipe, layers=layers, scale=self.scale, mode=self.mode, stop=self.stop, rescale=self.rescale)
+        names = ("scale", "mode", "start", "stop", "rescale")
+        return stg.apply(pipe, layers=list(self.layers), **{name: getattr(self, name) for name in names})
 
 
 class Bench:
@@ -220,13 +222,16 @@ def coarse_cells(options: argparse.Namespace) -> list[Cell]:
 def final_cells(chosen: Sequence[Cell], few: Sequence[int]) -> list[Cell]:
     """List the settings to measure well; the first of the chosen is the demo's.
 
-    Beside the chosen: the plain pipeline at as many steps, and at more, which cost as much; and other steps.
+    Beside the chosen: the plain pipeline at as many steps, and at more, which cost as much; other steps; CFG; and what
+    may keep the background smoother (rescale, half the scale, guidance in the first or in the last steps only).
     """
     first = chosen[0]
     replace = dataclasses.replace
     plain = [first.plain, *(Cell(first.guidance_scale, round(more * first.steps)) for more in (1.5, 2))]
     others = [one for steps in few for one in (replace(first.plain, steps=steps), replace(first, steps=steps))]
-    return [*plain, *chosen, *others]
+    with_cfg = replace(first, guidance_scale=2.0)
+    smoother = [{"rescale": 0.7}, {"scale": first.scale / 2}, {"stop": 0.5}, {"stop": 0.8}, {"start": 0.4}]
+    return [*plain, *chosen, *others, with_cfg.plain, with_cfg, *(replace(first, **change) for change in smoother)]
 
 
 def ranked(rows: Sequence[dict[str, Any]]) -> list[Cell]:
@@ -247,15 +252,6 @@ def cell_of(row: dict[str, Any]) -> Cell:
 def layers_of(text: str) -> tuple[int, ...]:
     """Read layers that are skipped together."""
     return tuple(map(int, text.split(",")))
-
-
-def parse_choice(text: str) -> Cell:
-    """Read the fields of a cell: CFG:STEPS[:MODE:LAYERS:SCALE[:STOP[:RESCALE]]], layers with commas."""
-    guidance, steps, *skip = text.split(":")
-    if not skip:
-        return Cell(float(guidance), int(steps))
-    mode, layers, *numbers = skip
-    return Cell(float(guidance), int(steps), mode, layers_of(layers), *map(float, numbers))
 
 
 def compute_all(bench: Bench, cells: Sequence[Cell], part: tuple[int, int]) -> bool:
@@ -370,11 +366,8 @@ def options_from_command_line() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--final", action="store_true", help="measure the best settings of the sweep well")
-    parser.add_argument(
-        "--cells", nargs="*", type=parse_choice, default=[], metavar="CELL", help=f"these, too. {parse_choice.__doc__}"
-    )
     parser.add_argument("--keep", type=int, default=2, help="for --final: how many of the sweep's best (default: 2)")
-    parser.add_argument("--clips", type=int, help="clips per cell (default: 64, with --final 1024)")
+    parser.add_argument("--clips", type=int, help="clips per cell (default: 128, with --final 1024)")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--few", type=int, nargs="*", default=[4, 8, 12], help="for --final: other steps, too")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0], help="CFG scales without STG")
@@ -404,7 +397,7 @@ def main() -> int:
     phase = "final" if options.final else "sweep"
     results_file: Path = options.results / "demo_model.json"
     results = json.loads(results_file.read_text()) if results_file.exists() else {}
-    count = options.clips or (1024 if options.final else 64)
+    count = options.clips or (1024 if options.final else 128)
     bench = Bench(options.work, phase, count, options.seed + options.final, options.batch)
     chosen: list[Cell] = []
     if options.final:
@@ -412,7 +405,7 @@ def main() -> int:
             raise SystemExit("there is no finished sweep of these weights: run without --final first")
         chosen = [cell_of(row) for row in results["sweep"]["best"][: options.keep]]
     cells = final_cells(chosen, options.few) if options.final else coarse_cells(options)
-    cells = list(dict.fromkeys([*cells, *(cell.plain for cell in options.cells), *options.cells]))
+    cells = list(dict.fromkeys(cells))
     if not compute_all(bench, cells, options.part):
         print("this part is done; the results are written by the part that ends last")
         return 0

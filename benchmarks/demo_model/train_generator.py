@@ -136,12 +136,6 @@ class Trainer:
             self.step, self.seconds = state["step"], state["seconds"]
         self.started = time.monotonic() - self.seconds
 
-    @property
-    def progress(self) -> float:
-        """How much of the plan is done, by steps or by the clock, whichever is further."""
-        elapsed = (time.monotonic() - self.started) / 60
-        return float(max(self.step / self.options.steps, elapsed / self.options.minutes))
-
     def update(self) -> None:
         """Make one step."""
         generator = torch.Generator().manual_seed(self.options.seed + 1_000_000 * self.step)
@@ -155,7 +149,7 @@ class Trainer:
             parameter.grad = gradient
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         rate = self.options.rate * min(1.0, (self.step + 1) / 100)
-        rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, self.progress)))
+        rate *= 0.5 * (1 + math.cos(math.pi * self.step / self.options.steps))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -189,8 +183,7 @@ def main() -> None:
     """Train, log and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("/tmp/demo_model"))
-    parser.add_argument("--steps", type=int, default=9000, help="planned steps; the learning rate falls to zero there")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="end the plan after this time at the latest")
+    parser.add_argument("--steps", type=int, default=7750, help="planned steps; the learning rate falls to zero there")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--shift", type=float, default=5.0)
@@ -204,7 +197,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
     trainer = Trainer(options)
     print(f"{sum(p.numel() for p in trainer.parameters):,} parameters", flush=True)
-    while trainer.progress < 1:
+    while trainer.step < options.steps:
         trainer.update()
     trainer.save()
 
