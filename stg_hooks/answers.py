@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from stg_hooks.errors import CallError
-from stg_hooks.guidance.combine import Scales, fitted, is_number
+from stg_hooks.guidance.scale_values import Scales, fitted, is_number
 from stg_hooks.parts import put_back, uncond_side
 from stg_hooks.step import Step
 

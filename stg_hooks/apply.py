@@ -13,11 +13,11 @@ from torch import nn
 from stg_hooks.denoiser import GuidedDenoiser
 from stg_hooks.errors import CallError, LayerError, NotCopied, SettingError, warn
 from stg_hooks.guidance.channels import VarianceWatch
-from stg_hooks.guidance.combine import Scales
 from stg_hooks.guidance.guide import Guidance
 from stg_hooks.guidance.per_output import PerOutput
 from stg_hooks.guidance.request import Request
 from stg_hooks.guidance.rules import Rule
+from stg_hooks.guidance.scale_values import Scales
 from stg_hooks.guidance.schedule import Asked, Plan, Schedule
 from stg_hooks.guidance.settings import Branch
 from stg_hooks.guidance.trace import Stats, Trace

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from stg_hooks.errors import CallError, NotCopied, SettingError, TargetError
-from stg_hooks.guidance.combine import Scales, check_scales, is_number
 from stg_hooks.guidance.guide import Guidance, Guided, Predictions, StepOrLater
 from stg_hooks.guidance.per_output import PerOutput, each_of
 from stg_hooks.guidance.plain import written
 from stg_hooks.guidance.request import Request
 from stg_hooks.guidance.rules import Rule, remembers
+from stg_hooks.guidance.scale_values import Scales, check_scales, is_number
 from stg_hooks.guidance.schedule import Plan, Schedule
 from stg_hooks.guidance.settings import Branch, Settings
 from stg_hooks.guidance.trace import Stats, Trace

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from stg_hooks.errors import SettingError
-from stg_hooks.guidance.combine import check_scales
+from stg_hooks.guidance.scale_values import check_scales
 from stg_hooks.roles import Role
 
 if TYPE_CHECKING:
-    from stg_hooks.guidance.combine import Scales
+    from stg_hooks.guidance.scale_values import Scales
     from stg_hooks.passes.guided_call import WeakCall
     from stg_hooks.passes.rows import SomeRows
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from stg_hooks.errors import CallError
 
 if TYPE_CHECKING:
-    from stg_hooks.guidance.combine import Scales
+    from stg_hooks.guidance.scale_values import Scales
     from stg_hooks.passes.guided_call import WeakCall
     from stg_hooks.passes.rows import SomeRows
 

@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from stg_hooks.errors import CallError, ExtraError, SettingError, TargetError, warn
-from stg_hooks.guidance.combine import Scale, Scales, check_scale, is_number
 from stg_hooks.guidance.guide import Guidance, Predictions
 from stg_hooks.guidance.plain import read, written
 from stg_hooks.guidance.request import Request
 from stg_hooks.guidance.rules import Rule
+from stg_hooks.guidance.scale_values import Scale, Scales, check_scale, is_number
 from stg_hooks.guidance.schedule import Asked, Plan, Schedule
 from stg_hooks.guidance.settings import Branch, Settings
 from stg_hooks.guidance.trace import Stats, Trace

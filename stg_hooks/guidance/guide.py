@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from stg_hooks.checks import check_choice
 from stg_hooks.errors import SettingError
 from stg_hooks.guidance.channels import VarianceWatch, check_channels, guided_part, with_rest
-from stg_hooks.guidance.combine import Scale, Scales, combine, correction, is_number, of_sample
+from stg_hooks.guidance.combine import combine, correction
 from stg_hooks.guidance.per_output import UNNAMED, Outputs
 from stg_hooks.guidance.plain import read, written
 from stg_hooks.guidance.request import Request, plan_from
 from stg_hooks.guidance.reuse import Differences
 from stg_hooks.guidance.rules import at_step
 from stg_hooks.guidance.samples import are_samples, check_told
+from stg_hooks.guidance.scale_values import Scale, Scales, is_number, of_sample
 from stg_hooks.guidance.schedule import check_every, required
 from stg_hooks.guidance.settings import Branch, Settings
 from stg_hooks.guidance.trace import Stats, Trace

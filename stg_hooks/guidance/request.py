@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from stg_hooks.errors import SettingError
-from stg_hooks.guidance.combine import Scales, check_rescales, is_number
 from stg_hooks.guidance.per_output import PerOutput
 from stg_hooks.guidance.published import preset_for, recommended
 from stg_hooks.guidance.rules import Rule
+from stg_hooks.guidance.scale_values import Scales, check_rescales, is_number
 from stg_hooks.guidance.schedule import Plan, Schedule
 from stg_hooks.guidance.settings import Branch, Settings
 from stg_hooks.model.resolve import LayerSpec

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from stg_hooks.checks import check_choice
 from stg_hooks.errors import SettingError
-from stg_hooks.guidance.combine import Scales, check_rescales, check_scales, is_number
 from stg_hooks.guidance.per_output import PerOutput, each_of
 from stg_hooks.guidance.rules import Rule, find_rule
+from stg_hooks.guidance.scale_values import Scales, check_rescales, check_scales, is_number
 from stg_hooks.model.resolve import LayerSpec, items_of, listed
 from stg_hooks.modes.frames import Kind, check_kind
 from stg_hooks.modes.modes import check_layers_given, check_one_mode, find_mode

@@ -10,7 +10,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from stg_hooks.guidance.combine import Scales
+from stg_hooks.guidance.scale_values import Scales
 from stg_hooks.step import Step
 
 
