@@ -22,10 +22,10 @@ from stg_hooks.model.source import (
     names_in_return,
     return_names,
     signature_of,
-    signature_text,
     words_of,
 )
 from stg_hooks.modes.feed_forward import feed_forwards
+from stg_hooks.modes.unknown_streams import Observed, described, reshaped
 
 # A block adds to its stream, so its output resembles what it was given: by the cosine between them, over all elements.
 _MARGIN = 0.1  # by which the input chosen must resemble it more than any other of the same shape
@@ -151,39 +151,33 @@ class Streams:
         owners = [name for name, value in given.items() for _ in objects.leaves(value)]
         free = [i for i, leaf in enumerate(inputs) if isinstance(leaf, Tensor)]
         stated = None if self._stated is None else self._stand_ins(self._stated, [(i, owners[i]) for i in free], output)
-        count = sum(isinstance(leaf, Tensor) for leaf in leaves)
         sources = [None if isinstance(leaf, _PLAIN) else numbers.get(id(leaf)) for leaf in handed_on]
         sources = _by_attribute(output, sources, given, inputs)
         for position, leaf in enumerate(leaves):
-            if not isinstance(leaf, Tensor):
-                if sources[position] is None and not isinstance(leaf, _PLAIN):
-                    raise BlockError(
-                        self._explain(args, kwargs, output, f"a {type(leaf).__name__}", "none of its inputs matches")
-                    )
+            if isinstance(leaf, _PLAIN):
                 continue
-            if stated is not None:
+            if stated is not None and isinstance(leaf, Tensor):
                 sources[position] = stated.pop(0)
                 continue
-            if sources[position] is not None:
-                free = [i for i in free if i != sources[position]]
-                continue
-            fits = [i for i in free if inputs[i].shape == leaf.shape and inputs[i].dtype == leaf.dtype]
-            named = names_in_return(class_forward(self._block), position, len(leaves))
-            fits = [i for i in fits if owners[i] in named] or fits
-            if count == 1:
-                fits = [i for i in fits if not self._is_beside(owners[i])] or fits
-            source = _choose(leaf, fits, inputs, free[0]) if fits else None
-            if source is None:
-                which = (
-                    "none of its inputs matches",
-                    "one input matches, but does not resemble,",
-                    "several inputs match",
-                )
-                culprit = f"a tensor {tuple(leaf.shape)}"
-                raise BlockError(self._explain(args, kwargs, output, culprit, which[min(len(fits), 2)]))
-            free.remove(source)
-            sources[position] = source
+            fits: list[int] = []
+            if sources[position] is None and isinstance(leaf, Tensor):
+                fits = self._narrowed([i for i in free if _same_form(inputs[i], leaf)], owners, leaves, position)
+                sources[position] = _choose(leaf, fits, inputs, free[0]) if fits else None
+            if sources[position] is None:
+                raise BlockError(Observed(self._block, args, kwargs, output).complaint(leaf, len(fits)))
+            free = [i for i in free if i != sources[position]]
         self._learned.append(_Correspondence(structure, sources, constants, spec))
+
+    def _narrowed(self, fits: list[int], owners: list[str], leaves: list[Any], position: int) -> list[int]:
+        """Keep of the inputs that fit an output those that are likely to be it, if there are any.
+
+        They are named at its place in `return`; a single stream is none of what comes beside it.
+        """
+        named = names_in_return(class_forward(self._block), position, len(leaves))
+        fits = [i for i in fits if owners[i] in named] or fits
+        if sum(isinstance(leaf, Tensor) for leaf in leaves) == 1:
+            fits = [i for i in fits if not self._is_beside(owners[i])] or fits
+        return fits
 
     def _is_beside(self, name: str) -> bool:
         """Tell whether an argument comes beside the stream: it may be left out, or carries a skip connection."""
@@ -194,9 +188,8 @@ class Streams:
         pairs = zip(objects.leaves(through), objects.leaves(output), strict=False)
         for given, made in pairs:
             if isinstance(given, Tensor) and isinstance(made, Tensor) and given.shape != made.shape:
-                culprit = f"a tensor {tuple(made.shape)}"
-                explained = self._explain(args, kwargs, output, culprit, "none of its inputs matches")
-                raise BlockError(f"{explained}{_reshaped(given, made)}")
+                complaint = Observed(self._block, args, kwargs, output).complaint(made, 0)
+                raise BlockError(f"{complaint}{reshaped(given, made)}")
 
     def _stand_ins(self, stated: tuple[str, ...], owned: list[tuple[int, str]], output: Any) -> list[int]:
         """Find what an adapter names, among the numbers of the tensors given and the arguments that they belong to."""
@@ -207,40 +200,9 @@ class Streams:
             kind, names = type(self._block).__name__, ", ".join(dict.fromkeys(owner for _, owner in owned))
             raise BlockError(
                 f"STREAMS[{kind!r}] = {stated!r} does not fit a call that was given tensors as {names or 'nothing'} "
-                f"and returned {count}: {_describe(output)}. Name one for each that it returns, in their order."
+                f"and returned {count}: {described(output)}. Name one for each that it returns, in their order."
             )
         return numbers
-
-    def _explain(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, culprit: str, which: str) -> str:
-        kind = type(self._block).__name__
-        given = bound_arguments(self._block, args, kwargs, self._signature)
-        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in objects.leaves(given) if isinstance(leaf, Tensor))
-        found = f"{kind} returns {culprit} that {which} in shape and dtype (inputs: {shapes or 'none'})"
-        return (
-            f"{found}, so which inputs pass through it is not known, and it cannot be bypassed.\n"
-            f"  it is:    {kind}.forward{signature_text(self._block)}\n"
-            f"  it got:   {', '.join(f'{name}={_describe(value)}' for name, value in given.items())}\n"
-            f"  it gave:  {_describe(output)}\n"
-            f"Skip another layer, or {self._advice(given, args, kwargs, output)}"
-        )
-
-    def _advice(self, given: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> str:
-        names = [name for name, value in given.items() if any(isinstance(t, Tensor) for t in objects.leaves(value))]
-        leaves = [leaf for leaf in objects.leaves(output) if leaf is not None]
-        if all(isinstance(leaf, (Tensor, bool, int, float, str)) for leaf in leaves):
-            wanted = sum(isinstance(leaf, Tensor) for leaf in leaves)
-            stand_ins = tuple(names[:wanted])
-            return (
-                "first state which arguments stand in for the tensors that it gave, in their order:\n"
-                "  from stg_hooks.adapters import STREAMS\n"
-                f'  STREAMS["{type(self._block).__name__}"] = {stand_ins}'.replace("'", '"')
-            )
-        return (
-            "say what passes through, in the form that it gave:\n"
-            f"{_imported(output)}"
-            f"  def pass_through(call): return {_suggestion(args, kwargs, output)}\n"
-            "  stg.skip(model, layers, mode=pass_through)   # stg.apply and stg.Guider take mode= as well"
-        )
 
 
 def _structure(given: dict[str, Any]) -> tuple[list[Any], tuple[pytree.TreeSpec, tuple[bool, ...]]]:
@@ -300,38 +262,3 @@ def _likeness(one: Tensor, other: Tensor) -> float:
     a, b = one.detach().flatten().float(), other.detach().flatten().float()
     size = float(a.norm() * b.norm())
     return float(a @ b) / size if size else 1.0
-
-
-def _reshaped(given: Tensor, made: Tensor) -> str:
-    return (
-        f"\n{tuple(given.shape)} becomes {tuple(made.shape)}: the block changes the shape of its stream, as where the "
-        "resolution or the number of channels changes, so its input cannot take the place of its output. A mode of "
-        "attention (mode='values') leaves the shape alone."
-    )
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{tuple(value.shape)}"
-    if isinstance(value, (list, tuple)):
-        return f"{type(value).__name__}({', '.join(map(_describe, value))})"
-    return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
-
-
-def _imported(output: Any) -> str:
-    kind = type(output)
-    return "" if kind.__module__ == "builtins" else f"  from {kind.__module__} import {kind.__name__}\n"
-
-
-def _suggestion(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> str:
-    """Write the expression that most likely is what the user has to type."""
-    names = [f"call.args[{i}]" for i, value in enumerate(args) if isinstance(value, Tensor)]
-    names += [f'call.kwargs["{name}"]' for name, value in kwargs.items() if isinstance(value, Tensor)]
-    stream = names[0] if names else "..."
-    if isinstance(output, Tensor):
-        return stream
-    if isinstance(output, (list, tuple)):
-        streams = iter(names)
-        parts = [next(streams, "...") if isinstance(value, Tensor) else _describe(value) for value in output]
-        return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
-    return f"{type(output).__name__}({stream})"
