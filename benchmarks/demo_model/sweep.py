@@ -222,16 +222,19 @@ def coarse_cells(options: argparse.Namespace) -> list[Cell]:
 def final_cells(chosen: Sequence[Cell], few: Sequence[int]) -> list[Cell]:
     """List the settings to measure well; the first of the chosen is the demo's.
 
-    Beside the chosen: the plain pipeline at as many steps, and at more, which cost as much; other steps; CFG; and what
-    may keep the background smoother (rescale, half the scale, guidance in the first or in the last steps only).
+    Beside the chosen: the plain pipeline at as many steps, and at more, which cost as much or more; other steps; CFG,
+    also at half as many steps, which cost as much; and what may keep the background smoother (rescale, half the scale,
+    guidance in the first or in the last steps only).
     """
     first = chosen[0]
     replace = dataclasses.replace
-    plain = [first.plain, *(Cell(first.guidance_scale, round(more * first.steps)) for more in (1.5, 2))]
+    more = (first.steps + 1, round(1.5 * first.steps), 2 * first.steps)
+    plain = [first.plain, *(replace(first.plain, steps=steps) for steps in more)]
     others = [one for steps in few for one in (replace(first.plain, steps=steps), replace(first, steps=steps))]
     with_cfg = replace(first, guidance_scale=2.0)
+    cfg = [with_cfg.plain, with_cfg, replace(with_cfg.plain, steps=first.steps // 2)]
     smoother = [{"rescale": 0.7}, {"scale": first.scale / 2}, {"stop": 0.5}, {"stop": 0.8}, {"start": 0.4}]
-    return [*plain, *chosen, *others, with_cfg.plain, with_cfg, *(replace(first, **change) for change in smoother)]
+    return [*plain, *chosen, *others, *cfg, *(replace(first, **change) for change in smoother)]
 
 
 def ranked(rows: Sequence[dict[str, Any]]) -> list[Cell]:
