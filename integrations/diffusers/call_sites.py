@@ -118,31 +118,17 @@ def classified(calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Fou
     unless = None
     if not splits and "uncond" not in kinds and "named" not in kinds:
         unless = _switch_of_guidance(founds, statements)
-    apart = [kind for kind, found in zip(kinds, founds, strict=True) if found.context is None]
-    apart = [kind for kind in apart if kind not in ("perturbed", "unused")]
-    if "uncond" in apart and sorted(apart) != ["cond", "uncond"]:
-        raise UnreadableError(f"it makes {len(apart)} different calls, not one for cond and one for uncond")
+    _check_apart(kinds, founds)
     if splits and "uncond" not in kinds:
         kinds = ["both" if kind == "cond" else kind for kind in kinds]
     boths = [found for kind, found in zip(kinds, founds, strict=True) if kind == "both"]
     cond, uncond = (founds[kinds.index(kind)] if kind in kinds else None for kind in ("cond", "uncond"))
-    pair = None
-    if cond is not None and uncond is not None:
-        if uncond.statement.lineno < cond.statement.lineno:
-            raise UnreadableError("it calls its denoiser for uncond first, before the cond prediction is known")
-        pair = combination_of((cond, uncond), [cond.target, uncond.target], statements, is_named)
+    pair = None if cond is None or uncond is None else _pair(cond, uncond, statements, is_named)
     for kind, found in zip(kinds, founds, strict=True):
         if kind == "named":
             yield CallSite(found.lines, "named", found.context, found.batches)
         elif kind == "both":
-            own = [split for split in splits if _made_by(split, boths) is found]
-            is_last = all(split.found.statement.lineno < found.statement.lineno for split in splits)
-            blend = blend_of(found, statements) if is_last and not own else None
-            if blend is not None:
-                yield CallSite(found.lines, "perturbed", combination=blend)
-            else:
-                row_splits = tuple(_row_splits(found, boths, splits, statements, is_named))
-                yield CallSite(found.lines, "both", splits=row_splits, is_named=is_named)
+            yield _site_of_both(found, boths, splits, statements, is_named)
         elif kind == "cond" and uncond is not None:
             guards = tuple(guard for guard in uncond.guards if guard not in found.guards)
             yield CallSite(found.lines, kind, guards=guards, combination=pair, is_named=is_named)
@@ -150,6 +136,34 @@ def classified(calls: Sequence[tuple[Found, ast.Call]], statements: Sequence[Fou
             yield CallSite(found.lines, kind, combination=pair, is_named=is_named)
         else:
             yield CallSite(found.lines, kind, unless=unless, is_named=kind != "cond" or found.context is not None)
+
+
+def _check_apart(kinds: Sequence[str], founds: Sequence[Found]) -> None:
+    """Raise where calls without a context of their own are for uncond, but not one for cond and one for uncond."""
+    apart = [kind for kind, found in zip(kinds, founds, strict=True) if found.context is None]
+    apart = [kind for kind in apart if kind not in ("perturbed", "unused")]
+    if "uncond" in apart and sorted(apart) != ["cond", "uncond"]:
+        raise UnreadableError(f"it makes {len(apart)} different calls, not one for cond and one for uncond")
+
+
+def _pair(cond: Found, uncond: Found, statements: Sequence[Found], is_named: bool) -> Combination | None:
+    """Find where the predictions of two calls are combined."""
+    if uncond.statement.lineno < cond.statement.lineno:
+        raise UnreadableError("it calls its denoiser for uncond first, before the cond prediction is known")
+    return combination_of((cond, uncond), [cond.target, uncond.target], statements, is_named)
+
+
+def _site_of_both(
+    found: Found, boths: Sequence[Found], splits: Sequence[_Split], statements: Sequence[Found], is_named: bool
+) -> CallSite:
+    """Tell how the rows of a call are split, or that it perturbs what an earlier one made."""
+    own = [split for split in splits if _made_by(split, boths) is found]
+    is_last = all(split.found.statement.lineno < found.statement.lineno for split in splits)
+    blend = blend_of(found, statements) if is_last and not own else None
+    if blend is not None:
+        return CallSite(found.lines, "perturbed", combination=blend)
+    row_splits = tuple(_row_splits(found, boths, splits, statements, is_named))
+    return CallSite(found.lines, "both", splits=row_splits, is_named=is_named)
 
 
 def described(
