@@ -7,6 +7,7 @@ import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -50,8 +51,14 @@ class _Call:
     """`None` where no uncond prediction is to be made."""
     step: StepOrLater
     settings: Settings
-    active: tuple[Branch, ...]
     guidance_scale: Scales
+    is_inside: bool
+    """Whether a weak pass of a caller makes it, which is not to be guided again."""
+
+    @property
+    def active(self) -> tuple[Branch, ...]:
+        """The branches that guide it."""
+        return () if self.is_inside else self.settings.active
 
 
 class Guider(NotCopied):
@@ -254,6 +261,31 @@ class Guider(NotCopied):
             SettingError: an argument is given twice, or not for both predictions.
             RankError: with `group`: another rank has failed, died, or was given something else.
         """
+        call = self._read(args, kwargs, cond, uncond)
+        inputs = _in_lists_of_their_own(args, call.positive)
+        if call.is_inside:
+            output, found = self._alone(call, ())
+        else:
+            caches = self._predictor.caches
+            if self._open:
+                caches.check_same()
+            else:
+                caches.look()
+            caches.begin_pass()
+            wanted = self._guidance.wanted(call.step, call.settings)
+            make = self._alone if self.ranks is None else partial(self._with_ranks, self.ranks)
+            output, found = make(call, wanted)
+        self.stats.calls += 1
+        return self._combined(call, inputs, output, found)
+
+    def _read(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        cond: Mapping[str, Any] | None,
+        uncond: Mapping[str, Any] | None,
+    ) -> _Call:
+        """Tell what a call is about, and raise where it cannot be made."""
         positive, negative = _merged(kwargs, "cond", cond), _merged(kwargs, "uncond", uncond)
         if uncond and uncond.keys() != (cond or {}).keys():
             raise SettingError(
@@ -261,32 +293,23 @@ class Guider(NotCopied):
             )
         sigma = (args[1] if len(args) > 1 else kwargs.get("sigma")) if self._takes_sigma else None
         step = check_step(self.step) or self._steps.of(sigma, self._needs_step)
-        guidance = self._guidance
-        settings = guidance.settings(step)
+        settings = self._guidance.settings(step)
         g = self.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
-        inside = in_weak_pass()  # of a caller, that is not to be guided again
-        active = () if inside else settings.active
         cfg = uncond is not None and not is_number(g, 1)
-        if active and guidance.on == "uncond" and not cfg:
+        call = _Call(args, positive, negative if cfg else None, step, settings, g, in_weak_pass())
+        if call.active and self._guidance.on == "uncond" and not cfg:
             raise CallError(
                 "on='uncond' needs an uncond prediction, and there is none in this call: pass uncond={...} and a "
                 f"guidance_scale other than 1 (it is {g})."
             )
-        if not inside:
-            if self._open:
-                self._predictor.caches.check_same()
-            else:
-                self._predictor.caches.look()
-            self._predictor.caches.begin_pass()
-        inputs = _in_lists_of_their_own(args, positive)
-        call = _Call(args, positive, negative if cfg else None, step, settings, active, g)
-        wanted = () if inside else guidance.wanted(step, settings)
-        if self.ranks is not None and not inside:
-            output, found = self._with_ranks(self.ranks, call, wanted)
-        else:
-            output, found = self._alone(call, wanted)
-        changes = settings.changes and not inside
-        self.stats.calls += 1
+        return call
+
+    def _combined(
+        self, call: _Call, inputs: tuple[tuple[Any, ...], dict[str, Any]], output: Any, found: Predictions
+    ) -> Any:
+        """Put the guided predictions in the place of those that the denoiser returned for cond."""
+        guidance, step, settings, g = self._guidance, call.step, call.settings, call.guidance_scale
+        changes = settings.changes and not call.is_inside
         of_rows = any(isinstance(one, Tensor) and one.ndim > 0 for one in each_of(g))
         found.places = places_of_predictions(output)
         samples = guidance.are_samples(output, found.conds, inputs, settings, of_rows)
