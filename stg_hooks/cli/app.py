@@ -15,19 +15,23 @@ from stg_hooks.cli.calls import (
     guidance_from,
     guidance_in,
     in_groups,
+    named_as_typed,
     numbers_from,
     one_by_one,
+    options_from,
     picture_from,
     prompt_for,
-    settings_from,
+    settings_of,
     words_from,
 )
+from stg_hooks.cli.commands import Command, Commands
 from stg_hooks.cli.failures import FailureError, note, reported
 from stg_hooks.cli.files import check_folder, check_output, write_frames
 from stg_hooks.cli.models import DEMO, Dtype, Offload, Source
 
 app = typer.Typer(
     name="stg-hooks",
+    cls=Commands,
     help="Skip guidance for video and image diffusion models.\n\nMODEL is a folder or a model of the hub that "
     "diffusers loads, or `demo` for the small model inside this package (write `./demo` for a folder of that name).\n\n"
     "Exit status: 0 done, 1 failed, 2 what was asked for cannot be done, 130 interrupted.",
@@ -60,8 +64,9 @@ Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising ste
 GuidanceScale = Annotated[float | None, typer.Option("--guidance-scale", help="Weight of CFG.")]
 Setting = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Any other argument of the pipeline: `--set height=480`."),
+    typer.Option("--set", metavar="NAME=VALUE", help="Any other argument of the pipeline: `--set true_cfg_scale=4`."),
 ]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**64 - 1, help="Of the noise that a run starts from.")]
 ImageOption = Annotated[str | None, typer.Option("--image", help="For image-to-video: a file or URL.")]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="May be given several times.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.", show_default=False)]
@@ -82,7 +87,7 @@ def _main(
     """Options that come before the command."""
 
 
-@app.command()
+@app.command(cls=Command)
 def layers(
     model: Model,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
@@ -98,7 +103,7 @@ def layers(
             typer.echo(str(table))
 
 
-@app.command()
+@app.command(cls=Command)
 def generate(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="A .mp4, .webp, .gif or .png file.", show_default=False)],
@@ -124,7 +129,7 @@ def generate(
     width: Annotated[int | None, typer.Option("--width", min=1)] = None,
     height: Annotated[int | None, typer.Option("--height", min=1)] = None,
     frames: Annotated[int | None, typer.Option("--frames", min=1)] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Seed = 0,
     fps: Annotated[float, typer.Option("--fps", min=0.1, help="Of the file that is written.")] = 8.0,
     setting: Setting = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
@@ -142,6 +147,7 @@ def generate(
         guidance = read | typed
         text = prompt_for(source, prompt, image)
         given = {
+            "prompt": prompt,
             "guidance_scale": weight if guidance_scale is None else guidance_scale,
             "negative_prompt": negative_prompt,
             "num_inference_steps": steps,
@@ -150,24 +156,27 @@ def generate(
             "num_frames": frames,
             "image": picture_from(image),
         }
-        settings = settings_from(setting, given)
+        options = options_from(given, setting)
+        settings = settings_of(options)
         with blamed_on(saved, read.keys() - typed.keys()):
             _check(source, guidance)
         from stg_hooks.study.sampling import generator_of, prompts_from, sampler_of
 
-        pipe = source.pipeline()
-        make = sampler_of(pipe, None, settings, "np")
-        prompts_from(text, pipe)
-        if model == DEMO:
-            note(f'demo draws "{text}"')
-        with stg.apply(pipe, **guidance) as session:
-            output = make(text, generator_of(seed))
+        with named_as_typed(options):
+            source.check_arguments(settings)
+            pipe = source.pipeline()
+            make = sampler_of(pipe, None, settings, "np")
+            prompts_from(text, pipe)
+            with stg.apply(pipe, **guidance) as session:
+                output = make(text, generator_of(seed))
         media = importlib.import_module("stg_hooks.study.media")
         write_frames(out, media.frames_of(output), fps)
+        if model == DEMO and prompt is None:
+            note(f'demo draws "{text}" unless it is given a --prompt.')
         note(f"{out}: {session.stats.guided_calls} of {session.stats.calls} calls of the model guided")
 
 
-@app.command()
+@app.command(cls=Command)
 def profile(
     model: Model,
     out: Out,
@@ -176,7 +185,7 @@ def profile(
     levels: Annotated[int, typer.Option("--levels", min=1, help="How many noise levels.")] = 5,
     prompt: Prompts = None,
     image: ImageOption = None,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Seed = 0,
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,
     at_once: Annotated[
@@ -194,16 +203,27 @@ def profile(
         chosen, kinds = one_by_one(layers), words_from("--modes", modes)
         if chosen:
             _check_all(source, [[layer] for layer in chosen], kinds)
-        given = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "image": picture_from(image)}
-        settings = settings_from(setting, given)
-        pipe = source.pipeline()
-        result = stg.profile(pipe, chosen, kinds, levels, prompts=prompt, seed=seed, layers_at_once=at_once, **settings)
+        options = options_from(
+            {
+                "prompt": prompt,
+                "num_inference_steps": steps,
+                "guidance_scale": guidance_scale,
+                "image": picture_from(image),
+            },
+            setting,
+        )
+        settings = settings_of(options)
+        with named_as_typed(options):
+            source.check_arguments(settings)
+            result = stg.profile(
+                source.pipeline(), chosen, kinds, levels, prompts=prompt, seed=seed, layers_at_once=at_once, **settings
+            )
         result.save(out)
         typer.echo(str(result))
         note(f"Look at it: stg-hooks report {out}")
 
 
-@app.command()
+@app.command(cls=Command)
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where profile or sweep wrote.", show_default=False)],
     plots: Annotated[bool, typer.Option("--plots", help="PNG files beside the page, too.")] = False,
@@ -214,7 +234,7 @@ def report(
         typer.echo(str(stg.report(folder, plots=plots, max_megabytes=megabytes)))
 
 
-@app.command()
+@app.command(cls=Command)
 def sweep(
     model: Model,
     out: Out,
@@ -240,23 +260,31 @@ def sweep(
         columns = in_groups(layers)
         weights, kinds = numbers_from("--scales", scales), words_from("--modes", modes)
         _check_all(source, columns or [], kinds)
-        given = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "image": picture_from(image)}
-        settings = settings_from(setting, given)
-        pipe = source.pipeline()
-        result = stg.sweep(
-            pipe, prompts, out=out, layers=columns, scales=weights, modes=kinds, seeds=seeds, fps=fps, **settings
+        options = options_from(
+            {
+                "prompt": prompt,
+                "num_inference_steps": steps,
+                "guidance_scale": guidance_scale,
+                "image": picture_from(image),
+            },
+            setting,
         )
+        settings = settings_of(options)
+        grid: dict[str, Any] = {"layers": columns, "scales": weights, "modes": kinds, "seeds": seeds}
+        with named_as_typed(options):
+            source.check_arguments(settings)
+            result = stg.sweep(source.pipeline(), prompts, out=out, **grid, fps=fps, **settings)
         typer.echo(str(result))
         note(f"Look at it: stg-hooks report {out}")
         if result.failed:
             raise FailureError(f"{len(result.failed)} of {len(result.cells)} cells failed; run it again to try them.")
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the page.")] = Path("demo"),
     clips: Annotated[int, typer.Option("--clips", min=1, max=480, help="Per way.")] = 48,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=10**9)] = 0,
 ) -> None:
     """Make clips of the embedded model with and without skip guidance, on a page; two minutes on a CPU."""
     with reported():
@@ -269,7 +297,7 @@ def demo(
         raise typer.Exit(status)
 
 
-@app.command()
+@app.command(cls=Command)
 def bench(
     model: Model,
     layers: Layers = None,
@@ -294,19 +322,21 @@ def bench(
         measure = importlib.import_module("stg_hooks.cli.bench").measure
         source = Source(model, dtype, device, offload)
         guidance, text = guidance_from(layers, None, mode), prompt_for(source, prompt, image)
-        given = {"num_inference_steps": steps, "output_type": "latent", "image": picture_from(image)}
-        settings = settings_from(setting, given)
+        options = options_from({"prompt": prompt, "num_inference_steps": steps, "image": picture_from(image)}, setting)
+        settings = settings_of(options) | {"output_type": "latent"}
         _check(source, guidance)
-        pipe = source.pipeline()
-        pipe.set_progress_bar_config(disable=True)
-        prompts_from(text, pipe)
+        with named_as_typed(options):
+            source.check_arguments(settings)
+            pipe = source.pipeline()
+            pipe.set_progress_bar_config(disable=True)
+            prompts_from(text, pipe)
 
-        def run(ended: Any) -> None:
-            make = sampler_of(pipe, None, {**settings, "callback_on_step_end": ended}, "np")
-            make(text, generator_of(0))
+            def run(ended: Any) -> None:
+                make = sampler_of(pipe, None, {**settings, "callback_on_step_end": ended}, "np")
+                make(text, generator_of(0))
 
-        with Console(stderr=True).status("") as status:
-            rows = measure(pipe, run, guidance, rounds, status.update)
+            with Console(stderr=True).status("") as status:
+                rows = measure(pipe, run, guidance, rounds, status.update)
         plain = rows[0]
         data = [
             {

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from stg_hooks.cli.failures import USAGE, FailureError
+from stg_hooks.cli.failures import USAGE, FailureError, hints, shortened
 from stg_hooks.cli.models import DEMO, Source
-from stg_hooks.errors import StgError, closest
+from stg_hooks.checks import is_real
+from stg_hooks.errors import SettingError, StgError, closest
 
 DEMO_PROMPT = "red 3 blue 7"
 
@@ -115,7 +118,8 @@ def guidance_in(file: Path | None) -> dict[str, Any]:
         raise FailureError(f"--settings {file}: this is not valid JSON ({error}).", USAGE) from error
     if not isinstance(found, dict):
         raise FailureError(
-            f'--settings {file}: expected an object such as {{"layers": [34], "scale": 1.0}}, not a list or a number.',
+            f'--settings {file}: expected an object such as {{"layers": [34], "scale": 1.0}}, not '
+            f"{shortened(json.dumps(found))}.",
             USAGE,
         )
     for name in found:
@@ -124,6 +128,9 @@ def guidance_in(file: Path | None) -> dict[str, Any]:
                 f"--settings {file}: unknown setting {name!r}; choose from {', '.join(_SAVED)}.{closest(name, _SAVED)}",
                 USAGE,
             )
+    weight = found.get("guidance_scale")
+    if weight is not None and not (is_real(weight) and math.isfinite(weight)):
+        raise FailureError(f"--settings {file}: guidance_scale={json.dumps(weight)}: expected a number.", USAGE)
     return found
 
 
@@ -143,24 +150,110 @@ def blamed_on(file: Path | None, names: Collection[str]) -> Iterator[None]:
     except StgError as error:
         if not any(re.search(rf"\b{name}\b", str(error)) for name in names):
             raise
-        raise FailureError(f"--settings {file}: {' '.join(str(error).split())}", USAGE) from error
+        raise FailureError(f"--settings {file}: {hints(' '.join(str(error).split()))}", USAGE) from error
 
 
-def settings_from(typed: Sequence[str] | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the pipeline: those with an option of their own, and `--set name=value`.
+# Arguments of pipelines whose options have other names than they; and those that a command gives by itself.
+_OPTIONS = {"num_inference_steps": "--steps", "num_frames": "--frames"}
+_OURS = {
+    "generator": "--seed says which noise a run starts from",
+    "output_type": "the results are written as they are to be looked at",
+    "return_dict": "the results are read from what is returned",
+}
 
-    A value is read as JSON where it is JSON, otherwise as text.
+
+class Typed(NamedTuple):
+    """An argument of the pipeline, and how its user typed it."""
+
+    name: str
+    value: Any
+    text: str
+
+
+def options_from(given: Mapping[str, Any], setting: Sequence[str] | None = None) -> list[Typed]:
+    """List the arguments of the pipeline: those with an option of their own, and `--set name=value`.
+
+    Args:
+        given: the first, by name, whether typed (not `None`) or not; of the prompt there may be a list.
+        setting: the second. A value is read as JSON where it is JSON, otherwise as text.
+
+    Raises:
+        FailureError: a value that cannot be read, or an argument that is given twice, or not to be given so.
     """
-    settings = {name: value for name, value in given.items() if value is not None}
-    for text in typed or ():
+    options = [
+        Typed(name, value, f"{_option(name)} {_typed(value)}".rstrip())
+        for name, values in given.items()
+        for value in (values if isinstance(values, list) else [values])
+        if value is not None
+    ]
+    for text in setting or ():
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
             raise FailureError(f"--set {text!r}: expected name=value, such as height=480.", USAGE)
-        try:
-            settings[name] = json.loads(value)
-        except json.JSONDecodeError:
-            settings[name] = value
-    return settings
+        if name in _OURS or name.startswith("callback"):
+            why = _OURS.get(name, "it takes a function")
+            raise FailureError(f"--set {text}: {name} cannot be set on the command line; {why}.", USAGE)
+        if name in given or name == "prompt":
+            raise FailureError(f"--set {text}: {name} has an option of its own: {_option(name)} {value}", USAGE)
+        if any(name == option.name for option in options):
+            raise FailureError(f"--set {name}=... is given twice. Give it once.", USAGE)
+        options.append(Typed(name, _value_of(text, value), f"--set {text}"))
+    return options
+
+
+def settings_of(options: Iterable[Typed]) -> dict[str, Any]:
+    """Return the arguments of the pipeline besides the prompt."""
+    return {option.name: option.value for option in options if option.name != "prompt"}
+
+
+@contextlib.contextmanager
+def named_as_typed(options: Collection[Typed]) -> Iterator[None]:
+    """Have errors about arguments of the pipeline name the options that they were typed with.
+
+    Raises:
+        FailureError: the pipeline has no such argument, or refuses its value.
+    """
+    from stg_hooks.study.sampling import RefusedError
+
+    try:
+        yield
+    except RefusedError as error:
+        reason = str(error.__cause__ or error)
+        # Those that it names; otherwise those that only pipelines know; otherwise any of them.
+        choices = [
+            [option.text for option in options if re.search(rf"\b{option.name}\b", reason) or _holds(reason, option)],
+            [option.text for option in options if option.text.startswith("--set")],
+            [option.text for option in options],
+        ]
+        blamed = " ".join(next(filter(None, choices), ["this call"]))
+        raise FailureError(f"{blamed}: the pipeline refused it: {shortened(reason)}", USAGE) from error
+    except SettingError as error:
+        for option in options:
+            if str(error).startswith(f"{option.name}: "):
+                raise FailureError(f"{option.text}{str(error).removeprefix(option.name)}", USAGE) from error
+        raise
+
+
+def _option(name: str) -> str:
+    return _OPTIONS.get(name, f"--{name.replace('_', '-')}")
+
+
+def _typed(value: Any) -> str:
+    return shlex.quote(str(value)) if isinstance(value, (str, int, float)) else ""
+
+
+def _holds(reason: str, option: Typed) -> bool:
+    return isinstance(option.value, str) and repr(option.value) in reason
+
+
+def _value_of(text: str, value: str) -> Any:
+    try:
+        found = json.loads(value)
+    except json.JSONDecodeError:
+        return value
+    if isinstance(found, float) and not math.isfinite(found):
+        raise FailureError(f"--set {text}: expected a finite number.", USAGE)
+    return found
 
 
 def prompt_for(source: Source, typed: str | None, image: str | None) -> str:

@@ -11,6 +11,7 @@ import textwrap
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import typer
 
@@ -20,8 +21,12 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 _LONGEST = 300  # characters of a message that is not ours
 
 # What the library says of its arguments, in the words of the command line.
-_WORDS = (
+_HINTS = (
     (re.compile(r"stg\.layers\((model|pipe)\)"), "stg-hooks layers MODEL"),
+    (re.compile(r"stg\.profile measures"), "stg-hooks profile MODEL --out DIR measures"),
+    (re.compile(r", or pass a callable\b"), ""),
+)
+_WORDS = (
     (re.compile(r"layers=\[([^\[\]]*)\]"), lambda found: f"--layers {found[1].replace(', ', '+')}"),
     (re.compile(r"\b(mode|scale|rescale|start|stop|guidance_scale|layers)=(?=\S)"), r"--\1 "),
     (re.compile(r"--guidance_scale"), "--guidance-scale"),
@@ -48,7 +53,7 @@ def reported() -> Iterator[None]:
             warnings.showwarning = _warn
             yield
     except (KeyboardInterrupt, Exception) as error:
-        if isinstance(error, typer.Exit) or type(error).__module__.startswith(("click", "typer")):
+        if isinstance(error, (typer.Exit, typer.Abort)) or type(error).__name__ == "NoArgsIsHelpError":
             raise
         if os.environ.get("STG_HOOKS_DEBUG"):
             raise
@@ -77,6 +82,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return text, error.status
     if isinstance(error, KeyboardInterrupt):
         return "interrupted.", INTERRUPTED
+    if hasattr(error, "format_message"):  # of typer: an option that does not exist, or a value of another kind
+        return _misread(error), USAGE
     if isinstance(error, StgError):
         return _in_its_words(text), USAGE if isinstance(error, (LayerError, SettingError)) else FAILED
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not have been loaded
@@ -91,16 +98,32 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return f"no space left on the device{where}. Nothing half-written was kept.", FAILED
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}", FAILED
-    return f"{type(error).__name__}: {_short(str(error))} (STG_HOOKS_DEBUG=1 shows where)", FAILED
+    return f"{type(error).__name__}: {shortened(str(error))} (STG_HOOKS_DEBUG=1 shows where)", FAILED
 
 
-def _in_its_words(text: str) -> str:
-    for pattern, words in _WORDS:
+def _misread(error: Any) -> str:
+    """Phrase what typer says of an option or argument."""
+    text = " ".join(str(error.format_message()).split()).rstrip(".")
+    # What a value is checked with says how it is read, too: "Input should be a valid number, unable to parse ...".
+    text = re.sub(r"Input should be (.*?)(, unable to parse.*)?$", r"expected \1", text)
+    context = getattr(error, "ctx", None)
+    return f"{text}. For the options: {context.command_path} --help" if context else f"{text}."
+
+
+def hints(text: str) -> str:
+    """Have a message say what to type on the command line, where it says what to call."""
+    for pattern, words in _HINTS:
         text = pattern.sub(words, text)
     return text
 
 
-def _short(text: str) -> str:
-    """Keep what a person reads of the message of another package: no values of a tensor, no command of an encoder."""
+def _in_its_words(text: str) -> str:
+    for pattern, words in _WORDS:
+        text = pattern.sub(words, hints(text))
+    return text
+
+
+def shortened(text: str) -> str:
+    """Put a text in one line, and keep what a person reads of the message of another package: no values of a tensor, no command of an encoder."""
     text = re.split(r"\b(?:FFMPEG COMMAND|Parameter containing)\b|\b(?:tensor|array)\(", text, maxsplit=1)[0]
     return textwrap.shorten(text, _LONGEST, placeholder=" ...").rstrip(" :,=")

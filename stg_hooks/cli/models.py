@@ -7,9 +7,10 @@ import dataclasses
 import enum
 import errno
 import importlib
+import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,29 @@ class Source:
                 models[key] = cls.from_config(config)
         return models
 
+    def check_arguments(self, names: Iterable[str]) -> None:
+        """Check that the pipeline takes arguments of these names, where its class is known before it is loaded.
+
+        Raises:
+            SettingError: it does not take one of them.
+        """
+        cls: Any = None
+        if self.name == DEMO:
+            from stg_hooks import demo
+
+            cls = type(demo.load())
+        else:
+            with contextlib.suppress(FailureError):  # loading tells, too
+                diffusers = _diffusers()
+                with _finding(self.name):
+                    cls = getattr(
+                        diffusers, str(diffusers.DiffusionPipeline.load_config(self.name)["_class_name"]), None
+                    )
+        if cls is not None:
+            from stg_hooks.study.sampling import check_arguments
+
+            check_arguments(cls.__name__, inspect.signature(cls.__call__).parameters, names)
+
     def pipeline(self) -> Any:
         """Load the pipeline and put it where it is to run.
 
@@ -118,6 +142,10 @@ class Source:
             raise FailureError(f"--device {self.device}: no such device. Try cpu, cuda, cuda:1 or mps.", 2) from None
         if kind in ("cuda", "mps") and not getattr(torch, "cuda" if kind == "cuda" else "mps").is_available():
             raise FailureError(f"--device {self.device}: this torch finds no {kind} device here.")
+        try:
+            torch.zeros(1, device=self.device).tolist()
+        except (RuntimeError, NotImplementedError, AssertionError):
+            raise FailureError(f"--device {self.device}: this torch cannot compute there.", 2) from None
         return self.device
 
     @property

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TypeAlias
 
 import torch
 
-from stg_hooks.errors import SettingError, TargetError
+from stg_hooks.errors import SettingError, TargetError, closest
+from stg_hooks.hosts import denoisers_of
 
 Sample: TypeAlias = Callable[[str, torch.Generator], Any]
 """Makes one sample: takes a prompt and the generator of its noise, returns what was made."""
+
+# What Python and pipelines raise of arguments that they cannot use; subclasses, such as being out of memory, are not.
+_OF_ARGUMENTS = (
+    *(TypeError, ValueError, AttributeError, KeyError, IndexError),
+    *(RuntimeError, ZeroDivisionError, OverflowError, AssertionError),
+)
 
 
 def sampler_of(target: Any, sample: Sample | None, settings: Mapping[str, Any], output_type: str) -> Sample:
@@ -28,7 +36,8 @@ def sampler_of(target: Any, sample: Sample | None, settings: Mapping[str, Any], 
         A function of (prompt, generator).
 
     Raises:
-        SettingError: arguments for a pipeline that is not called, or that the pipeline does not take.
+        SettingError: arguments for a pipeline that is not called, or that the pipeline does not take. What is returned
+            raises it (a `RefusedError`), too, where the pipeline refuses their values.
         TargetError: something that cannot be called with a prompt.
     """
     if sample is not None:
@@ -40,21 +49,91 @@ def sampler_of(target: Any, sample: Sample | None, settings: Mapping[str, Any], 
             )
         return sample
     own = getattr(target, "stg_sample", None)
-    if own is not None:
-        return lambda prompt, generator: own(prompt, generator, **settings)
     parameters = _parameters(target)
-    if "generator" not in parameters:
+    if own is None and "generator" not in parameters:
         raise TargetError(
             f"{type(target).__name__} is not called with a generator. Say how to make one sample: sample=function, "
             "which takes (prompt, generator)."
         )
-    unknown = [] if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else sorted(settings.keys() - parameters)
-    if unknown:
-        raise SettingError(f"{', '.join(unknown)}: {type(target).__name__} has no such argument.")
+    check_arguments(type(target).__name__, parameters, settings)
     more = {**({"output_type": output_type} if "output_type" in parameters else {}), **settings}
-    if takes_prompt(target, settings):
-        return lambda prompt, generator: target(prompt=prompt, generator=generator, **more)
-    return lambda prompt, generator: target(generator=generator, **more)
+
+    def make(prompt: str, generator: torch.Generator) -> Any:
+        with _refusals(target):
+            if own is not None:
+                return own(prompt, generator, **settings)
+            if takes_prompt(target, settings):
+                return target(prompt=prompt, generator=generator, **more)
+            return target(generator=generator, **more)
+
+    return make
+
+
+def check_arguments(name: str, parameters: Mapping[str, inspect.Parameter], settings: Iterable[str]) -> None:
+    """Check that a pipeline takes arguments of these names.
+
+    Args:
+        name: of the pipeline's class.
+        parameters: of its call.
+        settings: the names.
+
+    Raises:
+        SettingError: it does not take one of them.
+    """
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for setting in settings:
+        if setting not in parameters:
+            raise SettingError(f"{setting}: {name} has no such argument.{closest(setting, parameters)}")
+
+
+class RefusedError(SettingError):
+    """A pipeline does not accept what it was called with: it failed before its first step."""
+
+
+@contextmanager
+def _refusals(pipe: Any) -> Iterator[None]:
+    """Tell errors that a pipeline raises before it calls a denoiser, which are about its arguments, from later ones."""
+    called: list[bool] = []
+    hooks = [model.register_forward_pre_hook(lambda *_: called.append(True)) for model in denoisers_of(pipe).values()]
+    try:
+        yield
+    except Exception as error:
+        if called or type(error) not in _OF_ARGUMENTS:
+            raise
+        raise RefusedError(f"{type(pipe).__name__} refused this call: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def rehearse(pipe: Any, make: Sample, prompts: Iterable[str]) -> None:
+    """Call a pipeline with each prompt, up to its first step: what it refuses is known before a long run begins.
+
+    Args:
+        pipe: the pipeline.
+        make: what `sampler_of` returned for it.
+        prompts: one call is made with each.
+
+    Raises:
+        RefusedError: the pipeline does not accept a prompt, or another argument.
+    """
+
+    def stop(*_: object) -> None:
+        raise _FirstStep
+
+    hooks = [model.register_forward_pre_hook(stop, prepend=True) for model in denoisers_of(pipe).values()]
+    try:
+        for prompt in prompts:
+            with suppress(_FirstStep), torch.no_grad():
+                make(prompt, generator_of(0))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _FirstStep(BaseException):
+    """Ends a rehearsal; not an Exception, which a pipeline might catch."""
 
 
 def takes_prompt(target: object, settings: Mapping[str, Any]) -> bool:

@@ -41,7 +41,7 @@ from stg_hooks.study.results import (
     write_json,
 )
 from stg_hooks.study.sampling import Sample as Sampler
-from stg_hooks.study.sampling import generator_of, sampler_of
+from stg_hooks.study.sampling import generator_of, rehearse, sampler_of
 from stg_hooks.study.sweep_settings import asked_of, call_text, check_same, code_of
 
 _CLAIMS = "claims"
@@ -99,7 +99,7 @@ def sweep(
         ExtraError: a package is missing; says what to install.
         LayerError: a layer that does not exist or cannot be skipped in one of the modes.
         ResultsError: the folder holds a sweep with other settings; says which.
-        SettingError: a setting that cannot be used.
+        SettingError: a setting that cannot be used, or a call that the pipeline refuses.
         TargetError: a target whose calls cannot be guided, or that makes no pictures.
     """
     media.needs("numpy", "PIL.Image", "imageio", "tqdm")
@@ -111,6 +111,8 @@ def sweep(
     for place in grid(asked):
         if place[0]:
             _guidance(pipe, place).not_to_be_entered()  # all of them can be made, or none is
+    if sample is None:
+        rehearse(pipe, make, asked["prompts"])
     run = _Run(pipe, make, own, Path(out), asked, call_text(pipe, sample, settings), stale_after)
     run.open()
     run.all_cells(progress)
