@@ -26,7 +26,7 @@ from stg_hooks.cli.calls import (
 )
 from stg_hooks.cli.commands import Command, Commands
 from stg_hooks.cli.failures import FailureError, note, reported
-from stg_hooks.cli.files import check_folder, check_output, write_frames
+from stg_hooks.cli.files import check_folder, check_output, check_results, write_frames
 from stg_hooks.cli.models import DEMO, Dtype, Offload, Source
 
 app = typer.Typer(
@@ -172,7 +172,7 @@ def generate(
         media = importlib.import_module("stg_hooks.study.media")
         write_frames(out, media.frames_of(output), fps)
         if model == DEMO and prompt is None:
-            note(f'demo draws "{text}" unless it is given a --prompt.')
+            note(f'demo draws "{text}" where there is no --prompt')
         note(f"{out}: {session.stats.guided_calls} of {session.stats.calls} calls of the model guided")
 
 
@@ -197,7 +197,7 @@ def profile(
     offload: OffloadOption = Offload.none,
 ) -> None:
     """Measure what skipping each layer would do, along an ordinary run and without sampling any setting."""
-    with reported():
+    with reported("layers", "modes"):
         check_folder(out)
         source = Source(model, dtype, device, offload)
         chosen, kinds = one_by_one(layers), words_from("--modes", modes)
@@ -231,6 +231,7 @@ def report(
 ) -> None:
     """Show a profile or a sweep on a page that needs no network, with JSON and CSV beside it."""
     with reported():
+        check_results(folder)
         typer.echo(str(stg.report(folder, plots=plots, max_megabytes=megabytes)))
 
 
@@ -253,7 +254,7 @@ def sweep(
     offload: OffloadOption = Offload.none,
 ) -> None:
     """Sample a grid of layers, modes and scales with the same seeds. Run it again to go on; run it twice to share."""
-    with reported():
+    with reported("layers", "modes", "scales"):
         check_folder(out)
         source = Source(model, dtype, device, offload)
         prompts = prompt or [prompt_for(source, None, image)]

@@ -12,16 +12,28 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stg_hooks.checks import is_real
 from stg_hooks.cli.failures import USAGE, FailureError, hints, shortened
 from stg_hooks.cli.models import DEMO, Source
-from stg_hooks.checks import is_real
 from stg_hooks.errors import SettingError, StgError, closest
 
 DEMO_PROMPT = "red 3 blue 7"
+_LAYER = re.compile(r"-?\d+")
+_NAMED = re.compile(r"[A-Za-z_*?]|^\D*$")  # a name, or a pattern of names; `2-5`, `[2` and `2.5` are neither
 
 
-def in_groups(typed: Sequence[str] | None) -> list[list[int | str]] | None:
-    """Read layers, numbers or names: `2,5,2+5` is three settings, the last of which skips both."""
+_TOGETHER, _ONE_BY_ONE = ("to skip them together", "+"), ("one by one", ",")
+
+
+def in_groups(
+    typed: Sequence[str] | None, ways: Sequence[tuple[str, str]] = (_TOGETHER, _ONE_BY_ONE)
+) -> list[list[int | str]] | None:
+    """Read layers, numbers or names: `2,5,2+5` is three settings, the last of which skips both.
+
+    Args:
+        typed: what was typed, for each time that the option was given.
+        ways: what the command does with several layers, and what stands between them.
+    """
     if not typed:
         return None
     if len(typed) > 1:
@@ -37,12 +49,19 @@ def in_groups(typed: Sequence[str] | None) -> list[list[int | str]] | None:
             "settings.",
             USAGE,
         )
-    return [[int(word) if word.lstrip("-").isdigit() else word for word in group] for group in groups]
+    if not all(_LAYER.fullmatch(word) or _NAMED.search(word) for group in groups for word in group):
+        numbers = re.findall(r"\d+", typed[0])
+        hint = "; ".join(f"{what}: --layers {between.join(numbers)}" for what, between in ways)
+        raise FailureError(
+            f"--layers {shlex.quote(typed[0])}: layers are numbers or names" + (f"; {hint}" if numbers else "."), USAGE
+        )
+    _check_once("--layers", typed[0], ["+".join(group) for group in groups])
+    return [[int(word) if _LAYER.fullmatch(word) else word for word in group] for group in groups]
 
 
 def together(typed: Sequence[str] | None) -> list[int | str] | None:
     """Read the layers of one setting."""
-    groups = in_groups(typed)
+    groups = in_groups(typed, [_TOGETHER])
     if groups is not None and typed and len(groups) > 1:
         joined = typed[0].replace(",", "+")
         raise FailureError(
@@ -55,7 +74,7 @@ def together(typed: Sequence[str] | None) -> list[int | str] | None:
 
 def one_by_one(typed: Sequence[str] | None) -> list[int | str] | None:
     """Read layers that are looked at by themselves."""
-    groups = in_groups(typed)
+    groups = in_groups(typed, [_ONE_BY_ONE])
     if groups is not None and typed and any(len(group) > 1 for group in groups):
         apart = typed[0].replace("+", ",")
         raise FailureError(
@@ -68,9 +87,13 @@ def one_by_one(typed: Sequence[str] | None) -> list[int | str] | None:
 def numbers_from(name: str, text: str) -> list[float]:
     """Read numbers with commas between them."""
     try:
-        return [float(word) for word in text.split(",")]
+        numbers = [float(word) for word in text.split(",")]
     except ValueError:
         raise FailureError(f"{name} {text!r}: expected numbers, such as 0.5,1.0.", USAGE) from None
+    if not all(map(math.isfinite, numbers)):
+        raise FailureError(f"{name} {text}: expected finite numbers, such as 0.5,1.0.", USAGE)
+    _check_once(name, text, numbers)
+    return numbers
 
 
 def words_from(name: str, text: str) -> list[str]:
@@ -78,7 +101,14 @@ def words_from(name: str, text: str) -> list[str]:
     words = [word.strip() for word in re.split(r",(?![^()]*\))", text)]
     if not all(words):
         raise FailureError(f"{name} {text!r}: expected words, such as residual,attention.", USAGE)
+    _check_once(name, text, words)
     return words
+
+
+def _check_once(name: str, text: str, values: Sequence[object]) -> None:
+    for i, value in enumerate(values):
+        if value in values[:i]:
+            raise FailureError(f"{name} {text}: {value} is there twice.", USAGE)
 
 
 def guidance_from(

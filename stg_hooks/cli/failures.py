@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import errno
 import os
 import re
+import shlex
 import signal
 import textwrap
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import typer
@@ -21,14 +23,19 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 _LONGEST = 300  # characters of a message that is not ours
 
 # What the library says of its arguments, in the words of the command line.
-_HINTS = (
+_HINTS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"stg\.layers\((model|pipe)\)"), "stg-hooks layers MODEL"),
     (re.compile(r"stg\.profile measures"), "stg-hooks profile MODEL --out DIR measures"),
     (re.compile(r", or pass a callable\b"), ""),
+    # Layers that this model may not have, with entries of configurations that only programs read.
+    (re.compile(r"For others of its class there is .*?: start from these\. "), ""),
 )
+_LIST = re.compile(r"\b(layers|scales|modes|prompts|seeds)=(\[(?:[^\[\]]|\[[^\[\]]*\])*\]|\([^()]*\))")
+_ONE = re.compile(r"\b(mode|scale|rescale|start|stop|guidance_scale|layers|fps)=(?=\S)|\bunknown (mode) (?=')")
+_OTHER = re.compile(r"\b(\w+) is (.+?) there and (.+?) here\b")
 _WORDS = (
-    (re.compile(r"layers=\[([^\[\]]*)\]"), lambda found: f"--layers {found[1].replace(', ', '+')}"),
-    (re.compile(r"\b(mode|scale|rescale|start|stop|guidance_scale|layers)=(?=\S)"), r"--\1 "),
+    (re.compile(r"\bnum_inference_steps="), "--steps "),
+    (re.compile(r"^(layers|scales|modes|seeds)(?=: )"), r"--\1"),
     (re.compile(r"--guidance_scale"), "--guidance-scale"),
 )
 
@@ -42,8 +49,11 @@ class FailureError(Exception):
 
 
 @contextlib.contextmanager
-def reported() -> Iterator[None]:
+def reported(*lists: str) -> Iterator[None]:
     """Turn errors into one line on stderr; `STG_HOOKS_DEBUG=1` lets them through with their traceback.
+
+    Args:
+        lists: the options that take several values here, such as `"modes"`.
 
     Raises:
         typer.Exit: with status 1, or 2 where the user has to ask for something else.
@@ -57,7 +67,7 @@ def reported() -> Iterator[None]:
             raise
         if os.environ.get("STG_HOOKS_DEBUG"):
             raise
-        line, status = _explain(error)
+        line, status = _explain(error, lists)
         if status == INTERRUPTED and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed again, it would print a traceback on the way out
         note(f"stg-hooks: {line}")
@@ -76,7 +86,7 @@ def _warn(message: Warning | str, category: type[Warning], *_: object, **__: obj
         note(f"warning: {message}")
 
 
-def _explain(error: BaseException) -> tuple[str, int]:
+def _explain(error: BaseException, lists: Collection[str]) -> tuple[str, int]:
     text = " ".join(str(error).split())
     if isinstance(error, FailureError):
         return text, error.status
@@ -85,7 +95,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if hasattr(error, "format_message"):  # of typer: an option that does not exist, or a value of another kind
         return _misread(error), USAGE
     if isinstance(error, StgError):
-        return _in_its_words(text), USAGE if isinstance(error, (LayerError, SettingError)) else FAILED
+        return _in_its_words(text, lists), USAGE if isinstance(error, (LayerError, SettingError)) else FAILED
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not have been loaded
         return (
             "out of memory on the accelerator. Try --offload model, or --offload layer, or fewer frames.",
@@ -117,13 +127,36 @@ def hints(text: str) -> str:
     return text
 
 
-def _in_its_words(text: str) -> str:
+def _in_its_words(text: str, lists: Collection[str]) -> str:
+    def one(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        option = f"--{name}s" if f"{name}s" in lists else f"--{name}"
+        return f"{option} " if found[1] else f"unknown {option} "
+
+    text = _OTHER.sub(r"\1=\2 there and \1=\3 here", text)
+    text = _ONE.sub(one, _LIST.sub(_list_as_typed, hints(text)))
     for pattern, words in _WORDS:
-        text = pattern.sub(words, hints(text))
+        text = pattern.sub(words, text)
     return text
 
 
+def _list_as_typed(found: re.Match[str]) -> str:
+    """Write a list of the library's as it is typed: `layers=[[2], [2, 5]]` as `--layers 2,2+5`."""
+    name = found[1]
+    try:
+        values = list(ast.literal_eval(found[2]))
+    except (ValueError, SyntaxError):
+        return found[0]
+    if name == "prompts":
+        return " ".join(f"--prompt {shlex.quote(str(value))}" for value in values)
+    if name == "seeds":
+        return f"--seeds {len(values)}"
+    groups = ["+".join(map(str, value)) if isinstance(value, list) else str(value) for value in values]
+    is_one_group = name == "layers" and not any(isinstance(value, list) for value in values)
+    return f"--{name} {('+' if is_one_group else ',').join(groups)}"
+
+
 def shortened(text: str) -> str:
-    """Put a text in one line, and keep what a person reads of the message of another package: no values of a tensor, no command of an encoder."""
+    """Keep what a person reads of another package's message, in one line: no tensor's values, no encoder's command."""
     text = re.split(r"\b(?:FFMPEG COMMAND|Parameter containing)\b|\b(?:tensor|array)\(", text, maxsplit=1)[0]
     return textwrap.shorten(text, _LONGEST, placeholder=" ...").rstrip(" :,=")

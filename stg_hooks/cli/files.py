@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stg_hooks.cli.failures import USAGE, FailureError
+from stg_hooks.study.results import PROFILE_FILE, SWEEP_FILE
 
 ENDINGS = (".mp4", ".webp", ".gif", ".png")
 _SMALL = 128  # pixels; a smaller picture is enlarged by whole pixels, to be seen at all
@@ -32,7 +33,6 @@ def check_output(path: Path, force: bool) -> None:
     if path.exists() and not force:
         raise FailureError(f"{path}: exists already. Choose another name, or pass --force to replace it.", USAGE)
     check_folder(path.parent)
-    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def check_folder(folder: Path) -> None:
@@ -42,15 +42,30 @@ def check_folder(folder: Path) -> None:
         FailureError: it cannot.
     """
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    named = f"{there}" if there == folder else f"{folder}: {there}"
     if not there.is_dir():
-        raise FailureError(f"{folder}: {there} is a file. Name a folder.", USAGE)
+        raise FailureError(f"{named} is a file. Name a folder.", USAGE)
     if not os.access(there, os.W_OK | os.X_OK):
-        raise FailureError(f"{folder}: {there} cannot be written to.")
+        raise FailureError(f"{named} cannot be written to.")
     try:
         with tempfile.TemporaryFile(dir=there):  # permissions do not tell of a read-only or a full disk
             pass
     except OSError as error:
-        raise FailureError(f"{folder}: {there} cannot be written to ({error.strerror}).") from error
+        raise FailureError(f"{named} cannot be written to ({error.strerror}).") from error
+
+
+def check_results(folder: Path) -> None:
+    """Make sure that a folder holds what profile or sweep wrote.
+
+    Raises:
+        FailureError: it does not.
+    """
+    if folder.is_file():
+        raise FailureError(f"{folder} is a file. Name the folder that profile or sweep wrote.", USAGE)
+    if not any((folder / name).exists() for name in (PROFILE_FILE, SWEEP_FILE)):
+        what = "holds no results" if folder.is_dir() else "does not exist"
+        made = f"stg-hooks profile MODEL --out {folder}, or stg-hooks sweep MODEL --out {folder}"
+        raise FailureError(f"{folder} {what}. Write some there first: {made}", USAGE)
 
 
 def write_frames(path: Path, frames: Any, fps: float) -> None:
@@ -75,13 +90,19 @@ def write_frames(path: Path, frames: Any, fps: float) -> None:
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Give a path beside the real one to write to, and move it there if nothing fails."""
+    """Give a path beside the real one to write to, and move it there if nothing fails; folders are made as needed."""
+    new = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+        if not path.exists():
+            with contextlib.suppress(OSError):  # something else lies there by now
+                for folder in new:
+                    folder.rmdir()
 
 
 def _write_mp4(path: Path, frames: Any, fps: float) -> None:

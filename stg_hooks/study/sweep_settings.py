@@ -134,15 +134,20 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
+class OtherSettingsError(ResultsError, SettingError):
+    """A folder holds a sweep with other settings than those that are asked for."""
+
+
 def check_same(folder: Path, found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raise `ResultsError` unless a folder's settings are those that are asked for."""
+    """Raise an `OtherSettingsError` unless a folder's settings are those that are asked for."""
+    there, here = ({**settings, **settings.get("settings", {})} for settings in (found, asked))
     differing = [
-        f"{name} is {found.get(name)!r} there and {asked.get(name)!r} here"
-        for name in dict.fromkeys([*found, *asked])
-        if found.get(name) != asked.get(name)
+        f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+        for name in dict.fromkeys([*there, *here])
+        if name != "settings" and there.get(name) != here.get(name)
     ]
     if differing:
-        raise ResultsError(
+        raise OtherSettingsError(
             f"{folder} holds a sweep with other settings: {'; '.join(differing)}. Use the same settings to go on with "
             "it, or another folder."
         )
