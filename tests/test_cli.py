@@ -22,7 +22,8 @@ from typer.testing import CliRunner, Result
 import stg_hooks as stg
 from stg_hooks import demo
 from stg_hooks.cli import app as cli
-from stg_hooks.cli import calls, files, main, models
+from stg_hooks.cli import calls, failures, files, main, models
+from stg_hooks.study import sweep_settings
 from tests import pipelines, stock_pipelines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,6 +184,9 @@ def test_settings_from_a_file(tmp_path: Path) -> None:
         ('{"layers": [2], "scale": "1"}', ["scale='1': expected a number"]),
         ('{"layers": [2], "mode": "residuals"}', ["mode 'residuals'", "Did you mean 'residual'"]),
         ('{"layers": [2], "stop": 7}', ["stop=7: expected a part"]),
+        ('{"layers": [2], "guidance_scale": "a"}', ['guidance_scale="a": expected a number']),
+        ("null", ["expected an object", "not null"]),
+        ('{"layers": [88]}', ["See stg-hooks layers MODEL"]),
         ('{"branches": [{"layer": 2}]}', ["branches=", "expected layers"]),
         ('{"layers": [2], "scale": "nowhere:fading"}', ["scale='nowhere:fading'", "import nowhere first"]),
     ],
@@ -214,14 +218,17 @@ def svd(monkeypatch: pytest.MonkeyPatch) -> Any:
     return pipe
 
 
-SVD = ("--layers", "0", *SHORT, "--set", "height=64", "--set", "width=64", "--set", "num_frames=3")
+SVD = ("--layers", "0", *SHORT)
+SIZE = ("height=64", "width=64", "num_frames=3")
+SET = [word for setting in SIZE for word in ("--set", setting)]
+OPTIONS = ("--height", "64", "--width", "64", "--frames", "3")
 
 
 def test_an_image_instead_of_a_prompt(svd: Any, tmp_path: Path) -> None:
     picture, out = tmp_path / "in.png", tmp_path / "out.png"
     Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(64, 64, 3)).save(picture)
     torch.manual_seed(0)  # the pipeline adds noise to the image, with the global generator
-    result = run("generate", "svd", "--image", picture, *SVD, "-o", out)
+    result = run("generate", "svd", "--image", picture, *SVD, *OPTIONS, "-o", out)
     assert result.exit_code == 0, result.output
     torch.manual_seed(0)
     with stg.apply(svd, [0]), Image.open(picture) as image:
@@ -230,14 +237,14 @@ def test_an_image_instead_of_a_prompt(svd: Any, tmp_path: Path) -> None:
     with Image.open(out) as made:
         assert made.n_frames == 3
         assert np.array_equal(np.asarray(made.convert("RGB"))[::2, ::2], (frames[0] * 255).round().astype(np.uint8))
-    found = run("sweep", "svd", "--image", picture, *SVD, "--scales", "1", "--out", tmp_path)
+    found = run("sweep", "svd", "--image", picture, *SVD, *SET, "--scales", "1", "--out", tmp_path)
     assert found.exit_code == 0, found.output
     [_, cell] = stg.results.Sweep.load(tmp_path).cells
     assert "prompt" not in cell.code
-    found = run("profile", "svd", "--image", picture, *SVD, "--levels", "1", "--out", tmp_path)
+    found = run("profile", "svd", "--image", picture, *SVD, *SET, "--levels", "1", "--out", tmp_path)
     assert found.exit_code == 0, found.output
     assert stg.results.Profile.load(tmp_path).prompts == ("",)
-    found = run("bench", "svd", "--image", picture, *SVD, "--rounds", "1", "--json")
+    found = run("bench", "svd", "--image", picture, *SVD, *SET, "--rounds", "1", "--json")
     assert found.exit_code == 0, found.output
 
 
@@ -255,10 +262,73 @@ def test_an_image_or_a_prompt_that_cannot_be_used(svd: Any, tmp_path: Path) -> N
 
 
 def test_a_setting_without_an_option_of_its_own() -> None:
-    assert calls.settings_from(["height=480", "text=a b=c", "flag=true"], {"fps": 8, "image": None}) == {
-        "fps": 8, "height": 480, "text": "a b=c", "flag": True,
-    }  # fmt: skip
+    options = calls.options_from({"fps": 8, "image": None}, ["height=480", "text=a b=c", "flag=true"])
+    assert calls.settings_of(options) == {"fps": 8, "height": 480, "text": "a b=c", "flag": True}
     fails(run("generate", "demo", "--layers", "2", "--set", "height", "-o", "x.png"), 2, "--set 'height'", "name=value")
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("heigth=32", ["no such argument", "Did you mean 'height'"]),
+        ("prompt=hi", ["has an option of its own: --prompt hi"]),
+        ("num_inference_steps=2", ["has an option of its own: --steps 2"]),
+        ("height=64", ["has an option of its own: --height 64"]),
+        ("generator=1", ["cannot be set", "--seed"]),
+        ("output_type=latent", ["cannot be set"]),
+        ("return_dict=false", ["cannot be set"]),
+        ("callback_on_step_end=print", ["cannot be set", "a function"]),
+        ("sigma=NaN", ["finite"]),
+    ],
+)
+def test_a_setting_that_is_not_to_be_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, words: list[str]
+) -> None:
+    monkeypatch.setattr(cli.Source, "pipeline", lambda self: pytest.fail("loaded"))
+    fails(
+        run("generate", "demo", "--layers", "2", "--set", typed, "-o", tmp_path / "x.png"), 2, f"--set {typed}", *words
+    )
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        (["--set", "num_videos_per_prompt=abc"], ["--set num_videos_per_prompt=abc: the pipeline refused it: "]),
+        (["--width", "100"], ["--width 100: the pipeline refused it: ", "divisible by 16"]),
+        (["-n", "ugly"], ["--negative-prompt ugly: the pipeline refused it: "]),
+        (["-p", "purple cat"], ["--prompt 'purple cat': the pipeline refused it: ", "cannot be drawn"]),
+    ],
+)
+def test_what_the_pipeline_refuses_is_named_as_it_was_typed(tmp_path: Path, typed: list[str], words: list[str]) -> None:
+    result = run("generate", "demo", "--layers", "2", "--steps", "1", *typed, "-o", tmp_path / "x.png")
+    fails(result, 2, *words)
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_what_fails_after_the_first_step_is_not_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any) -> None:
+        raise ValueError("in the end")
+
+    monkeypatch.setattr(demo, "to_video", fail)
+    result = run("generate", "demo", "--layers", "2", "--steps", "1", "-o", tmp_path / "x.png")
+    fails(result, 1, "ValueError: in the end")
+
+
+@pytest.mark.parametrize(
+    ("command", "typed", "words"),
+    [
+        ("sweep", ["--set", "heigth=3"], ["--set heigth=3", "Did you mean"]),
+        ("sweep", ["--set", "height=abc"], ["--set height=abc: the pipeline refused it"]),
+        ("sweep", ["-p", "red 3 blue 7", "-p", ""], ["--prompt '': the pipeline refused it"]),
+        ("profile", ["--set", "height=abc"], ["--set height=abc: the pipeline refused it"]),
+        ("profile", ["-p", "no"], ["--prompt no: the pipeline refused it"]),
+    ],
+)
+def test_nothing_is_written_of_what_can_only_fail(
+    tmp_path: Path, command: str, typed: list[str], words: list[str]
+) -> None:
+    fails(run(command, "demo", "--layers", "2", *typed, "-o", tmp_path / "new"), 2, *words)
+    assert not list(tmp_path.iterdir())
 
 
 # --- what cannot work -------------------------------------------------------------------------------------------------
@@ -282,10 +352,37 @@ def test_bad_settings_fail_before_anything_is_loaded(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bad_option_is_a_usage_error() -> None:
-    assert run("generate", "demo", "--steps", "many", "-o", "x.png").exit_code == 2
-    assert run("generate", "demo").exit_code == 2
-    assert run("no-such-command").exit_code == 2
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        (["generate", "demo", "--steps", "many", "-o", "x.png"], ["'--steps'", "expected", "generate --help"]),
+        (["generate", "demo", "--scale", "abc", "-o", "x.png"], ["'--scale'", "expected"]),
+        (["generate", "demo", "--seed", "9" * 23, "-o", "x.png"], ["'--seed'", "2**64"]),
+        (["generate", "demo", "--scal", "1", "-o", "x.png"], ["--scal", "--scale"]),
+        (["generate", "demo"], ["Missing option '--out'"]),
+        (["generate", "-o", "x.png"], ["MODEL"]),
+        (["generate", "demo", "other", "-o", "x.png"], ["(other)"]),
+        (["no-such-command"], ["no-such-command"]),
+        (["--no-such-option"], ["--no-such-option"]),
+        # One value each, that can be meant.
+        (["generate", "demo", "--scale", "1", "--scale", "2", "-o", "x.png"], ["--scale is given 2 times"]),
+        (["generate", "demo", "-p", "a", "--prompt", "b", "-o", "x.png"], ["--prompt is given 2 times"]),
+        (["generate", "demo", "-o", "x.png", "-o", "y.png"], ["--out is given 2 times"]),
+        (["generate", "demo", "--guidance-scale", "nan", "-o", "x.png"], ["--guidance-scale nan", "finite"]),
+        (["profile", "demo", "--guidance-scale", "inf", "-o", "x"], ["--guidance-scale inf", "finite"]),
+        (["generate", "demo", "--scale", "nan", "-o", "x.png"], ["--scale nan", "finite"]),
+        (["generate", "demo", "--fps", "inf", "-o", "x.png"], ["--fps inf", "finite"]),
+        (["generate", "demo", "--mode", "", "-o", "x.png"], ["--mode is empty"]),
+        (["generate", "demo", "--settings", "", "-o", "x.png"], ["--settings is empty"]),
+        (["layers", ""], ["MODEL is empty"]),
+        (["profile", "demo", "-o", " "], ["--out is empty"]),
+        (["generate", "demo", "--layers", "2", "--device", "meta", "-o", "x.png"], ["--device meta"]),
+    ],
+)
+def test_a_bad_option_is_a_usage_error_in_one_line(typed: list[str], words: list[str]) -> None:
+    result = run(*typed)
+    fails(result, 2, *words)
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_an_existing_file_stays(tmp_path: Path) -> None:
@@ -440,7 +537,7 @@ def test_sweep(tmp_path: Path) -> None:
     assert names == {"baseline", "residual-L2-s0.5", "residual-L2+5-s0.5"}
     fails(run("sweep", "demo", "--layers", "2", "--scales", "x", "--out", tmp_path), 2, "--scales 'x'")
     fails(run("sweep", "demo", "--layers", "2,88", "--out", tmp_path), 2, "--layers 88: ")
-    fails(run("sweep", "demo", "--layers", "3", *SHORT, "--out", tmp_path), 1, str(tmp_path))
+    fails(run("sweep", "demo", "--layers", "3", *SHORT, "--out", tmp_path), 2, str(tmp_path), "--layers 2,2+5 there")
 
 
 @pytest.mark.slow
@@ -467,9 +564,64 @@ def test_profile_checks_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_report_of_nothing(tmp_path: Path) -> None:
-    result = run("report", tmp_path)
-    assert result.exit_code in (1, 2)
-    fails(result, result.exit_code, str(tmp_path))
+    file = tmp_path / "file.txt"
+    file.touch()
+    fails(run("report", tmp_path), 2, str(tmp_path), f"stg-hooks profile MODEL --out {tmp_path}")
+    fails(run("report", tmp_path / "none"), 2, "none does not exist")
+    fails(run("report", file), 2, f"{file} is a file")
+
+
+def test_a_failed_command_leaves_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: Any, path: Path, **__: Any) -> None:
+        path.touch()
+        raise KeyboardInterrupt
+
+    out = tmp_path / "new" / "newer" / "x.webp"
+    fails(run("generate", "demo", "--layers", "99", "-o", out), 2)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("PIL.Image.Image.save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_frames(out, np.zeros((1, 4, 4, 3), np.uint8), 8)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "typed", "words", "others"),
+    [
+        ("generate", [], ["no layers given", "stg-hooks profile MODEL --out DIR measures"], ["num_layers", "stg."]),
+        ("generate", ["--layers", "[2,5]"], ["--layers '[2,5]'", "--layers 2+5"], ["2,5;"]),
+        ("generate", ["--layers", "2.5"], ["--layers 2+5"], ["Did you mean"]),
+        ("profile", ["--layers", "2:5"], ["--layers 2,5"], ["2+5"]),
+        ("sweep", ["--layers", "2 5"], ["--layers 2+5", "--layers 2,5"], []),
+        ("sweep", ["--layers", "2-5"], ["--layers 2+5", "--layers 2,5"], []),
+        ("sweep", ["--layers", "2,2"], ["--layers 2,2: 2 is there twice"], ["["]),
+        ("sweep", ["--layers", "2,blocks.2"], ["--layers 2,2"], ["["]),
+        ("sweep", ["--scales", "1,1.0"], ["--scales 1,1.0"], ["["]),
+        ("sweep", ["--scales", "nan"], ["--scales nan"], []),
+        ("sweep", ["--modes", "values,values"], ["--modes values,values"], ["("]),
+        ("sweep", ["--layers", "2", "--modes", "foo"], ["--modes 'foo'"], ["callable"]),
+        ("profile", ["--layers", "2", "--modes", "foo"], ["--modes 'foo'"], ["callable"]),
+        ("generate", ["--layers", "2", "--mode", "foo"], ["--mode 'foo'"], ["callable"]),
+    ],
+)
+def test_errors_are_in_the_words_of_the_command_line(
+    tmp_path: Path, command: str, typed: list[str], words: list[str], others: list[str]
+) -> None:
+    result = run(command, "demo", *typed, "-o", tmp_path / "x.png")
+    fails(result, 2, *words)
+    assert not [word for word in others if word in result.stderr]
+
+
+def test_other_settings_are_told_as_they_are_typed() -> None:
+    found = {"layers": [[2], [2, 5]], "prompts": ["a b"], "settings": {"num_inference_steps": 2}}
+    asked = {"layers": [[3]], "prompts": ["a b"], "settings": {"num_inference_steps": 4}}
+    with pytest.raises(typer.Exit) as stopped, failures.reported("layers"):
+        sweep_settings.check_same(Path("there"), found, asked)
+    assert stopped.value.exit_code == 2
+    with pytest.raises(stg.ResultsError) as caught:
+        sweep_settings.check_same(Path("there"), found, asked)
+    line = failures._in_its_words(str(caught.value), ["layers"])
+    assert "--layers 2,2+5 there and --layers 3 here; --steps 2 there and --steps 4 here" in line
 
 
 @pytest.mark.slow

@@ -76,9 +76,7 @@ def reported(*lists: str) -> Iterator[None]:
 
 def note(text: str) -> None:
     """Print to stderr; stdout is for results."""
-    from rich.console import Console
-
-    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+    typer.echo(text, err=True)
 
 
 def _warn(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

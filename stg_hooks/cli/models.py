@@ -107,6 +107,10 @@ class Source:
         import torch
 
         device = torch.device(self.where)
+        try:
+            torch.zeros(1, device=device).tolist()
+        except (RuntimeError, NotImplementedError, AssertionError):
+            raise FailureError(f"--device {self.device}: this torch cannot compute there.", 2) from None
         if self.name == DEMO:
             from stg_hooks import demo
 
@@ -142,10 +146,6 @@ class Source:
             raise FailureError(f"--device {self.device}: no such device. Try cpu, cuda, cuda:1 or mps.", 2) from None
         if kind in ("cuda", "mps") and not getattr(torch, "cuda" if kind == "cuda" else "mps").is_available():
             raise FailureError(f"--device {self.device}: this torch finds no {kind} device here.")
-        try:
-            torch.zeros(1, device=self.device).tolist()
-        except (RuntimeError, NotImplementedError, AssertionError):
-            raise FailureError(f"--device {self.device}: this torch cannot compute there.", 2) from None
         return self.device
 
     @property
