@@ -28,7 +28,7 @@ class Command(typer.core.TyperCommand):
         if ctx.resilient_parsing:
             return rest
         values, _, order = self.make_parser(ctx).parse_args(args=typed)
-        options = {id(param): param for param in order}
+        options: dict[int, Any] = {id(param): param for param in order}
         for key, times in Counter(map(id, order)).items():
             param = options[key]
             if times > 1 and not (param.multiple or param.is_flag):

@@ -9,7 +9,9 @@ import errno
 import importlib
 import inspect
 import json
+import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,7 +189,8 @@ def _finding(name: str) -> Iterator[None]:
             "genmo/mochi-1-preview, or demo."
         )
     try:
-        yield
+        with _quiet():
+            yield
     except (OSError, ValueError) as error:
         causes = {type(cause).__name__ for cause in _chain(error)}
         if any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in _chain(error)):
@@ -204,6 +207,20 @@ def _finding(name: str) -> Iterator[None]:
         offline = os.environ.get("HF_HUB_OFFLINE") or "OfflineModeIsEnabled" in causes
         why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
         raise FailureError(f"{name}: not on this machine, and {why}.") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what the hub's package says of each try, and of an argument that diffusers gives it."""
+    log = logging.getLogger("huggingface_hub")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+            yield
+    finally:
+        log.setLevel(before)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
