@@ -131,11 +131,22 @@ def _in_its_words(text: str, lists: Collection[str]) -> str:
         option = f"--{name}s" if f"{name}s" in lists else f"--{name}"
         return f"{option} " if found[1] else f"unknown {option} "
 
-    text = _OTHER.sub(r"\1=\2 there and \1=\3 here", text)
+    text = _OTHER.sub(_compared, text)
     text = _ONE.sub(one, _LIST.sub(_list_as_typed, hints(text)))
     for pattern, words in _WORDS:
         text = pattern.sub(words, text)
     return text
+
+
+def _compared(found: re.Match[str]) -> str:
+    """Write what differs between two sweeps as arguments, one by one."""
+    name, there, here = found.groups()
+    pairs = [(name, there, here)]
+    if name == "settings":
+        with contextlib.suppress(ValueError, SyntaxError):
+            old, new = ast.literal_eval(there), ast.literal_eval(here)
+            pairs = [(key, repr(old.get(key)), repr(new.get(key))) for key in {**old, **new}]
+    return "; ".join(f"{key}={was} there and {key}={now} here" for key, was, now in pairs if was != now)
 
 
 def _list_as_typed(found: re.Match[str]) -> str:

@@ -55,7 +55,7 @@ def sampler_of(target: Any, sample: Sample | None, settings: Mapping[str, Any], 
             f"{type(target).__name__} is not called with a generator. Say how to make one sample: sample=function, "
             "which takes (prompt, generator)."
         )
-    check_arguments(type(target).__name__, parameters, settings)
+    check_arguments(type(target).__name__, parameters if own is None else _passed_on(own, parameters), settings)
     more = {**({"output_type": output_type} if "output_type" in parameters else {}), **settings}
 
     def make(prompt: str, generator: torch.Generator) -> Any:
@@ -175,6 +175,13 @@ def prompts_from(prompts: str | Sequence[str], pipe: object = None) -> tuple[str
 def generator_of(seed: int) -> torch.Generator:
     """Return a generator on the CPU, whose noise is the same on every device."""
     return torch.Generator().manual_seed(seed)
+
+
+def _passed_on(own: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]) -> Mapping[str, inspect.Parameter]:
+    """Return what a pipeline's `stg_sample` takes: its own arguments, and with `**settings` those of the pipeline."""
+    found = _parameters(own)
+    named = {name: parameter for name, parameter in found.items() if parameter.kind is not parameter.VAR_KEYWORD}
+    return named if len(named) == len(found) else {**parameters, **named}
 
 
 def _parameters(target: object) -> Mapping[str, inspect.Parameter]:

@@ -140,11 +140,10 @@ class OtherSettingsError(ResultsError, SettingError):
 
 def check_same(folder: Path, found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Raise an `OtherSettingsError` unless a folder's settings are those that are asked for."""
-    there, here = ({**settings, **settings.get("settings", {})} for settings in (found, asked))
     differing = [
-        f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
-        for name in dict.fromkeys([*there, *here])
-        if name != "settings" and there.get(name) != here.get(name)
+        f"{name} is {found.get(name)!r} there and {asked.get(name)!r} here"
+        for name in dict.fromkeys([*found, *asked])
+        if found.get(name) != asked.get(name)
     ]
     if differing:
         raise OtherSettingsError(
