@@ -686,6 +686,35 @@ def test_an_interrupt_while_the_command_line_loads(monkeypatch: pytest.MonkeyPat
         assert capsys.readouterr().err == "stg-hooks: interrupted.\n"
 
 
+WITHIN_AN_IMPORT = """
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except BaseException:
+                raise RuntimeError from None
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "status", "lines"),
+    [
+        # Within an import, which makes another error of an exception.
+        (WITHIN_AN_IMPORT, 130, ["stg-hooks: interrupted."]),
+        # After the work, while Python ends: what is registered first runs last.
+        ("atexit.register(os.kill, os.getpid(), signal.SIGINT)", 0, []),
+    ],
+)
+def test_an_interrupt_before_and_after(before: str, status: int, lines: list[str]) -> None:
+    code = f"import atexit, os, signal, sys; sys.argv[1:] = ['--version']\n{before}\n"
+    code += "from stg_hooks.cli import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()) == (status, lines)
+
+
 @pytest.mark.parametrize("where", ["make_context", "invoke"])
 def test_an_interrupt_outside_of_a_command(where: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """typer itself exits with the status and says nothing."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -482,6 +483,40 @@ def test_refused_before_anything_is_made(
     with pytest.raises(error, match=text):
         Toy().sweep(tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"prompts": ["red 3 blue 7", "purple cat"]}, "refused this call: 'purple cat' cannot be drawn"),
+        ({"height": "abc"}, "WanPipeline refused this call"),
+        ({"heigth": 32}, "heigth: WanPipeline has no such argument. Did you mean 'height'"),
+    ],
+)
+def test_what_a_pipeline_refuses_is_known_before_the_folder_is_taken(
+    tmp_path: Path, changes: dict[str, Any], text: str
+) -> None:
+    settings: dict[str, Any] = {"prompts": demo.PROMPTS[0], "layers": [2], "scales": [1.0], "num_inference_steps": 1}
+    pipe = demo.load()
+    before = torch.get_rng_state()
+    with pytest.raises(stg.SettingError, match=re.escape(text)):
+        stg.sweep(pipe, out=tmp_path / "out", progress=False, **{**settings, **changes})
+    assert not (tmp_path / "out").exists()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not pipe.transformer._forward_pre_hooks
+
+
+def test_a_pipelines_own_sample_says_what_it_takes(tmp_path: Path) -> None:
+    pipe = demo.load()
+
+    def own(prompt: str, generator: torch.Generator, length: int = 1) -> Tensor:
+        return demo.sample(pipe, prompt, generator, num_inference_steps=length)
+
+    pipe.stg_sample = own
+    arguments: dict[str, Any] = {"layers": [2], "scales": [1.0], "progress": False}
+    with pytest.raises(stg.SettingError, match=r"lenght: WanPipeline has no such argument\. Did you mean 'length'"):
+        stg.sweep(pipe, demo.PROMPTS[0], out=tmp_path, **arguments, lenght=1)
+    assert not stg.sweep(pipe, demo.PROMPTS[0], out=tmp_path, **arguments, length=1).failed
 
 
 def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

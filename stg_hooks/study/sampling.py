@@ -125,7 +125,7 @@ def rehearse(pipe: Any, make: Sample, prompts: Iterable[str]) -> None:
     hooks = [model.register_forward_pre_hook(stop, prepend=True) for model in denoisers_of(pipe).values()]
     try:
         for prompt in prompts:
-            with suppress(_FirstStep), torch.no_grad():
+            with suppress(_FirstStep), torch.no_grad(), torch.random.fork_rng(devices=[]):
                 make(prompt, generator_of(0))
     finally:
         for hook in hooks:
