@@ -10,8 +10,9 @@ const COLUMNS = [
   { title: "Mode", kind: "text", value: (cell) => (isPlain(cell) ? NONE : cell.mode), order: (cell) => (isPlain(cell) ? "" : cell.mode) },
   { title: "Scale", value: (cell) => number(cell.scale), order: (cell) => cell.scale },
   numeric("Extra compute", (cell) => (isPlain(cell) ? 0 : cell.cost), 100, " %"),
+  // The measure that counts most comes first: a phone shows it without scrolling.
+  ...new Set([firstMetric(), ...data.metrics]).values().filter(Boolean).map((name) => numeric(words(name), (cell) => cell.metrics[name])),
   numeric("Seconds", (cell) => cell.seconds),
-  ...data.metrics.map((name) => numeric(words(name), (cell) => cell.metrics[name])),
 ];
 const sorting = { column: null, up: true };
 const lines = new Map(); // cell -> <tr>
@@ -49,6 +50,7 @@ const drawTable = () => {
 
 if (sweep) {
   drawTable();
+  hintAtOverflow(byId("table"), byId("table-hint"));
   watch(() => {
     for (const [cell, line] of lines) line.classList.toggle("chosen", cell === state.cell);
   });
