@@ -261,7 +261,7 @@ def test_the_front_has_what_nothing_beats(visit: Callable[..., Any], written: Pa
     page = visit(written)
     assert page.input_value("#metric") == "flicker"  # here is no metric of the user's, and no contrast
     assert page.input_value("#better") == "none"
-    assert page.inner_text("#chosen-name") == "Layer 5, attention, scale 1"  # 17 are done: the ninth
+    assert page.inner_text("#chosen-name") == "Layer 5, residual, scale 1"
     assert "merely the middle of the grid" in page.inner_text("#effect")
     assert page.get_attribute(".front", "points") == ""  # nothing tells which is best
     page.select_option("#better", "kept")
@@ -278,7 +278,7 @@ def test_a_metric_of_the_users_comes_first(visit: Callable[..., Any], tmp_path: 
     page = visit(stg.report(tmp_path))
     assert (page.input_value("#metric"), page.input_value("#better")) == ("difference", "higher")
     assert page.inner_text("#chosen-name") == "Layers 2 + 5, residual, scale 2"  # the best of them
-    assert page.inner_text("#table thead th:nth-child(5)") == "Difference"
+    assert page.inner_text("#table thead th:nth-child(4)") == "Difference"
     page.select_option("#metric", "sharpness")
     assert page.input_value("#better") == "none"
     assert "your metric does: Difference" in page.inner_text("#effect")
@@ -328,7 +328,7 @@ def test_every_measure_can_be_seen(visit: Callable[..., Any], written: Path) -> 
     assert box.evaluate("box => box.scrollWidth <= box.clientWidth")
     assert page.locator("#table-hint").is_hidden()
     phone = visit(written, width=375, has_touch=True, is_mobile=True)
-    assert phone.locator("#table thead th:nth-child(5)").evaluate("cell => cell.getBoundingClientRect().right") <= 375
+    assert phone.locator("#table thead th:nth-child(4)").evaluate("cell => cell.getBoundingClientRect().right") <= 375
     assert phone.locator("#table-hint").is_visible()
 
 

@@ -139,7 +139,8 @@ const firstCell = () => {
   const done = guided.filter(isDone);
   const judged = state.better === "none" ? [] : done.filter((cell) => Number.isFinite(cell.metrics[state.metric]));
   if (judged.length) return judged.reduce((best, cell) => (gainOf(cell) > gainOf(best) ? cell : best));
-  return done[Math.floor(done.length / 2)] ?? plainCell ?? cells[0];
+  const middle = done.filter((cell) => cell.mode === modes[0] && cell.scale === scales[Math.floor(scales.length / 2)]);
+  return middle[Math.floor(middle.length / 2)] ?? done[0] ?? plainCell ?? cells[0];
 };
 const effectText = () => {
   if (state.better === "none") return data.own.length
