@@ -1,4 +1,4 @@
-"""A sampler and a transformer of k-diffusion. Needs `pip install "stg-hooks[k-diffusion]"`."""
+"""A sampler and a transformer of k-diffusion. Needs `pip install k-diffusion`."""
 
 import k_diffusion as K
 import torch

@@ -46,7 +46,7 @@ class ResultsError(StgError, RuntimeError):
 
 
 class ExtraError(StgError, ImportError):
-    """A package is missing that only this part of stg_hooks needs; the message says which extra installs it."""
+    """A package is missing that only this part of stg_hooks needs; the message says what to install."""
 
 
 class NotCopied:

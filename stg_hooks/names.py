@@ -32,12 +32,16 @@ def named(what: str, value: Any, table: Mapping[str, T], elsewhere: Mapping[str,
         SettingError: a name that is not in the table, values that it does not have, or something that is neither.
     """
     if isinstance(value, str):
-        name, values = _read(what, value)
+        name, values = _read(value)
         if name not in table:
             names = ", ".join(map(repr, table))
             ours = (elsewhere or {}).get(name.lower().replace("_", "-"))
             hint = f" Here it is called {what}={ours!r}." if ours else closest(name, table)
             raise SettingError(f"unknown {what} {value!r}; choose from {names}, or pass a callable.{hint}")
+        if values is None:
+            there = _values_of(table[name])
+            how = f"Write them by their names, as in {what}={spelt(name, there)!r}" if there else f"{name!r} has none"
+            raise SettingError(f"{what}={value!r}: cannot read the values in brackets. {how}.")
         return _with(f"{what}={value!r}", name, table[name], dict(values)) if values else table[name]
     if isinstance(value, type):
         raise SettingError(f"{what}={value.__name__} is a class: pass an object, {value.__name__}(...).")
@@ -52,8 +56,8 @@ def spelt(name: str, values: Mapping[str, Any]) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _read(what: str, text: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
-    """Take a name and its values apart."""
+def _read(text: str) -> tuple[str, tuple[tuple[str, Any], ...] | None]:
+    """Take a name and its values apart; the latter are `None` where they cannot be read."""
     found = _WITH_VALUES.fullmatch(text)
     if found is None:
         return text, ()
@@ -63,19 +67,20 @@ def _read(what: str, text: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
             raise ValueError
         return found[1], tuple((str(keyword.arg), ast.literal_eval(keyword.value)) for keyword in call.keywords)
     except (ValueError, SyntaxError, AttributeError):
-        raise SettingError(
-            f"{what}={text!r}: cannot read what stands in brackets. Write values by their names, as in "
-            f"{what}='{found[1]}(x=0.5, y=2)'."
-        ) from None
+        return found[1], None
+
+
+def _values_of(found: Any) -> dict[str, Any]:
+    """Return what can be set in what a name stands for: fields of a dataclass, a function's arguments by name alone."""
+    if dataclasses.is_dataclass(found):
+        return {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    parameters = inspect.signature(found).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
 
 def _with(asked: str, name: str, found: Any, values: dict[str, Any]) -> Any:
-    """Put values in the place of those of a dataclass, or of a function that takes them by name alone."""
-    if dataclasses.is_dataclass(found):
-        names = [field.name for field in dataclasses.fields(found)]
-    else:
-        parameters = inspect.signature(found).parameters.values()
-        names = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    """Put values in the place of those that something has."""
+    names = list(_values_of(found))
     for key in values:
         if key not in names:
             there = f"choose from {', '.join(names)}" if names else "it has none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -63,8 +64,10 @@ BAD_LAYERS: list[tuple[str, Any, type[Exception], str]] = [
         "misspelt",
         ["block.3"],
         LookupError,
-        rf"has no module of that name\. Did you mean 'blocks\.3'(, 'blocks\.\d+')+\? {THIRTY}{SEE}$",
+        rf"of that name\. Did you mean 'blocks\.3'(, 'blocks\.3\.\w+')*\? {THIRTY}{SEE}$",
     ),
+    ("a number too high", ["blocks.99"], LookupError, rf"DiT has no module of that name\. {THIRTY}{SEE}$"),
+    ("two numbers", "2-5", LookupError, rf"^layers=\['2-5'\]: DiT has no module of that name\. {THIRTY}{SEE}$"),
     ("nothing near", "zzz", LookupError, rf"^layers=\['zzz'\]: DiT has no module of that name\. {THIRTY}{SEE}$"),
     ("number as a string", ["40"], LookupError, r"^layers=\['40'\] is not .* For an index write layers=\[40\]\.$"),
     ("glob without a match", "blocks.x*", LookupError, rf"^layers=\['blocks\.x\*'\] matches no layer\. {THIRTY}{SEE}$"),
@@ -138,6 +141,7 @@ BAD_SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("rescale string", {"rescale": "full"}, r"^rescale='full': expected a number from 0"),
     ("mode", {"mode": "residul"}, r"^unknown mode 'residul'; choose from 'residual'.* Did you mean 'residual'\?$"),
     ("mode, nothing near", {"mode": "zzz"}, r"^unknown mode 'zzz'; choose from .*, or pass a callable\.$"),
+    ("mode, empty", {"mode": ""}, r"^unknown mode ''; choose from .*, or pass a callable\.$"),
     ("mode, number", {"mode": 3}, r"^mode=3: expected a name or a callable, not int\.$"),
     ("guidance NaN", {"guidance_scale": math.nan}, r"^guidance_scale=nan: expected a finite number"),
     (
@@ -186,8 +190,13 @@ def test_bad_modes_of_a_skip(untouched: Any) -> None:
         stg.skip(untouched(thirty()), [1], mode=None)  # type: ignore[arg-type]
 
 
-def test_a_published_setting_for_another_size_is_mentioned() -> None:
+def test_a_published_setting_for_another_size_is_mentioned_where_its_layers_exist() -> None:
     model = zoo.FAMILIES["mochi"].build()
+    with pytest.raises(
+        stg.SettingError, match=r"is published for this MochiTransformer3DModel\. stg\.layers\(model\) "
+    ):
+        stg.apply(model)
+    model.transformer_blocks.extend(copy.deepcopy(model.transformer_blocks[0]) for _ in range(35))
     with pytest.raises(
         stg.SettingError,
         match=r"^no layers given, .* for this MochiTransformer3DModel\. For others of its class there is layers=\[34\] "

@@ -108,6 +108,9 @@ def test_metadata(wheel: Path, content: set[str]) -> None:
         metadata = archive.read(name).decode()
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist: ")]
     assert [line for line in required if "extra ==" not in line] == ["Requires-Dist: torch>=2.5"]
+    wanted = [line.removeprefix("Requires-Dist: ") for line in required]
+    for needed in ("imageio", "imageio-ffmpeg", "sentencepiece", "protobuf"):  # by the first snippet of README
+        assert any(re.match(rf"{needed}\b(?!-).*extra == .diffusers", line) for line in wanted), needed
     assert "License-Expression: Apache-2.0" in metadata.splitlines()
     assert f"Version: {stg_hooks.__version__}" in metadata.splitlines()
     assert any(n.endswith("/licenses/LICENSE") for n in content)

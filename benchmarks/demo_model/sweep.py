@@ -61,8 +61,8 @@ class Cell:
         """Describe the setting to a reader."""
         words = ["no CFG" if self.guidance_scale == 1 else f"CFG {self.guidance_scale:g}", f"{self.steps} steps"]
         if self.mode:
-            layers = " ".join(map(str, self.layers))
-            words[0] += f" + STG layer {layers}, {self.mode}, scale {self.scale:g}"
+            layers = f"layer{'s' * (len(self.layers) > 1)} {'+'.join(map(str, self.layers))}"
+            words[0] += f" + STG {layers}, {self.mode}, scale {self.scale:g}"
         words += [f"from {self.start:.0%}"] if self.start > 0 else []
         words += [f"until {self.stop:.0%}"] if self.stop < 1 else []
         words += [f"rescale {self.rescale:g}"] if self.rescale else []

@@ -38,7 +38,7 @@ try:
     from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 except ImportError as error:
     raise ExtraError(
-        'stg.modular is for modular pipelines of diffusers 0.36 or later: pip install -U "stg-hooks[diffusers]"'
+        "stg.modular is for modular pipelines of diffusers 0.36 or later: pip install -U diffusers"
     ) from error
 
 __all__ = ["SkipGuidance"]

@@ -40,7 +40,7 @@ def load() -> Any:
         from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
     except ImportError as error:
         raise ImportError(
-            'The demo runs a diffusers pipeline. Install it with: pip install "stg-hooks[demo]"'
+            "The demo runs a diffusers pipeline. It needs: pip install diffusers transformers accelerate"
         ) from error
     config = json.loads(_file("config.json"))
     weights = _weights()

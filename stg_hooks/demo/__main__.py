@@ -27,7 +27,7 @@ BATCH = 8
 class Settings:
     """How the clips are sampled. These defaults hold where no evaluation ships with the package."""
 
-    layers: tuple[int, ...] = (5, 6)
+    layers: tuple[int, ...] = (5, 6, 7)
     mode: str = "residual"
     scale: float = 1.0
     guidance_scale: float = 1.0

@@ -12,6 +12,7 @@ from torch import nn
 
 from stg_hooks.errors import SettingError, closest
 from stg_hooks.guidance.settings import Branch
+from stg_hooks.model.layers import find_layers
 from stg_hooks.modes.frames import Kind
 
 
@@ -133,11 +134,11 @@ def recommended(module: nn.Module) -> Published:
     found = published_settings(module)
     if found:
         return found[0]
-    table = _table()
+    count = sum(layer.index is not None for layer in find_layers(module))
     others = "; ".join(
         f"layers={list(entry.layers)} for {entry.name} with {dict(entry.where)}"
-        for entry in table
-        if _is_a(module, entry.model)
+        for entry in _table()
+        if _is_a(module, entry.model) and max(entry.layers) < count
     )
     # No rule of thumb about depth: in what we measured none held, and some layers do damage at every scale.
     raise SettingError(

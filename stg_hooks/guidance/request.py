@@ -121,4 +121,5 @@ def branches_from(
         if not isinstance(given, Sequence) or not given or not all(isinstance(branch, Branch) for branch in given):
             raise SettingError(f"branches={branches!r}: expected a list of stg.Branch(layers, scale, mode).")
         return list(branches), rescale or 0.0
-    return [Branch(layers, 1.0 if scale is None else scale, mode or "residual", kind)], rescale or 0.0
+    branch = Branch(layers, 1.0 if scale is None else scale, "residual" if mode is None else mode, kind)
+    return [branch], 0.0 if rescale is None else rescale

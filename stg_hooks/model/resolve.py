@@ -183,6 +183,8 @@ def _by_name(model: nn.Module, known: list[Layer], name: str) -> list[Layer]:
     inside = [f"{layer.name}.{attention}" for layer in known for attention in layer.attention]
     existing = [*(layer.name for layer in known), *inside]
     tails = [tail for full in existing for tail in (full, full.split(".", 1)[-1])]
+    numbers = _numbers(asked)  # another one is never a guess: a wrong layer does damage
+    tails = [tail for tail in tails if not numbers or _numbers(tail) == numbers]
     raise LayerError(
         f"layers=[{_shown(name)}]: {type(model).__name__} has no module of that name."
         f"{closest(asked, tails)} {_what_exists(model, known)} See stg.layers(model)."
@@ -233,6 +235,10 @@ def _by_module(model: nn.Module, known: list[Layer], wanted: nn.Module) -> Layer
 
 def _is_tail(tail: str, name: str) -> bool:
     return name == tail or name.endswith(f".{tail}")
+
+
+def _numbers(name: str) -> list[str]:
+    return re.findall(r"\d+", name)
 
 
 def _glob_matches(pattern: str, name: str) -> bool:

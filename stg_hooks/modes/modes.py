@@ -349,4 +349,6 @@ def check_one_mode(layers: object, mode: str | Mode) -> None:
 def check_layers_given(layers: object, mode: Perturbation) -> None:
     """Raise `SettingError` where layers are left out with a mode that is not meant for a whole model."""
     if layers is None and not mode.is_of_model:
-        raise SettingError(f"{mode} needs layers, for example layers=[-2]; stg.layers(...) lists them.")
+        raise SettingError(
+            f"{mode} needs layers= to say where. stg.layers(model) lists them; stg.profile measures which do damage."
+        )

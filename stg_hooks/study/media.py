@@ -29,7 +29,8 @@ def needs(*packages: str) -> list[ModuleType]:
             found.append(importlib.import_module(package))
         except ImportError as error:
             raise ExtraError(
-                f'pictures need {package.partition(".")[0]}, which is not installed: pip install "stg-hooks[sweep]"'
+                f"pictures need {package.partition('.')[0]}, which is not installed: "
+                "pip install numpy pillow imageio imageio-ffmpeg tqdm"
             ) from error
     return found
 

@@ -49,7 +49,7 @@ def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ExtraError('Plots are drawn by matplotlib. Install it with: pip install "stg-hooks[report]"') from error
+        raise ExtraError("Plots are drawn by matplotlib. Install it with: pip install matplotlib") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
