@@ -314,7 +314,7 @@ def test_a_label_crosses_neither_the_line_nor_another_label(visit: Callable[...,
             if (boxes.some((box) => inside(box, plot.left + x, plot.top + y))) return "line";
         }
         for (const [i, a] of boxes.entries()) for (const b of boxes.slice(i + 1))
-            if (a.left < b.right && b.left < a.right && a.top + 2 < b.bottom - 2 && b.top + 2 < a.bottom - 2) return "label";
+            if (a.left < b.right && b.left < a.right && Math.abs(a.top - b.top) < a.height - 4) return "label";
         return long > 50 ? "" : "no line";
     }"""
     page.select_option("#metric", "difference")
