@@ -47,7 +47,7 @@ test-oldest: ## fast tests of the core, skip, Guider and apply with the oldest s
 	$(call test_in_a_fresh_environment,.venv-oldest,$(shell sed '/^\#/d' constraints-oldest.txt))
 
 test-with: ## the same with others, in a fresh .venv-with: make test-with VERSIONS="diffusers==0.38.0 transformers accelerate"
-	$(call test_in_a_fresh_environment,.venv-with,$(TORCH) scipy $(VERSIONS))
+	$(call test_in_a_fresh_environment,.venv-with,$(if $(findstring torch==,$(VERSIONS)),,$(TORCH)) scipy $(VERSIONS))
 
 slow: $(VENV)/.test
 	@echo "slow tests:"

@@ -286,6 +286,12 @@ def test_with_an_evaluation_the_page_shows_all_of_it(
     html = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "real clips" in html
     assert "75.0% (70.0–80.0)" in html
+    heads = re.findall(r'<th scope="col">(.*?)</th>', html.partition("The full evaluation</h2>")[2])
+    assert heads[1:3] == ["Right", "Fréchet distance"]  # a phone shows these without scrolling
+    clips_section, tables = html.partition('class="grid"')[2].split("</section>")
+    assert "</article>" in clips_section  # what sticks while it is on the screen
+    assert "<article" not in tables
+    assert "<table" in tables
 
 
 def test_the_shipped_evaluation_belongs_to_the_shipped_weights() -> None:

@@ -188,7 +188,7 @@ def test_the_slider_changes_the_scale_of_every_row(visit: Callable[..., Any], wr
     plain = page.locator("#sheet thead canvas").first.get_attribute("data-shown")
     page.fill("#scale", "2")
     assert page.inner_text("#scale-value") == "2"
-    assert page.inner_text("#chosen-name") == "Layer 2, residual, scale 2"
+    assert page.inner_text("#chosen-name") == "Layer 5, residual, scale 2"
     labels = [node.get_attribute("aria-label") for node in page.locator(f"{tiles}:visible").all()]
     assert len(labels) == 8  # two rows of four; the third failed at this scale
     assert all("scale 2:" in label for label in labels)
@@ -230,13 +230,43 @@ def test_the_code_of_the_chosen_cell_is_copied(visit: Callable[..., Any], writte
     assert page.locator(".tile[aria-pressed=true]").count() == 1
 
 
+def test_the_copied_code_alone_makes_the_shown_sample(visit: Callable[..., Any], tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", reason="the demo extra is not installed")
+    from PIL import Image
+
+    from stg_hooks import demo
+
+    asked = {"layers": [6], "scales": [1.0], "seeds": [0, 4], "num_inference_steps": 2, "progress": False}
+    stg.sweep(demo.load(), "red 3 blue 7", out=tmp_path, **asked)
+    page = visit(stg.report(tmp_path), permissions=["clipboard-read", "clipboard-write"])
+    page.select_option("#sample", "1")
+    for cell in ("baseline", "residual-L6-s1.0"):
+        page.click(f"#table tr[data-cell='{cell}'] td:last-child")
+        page.click("#copy")
+        wait_for(page, "document.getElementById('copy').textContent === 'Copied'")
+        code = page.evaluate("navigator.clipboard.readText()")
+        top, _, rest = code.partition("\n\n")
+        assert all(line.startswith(("import ", "from ")) for line in top.splitlines())
+        assert "import" not in rest
+        assert rest.startswith("pipe = demo.load()\n")
+        names: dict[str, Any] = {}
+        exec(code, names)
+        with Image.open(tmp_path / "cells" / cell / "p0-s1.strip.webp") as strip:
+            frames = [strip.convert("RGB").crop((16 * i, 0, 16 * i + 16, 16)).tobytes() for i in range(6)]
+        assert [bytes(frame.numpy().tobytes()) for frame in names["video"]] == frames
+        wait_for(page, "document.getElementById('copy').textContent === 'Copy code'")
+
+
 def test_the_front_has_what_nothing_beats(visit: Callable[..., Any], written: Path) -> None:
     page = visit(written)
     assert page.input_value("#metric") == "flicker"  # here is no metric of the user's, and no contrast
-    assert page.input_value("#better") == "kept"
-    assert "damage" in page.inner_text("#effect")
+    assert page.input_value("#better") == "none"
+    assert page.inner_text("#chosen-name") == "Layer 5, residual, scale 1"
+    assert "merely the middle of the grid" in page.inner_text("#effect")
+    assert page.get_attribute(".front", "points") == ""  # nothing tells which is best
+    page.select_option("#better", "kept")
+    assert "rewards doing little" in page.inner_text("#effect")
     page.select_option("#better", "lower")
-    assert page.locator("#scatter .label").all_text_contents()[-1] == "unguided"
     points = "document.querySelector('.front').getAttribute('points').split(' ').length"
     assert page.evaluate(points) == 1  # costs nothing, flickers least
     page.select_option("#better", "further")
@@ -247,12 +277,17 @@ def test_a_metric_of_the_users_comes_first(visit: Callable[..., Any], tmp_path: 
     report_folder.write_sweep(tmp_path, own=("difference",))
     page = visit(stg.report(tmp_path))
     assert (page.input_value("#metric"), page.input_value("#better")) == ("difference", "higher")
+    assert page.inner_text("#chosen-name") == "Layers 2 + 5, residual, scale 2"  # the best of them
+    assert page.inner_text("#table thead th:nth-child(4)") == "Difference"
+    page.select_option("#metric", "sharpness")
+    assert page.input_value("#better") == "none"
+    assert "your metric does: Difference" in page.inner_text("#effect")
 
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_labels_stay_inside_the_plot(visit: Callable[..., Any], written: Path, width: int) -> None:
     page = visit(written, width=width)
-    for better in ("higher", "lower", "kept", "further"):
+    for better in ("none", "higher", "lower", "kept", "further"):
         page.select_option("#better", better)
         outside = """() => {
             const plot = document.querySelector("#scatter svg").getBoundingClientRect();
@@ -262,6 +297,49 @@ def test_labels_stay_inside_the_plot(visit: Callable[..., Any], written: Path, w
             }).map((label) => label.textContent);
         }"""
         assert page.evaluate(outside) == []
+    page.select_option("#better", "none")
+    assert page.locator("#scatter .label").count() > 5  # not those of the front alone
+
+
+def test_a_label_crosses_neither_the_line_nor_another_label(visit: Callable[..., Any], written: Path) -> None:
+    page = visit(written)
+    crossed = """() => {
+        const line = document.querySelector("#scatter .front");
+        const plot = document.querySelector("#scatter svg").getBoundingClientRect();
+        const boxes = [...document.querySelectorAll("#scatter .label")].map((label) => label.getBoundingClientRect());
+        const inside = (box, x, y) => x > box.left && x < box.right && y > box.top + 2 && y < box.bottom - 2;
+        const long = line.getTotalLength();
+        for (let at = 0; at < long; at++) {
+            const { x, y } = line.getPointAtLength(at);
+            if (boxes.some((box) => inside(box, plot.left + x, plot.top + y))) return "line";
+        }
+        for (const [i, a] of boxes.entries()) for (const b of boxes.slice(i + 1))
+            if (a.left < b.right && b.left < a.right && Math.abs(a.top - b.top) < a.height - 4) return "label";
+        return long > 50 ? "" : "no line";
+    }"""
+    page.select_option("#metric", "difference")
+    for better in ("further", "higher"):
+        page.select_option("#better", better)
+        assert page.evaluate(crossed) == ""
+
+
+def test_every_measure_can_be_seen(visit: Callable[..., Any], written: Path) -> None:
+    page = visit(written)
+    box = page.locator("#table")
+    assert box.evaluate("box => box.scrollWidth <= box.clientWidth")
+    assert page.locator("#table-hint").is_hidden()
+    phone = visit(written, width=375, has_touch=True, is_mobile=True)
+    assert phone.locator("#table thead th:nth-child(4)").evaluate("cell => cell.getBoundingClientRect().right") <= 375
+    assert phone.locator("#table-hint").is_visible()
+
+
+def test_a_single_sample_has_its_settings_side_by_side(visit: Callable[..., Any], tmp_path: Path) -> None:
+    report_folder.write_sweep(tmp_path, prompts=["one"], seeds=[7])
+    page = visit(stg.report(tmp_path))
+    tops = page.locator("#sheet .tile").evaluate_all("tiles => tiles.map((tile) => tile.getBoundingClientRect().top)")
+    assert len(tops) == 4
+    assert max(tops) - min(tops) < 4
+    assert page.locator("#sheet").evaluate("sheet => sheet.scrollHeight <= sheet.clientHeight")
 
 
 def luminance(page: Any) -> float:

@@ -188,11 +188,12 @@ def test_a_stock_pipeline(tmp_path: Path) -> None:
     assert torch.equal(frames, demo.to_video(latents)[0])
     assert found.cells[1].code == (
         "from stg_hooks import demo\n"
+        "pipe = demo.load()\n"
         "with stg.apply(pipe, layers=[6], scale=0.5):\n"
         "    video = demo.to_video(pipe(**demo.inputs([prompt]) | dict(guidance_scale=2.0, "
         "num_inference_steps=3), generator=generator).frames)[0]"
     )
-    names = {"stg": stg, "pipe": pipe, "prompt": "red 3 blue 7", "generator": torch.Generator().manual_seed(0)}
+    names = {"stg": stg, "prompt": "red 3 blue 7", "generator": torch.Generator().manual_seed(0)}
     exec(found.cells[1].code, names)
     assert torch.equal(frames, names["video"])
 

@@ -56,6 +56,7 @@ def load() -> Any:
     pipe.stg_sample.prompts = PROMPTS
     pipe.stg_sample.code = (
         "from stg_hooks import demo\n"
+        "pipe = demo.load()\n"
         "demo.to_video(pipe(**demo.inputs([prompt]) | dict({}), generator=generator).frames)[0]"
     )
     return pipe

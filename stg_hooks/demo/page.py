@@ -189,6 +189,7 @@ def render(clips: Sequence[Clip], settings: Settings, report: dict[str, Any] | N
     return Template(_PAGE).substitute(
         base=part("base.css"),
         copy=part("copy.js"),
+        hint=part("hint.js"),
         facts="".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items()),
         plain=escape(settings.ways[0]),
         guided=escape(settings.ways[1]),
@@ -290,19 +291,20 @@ def _table(rows: Sequence[Sequence[str]], kind: str = "") -> str:
         for first, *rest in rows[1:]
     )
     return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        '<p class="soft hint" hidden>Scroll the table sideways for more columns →</p><div class="scroll" tabindex="0">'
+        f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 
 
 def _evaluation(report: dict[str, Any] | None) -> str:
-    """Show every row of the full evaluation, the decisive column first."""
+    """Show every row of the full evaluation, the decisive columns first: a phone shows those without scrolling."""
     if report is None:
         return ""
-    rows = [["", "Right", "Compute", "Same in every frame", "Fréchet distance", "Grain"]]
+    rows = [["", "Right", "Fréchet distance", "Grain", "Compute", "Same in every frame"]]
     for row in report["rows"]:
         right, kept = (f"{row[m][0]:.1%} ({100 * row[m][1]:.1f}–{100 * row[m][2]:.1f})" for m in judge.MEASURES)
         compute = "" if row["compute"] is None else f"{row['compute']:.2f}"
-        rows.append([row["name"], right, compute, kept, f"{row['frechet_distance']:.2f}", f"{row['grain']:.1f}"])
+        rows.append([row["name"], right, f"{row['frechet_distance']:.2f}", f"{row['grain']:.1f}", compute, kept])
     note = (
         f"{report['clips']:,} clips per row, the same noise and conditions in every row, none of which served to "
         "choose the setting; 95 % intervals in brackets. Right: the judge reads both digits as asked for in every "
@@ -325,10 +327,16 @@ _PAGE = """\
 <style>
 $base
 :root { --frames: running }
-.wide th:first-child { min-width: 7rem }
+.wide th, .wide td { padding: .35rem .55rem }
+.wide th:first-child { min-width: 7rem; position: sticky; left: 0; background: var(--bg) }
+@media (max-width: 40rem) {
+  .wide { font-size: .82rem }
+  .wide :is(th, td) { padding: .3rem .35rem }
+  .wide td:nth-child(2) { max-width: 4.6rem }
+  .wide thead th { font-size: .75rem }
+}
 .number { font-size: 1.9rem; font-weight: 650; line-height: 1.2; margin: .6rem 0 0 }
 td { white-space: normal }
-.wide th, .wide td { padding: .35rem .55rem }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1rem }
 article { background: var(--card); border: 1px solid var(--line); border-radius: .7rem; padding: .7rem .8rem .8rem }
 .only article.same { display: none }
@@ -354,6 +362,7 @@ figure ul { list-style: none; margin: .4rem 0 0; padding: 0; font-size: .86rem; 
 <h1>The same noise, with and without skip guidance</h1>
 <p class="number">$numbers</p>
 <p>$said</p>
+<section>
 <div class="bar" hidden>
 <button type="button" id="play">Pause</button>
 <label><input type="checkbox" id="only"> only where the judge's verdict differs ($better better, $worse worse)</label>
@@ -361,6 +370,7 @@ figure ul { list-style: none; margin: .4rem 0 0; padding: 0; font-size: .86rem; 
 <div class="grid">
 $cards
 </div>
+</section>
 <p class="soft">$count clips, not selected. Left: $plain; right: $guided. Both sides of a pair have the same weights,
 prompt, seed and number of steps, in an unmodified diffusers pipeline; on the right, <code>stg.apply</code> adds
 spatiotemporal skip guidance (STG). Under each clip: what the judge, a small classifier that was trained on real clips,
@@ -379,6 +389,7 @@ $evaluation
 </main>
 <script>
 $copy
+$hint
 const id = (name) => document.getElementById(name);
 const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
 let playing = true;
@@ -393,6 +404,7 @@ id("play").onclick = () => play(!playing);
 if (still) play(false);
 id("only").onchange = (event) => document.querySelector(".grid").classList.toggle("only", event.target.checked);
 copyOnClick(id("copy"), id("code"));
+for (const box of document.querySelectorAll(".scroll")) hintAtOverflow(box, box.previousElementSibling);
 </script>
 </body>
 </html>

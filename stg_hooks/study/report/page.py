@@ -17,7 +17,7 @@ from typing import Any
 from stg_hooks.study.report.tables import metrics_of
 from stg_hooks.study.results import CELLS, Cell, Profile, Sample, Sweep, grid
 
-_SCRIPTS = ("core", "copy", "heat", "player", "sheet", "scatter", "table", "chosen")
+_SCRIPTS = ("core", "copy", "hint", "heat", "player", "sheet", "scatter", "table", "chosen")
 _TYPES = {".webp": "image/webp", ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".gif": "image/gif"}
 
 

@@ -26,14 +26,20 @@ const valuesOf = (cell) => {
   return [html("thead", {}, head), html("tbody", {}, ...body, ...last)];
 };
 
-// What makes the shown sample with the reader's own pipeline. A JSON string is a Python string, too.
+// What makes the shown sample with the reader's own pipeline: imports first, then set-up lines, prompt and noise, then
+// the call, whose own lines are the last that is not indented and what follows. A JSON string is a Python string, too.
 const codeOf = (cell) => {
   const column = columns[state.sample];
   if (!column || !/\bgenerator\b/.test(cell.code)) return cell.code; // an older sweep's
-  const given = [`generator = torch.Generator().manual_seed(${column.seed})`];
-  if (/\bprompt\b/.test(cell.code)) given.unshift(`prompt = ${JSON.stringify(column.prompt)}`);
-  const imports = ["import torch", ...(isPlain(cell) ? [] : ["import stg_hooks as stg"])];
-  return [...imports, "", ...given, cell.code].join("\n");
+  const lines = cell.code.split("\n");
+  const call = lines.findLastIndex((line) => !line.startsWith(" "));
+  const isImport = (line) => /^(import|from) /.test(line);
+  const before = lines.slice(0, call);
+  const imports = ["import torch", ...(isPlain(cell) ? [] : ["import stg_hooks as stg"]), ...before.filter(isImport)];
+  const given = before.filter((line) => !isImport(line));
+  if (/\bprompt\b/.test(cell.code)) given.push(`prompt = ${JSON.stringify(column.prompt)}`);
+  given.push(`generator = torch.Generator().manual_seed(${column.seed})`);
+  return [...imports, "", ...given, ...lines.slice(call)].join("\n");
 };
 
 // For stg.apply(pipe, **json.load(file)), and stg-hooks generate --settings.
@@ -47,7 +53,7 @@ const showChosen = () => {
   showSample(byId("guided"), cell);
   byId("code").textContent = codeOf(cell);
   byId("settings").textContent = settingsOf(cell);
-  byId("settings").hidden = byId("copy-settings").hidden = isPlain(cell);
+  byId("copy-settings").hidden = isPlain(cell);
   byId("values").replaceChildren(...valuesOf(cell));
 };
 
@@ -63,8 +69,8 @@ if (sweep && cells.length) {
   copyOnClick(byId("copy"), byId("code"));
   copyOnClick(byId("copy-settings"), byId("settings"));
   watch(showChosen);
-  const first = guided.find(isDone) ?? plainCell ?? cells[0];
   const metric = firstMetric();
+  Object.assign(state, { metric, better: betterOf(metric) });
+  const first = firstCell();
   change({ cell: first, scale: isPlain(first) ? (scales[0] ?? null) : first.scale, mode: first.mode && modes.includes(first.mode) ? first.mode : (modes[0] ?? "") });
-  if (metric) setMetric(metric);
 }

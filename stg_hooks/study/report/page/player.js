@@ -60,7 +60,6 @@ const showFilm = (canvas, sample, label) => {
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", label);
   canvas.style.aspectRatio = `${sample.width} / ${sample.height}`;
-  canvas.classList.toggle("small", Math.max(sample.width, sample.height) < 64);
   if (visible.has(canvas)) drawFilm(canvas);
 };
 const dropFilms = (box) => {

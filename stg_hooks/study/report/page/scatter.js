@@ -1,5 +1,5 @@
 // Cost against effect: one point per cell, and the front of those that nothing beats.
-const SCATTER = { left: 56, right: 16, top: 14, bottom: 44, height: 340 };
+const SCATTER = { left: 56, right: 16, top: 34, bottom: 44, height: 360 };
 const SHAPES = [
   (r) => `M${-r} 0a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0z`,
   (r) => `M${-r} ${-r}h${2 * r}v${2 * r}h${-2 * r}z`,
@@ -22,6 +22,7 @@ const gainOf = (cell) => {
 
 // The points that no other beats: walking from the cheapest, those with a larger gain than all before.
 const frontOf = (points) => {
+  if (state.better === "none") return [];
   let best = -Infinity;
   // Nothing keeps what the unguided sample has as well as that sample.
   const sorted = points.filter((cell) => state.better !== "kept" || !isPlain(cell)).sort((a, b) => costOf(a) - costOf(b) || gainOf(b) - gainOf(a));
@@ -57,6 +58,7 @@ const drawScatter = (width) => {
     picture.append(svg("text", { x: left - 6, y: y(value), class: "end" }, number(value)));
   }
   picture.append(svg("text", { x: (left + width - right) / 2, y: height - 8, class: "middle" }, byCost ? "extra compute per guided step" : "seconds per cell"));
+  picture.append(svg("text", { x: 0, y: 10, class: "title" }, `${words(state.metric)}, mean of the samples`));
 
   const front = frontOf(points);
   picture.append(svg("polyline", { class: "front", points: front.map((cell) => at(cell).join(",")).join(" ") }));
@@ -75,17 +77,29 @@ const drawScatter = (width) => {
     point.append(svg("title", {}, point.getAttribute("aria-label")));
     picture.append(point);
   }
+  // A label stands where it covers no point, no other label and nothing of the line; of less important cells it may miss.
+  const spots = order.map((cell) => [...at(cell), 9]);
+  front.slice(1).forEach((cell, index) => {
+    const [[ax, ay], [bx, by]] = [at(front[index]), at(cell)];
+    const parts = Math.ceil(Math.hypot(bx - ax, by - ay) / 4);
+    for (let part = 1; part < parts; part++) spots.push([ax + ((bx - ax) * part) / parts, ay + ((by - ay) * part) / parts, 2]);
+  });
   const taken = [];
-  for (const cell of [...(points.includes(state.cell) ? [state.cell] : []), ...[...front].reverse()]) {
+  const isFree = ([start, line], long) =>
+    start >= left + 4 && start + long <= width - right && line >= top + 6 && line <= height - bottom - 8 &&
+    !spots.some(([sx, sy, r]) => sx + r > start && sx - r < start + long && Math.abs(sy - line) < r + 6) &&
+    !taken.some(([other, y, size]) => Math.abs(y - line) < 13 && start < other + size && other < start + long);
+  const important = [...(points.includes(state.cell) ? [state.cell] : []), ...[...front].reverse()];
+  for (const cell of new Set([...important, ...order])) {
     const [px, py] = at(cell);
     const text = shortName(cell);
-    const long = 7 * text.length;
-    const end = width - right;
-    const start = Math.max(left + 4, Math.min(px + 10 + long > end ? px - 10 - long : px + 10, end - long));
-    const line = Math.max(top + 12, py - 7);
-    if (taken.some(([a, b, l]) => Math.abs(b - line) < 13 && start < a + l && a < start + long)) continue;
-    taken.push([start, line, long]);
-    picture.append(svg("text", { x: start, y: line, class: "label" }, text));
+    const long = 6.5 * text.length;
+    const places = [0, -14, 14, -18, 18, -28, 28].flatMap((dy) =>
+      [px + 11, px - 11 - long, ...(dy ? [px - long / 2] : [])].map((start) => [start, py + dy]));
+    const place = places.find((one) => isFree(one, long));
+    if (!place) continue;
+    taken.push([...place, long]);
+    picture.append(svg("text", { x: place[0], y: place[1], class: "label" }, text));
   }
   const step = { ArrowRight: 1, ArrowDown: -1, ArrowUp: 1, ArrowLeft: -1 };
   picture.addEventListener("keydown", (event) => {
@@ -116,18 +130,28 @@ if (sweep) {
     if (width) drawScatter(width);
   });
 }
-// Our own measures tell how much there is of something, not whether that is good; damage changes them most.
-const CHANGES = ["sharpness", "contrast", "saturation", "flicker", "motion", "difference"];
-const betterOf = (metric) => {
-  if (data.own.includes(metric)) return LOWER_IS_BETTER.test(metric) ? "lower" : "higher";
-  return CHANGES.includes(metric) ? "kept" : LOWER_IS_BETTER.test(metric) ? "lower" : "higher";
-};
+// Our own measures tell how much there is of something, not whether that is good. Only a metric of the user's judges.
+const betterOf = (metric) => (!data.own.includes(metric) ? "none" : LOWER_IS_BETTER.test(metric) ? "lower" : "higher");
 // The measure that is shown first: the user's, else one that guidance should keep.
 const firstMetric = () => [...data.own, "contrast", "flicker", "sharpness", ...data.metrics].find((name) => data.metrics.includes(name)) ?? null;
-const effectText = () => ({
-  kept: "Best is what stays closest to the unguided samples in this measure: strong changes are often damage. A metric of your own (stg.sweep(metrics=...)) is shown first.",
-  further: "Best is what is furthest from the unguided samples, which damage is, too.",
-  higher: "Best is the highest value.",
-  lower: "Best is the lowest value.",
-})[state.better];
+// The cell that is shown first: the best by the user's metric, else the middle of the grid.
+const firstCell = () => {
+  const done = guided.filter(isDone);
+  const judged = state.better === "none" ? [] : done.filter((cell) => Number.isFinite(cell.metrics[state.metric]));
+  if (judged.length) return judged.reduce((best, cell) => (gainOf(cell) > gainOf(best) ? cell : best));
+  const middle = done.filter((cell) => cell.mode === modes[0] && cell.scale === scales[Math.floor(scales.length / 2)]);
+  return middle[Math.floor(middle.length / 2)] ?? done[0] ?? plainCell ?? cells[0];
+};
+const effectText = () => {
+  if (state.better === "none") return data.own.length
+    ? `This measure does not tell which cell is better; your metric does: ${words(data.own[0])}.`
+    : "Nothing measured here tells which cell is better, so no best one is marked, and the cell shown first is merely the middle of the grid. Give a metric of your own: stg.sweep(..., metrics={\"name\": function}).";
+  const best = {
+    kept: "what stays closest to the unguided samples, which rewards doing little",
+    further: "what is furthest from the unguided samples, which damage is, too",
+    higher: "the highest value",
+    lower: "the lowest value",
+  }[state.better];
+  return `The line joins the cells that nothing beats at the same or a lower cost (the Pareto front). Best is ${best}.`;
+};
 const setMetric = (metric) => change({ metric, better: betterOf(metric) });

@@ -36,8 +36,7 @@ const drawSheet = () => {
   const box = byId("sheet");
   dropFilms(box);
   tiles.length = 0;
-  const metric = html("span", { id: "sheet-metric" });
-  const head = html("tr", {}, html("td", {}, metric));
+  const head = html("tr", {}, html("td"));
   for (const { prompt, seed } of columns)
     head.append(html("th", { scope: "col", title: prompt }, html("span", { class: "prompt" }, prompt), html("small", {}, `seed ${seed}`)));
   const plain = html("tr", { class: "plain" }, html("th", { scope: "row" }, PLAIN));
@@ -53,6 +52,7 @@ const drawSheet = () => {
   }
   box.replaceChildren(html("table", {}, html("thead", {}, head, plain), body));
   box.style.setProperty("--columns", columns.length);
+  box.classList.toggle("single", columns.length === 1); // then one row of tiles, not one column
 };
 
 const setScale = (index) => {

@@ -5,13 +5,17 @@ const numeric = (title, order, factor, unit) => {
   const text = alike(cells.filter(isDone).map(order), factor, unit);
   return { title, order, value: (cell) => text(order(cell)) };
 };
+const measures = [...new Set([firstMetric(), ...data.metrics])].filter((name) => name !== null)
+  .map((name) => numeric(words(name), (cell) => cell.metrics[name]));
 const COLUMNS = [
   { title: "Layers", value: (cell) => cell.layers.join("+"), order: layersOrder },
   { title: "Mode", kind: "text", value: (cell) => (isPlain(cell) ? NONE : cell.mode), order: (cell) => (isPlain(cell) ? "" : cell.mode) },
   { title: "Scale", value: (cell) => number(cell.scale), order: (cell) => cell.scale },
+  // The measure that counts most comes first: a phone shows it without scrolling.
+  ...measures.slice(0, 1),
   numeric("Extra compute", (cell) => (isPlain(cell) ? 0 : cell.cost), 100, " %"),
+  ...measures.slice(1),
   numeric("Seconds", (cell) => cell.seconds),
-  ...data.metrics.map((name) => numeric(words(name), (cell) => cell.metrics[name])),
 ];
 const sorting = { column: null, up: true };
 const lines = new Map(); // cell -> <tr>
@@ -49,6 +53,7 @@ const drawTable = () => {
 
 if (sweep) {
   drawTable();
+  hintAtOverflow(byId("table"), byId("table-hint"));
   watch(() => {
     for (const [cell, line] of lines) line.classList.toggle("chosen", cell === state.cell);
   });
