@@ -28,7 +28,7 @@ def main() -> None:
         package = (error.name or "").partition(".")[0]
         if package not in ("typer", "rich"):
             raise
-        sys.exit(f'stg-hooks: {package} is not installed: pip install "stg-hooks[cli]"')
+        sys.exit(f"stg-hooks: {package} is not installed: pip install typer rich")
     finally:
         if is_ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -21,6 +21,7 @@ from stg_hooks.errors import LayerError, SettingError, StgError
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 _LONGEST = 300  # characters of a message that is not ours
+_PACKAGES = "diffusers transformers accelerate ftfy numpy pillow imageio imageio-ffmpeg tqdm matplotlib"
 
 # What the library says of its arguments, in the words of the command line.
 _HINTS: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -100,7 +101,7 @@ def _explain(error: BaseException, lists: Collection[str]) -> tuple[str, int]:
             FAILED,
         )
     if isinstance(error, ImportError):
-        return f'{text}. For everything that stg-hooks may need: pip install "stg-hooks[cli]"', FAILED
+        return f"{text}. For everything that stg-hooks may need: pip install {_PACKAGES}", FAILED
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = f": {error.filename}" if error.filename else ""
         return f"no space left on the device{where}. Nothing half-written was kept.", FAILED

@@ -27,7 +27,7 @@ def check_output(path: Path, force: bool) -> None:
     if suffix not in ENDINGS:
         raise FailureError(f"{path}: end it in {', '.join(ENDINGS)}.", USAGE)
     if suffix == ".mp4" and not importlib.util.find_spec("imageio_ffmpeg"):
-        raise FailureError(f'{path}: mp4 needs imageio-ffmpeg: pip install "stg-hooks[cli]", or end it in .webp.')
+        raise FailureError(f"{path}: mp4 needs imageio-ffmpeg: pip install imageio-ffmpeg, or end it in .webp.")
     if path.is_dir():
         raise FailureError(f"{path}: is a folder. Name a file.", USAGE)
     if path.exists() and not force:

@@ -162,7 +162,7 @@ def _diffusers() -> Any:
     try:
         return importlib.import_module("diffusers")
     except ImportError as error:
-        raise FailureError('loading a model needs diffusers: pip install "stg-hooks[diffusers]"') from error
+        raise FailureError("loading a model needs diffusers: pip install diffusers transformers accelerate") from error
 
 
 def _components(name: str) -> dict[str, str]:
