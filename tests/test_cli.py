@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,14 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> None:
 def _plain_output(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture(autouse=True)
+def _own_interrupts() -> Iterator[None]:
+    """Undo that a command that was interrupted ignores further interrupts: it takes this process to be over."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
