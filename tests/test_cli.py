@@ -719,7 +719,9 @@ sys.meta_path.insert(0, Finder())
     ],
 )
 def test_an_interrupt_before_and_after(before: str, status: int, lines: list[str]) -> None:
-    code = f"import atexit, os, signal, sys; sys.argv[1:] = ['--version']\n{before}\n"
+    # A shell's background processes ignore interrupts, and so would this one.
+    code = "import atexit, os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += f"sys.argv[1:] = ['--version']\n{before}\n"
     code += "from stg_hooks.cli import main\nmain()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.splitlines()) == (status, lines)
