@@ -11,6 +11,7 @@ import typer
 
 import stg_hooks as stg
 from stg_hooks.cli.calls import (
+    Typed,
     blamed_on,
     guidance_from,
     guidance_in,
@@ -90,6 +91,14 @@ def _main(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
     """Options that come before the command."""
+
+
+def _options(
+    prompt: list[str] | None, steps: int | None, guidance_scale: float | None, image: str | None, more: list[str] | None
+) -> list[Typed]:
+    """Read the arguments of the pipeline for which profile and sweep have options."""
+    given = {"prompt": prompt, "num_inference_steps": steps, "guidance_scale": guidance_scale}
+    return options_from({**given, "image": picture_from(image)}, more)
 
 
 @app.command(cls=Command)
@@ -208,15 +217,7 @@ def profile(
         chosen, kinds = one_by_one(layers), words_from("--modes", modes)
         if chosen:
             _check_all(source, [[layer] for layer in chosen], kinds)
-        options = options_from(
-            {
-                "prompt": prompt,
-                "num_inference_steps": steps,
-                "guidance_scale": guidance_scale,
-                "image": picture_from(image),
-            },
-            setting,
-        )
+        options = _options(prompt, steps, guidance_scale, image, setting)
         settings = settings_of(options)
         with named_as_typed(options):
             source.check_arguments(settings)
@@ -266,15 +267,7 @@ def sweep(
         columns = in_groups(layers)
         weights, kinds = numbers_from("--scales", scales), words_from("--modes", modes)
         _check_all(source, columns or [], kinds)
-        options = options_from(
-            {
-                "prompt": prompt,
-                "num_inference_steps": steps,
-                "guidance_scale": guidance_scale,
-                "image": picture_from(image),
-            },
-            setting,
-        )
+        options = _options(prompt, steps, guidance_scale, image, setting)
         settings = settings_of(options)
         grid: dict[str, Any] = {"layers": columns, "scales": weights, "modes": kinds, "seeds": seeds}
         with named_as_typed(options):

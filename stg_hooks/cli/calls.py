@@ -223,7 +223,7 @@ def options_from(given: Mapping[str, Any], setting: Sequence[str] | None = None)
         if name in _OURS or name.startswith("callback"):
             why = _OURS.get(name, "it takes a function")
             raise FailureError(f"--set {text}: {name} cannot be set on the command line; {why}.", USAGE)
-        if name in given or name == "prompt":
+        if name in given:
             raise FailureError(f"--set {text}: {name} has an option of its own: {_option(name)} {value}", USAGE)
         if any(name == option.name for option in options):
             raise FailureError(f"--set {name}=... is given twice. Give it once.", USAGE)
